@@ -1,0 +1,70 @@
+"""Canonical JSON and the ids made of it. Never falls back to `str(obj)`: what can't be canonical is an error.
+
+Two values have the same canonical form exactly when they are the same JSON value: keys sorted by code point, no
+insignificant space, strings in NFC, numbers in their shortest round-trip form (`1.0` is `1`, `-0.0` is `0`;
+integers stay exact at any size, unlike RFC 8785, which this otherwise follows in spirit).
+"""
+
+import hashlib
+import json
+import math
+import unicodedata
+from collections.abc import Mapping
+
+
+class NotCanonical(ValueError):
+    """A value has no canonical JSON form; the message names the path to it."""
+
+
+def canonical_json(value: object) -> bytes:
+    """The canonical JSON of `value`, UTF-8.
+
+    Raises:
+        NotCanonical: NaN, infinity, a lone surrogate, a key that is not a string, two keys that are equal
+            after NFC, or any type that JSON has not (bytes, dates, sets ...).
+    """
+    try:
+        return json.dumps(
+            _normal(value, "$"), ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
+        ).encode()
+    except UnicodeEncodeError as error:
+        raise NotCanonical("$: holds a lone surrogate, which UTF-8 can't encode") from error
+    except RecursionError as error:
+        raise NotCanonical("$: nested too deeply") from error
+
+
+def digest(value: object) -> str:
+    """sha256 of the canonical JSON, 64 hex digits. A list as `value` gives its parts an unambiguous joint."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def sample_id(task_id: str, canonical_input: Mapping[str, object]) -> str:
+    """`sha256(task_id + canonical_input)`, joined as a JSON array so that no two pairs collide."""
+    return digest([task_id, canonical_input])
+
+
+def _normal(value: object, path: str) -> object:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return value if value.isascii() else unicodedata.normalize("NFC", value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise NotCanonical(f"{path}: {value} is not a JSON number")
+        # An integral float below 1e16 prints shorter as an integer, and is the same number.
+        return int(value) if value.is_integer() and abs(value) < 1e16 else float(value)
+    if isinstance(value, Mapping):
+        normal: dict[str, object] = {}
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise NotCanonical(f"{path}: key {key!r} is not a string")
+            name = unicodedata.normalize("NFC", key)
+            if name in normal:
+                raise NotCanonical(f"{path}: key {name!r} appears twice after Unicode normalisation")
+            normal[name] = _normal(inner, f"{path}.{key}")
+        return normal
+    if isinstance(value, list | tuple):
+        return [_normal(inner, f"{path}[{index}]") for index, inner in enumerate(value)]
+    raise NotCanonical(f"{path}: {type(value).__name__} has no JSON form; convert it to a string or a number")

@@ -1,0 +1,86 @@
+"""What can go wrong, by the boundary that was crossed, and the exit code each kind ends a command with.
+
+`SampleError` is data: it is recorded with its sample and the run goes on. `FatalError` ends the run at once,
+keeps all that was paid for, and says what to do. Everything else is a bug of ours or of a plug-in.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a command ended; documented in docs/sections/fastdistill/cli.md."""
+
+    OK = 0
+    BUG = 1
+    CONFIG = 2  # the command line or the config is wrong; nothing was spent
+    INPUT = 3  # records or a database can't be read
+    TEACHER = 4  # an endpoint refuses or is gone for good
+    PARTIAL = 5  # the run finished, some samples ended in an error
+    FLOOR = 6  # the run finished below `require:`
+    ENVIRONMENT = 8  # disk full, folder in use, missing permission
+    INTERRUPTED = 130
+
+
+class FatalError(Exception):
+    """Ends the run. The message names the boundary, the place and the remedy."""
+
+    exit_code = ExitCode.BUG
+
+
+class ConfigError(FatalError):
+    """The configuration can't be run; `problems` has one line for each error, with its path."""
+
+    exit_code = ExitCode.CONFIG
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(self.problems))
+
+
+class InputError(FatalError):
+    """Records, a data set or a database can't be read."""
+
+    exit_code = ExitCode.INPUT
+
+
+class TeacherError(FatalError):
+    """A model endpoint refuses every request: wrong key, unknown model, nobody listening."""
+
+    exit_code = ExitCode.TEACHER
+
+
+class TooManyErrors(FatalError):
+    """More samples ended in an error than `max_error_rate` allows."""
+
+    exit_code = ExitCode.PARTIAL
+
+
+class EnvironmentFault(FatalError):
+    """The machine under us: disk full, folder in use, permission missing."""
+
+    exit_code = ExitCode.ENVIRONMENT
+
+
+class SampleError(Exception):
+    """One sample can't go on. `reason` is a short code for the reports; the message is for people."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+
+@contextmanager
+def boundary(step: str) -> Iterator[None]:
+    """The one place that catches everything: a step that breaks costs its sample and no other.
+
+    Raises:
+        SampleError: `unexpected`, in place of any exception that is not one of ours.
+    """
+    try:
+        yield
+    except (SampleError, FatalError):
+        raise
+    except Exception as error:
+        raise SampleError("unexpected", f"{step}: {type(error).__name__}: {error}") from error

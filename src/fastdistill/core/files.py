@@ -1,0 +1,63 @@
+"""Files that are whole or absent. Knows no format: what is written, and when, is the caller's."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TextIO, overload
+
+from fastdistill.core.errors import EnvironmentFault
+
+_MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+@overload
+def atomic(path: Path, mode: Literal["wb"]) -> AbstractContextManager[BinaryIO]: ...
+@overload
+def atomic(path: Path, mode: Literal["w"] = "w") -> AbstractContextManager[TextIO]: ...
+@contextmanager
+def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
+    """A file to write that appears under `path` when the block ends well, and not at all otherwise.
+
+    It is written next to `path` under a hidden name, synced to the disk and renamed; folders are made as needed.
+    Text is UTF-8 with `\\n` at line ends. A file that was there before stays until it is replaced.
+
+    Raises:
+        EnvironmentFault: the disk is full, read-only or broken, or permission is missing.
+    """
+    # One fixed name, so that what a killed run leaves behind is overwritten by the next one.
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("wb") if mode == "wb" else draft.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _MACHINE_FAULTS:
+            raise EnvironmentFault(
+                f"writing {path.absolute()}: {error.strerror}; free space or choose a folder that can be written"
+            ) from error
+        raise
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, 64 hex digits, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself survive a power cut, where the system lets a folder be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

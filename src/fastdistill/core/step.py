@@ -1,0 +1,135 @@
+"""What a step is, and what it is given. A pipeline is a flat list of steps of two kinds.
+
+A *stream* step is a lazy generator over samples (load, canonicalize, deduplicate, export). A *sample* step is a
+coroutine over one sample (generate, parse, gate, select). Consecutive sample steps run fused.
+"""
+
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fastdistill.core.canonical import digest
+from fastdistill.core.decode import DecodeProfile
+from fastdistill.core.errors import SampleError
+from fastdistill.core.types import Answer, Candidate, Draw, Message, Outcome, Prompt, Sample, Verdict
+
+
+class Model(Protocol):
+    """A model behind its response store: the only way a step gets an answer."""
+
+    def prompt(self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any]) -> Prompt:
+        """A prompt for this model. `extra` are fields passed on to the server as they are."""
+        ...
+
+    async def generate(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
+        """One answer, or what went wrong with it, for each draw, in their order. Stored answers cost nothing.
+
+        Raises:
+            FatalError: the endpoint refuses everything.
+        """
+        ...
+
+
+class KeyIndex(Protocol):
+    """Keys seen so far, on disk, so that memory stays flat in the number of records."""
+
+    def first(self, key: str, value: str) -> str | None:
+        """The value that came first under `key`; None, and `value` is kept, if there was none."""
+        ...
+
+
+class Context(Protocol):
+    """What a run gives its steps."""
+
+    @property
+    def dist(self) -> Path:
+        """The folder of the data set being written."""
+        ...
+
+    def model(self, name: str) -> Model: ...
+
+    def index(self, name: str) -> KeyIndex: ...
+
+    def discard(self, sample: Sample) -> None:
+        """Takes a sample out of the stream, with its reason; it stays in the ledger."""
+        ...
+
+
+class Step(BaseModel):
+    """A step is its configuration. `name` is what reports call it; the pipeline numbers repeated ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: ClassVar[int] = 1
+    """Raised when the code changes what the step does, so that its fingerprint changes too."""
+
+    name: str = Field("", description="what reports call this step; the class's name by default")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change whenever the step may judge or write otherwise."""
+        config = self.model_dump(mode="json", exclude={"name"})
+        return digest([type(self).__name__, self.version, config])[:16]
+
+    def inputs(self) -> Sequence[Path]:
+        """Files that this step reads; the manifest records their hashes."""
+        return ()
+
+    def models(self) -> Sequence[str]:
+        """Names of the models that this step asks; checked before anything is spent."""
+        return ()
+
+    @asynccontextmanager
+    async def opened(self, ctx: Context) -> AsyncIterator[None]:
+        """Holds what the step needs while the run lasts: worker processes, connections."""
+        yield
+
+
+class StreamStep(Step):
+    @abstractmethod
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        """Yields samples, lazily and in input order.
+
+        Raises:
+            FatalError: the whole stream can't be read or written.
+        """
+
+
+class SampleStep(Step):
+    @abstractmethod
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        """The sample with what this step found.
+
+        Raises:
+            SampleError: this sample can't go on.
+        """
+
+
+class Gate(SampleStep):
+    """A sample step that judges candidates. A subclass writes `judge`, or `judge_all` to judge them together.
+
+    A candidate that an earlier gate failed is not judged again: gates are ordered cheapest first.
+    """
+
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        open_ = [c for c in sample.candidates if c.outcome is not Outcome.FAIL and c.verdict(self.name) is None]
+        if not open_:
+            return sample
+        verdicts = await self.judge_all(open_, sample, ctx)
+        judged = {c.candidate_id: c.judged(v) for c, v in zip(open_, verdicts, strict=True)}
+        return replace(sample, candidates=tuple(judged.get(c.candidate_id, c) for c in sample.candidates))
+
+    async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
+        return [await self.judge(candidate, sample, ctx) for candidate in candidates]
+
+    async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
+        raise TypeError(f"{type(self).__name__} does not implement judge")
+
+    def verdict(self, outcome: Outcome, reason: str, score: float | None = None, **detail: Any) -> Verdict:
+        return Verdict(self.name, self.fingerprint, outcome, reason, score, detail)

@@ -1,0 +1,204 @@
+"""What flows through a pipeline: records become samples, samples get candidates, candidates get verdicts.
+
+All of it is frozen; a step returns a changed copy. Nothing here knows a provider, a gate or a file format.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Literal
+
+from fastdistill.core.canonical import digest
+from fastdistill.core.errors import SampleError
+
+Role = Literal["system", "user", "assistant"]
+Message = Mapping[str, str]
+"""`{"role": Role, "content": str}`, as every chat endpoint and trainer writes it."""
+
+
+class Outcome(StrEnum):
+    PASS = "pass"
+    FAIL = "fail"
+    ERROR = "error"  # could not judge: neither accepted nor a rejected example
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"  # cut by max_tokens: the answer is not whole
+    CONTENT_FILTER = "content_filter"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One gate's word on one candidate. `reason` is a code from the gate's closed set."""
+
+    gate: str
+    fingerprint: str
+    outcome: Outcome
+    reason: str
+    score: float | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer. A prompt that served n answers is counted with the first of them only."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer as a model gave it, thinking kept apart.
+
+    `model` and `build` are what the server says it served: a name, and a digest or fingerprint where it has one.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage = Usage()
+    thinking: str | None = None
+    model: str | None = None
+    build: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is asked: all that would change the answer but the draw itself.
+
+    `parameters` are the decode parameters exactly as they are meant for the server. Base URLs, time limits and
+    concurrency are not here, for they don't change an answer.
+    """
+
+    provider: str
+    model: str
+    messages: tuple[Message, ...]
+    parameters: Mapping[str, Any]
+    digest: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", digest([self.model, self.messages, self.parameters]))
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One answer asked of a prompt: the attempt-th, sampled with this seed (None: the server's own)."""
+
+    attempt: int
+    seed: int | None
+
+    def key(self, prompt: Prompt) -> str:
+        """The key of the answer in the response store."""
+        return digest([prompt.provider, prompt.digest, self.seed, self.attempt])
+
+    def candidate_id(self, sample_id: str, prompt: Prompt) -> str:
+        return digest([sample_id, prompt.digest, self.seed, self.attempt])
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A completion and where it lies in the response store."""
+
+    draw: Draw
+    key: str
+    completion: Completion
+    stored: bool  # it was in the store already: nothing was paid for it in this run
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A piece that a parser took out of an answer, kept so that the raw text can be accounted for."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One answer to one sample on its way through the gates. `answer` is what the gates see."""
+
+    candidate_id: str
+    attempt: int
+    seed: int | None
+    key: str  # of the completion in the response store
+    prompt: Prompt
+    completion: Completion
+    answer: str
+    cuts: tuple[Cut, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    score: float | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        """`fail` if any gate failed it, else `error` if any could not judge, else `pass`."""
+        outcomes = {verdict.outcome for verdict in self.verdicts}
+        if Outcome.FAIL in outcomes:
+            return Outcome.FAIL
+        return Outcome.ERROR if Outcome.ERROR in outcomes else Outcome.PASS
+
+    def verdict(self, gate: str) -> Verdict | None:
+        return next((verdict for verdict in self.verdicts if verdict.gate == gate), None)
+
+    def judged(self, verdict: Verdict) -> "Candidate":
+        return replace(self, verdicts=(*self.verdicts, verdict))
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something that broke for a sample, kept with it: which step, a reason code, and words for people."""
+
+    step: str
+    reason: str
+    message: str
+    attempt: int | None = None
+
+
+class Status(StrEnum):
+    OPEN = "open"
+    DUPLICATE = "duplicate"  # left out on purpose, with the reason in `failures`
+    FAILED = "failed"  # a step could not handle it
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One record on its way. `index` is its place in the input, `source` names it for people (`train.jsonl:17`)."""
+
+    index: int
+    source: str
+    record: Mapping[str, Any]
+    task_id: str = ""
+    sample_id: str = ""
+    input: Mapping[str, Any] = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
+    selection: tuple[str, ...] | None = None  # candidate ids, best first; None: no step has selected
+    failures: tuple[Failure, ...] = ()
+    status: Status = Status.OPEN
+
+    @property
+    def accepted(self) -> tuple[Candidate, ...]:
+        """Candidates that every gate passed, in order of attempt."""
+        return tuple(candidate for candidate in self.candidates if candidate.outcome is Outcome.PASS)
+
+    @property
+    def chosen(self) -> tuple[Candidate, ...]:
+        """The selected candidates, best first; every accepted one where no step selects."""
+        if self.selection is None:
+            return self.accepted
+        by_id = {candidate.candidate_id: candidate for candidate in self.candidates}
+        return tuple(by_id[candidate_id] for candidate_id in self.selection)
+
+    def failed(self, step: str, error: SampleError) -> "Sample":
+        failure = Failure(step, error.reason, str(error))
+        return replace(self, status=Status.FAILED, failures=(*self.failures, failure))
