@@ -1,0 +1,36 @@
+# make demo   sets up what it needs and distils a data set with the embedded teacher
+# make test   sets up what it needs and passes the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.core
+	$(BIN)/python -m lab.grammar --samples 200 --seed 13 --output demo/data
+	$(BIN)/fastdistill pipeline run --config examples/fastdistill/demo.yaml --output-dir demo/artifacts
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("FastDistill needs Python 3.11 or later, this is " + sys.version.split()[0] + "; make PYTHON=python3.12 chooses another") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(INSTALL) --editable '.[dev,servers]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,192 @@
+"""The command line: parses arguments, calls what does the work, and turns every ending into its exit code."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from fastdistill.core.errors import ExitCode, FatalError
+
+if TYPE_CHECKING:
+    from fastdistill.control.session import Pipeline
+
+app = typer.Typer(
+    name="fastdistill",
+    help="Turn a teacher LLM into training data that can be proved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+pipeline_app = typer.Typer(no_args_is_help=True, help="Check, preview and run a pipeline.")
+runs_app = typer.Typer(no_args_is_help=True, help="Look at earlier runs.")
+data_app = typer.Typer(no_args_is_help=True, help="Get data sets ready.")
+prepare_app = typer.Typer(no_args_is_help=True, help="Turn a published data set into records.")
+app.add_typer(pipeline_app, name="pipeline")
+app.add_typer(runs_app, name="runs")
+app.add_typer(data_app, name="data")
+data_app.add_typer(prepare_app, name="prepare")
+
+Config = Annotated[Path, typer.Option("--config", "-c", help="The pipeline's YAML file.")]
+ConfigEnv = Annotated[Path | None, typer.Option(help="A second layer: what differs in this environment.")]
+ConfigRun = Annotated[Path | None, typer.Option(help="A third layer: what differs in this run.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="One value: models.teacher.model=llama3", metavar="A.B=C")]
+OutputDir = Annotated[
+    Path | None, typer.Option("--output-dir", "-o", help="The artifacts root [FASTDISTILL_ARTIFACTS_DIR or artifacts].")
+]
+
+
+def main() -> NoReturn:
+    """The `fastdistill` command."""
+    try:
+        app()
+    except FatalError as error:
+        fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        fail("interrupted; what was paid for is stored: run the same command again to go on", ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # who read our output has gone
+        sys.exit(ExitCode.OK)
+    sys.exit(ExitCode.OK)
+
+
+def fail(message: str, code: ExitCode) -> NoReturn:
+    """Ends the command with one clear message and no traceback."""
+    lines = message.splitlines()
+    print("\n".join([f"error: {lines[0]}", *(f"       {line}" for line in lines[1:])]), file=sys.stderr)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        from importlib.metadata import version
+
+        print(f"fastdistill {version('fastdistill')}")
+
+
+@pipeline_app.command()
+def run(
+    config: Config,
+    config_env: ConfigEnv = None,
+    config_run: ConfigRun = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    run_id: Annotated[str | None, typer.Option(help="A name of your own for the run's folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+) -> None:
+    """Distil the data set. After a crash or Ctrl-C, run the same command again: it goes on where it was."""
+    from fastdistill.control.progress import live, summary
+
+    result = _load(config, config_env, config_run, set_).run(
+        output_dir=output_dir, run_id=run_id, watch=None if quiet else live
+    )
+    if not quiet:
+        from rich.console import Console
+
+        summary(result, Console())
+    if result.exit_code is not ExitCode.OK:
+        fail(str(result.manifest["message"]), result.exit_code)
+
+
+@pipeline_app.command()
+def validate(config: Config, config_env: ConfigEnv = None, config_run: ConfigRun = None, set_: Set = None) -> None:
+    """Check a config: every error at once, each with its path. Nothing is spent and no server is asked."""
+    pipeline = _load(config, config_env, config_run, set_)
+    print(f"{config}: valid; {len(pipeline.steps)} steps, run id {pipeline.run_id}")
+
+
+@pipeline_app.command()
+def info(
+    config: Config,
+    config_env: ConfigEnv = None,
+    config_run: ConfigRun = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Show the resolved pipeline: steps, models, and where it would write."""
+    from fastdistill.control.show import show_info
+
+    show_info(_load(config, config_env, config_run, set_), output_dir)
+
+
+@pipeline_app.command()
+def preview(
+    config: Config,
+    config_env: ConfigEnv = None,
+    config_run: ConfigRun = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many samples.")] = 5,
+) -> None:
+    """Run a few samples and show prompts, answers and verdicts. The answers are stored: the run will not pay again."""
+    from fastdistill.control.show import show_preview
+
+    show_preview(_load(config, config_env, config_run, set_), output_dir, n)
+
+
+@runs_app.command("list")
+def list_runs(output_dir: OutputDir = None) -> None:
+    """All runs, the latest first."""
+    from fastdistill.control.show import show_runs
+
+    show_runs(output_dir)
+
+
+@runs_app.command("show")
+def show(run: str, output_dir: OutputDir = None) -> None:
+    """One run: how it ended, its funnel, its files. RUN is an id or its beginning."""
+    from fastdistill.control.show import show_run
+
+    show_run(run, output_dir)
+
+
+@app.command()
+def explain(run: str, sample_id: str, output_dir: OutputDir = None) -> None:
+    """Where a row comes from: input, prompt, model, parameters, every candidate and verdict.
+
+    SAMPLE_ID is a sample id or its beginning, a row's fd_id, or a task id.
+    """
+    from fastdistill.control.show import show_sample
+
+    show_sample(run, sample_id, output_dir)
+
+
+@app.command()
+def doctor(
+    config: Config,
+    config_env: ConfigEnv = None,
+    config_run: ConfigRun = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Ask each model's endpoint what it is and what it honours (a few one-token requests), and look at this machine."""
+    from fastdistill.control.doctor import examine
+
+    healthy = examine(_load(config, config_env, config_run, set_), output_dir)
+    if not healthy:
+        sys.exit(ExitCode.TEACHER)
+
+
+@prepare_app.command()
+def wikisql(
+    source: Annotated[str | None, typer.Option(help="data.tar.bz2, its folder, or a URL [the official one].")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Training records.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Which records are drawn.")] = 13,
+    output: Annotated[Path | None, typer.Option(help="Folder to write [~/.cache/fastdistill/datasets/...].")] = None,
+) -> None:
+    """WikiSQL: questions, schemas and gold SQL that really run on the databases written beside them."""
+    from fastdistill.data.wikisql import prepare_wikisql
+
+    print(prepare_wikisql(source, samples=samples, seed=seed, output=output))
+
+
+def _load(config: Path, config_env: Path | None, config_run: Path | None, set_: list[str] | None) -> "Pipeline":
+    from fastdistill.control.config import load_pipeline
+
+    return load_pipeline([layer for layer in (config, config_env, config_run) if layer is not None], set_ or ())
+
+
+if __name__ == "__main__":
+    main()

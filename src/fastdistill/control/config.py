@@ -1,0 +1,247 @@
+"""From YAML layers to a checked pipeline. Every error is found before anything is spent, and all are told at once.
+
+Layers are merged in order (`--config`, `--config-env`, `--config-run`, then `--set`). A mapping laid over the list of
+steps changes the steps it names: `steps: {TextGeneration: {num_generations: 4}}`.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fastdistill.control.registry import UnknownName, provider_class, step_class, suggest
+from fastdistill.control.session import Pipeline
+from fastdistill.core.errors import ConfigError
+from fastdistill.core.step import Step
+from fastdistill.model.provider import ModelConfig
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+_VARIABLE = re.compile(r"\$(\$)?\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+def load_pipeline(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Pipeline:
+    """The pipeline of some YAML files and `a.b=c` overrides.
+
+    Raises:
+        ConfigError: with every problem found, each with its path.
+    """
+    merged: Any = {}
+    for path in layers:
+        merged = merge(merged, read_yaml(path))
+    for override in overrides:
+        merged = merge(merged, _nested(override))
+    return parse_pipeline(merged)
+
+
+def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) -> Pipeline:
+    """The pipeline that a parsed config describes.
+
+    Raises:
+        ConfigError: with every problem found, each with its path.
+    """
+    problems: list[str] = []
+    config = interpolate(config, environment, problems)
+    if not isinstance(config, dict):
+        raise ConfigError("the config must be a mapping with name, models and steps")
+    known = dict(config)
+    models = _models(known.pop("models", {}), problems)
+    steps = _steps(known.pop("steps", None), problems)
+    pipeline: Pipeline | None = None
+    try:
+        pipeline = Pipeline(**known, models=models, steps=steps)
+    except ValidationError as error:
+        problems += describe(error, "", Pipeline)
+    if problems or pipeline is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return pipeline
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file, with duplicate keys refused.
+
+    Raises:
+        ConfigError: it is missing, not UTF-8, or not YAML; names file, line and column.
+    """
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path.absolute()}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from error
+    try:
+        return yaml.load(text, _Loader) or {}
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{place}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`over` laid on `base`: mappings are merged, a mapping on a list changes its named items, all else replaces."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        merged = {key: merge(value, over[key]) if key in over else deepcopy(value) for key, value in base.items()}
+        return merged | {key: deepcopy(value) for key, value in over.items() if key not in base}
+    if isinstance(base, list) and isinstance(over, dict):
+        changed = list(base)
+        for name, value in over.items():
+            at = _place(changed, str(name))
+            item = changed[at]
+            body = item if str(name).isdigit() else (item[name] if isinstance(item, dict) else None)
+            new = merge({} if body is None else body, value)
+            changed[at] = new if str(name).isdigit() else {name: new}
+        return changed
+    return deepcopy(over)
+
+
+def interpolate(value: Any, environment: Mapping[str, str], problems: list[str], path: str = "") -> Any:
+    """Replaces `${NAME}` and `${NAME:-default}` in every string; `$${` stands for `${`."""
+    if isinstance(value, dict):
+        return {key: interpolate(inner, environment, problems, _join(path, str(key))) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [interpolate(inner, environment, problems, f"{path}[{at}]") for at, inner in enumerate(value)]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+
+    def replacement(match: "re.Match[str]") -> str:
+        escaped, name, default = match.groups()
+        if escaped:
+            return match[0][1:]
+        found = environment.get(name) or default
+        if found is None:
+            problems.append(
+                f"{path}: the environment variable {name} is not set; set it, or write ${{{name}:-default}}"
+            )
+            return ""
+        return found
+
+    return _VARIABLE.sub(replacement, value)
+
+
+def describe(error: ValidationError, path: str, model: type[BaseModel]) -> list[str]:
+    """One line for each problem of a validation error: its path, what is wrong, what was given."""
+    problems = []
+    for problem in error.errors():
+        place = path
+        for part in problem["loc"]:
+            place = f"{place}[{part}]" if isinstance(part, int) else _join(place, str(part))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key; {suggest(str(problem['loc'][-1]), list(model.model_fields))}"
+        elif problem["type"] == "missing":
+            message = "required, but not given"
+        elif isinstance(given := problem["input"], str | int | float | bool) or given is None:
+            message = f"{message} (given: {given!r})"
+        problems.append(f"{place}: {message}" if place else message)
+    return problems
+
+
+def _models(given: Any, problems: list[str]) -> dict[str, ModelConfig]:
+    if not isinstance(given, dict):
+        problems.append("models: must be a mapping of names, like `teacher: {provider: ollama, model: ...}`")
+        return {}
+    models = {}
+    for name, body in given.items():
+        path = f"models.{name}"
+        if isinstance(body, ModelConfig):
+            models[name] = body
+            continue
+        if not isinstance(body, dict) or not isinstance(body.get("provider"), str):
+            problems.append(f"{path}.provider: required, for example ollama, openai or vllm")
+            continue
+        try:
+            kind: type[ModelConfig] = provider_class(body["provider"]).Config
+        except UnknownName as error:
+            problems.append(f"{path}.provider: {error}")
+            continue
+        if parsed := _validated(kind, body, path, problems):
+            models[name] = parsed
+    return models
+
+
+def _steps(given: Any, problems: list[str]) -> list[Step]:
+    if not isinstance(given, list) or not given:
+        problems.append("steps: required; a list like `- LoadJsonl: {path: train.jsonl}`")
+        return []
+    steps = []
+    for at, item in enumerate(given):
+        if isinstance(item, Step):
+            steps.append(item)
+            continue
+        entry = {item: None} if isinstance(item, str) else item
+        if not isinstance(entry, dict) or len(entry) != 1:
+            problems.append(f"steps[{at}]: must be one step, like `- Deduplicate: {{}}`; check the indentation")
+            continue
+        name, body = next(iter(entry.items()))
+        path = f"steps[{at}].{name}"
+        try:
+            kind: type[Step] = step_class(str(name))
+        except UnknownName as error:
+            problems.append(f"steps[{at}]: {error}")
+            continue
+        if not isinstance(body, dict | None):
+            problems.append(f"{path}: must be a mapping of the step's options")
+        elif parsed := _validated(kind, body or {}, path, problems):
+            steps.append(parsed)
+    return steps
+
+
+def _validated(kind: type[Parsed], body: dict[str, Any], path: str, problems: list[str]) -> Parsed | None:
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        problems += describe(error, path, kind)
+        return None
+
+
+def _nested(override: str) -> Any:
+    """`a.b=c` as the mapping that it stands for; the value is YAML."""
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip("."):
+        raise ConfigError(f"--set {override}: write it as path=value, like models.teacher.model=llama3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
+    for part in reversed(re.findall(r"[^.\[\]]+", path)):
+        value = {part: value}
+    return value
+
+
+def _place(items: list[Any], name: str) -> int:
+    """Where in a list the item called `name` is: by number, or by a step's name."""
+    if name.isdigit() and int(name) < len(items):
+        return int(name)
+    named = [at for at, item in enumerate(items) if item == name or (isinstance(item, dict) and name in item)]
+    if len(named) == 1:
+        return named[0]
+    known = [str(item if isinstance(item, str) else next(iter(item), "")) for item in items]
+    many = "is there several times: use its number instead" if named else f"is not there; {suggest(name, known)}"
+    raise ConfigError(f"steps.{name}: {many}")
+
+
+def _join(path: str, part: str) -> str:
+    return f"{path}.{part}" if path else part
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, instead of silently taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float | bool):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} is given twice", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)

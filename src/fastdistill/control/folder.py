@@ -1,0 +1,116 @@
+"""Where runs live: the artifacts root with the shared response store, and one folder for each run."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastdistill.core.errors import EnvironmentFault, InputError
+from fastdistill.core.files import atomic
+
+
+def artifacts_root(output_dir: Path | None = None) -> Path:
+    """`--output-dir`, else FASTDISTILL_ARTIFACTS_DIR, else `./artifacts`."""
+    return (output_dir or Path(os.environ.get("FASTDISTILL_ARTIFACTS_DIR", "artifacts"))).expanduser()
+
+
+class RunFolder:
+    """`<root>/runs/<run_id>/`; the names in it are part of the product's contract."""
+
+    def __init__(self, root: Path, run_id: str, path: Path | None = None) -> None:
+        self.root = root
+        self.run_id = run_id
+        self.path = path or root / "runs" / run_id
+        self.responses = root / "responses.sqlite"
+        self.config = self.path / "config.yaml"
+        self.ledger = self.path / "ledger.sqlite"
+        self.manifest = self.path / "manifest.json"
+        self.quality_report = self.path / "quality_report.json"
+        self.timing_report = self.path / "timing_report.json"
+        self.report_html = self.path / "report.html"
+        self.dist = self.path / "dist"
+        self.dist_in_work = self.path / "dist.partial"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder and holds it against a second run.
+
+        Raises:
+            EnvironmentFault: another process runs in it, or it can't be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise EnvironmentFault(f"{self.path}: {error.strerror}; choose another --output-dir") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.seek(0)
+                raise EnvironmentFault(
+                    f"{self.path}: another run is at work here (process {lock.read().strip() or 'unknown'});"
+                    " wait for it, stop it, or give this run its own --run-id"
+                ) from error
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+            yield
+
+    def begin_dist(self) -> None:
+        shutil.rmtree(self.dist_in_work, ignore_errors=True)
+        self.dist_in_work.mkdir()
+
+    def finish_dist(self) -> None:
+        """Puts the new data set in the place of an earlier one."""
+        shutil.rmtree(self.dist, ignore_errors=True)
+        self.dist_in_work.rename(self.dist)
+
+    @classmethod
+    def all(cls, root: Path) -> list["RunFolder"]:
+        """Every run under the root, the latest first."""
+        manifests = root.glob("runs/*/manifest.json")
+        latest_first = sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True)
+        return [cls(root, path.parent.name) for path in latest_first]
+
+    @classmethod
+    def find(cls, root: Path, run: str) -> "RunFolder":
+        """The run whose id is `run`, or begins with it.
+
+        Raises:
+            InputError: there is none, or more than one.
+        """
+        runs = [folder for folder in cls.all(root) if folder.run_id.startswith(run)]
+        exact = [folder for folder in runs if folder.run_id == run]
+        if len(exact or runs) == 1:
+            return (exact or runs)[0]
+        known = ", ".join(folder.run_id for folder in runs or cls.all(root)) or "none"
+        what = f"several runs begin with {run!r}" if runs else f"no run {run!r}"
+        raise InputError(f"{root}: {what}; there are: {known} (is --output-dir right?)")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A report of ours.
+
+    Raises:
+        InputError: it is not there or not JSON.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return content

@@ -1,0 +1,70 @@
+"""Names that a config may use, and where their classes live. Classes are imported when they are named, not before.
+
+A third party adds a step or a provider with an entry point of the group `fastdistill.steps` or
+`fastdistill.providers`, named as in the config and pointing at the class.
+"""
+
+import difflib
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+STEPS = {
+    "LoadJsonl": "fastdistill.data.load",
+    "CanonicalizeFields": "fastdistill.data.prepare",
+    "Deduplicate": "fastdistill.data.prepare",
+    "TextGeneration": "fastdistill.data.generate",
+    "CleanSqlOutput": "fastdistill.data.parse",
+    "RuleFilter": "fastdistill.data.rules",
+    "SQLiteExecEval": "fastdistill.data.execution.sqlite",
+    "ScoreFromExecEval": "fastdistill.data.select",
+    "SelectBest": "fastdistill.data.select",
+    "ExportSFT": "fastdistill.data.export.sft",
+}
+
+PROVIDERS = {
+    "openai": "fastdistill.model.providers.openai:OpenAIProvider",
+    "openrouter": "fastdistill.model.providers.openai:OpenAIProvider",
+    "vllm": "fastdistill.model.providers.openai:OpenAIProvider",
+    "sglang": "fastdistill.model.providers.openai:OpenAIProvider",
+    "ollama": "fastdistill.model.providers.ollama:OllamaProvider",
+    "embedded": "fastdistill.model.providers.embedded:EmbeddedProvider",
+}
+
+
+class UnknownName(ValueError):
+    """The message suggests the nearest known name."""
+
+
+def step_class(name: str) -> Any:
+    """The class of a step.
+
+    Raises:
+        UnknownName: no step has this name.
+    """
+    return _load("fastdistill.steps", name, {step: f"{module}:{step}" for step, module in STEPS.items()})
+
+
+def provider_class(kind: str) -> Any:
+    """The class of a provider.
+
+    Raises:
+        UnknownName: no provider has this name.
+    """
+    return _load("fastdistill.providers", kind, PROVIDERS)
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """`did you mean ...?`, or the known names if none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"known are: {', '.join(sorted(known))}"
+
+
+def _load(group: str, name: str, builtin: dict[str, str]) -> Any:
+    if name in builtin:
+        module, _, attribute = builtin[name].partition(":")
+        return getattr(import_module(module), attribute)
+    third_party = {point.name: point for point in entry_points(group=group)}
+    if name in third_party:
+        return third_party[name].load()
+    raise UnknownName(f"{name} is not known; {suggest(name, [*builtin, *third_party])}")

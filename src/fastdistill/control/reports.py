@@ -1,0 +1,196 @@
+"""The proofs of a run: manifest, quality report, timing report, HTML page, data set card and checksums."""
+
+import platform
+import sqlite3
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from fastdistill.control.card import dataset_card
+from fastdistill.control.folder import RunFolder, write_json
+from fastdistill.control.run import ActiveRun
+from fastdistill.control.tally import Tally, interval
+from fastdistill.core.canonical import digest
+from fastdistill.core.errors import EnvironmentFault, ExitCode, FatalError
+from fastdistill.core.files import atomic, sha256_file
+from fastdistill.core.types import Status
+
+if TYPE_CHECKING:
+    from fastdistill.control.session import Pipeline, RunResult
+
+DEPENDENCIES = ("aiohttp", "jinja2", "msgspec", "numpy", "pyarrow", "pydantic", "sqlglot")
+
+
+class Proofs:
+    """Writes what a run can show for itself, from its beginning (status `running`) to its end."""
+
+    def __init__(self, pipeline: "Pipeline", folder: RunFolder, tally: Tally) -> None:
+        self._pipeline = pipeline
+        self._folder = folder
+        self._tally = tally
+        self._started = datetime.now(UTC)
+        self._begun = perf_counter()
+
+    def begin(self) -> None:
+        write_json(self._folder.manifest, self._manifest(None, "running", None, ""))
+
+    def finish_dist(self) -> None:
+        """Completes the data set's folder with its card and checksums, and puts it in place."""
+        dist = self._folder.dist_in_work
+        files = sorted(path for path in dist.rglob("*") if path.is_file())
+        with atomic(dist / "README.md") as file:
+            file.write(dataset_card(self._pipeline, self._tally, [path.relative_to(dist) for path in files]))
+        files = sorted(path for path in dist.rglob("*") if path.is_file())
+        lines = [f"{sha256_file(path)}  {path.relative_to(dist).as_posix()}\n" for path in files]
+        with atomic(dist / "checksums.txt") as file:
+            file.writelines(lines)
+        self._folder.finish_dist()
+
+    def finish(self, run: ActiveRun) -> "RunResult":
+        from fastdistill.control.session import RunResult
+
+        floor = self._pipeline.require.check(self._tally)
+        missed = [check["requirement"] for check in floor if not check["met"]]
+        if missed:
+            status, code, message = "below_floor", ExitCode.FLOOR, f"below the floor: {', '.join(missed)}"
+        elif self._tally.failed:
+            status, code = "complete", ExitCode.PARTIAL
+            message = failures_message(self._tally)
+        else:
+            status, code, message = "complete", ExitCode.OK, ""
+        quality, timing = self._reports(run, floor)
+        manifest = self._manifest(run, status, code, message)
+        write_json(self._folder.manifest, manifest)
+        folder = self._folder
+        return RunResult(folder.run_id, folder.path, folder.dist, code, manifest, quality, timing)
+
+    def abort(self, run: ActiveRun | None, error: FatalError) -> None:
+        """The proofs of a run that could not be finished: what there is, and why it ended."""
+        status = "interrupted" if error.exit_code is ExitCode.INTERRUPTED else "failed"
+        with suppress(OSError, EnvironmentFault):  # the disk may be the very thing that failed
+            if run is not None:
+                self._reports(run, [])
+            write_json(self._folder.manifest, self._manifest(run, status, error.exit_code, str(error)))
+
+    def _reports(self, run: ActiveRun, floor: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        quality = self._quality(floor)
+        timing = self._timing(run)
+        write_json(self._folder.quality_report, quality)
+        write_json(self._folder.timing_report, timing)
+        return quality, timing
+
+    def _quality(self, floor: list[dict[str, Any]]) -> dict[str, Any]:
+        tally = self._tally
+        tokens = tally.completion_tokens + tally.prompt_tokens
+        return {
+            "run_id": self._folder.run_id,
+            "samples": {
+                "read": tally.samples,
+                "duplicates": tally.statuses[Status.DUPLICATE],
+                "failed": tally.failed,
+                "completed": tally.statuses[Status.OPEN],
+                "accepted": tally.accepted_samples,
+                "undecided": tally.undecided_samples,
+                "accept_rate": interval(tally.accept_rate()),
+            },
+            "candidates": {
+                "generated": tally.candidates,
+                **{str(outcome): count for outcome, count in sorted(tally.outcomes.items())},
+                "selected": tally.selected,
+                "finish_reasons": {str(reason): count for reason, count in sorted(tally.finish_reasons.items())},
+                "cuts": dict(sorted(tally.cuts.items())),
+                "scores": {str(score): count for score, count in sorted(tally.scores.items())},
+            },
+            "tokens": {
+                "prompt": tally.prompt_tokens,
+                "completion": tally.completion_tokens,
+                "accepted_samples_per_1000_tokens": round(1000 * tally.accepted_samples / tokens, 4)
+                if tokens
+                else None,
+            },
+            "stages": tally.stages(),
+            "failures": [
+                {"step": step, "reason": reason, "count": count.count, "examples": count.examples}
+                for (step, reason), count in sorted(tally.failures.items())
+            ],
+            "floor": floor,
+        }
+
+    def _timing(self, run: ActiveRun) -> dict[str, Any]:
+        return {
+            "run_id": self._folder.run_id,
+            "wall_s": round(perf_counter() - self._begun, 3),
+            "steps": {
+                name: {"busy": times.busy.summary(), "queued": times.queued.summary()}
+                for name, times in run.step_times.items()
+            },
+            "models": {name: model.meter.report(model.config.concurrency) for name, model in run.models.items()},
+        }
+
+    def _manifest(self, run: ActiveRun | None, status: str, code: ExitCode | None, message: str) -> dict[str, Any]:
+        folder, tally = self._folder, self._tally
+        ended = status != "running"
+        return {
+            "schema": 1,
+            "run_id": folder.run_id,
+            "name": self._pipeline.name,
+            "status": status,
+            "exit_code": code,
+            "message": message,
+            "started": self._started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds") if ended else None,
+            "config_sha256": digest(self._pipeline.resolved()),
+            "versions": {
+                "fastdistill": version("fastdistill"),
+                "python": platform.python_version(),
+                "sqlite": sqlite3.sqlite_version,
+                "platform": f"{sys.platform}-{platform.machine()}",
+                **{name: version(name) for name in DEPENDENCIES},
+            },
+            "inputs": [_file_entry(path, path.absolute()) for path in self._inputs()] if ended else [],
+            "models": {
+                name: {
+                    "provider": config.provider,
+                    "model": config.model,
+                    "parameters": config.parameters(),
+                    "endpoint": asdict(found) if run and (found := run.models[name].capabilities) else None,
+                    "served": [
+                        {"model": model, "build": build, "answers": count}
+                        for (provider, asked, model, build), count in sorted(tally.served.items())
+                        if (provider, asked) == (config.provider, config.model)
+                    ],
+                }
+                for name, config in self._pipeline.models.items()
+            },
+            "stages": [
+                {key: stage[key] for key in ("step", "type", "fingerprint", "samples_in", "samples_kept")}
+                for stage in tally.stages()
+            ],
+            "content_sha256": {stage: str(content) for stage, content in sorted(tally.hashes.items())},
+            "outputs": _outputs(folder.dist, folder.path) if status in ("complete", "below_floor") else [],
+        }
+
+    def _inputs(self) -> list[Path]:
+        paths = {path for step in self._pipeline.steps for path in step.inputs()}
+        return sorted(path for path in paths if path.is_file())
+
+
+def failures_message(tally: Tally) -> str:
+    """How many samples failed and why: one line for each step and reason, with an example that names its place."""
+    lines = [f"{tally.failed} of {tally.samples} samples ended in an error; all others are done"]
+    for (step, reason), count in sorted(tally.failures.items(), key=lambda item: -item[1].count):
+        lines.append(f"{step}: {reason} ({count.count}): {count.examples[0]}")
+    return "\n".join(lines)
+
+
+def _outputs(dist: Path, relative_to: Path) -> list[dict[str, Any]]:
+    return [_file_entry(path, path.relative_to(relative_to)) for path in sorted(dist.rglob("*")) if path.is_file()]
+
+
+def _file_entry(path: Path, shown: Path) -> dict[str, Any]:
+    return {"path": shown.as_posix(), "bytes": path.stat().st_size, "sha256": sha256_file(path)}

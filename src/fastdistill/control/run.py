@@ -1,0 +1,146 @@
+"""One run at work: what the main path and the steps are given (`pipeline.Run`), made of the real parts."""
+
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+from fastdistill.control.ledger import Ledger
+from fastdistill.control.tally import Tally
+from fastdistill.core.errors import FatalError, TooManyErrors
+from fastdistill.core.stats import Histogram
+from fastdistill.core.step import KeyIndex, Step
+from fastdistill.core.timing import timed
+from fastdistill.core.types import Sample
+from fastdistill.model.client import ModelClient
+
+_ENOUGH_TO_JUDGE = 50  # samples before `max_error_rate` can stop a run midway
+
+
+class StepTime:
+    """Busy and queueing time of one step, in seconds."""
+
+    def __init__(self) -> None:
+        self.busy = Histogram()
+        self.queued = Histogram()
+
+
+class ActiveRun:
+    """Implements `pipeline.Run`. Lives in one event loop; everything but the ledger's writer is in its thread."""
+
+    def __init__(
+        self,
+        *,
+        dist: Path,
+        ledger: Ledger,
+        models: Mapping[str, ModelClient],
+        tally: Tally,
+        max_error_rate: float,
+        open_samples: int,
+    ) -> None:
+        self.dist = dist
+        self.open_samples = open_samples
+        self.tally = tally
+        self.models = models
+        self.step_times: dict[str, StepTime] = {}
+        self.begun = perf_counter()
+        self._ledger = ledger
+        self._max_error_rate = max_error_rate
+        self._indexes = Indexes()
+        self._reason: FatalError | None = None
+
+    def model(self, name: str) -> ModelClient:
+        return self.models[name]
+
+    def index(self, name: str) -> KeyIndex:
+        return self._indexes.open(name)
+
+    def discard(self, sample: Sample) -> None:
+        self.tally.add(sample)
+        self._ledger.submit(sample)
+        self._check_error_rate()
+
+    async def finished(self, sample: Sample) -> None:
+        await self._ledger.save(sample)
+        self.tally.add(sample)
+        self._check_error_rate()
+
+    def read_back(self) -> Iterator[Sample]:
+        return self._ledger.samples()
+
+    @property
+    def stopping(self) -> bool:
+        return self._reason is not None
+
+    def stop(self, reason: FatalError) -> None:
+        """Winds the run down: nothing new is begun, what is in flight comes home. The first reason stays."""
+        self._reason = self._reason or reason
+
+    def check(self) -> None:
+        """Raises the reason if the run is winding down (`model.client.Brake`)."""
+        if self._reason is not None:
+            raise self._reason
+
+    @contextmanager
+    def timed(self, step: Step) -> Iterator[None]:
+        times = self.step_times.setdefault(step.name, StepTime())
+        try:
+            with timed() as timer:
+                yield
+        finally:
+            for unit in timer.units:
+                times.busy.add(unit.busy)
+                times.queued.add(unit.queued)
+
+    def close(self) -> None:
+        self._indexes.close()
+
+    def check_error_rate_at_end(self) -> None:
+        """Raises TooManyErrors if more samples failed than the run allows."""
+        self._check_error_rate(enough=1)
+
+    def _check_error_rate(self, enough: int = _ENOUGH_TO_JUDGE) -> None:
+        failed, total = self.tally.failed, self.tally.samples
+        if total < enough or failed <= self._max_error_rate * total:
+            return
+        reasons = sorted(self.tally.failures.items(), key=lambda item: -item[1].count)
+        (step, reason), most = reasons[0]
+        raise TooManyErrors(
+            f"{failed} of {total} samples failed, more than max_error_rate {self._max_error_rate:g} allows;"
+            f" most often {reason} at {step} ({most.count}), like: {most.examples[0]}"
+        )
+
+
+class Indexes:
+    """Keys on disk, so that memory stays flat: one temporary SQLite file, gone when the run ends."""
+
+    def __init__(self) -> None:
+        # An empty name is SQLite's own temporary file: it spills to disk and is never seen by anybody else.
+        self._connection = sqlite3.connect("", isolation_level=None)
+        self._connection.execute("PRAGMA journal_mode=OFF")
+        self._connection.execute("PRAGMA cache_size=-8000")
+        self._opened = 0
+
+    def open(self, name: str) -> KeyIndex:
+        """A new, empty index; `name` is for people."""
+        self._opened += 1
+        return _Index(self._connection, f"{name}:{self._opened}")
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class _Index:
+    def __init__(self, connection: sqlite3.Connection, table: str) -> None:
+        quoted = '"' + table.replace('"', '""') + '"'
+        connection.execute(f"CREATE TABLE {quoted} (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+        self._insert = f"INSERT OR IGNORE INTO {quoted} VALUES (?, ?)"
+        self._select = f"SELECT value FROM {quoted} WHERE key = ?"
+        self._connection = connection
+
+    def first(self, key: str, value: str) -> str | None:
+        if self._connection.execute(self._insert, (key, value)).rowcount:
+            return None
+        (first,) = self._connection.execute(self._select, (key,)).fetchone()
+        return str(first)

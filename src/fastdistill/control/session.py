@@ -1,0 +1,269 @@
+"""A pipeline and its runs: checks what must fit together, runs it in its folder, leaves the proofs."""
+
+import asyncio
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+
+from fastdistill.control.floor import Floor
+from fastdistill.control.folder import RunFolder, artifacts_root
+from fastdistill.control.ledger import Ledger
+from fastdistill.control.registry import provider_class
+from fastdistill.control.reports import Proofs
+from fastdistill.control.run import ActiveRun
+from fastdistill.control.store import ResponseStore
+from fastdistill.control.tally import Tally
+from fastdistill.core.canonical import digest
+from fastdistill.core.errors import EnvironmentFault, ExitCode, FatalError
+from fastdistill.core.files import atomic
+from fastdistill.core.step import Gate, SampleStep, Step
+from fastdistill.model.client import ModelClient
+from fastdistill.model.provider import ModelConfig
+from fastdistill.pipeline import run_pipeline
+
+Watch: TypeAlias = Callable[[ActiveRun], AbstractContextManager[None]]
+"""Something that looks on while a run is at work, like the progress display."""
+
+
+class Interrupted(FatalError):
+    """The user asked the run to end."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run came to. `exit_code` is OK, PARTIAL or FLOOR; anything worse is raised."""
+
+    run_id: str
+    path: Path
+    dataset: Path
+    exit_code: ExitCode
+    manifest: Mapping[str, Any]
+    quality: Mapping[str, Any]
+    timing: Mapping[str, Any]
+
+
+class Pipeline(BaseModel):
+    """A named list of steps and the models that they ask.
+
+    From Python: `Pipeline(name="text2sql", models={"teacher": {"provider": "ollama", ...}}, steps=[...]).run()`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
+    models: dict[str, SerializeAsAny[ModelConfig]] = Field(default_factory=dict)
+    steps: tuple[SerializeAsAny[Step], ...] = Field(min_length=1)
+    require: Floor = Floor()
+    max_error_rate: float = Field(0.1, ge=0, le=1, description="share of samples that may fail before the run stops")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _of_their_provider(cls, models: Any) -> Any:
+        if not isinstance(models, dict):
+            return models
+        return {
+            name: provider_class(str(body.get("provider"))).Config.model_validate(body)
+            if isinstance(body, dict)
+            else body
+            for name, body in models.items()
+        }
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        object.__setattr__(self, "steps", tuple(_named(self.steps)))
+        problems = []
+        for at, step in enumerate(self.steps):
+            problems += [
+                f"steps[{at}].{step.name}.model: {model!r} is not under models: ({', '.join(self.models) or 'none'})"
+                for model in step.models()
+                if model not in self.models
+            ]
+        kinds = [type(step).__name__ for step in self.steps]
+        first_sample_step = next((at for at, step in enumerate(self.steps) if isinstance(step, SampleStep)), None)
+        if first_sample_step is not None and "CanonicalizeFields" not in kinds[:first_sample_step]:
+            problems.append(
+                f"steps[{first_sample_step}].{kinds[first_sample_step]}: CanonicalizeFields must come before it,"
+                " for it gives each sample its id"
+            )
+        gates = [step.name for step in self.steps if isinstance(step, Gate)]
+        problems += [
+            f"require.pass_rate.{gate}: no such gate; there are: {', '.join(gates) or 'none'}"
+            for gate in self.require.pass_rate
+            if gate not in gates
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def run_id(self) -> str:
+        """Name and hash of all that makes the data set: the same pipeline runs in the same folder, and so resumes."""
+        models = {name: [config.provider, config.model, config.parameters()] for name, config in self.models.items()}
+        steps = [[type(step).__name__, step.model_dump(mode="json")] for step in self.steps]
+        return f"{self.name}-{digest([self.name, models, steps])[:8]}"
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole configuration with its defaults, as YAML would have it, without secrets."""
+        return {
+            "name": self.name,
+            "models": {name: config.model_dump(mode="json") for name, config in self.models.items()},
+            "steps": [{type(step).__name__: step.model_dump(mode="json")} for step in self.steps],
+            "require": self.require.model_dump(mode="json", exclude_defaults=True),
+            "max_error_rate": self.max_error_rate,
+        }
+
+    def run(
+        self, *, output_dir: Path | str | None = None, run_id: str | None = None, watch: Watch | None = None
+    ) -> RunResult:
+        """Runs the pipeline; run again after a crash or Ctrl-C, it goes on where it was.
+
+        Args:
+            output_dir: the artifacts root; by default FASTDISTILL_ARTIFACTS_DIR, or `./artifacts`.
+            run_id: a name of your own for the run's folder.
+
+        Raises:
+            FatalError: the run could not be finished; everything that was paid for is stored.
+        """
+        root = artifacts_root(Path(output_dir) if output_dir is not None else None)
+        folder = RunFolder(root, run_id or self.run_id)
+        return run_in_loop(execute(self, folder, watch or (lambda _: nullcontext())))
+
+
+async def execute(pipeline: Pipeline, folder: RunFolder, watch: Watch) -> RunResult:
+    """Runs a pipeline in its folder, in the running event loop."""
+    with folder.held():
+        tally = Tally(pipeline.steps)
+        proofs = Proofs(pipeline, folder, tally)
+        with atomic(folder.config) as file:
+            yaml.safe_dump(pipeline.resolved(), file, sort_keys=False, allow_unicode=True, width=100)
+        folder.begin_dist()
+        proofs.begin()
+        run: ActiveRun | None = None
+        try:
+            async with AsyncExitStack() as stack:
+                store = await stack.enter_async_context(ResponseStore(folder.responses))
+                ledger = await stack.enter_async_context(Ledger(folder.ledger))
+                brake = _Brake()
+                models = {
+                    name: ModelClient(name, config, provider_class(config.provider)(config), store, brake)
+                    for name, config in pipeline.models.items()
+                }
+                for model in models.values():
+                    stack.push_async_callback(model.aclose)
+                run = brake.run = ActiveRun(
+                    dist=folder.dist_in_work,
+                    ledger=ledger,
+                    models=models,
+                    tally=tally,
+                    max_error_rate=pipeline.max_error_rate,
+                    open_samples=max(64, 2 * sum(config.concurrency for config in pipeline.models.values())),
+                )
+                stack.callback(run.close)
+                with watch(run), stops_on_signals(run, folder):
+                    await run_pipeline(pipeline.steps, run)
+                run.check_error_rate_at_end()
+            proofs.finish_dist()
+            return proofs.finish(run)
+        except FatalError as error:
+            proofs.abort(run, error)
+            raise
+        except OSError as error:
+            fault = EnvironmentFault(f"{error.filename or folder.path}: {error.strerror or error}; then run it again")
+            proofs.abort(run, fault)
+            raise fault from error
+
+
+class _Brake:
+    """Lets the clients, which are made first, ask the run, which is made of them."""
+
+    run: ActiveRun | None = None
+
+    def check(self) -> None:
+        if self.run is not None:
+            self.run.check()
+
+
+@contextmanager
+def stops_on_signals(run: ActiveRun, folder: RunFolder) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) lets answers in flight come home, the second ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+
+    def stop() -> None:
+        if run.stopping:
+            task.cancel()
+        run.stop(
+            Interrupted(
+                f"interrupted: answers so far are in {folder.responses}; run the same command again to go on from there"
+            )
+        )
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def run_in_loop(work: Coroutine[Any, Any, RunResult]) -> RunResult:
+    """Runs a coroutine to its end, on uvloop where there is one; in a thread of its own inside a notebook's loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _run(work)
+    results: list[RunResult | BaseException] = []
+
+    def target() -> None:
+        try:
+            results.append(_run(work))
+        except BaseException as error:
+            results.append(error)
+
+    thread = threading.Thread(target=target, name="fastdistill")
+    thread.start()
+    thread.join()
+    if isinstance(results[0], BaseException):
+        raise results[0]
+    return results[0]
+
+
+def _run(work: Coroutine[Any, Any, RunResult]) -> RunResult:
+    factory = None
+    if sys.platform != "win32" and sys.implementation.name == "cpython":
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(work)
+
+
+def _named(steps: tuple[Step, ...]) -> Iterator[Step]:
+    """Gives every step a name of its own: its class's, numbered from the second on."""
+    used: set[str] = {step.name for step in steps if step.name}
+    for step in steps:
+        if step.name:
+            yield step
+            continue
+        kind = type(step).__name__
+        name, number = kind, 1
+        while name in used:
+            number += 1
+            name = f"{kind}#{number}"
+        used.add(name)
+        yield step.model_copy(update={"name": name})

@@ -1,0 +1,182 @@
+"""What the commands print about pipelines, runs and samples. Reads what runs left; a preview runs a few samples."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastdistill.control.folder import RunFolder, artifacts_root, read_json
+from fastdistill.control.ledger import read_samples
+from fastdistill.control.progress import summary
+from fastdistill.control.session import Pipeline, RunResult, execute, run_in_loop
+from fastdistill.core.errors import ExitCode, InputError
+from fastdistill.core.step import Context, SampleStep, StreamStep
+from fastdistill.core.types import Candidate, Outcome, Sample
+
+if TYPE_CHECKING:
+    from fastdistill.core.types import Verdict
+
+_STYLE = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.ERROR: "yellow"}
+
+
+class FirstSamples(StreamStep):
+    """Lets the first `n` samples through."""
+
+    n: int
+
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        return islice(samples, self.n)
+
+
+def show_info(pipeline: Pipeline, output_dir: Path | None) -> None:
+    folder = RunFolder(artifacts_root(output_dir), pipeline.run_id)
+    console = Console()
+    console.print(yaml.safe_dump(pipeline.resolved(), sort_keys=False, allow_unicode=True), markup=False, end="")
+    table = Table("step", "kind", "fingerprint", box=None)
+    for step in pipeline.steps:
+        table.add_row(step.name, "sample" if isinstance(step, SampleStep) else "stream", step.fingerprint)
+    console.print(table)
+    state = "exists: the run goes on there" if folder.manifest.exists() else "does not exist yet"
+    console.print(f"run folder: {folder.path} ({state})", markup=False, soft_wrap=True)
+
+
+def show_preview(pipeline: Pipeline, output_dir: Path | None, n: int) -> None:
+    """Takes the first `n` samples through all steps up to the last that works on samples."""
+    kinds = [isinstance(step, SampleStep) for step in pipeline.steps]
+    first = kinds.index(True) if True in kinds else len(kinds)
+    end = len(kinds) - kinds[::-1].index(True) if True in kinds else len(kinds)
+    steps = (*pipeline.steps[:first], FirstSamples(n=n), *pipeline.steps[first:end])
+    short = Pipeline(name=pipeline.name, models=pipeline.models, steps=steps, max_error_rate=1)
+    root = artifacts_root(output_dir)
+    console = Console()
+    with TemporaryDirectory(prefix="fastdistill-preview-") as scratch:
+        folder = RunFolder(root, "preview", Path(scratch) / "run")
+        run_in_loop(execute(short, folder, lambda _: nullcontext()))
+        for sample in read_samples(folder.ledger):
+            print_sample(sample, console)
+    console.print(f"the answers are kept in {folder.responses}", markup=False, soft_wrap=True)
+
+
+def show_runs(output_dir: Path | None) -> None:
+    root = artifacts_root(output_dir)
+    table = Table("run", "status", "started", "samples", "accepted", "models", box=None)
+    for folder in RunFolder.all(root):
+        manifest = read_json(folder.manifest)
+        samples = read_json(folder.quality_report)["samples"] if folder.quality_report.exists() else {}
+        models = ", ".join(model["model"] for model in manifest["models"].values())
+        table.add_row(
+            folder.run_id, status(folder, manifest), manifest["started"], str(samples.get("read", "")),
+            str(samples.get("accepted", "")), models,
+        )  # fmt: skip
+    if table.row_count == 0:
+        raise InputError(f"{root.absolute()}: no runs here; is --output-dir right?")
+    Console().print(table)
+
+
+def show_run(run: str, output_dir: Path | None) -> None:
+    folder = RunFolder.find(artifacts_root(output_dir), run)
+    manifest = read_json(folder.manifest)
+    console = Console()
+    console.print(f"{folder.run_id}: {status(folder, manifest)} {manifest['message']}", markup=False, soft_wrap=True)
+    if not folder.quality_report.exists():
+        return
+    result = RunResult(
+        folder.run_id,
+        folder.path,
+        folder.dist,
+        ExitCode(manifest["exit_code"] or 0),
+        manifest,
+        read_json(folder.quality_report),
+        read_json(folder.timing_report),
+    )
+    summary(result, console)
+
+
+def show_sample(run: str, sample_id: str, output_dir: Path | None) -> None:
+    """Raises InputError if no sample, or more than one, is meant."""
+    folder = RunFolder.find(artifacts_root(output_dir), run)
+    if not folder.ledger.exists():
+        raise InputError(f"{folder.ledger}: this run has no ledger yet")
+    wanted = sample_id.partition("#")[0]
+    where = "sample_id = ?1 OR task_id = ?1 OR (length(?1) >= 6 AND substr(sample_id, 1, length(?1)) = ?1)"
+    found = list(islice(read_samples(folder.ledger, where, (wanted,)), 6))
+    if len(found) != 1:
+        several = ", ".join(sample.sample_id[:16] for sample in found)
+        what = f"several samples begin with {wanted!r}: {several}" if found else f"no sample {wanted!r}"
+        raise InputError(f"{folder.run_id}: {what}; give a sample id, 6 digits or more of it, or a task id")
+    print_sample(found[0], Console())
+
+
+def status(folder: RunFolder, manifest: dict[str, Any]) -> str:
+    """The manifest's status; `killed` for a run that says it is running while nobody holds its folder."""
+    if manifest["status"] != "running":
+        return str(manifest["status"])
+    lock = os.open(folder.path / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return "running"
+    finally:
+        os.close(lock)
+    return "killed"
+
+
+def print_sample(sample: Sample, console: Console) -> None:
+    """A sample with all that is known of it."""
+    console.rule(Text(f"{sample.source}  {sample.task_id}"))
+    _field(console, "sample id", sample.sample_id)
+    _field(console, "status", sample.status)
+    for name, value in sample.record.items():
+        _field(console, name, value if isinstance(value, str) else repr(value))
+    for failure in sample.failures:
+        _field(console, f"{failure.step}: {failure.reason}", failure.message, "yellow")
+    asked = None
+    for candidate in sample.candidates:
+        if candidate.prompt != asked:
+            asked = candidate.prompt
+            _field(console, "model", f"{asked.model} ({asked.provider})")
+            _field(console, "parameters", ", ".join(f"{k}={v!r}" for k, v in asked.parameters.items()))
+            for message in asked.messages:
+                _field(console, message["role"], message["content"], "dim")
+        _print_candidate(console, candidate, sample)
+
+
+def _print_candidate(console: Console, candidate: Candidate, sample: Sample) -> None:
+    chosen = {c.candidate_id: rank for rank, c in enumerate(sample.chosen)}
+    rank = f", selected as {chosen[candidate.candidate_id] + 1}" if candidate.candidate_id in chosen else ""
+    score = "" if candidate.score is None else f", score {candidate.score:g}"
+    head = f"attempt {candidate.attempt} (seed {candidate.seed}): {candidate.outcome}{score}{rank}"
+    console.print(Text(head, style=f"bold {_STYLE[candidate.outcome]}"))
+    done = candidate.completion
+    tokens = f"{done.usage.completion_tokens} tokens, {done.finish_reason}"
+    _field(console, "  candidate", f"{candidate.candidate_id}  {done.model or ''} {done.build or ''} {tokens}")
+    if done.thinking:
+        _field(console, "  thinking", done.thinking, "dim")
+    if candidate.answer != done.text:
+        _field(console, "  raw", done.text, "dim")
+    _field(console, "  answer", candidate.answer)
+    for cut in candidate.cuts:
+        _field(console, f"  cut: {cut.kind}", cut.text, "dim")
+    for verdict in candidate.verdicts:
+        _print_verdict(console, verdict)
+
+
+def _print_verdict(console: Console, verdict: "Verdict") -> None:
+    detail = ", ".join(f"{name}={value!r}" for name, value in verdict.detail.items())
+    text = Text.assemble(f"  {verdict.gate}: ", (f"{verdict.outcome} {verdict.reason}", _STYLE[verdict.outcome]))
+    console.print(text + Text(f" [{verdict.fingerprint}] {detail}", style="dim"), soft_wrap=True)
+
+
+def _field(console: Console, name: str, value: str, style: str = "") -> None:
+    separator = "\n    " if "\n" in value else " "
+    body = value.replace("\n", "\n    ")
+    console.print(Text(f"{name}:", style="bold") + Text(separator + body, style=style), soft_wrap=True)

@@ -1,0 +1,214 @@
+"""Counts of a run, kept while samples finish: the live progress and the quality report read the same figures.
+
+Memory does not grow with the number of samples. Content hashes are sums of item hashes modulo 2^256, so they don't
+depend on the order in which samples finish.
+"""
+
+import re
+from bisect import insort
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from fastdistill.core.stats import Rate, wilson
+from fastdistill.core.step import Step
+from fastdistill.core.types import Candidate, FinishReason, Outcome, Sample, Status
+
+EXAMPLES = 3
+
+
+@dataclass(slots=True)
+class GateCount:
+    """One gate's verdicts on candidates. `flags` are the yes/no entries of their details, like `exec_pass`."""
+
+    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    flags: dict[str, Counter[bool]] = field(default_factory=dict)
+    errors: Counter[str] = field(default_factory=Counter)
+    error_examples: dict[str, list[str]] = field(default_factory=dict)
+    scores: Counter[float] = field(default_factory=Counter)
+
+    def pass_rate(self) -> Rate:
+        """Passed among those that could be judged: `error` is neither."""
+        passed = self.outcomes[Outcome.PASS]
+        return wilson(passed, passed + self.outcomes[Outcome.FAIL])
+
+    def flag_rate(self, flag: str) -> Rate:
+        counts = self.flags.get(flag, Counter())
+        return wilson(counts[True], counts[True] + counts[False])
+
+
+@dataclass(slots=True)
+class FailureCount:
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+class ContentHash:
+    """Hash of a multiset of items, each given by its identifying parts."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+
+    def add(self, *parts: str) -> None:
+        item = sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).digest()
+        self._sum = (self._sum + int.from_bytes(item)) % 2**256
+
+    def __str__(self) -> str:
+        return f"{self._sum:064x}"
+
+
+class Tally:
+    """Takes every sample once, when it has finished or left the stream."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.steps = steps
+        self.samples = 0
+        self.statuses: Counter[Status] = Counter()
+        self.left_at: dict[str, Counter[Status]] = {step.name: Counter() for step in steps}
+        self.accepted_samples = 0
+        self.undecided_samples = 0  # nothing accepted, and at least one candidate that could not be judged
+        self.candidates = 0
+        self.outcomes: Counter[Outcome] = Counter()
+        self.selected = 0
+        self.finish_reasons: Counter[FinishReason] = Counter()
+        self.cuts: Counter[str] = Counter()
+        self.scores: Counter[float] = Counter()
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        # (provider, model asked for, model served, build) of every candidate's answer
+        self.served: Counter[tuple[str, str, str, str]] = Counter()
+        self.gates: dict[str, GateCount] = {}
+        self.failures: dict[tuple[str, str], FailureCount] = {}
+        self.hashes: dict[str, ContentHash] = {}
+
+    def add(self, sample: Sample) -> None:
+        self.samples += 1
+        self.statuses[sample.status] += 1
+        if sample.status is not Status.OPEN:
+            self.left_at.setdefault(sample.failures[-1].step, Counter())[sample.status] += 1
+        if sample.status is not Status.DUPLICATE:
+            for failure in sample.failures:
+                count = self.failures.setdefault((failure.step, failure.reason), FailureCount())
+                count.count += 1
+                _keep(count.examples, failure.message)
+        self._hash("samples", sample.sample_id, sample.status)
+        for candidate in sample.candidates:
+            self._candidate(candidate)
+        if sample.status is Status.OPEN:
+            self.accepted_samples += bool(sample.accepted)
+            undecided = any(c.outcome is Outcome.ERROR for c in sample.candidates)
+            self.undecided_samples += undecided and not sample.accepted
+            for rank, candidate in enumerate(sample.chosen):
+                self.selected += 1
+                self._hash("selected", candidate.candidate_id, str(rank), candidate.answer)
+
+    @property
+    def failed(self) -> int:
+        return self.statuses[Status.FAILED]
+
+    def accept_rate(self) -> Rate:
+        """Samples with an accepted candidate, among those that could be decided."""
+        return wilson(self.accepted_samples, self.statuses[Status.OPEN] - self.undecided_samples)
+
+    def flag_rate(self, flag: str) -> Rate:
+        """A flag's rate over the first gate that sets it."""
+        return next((gate.flag_rate(flag) for gate in self.gates.values() if flag in gate.flags), wilson(0, 0))
+
+    def stages(self) -> list[dict[str, Any]]:
+        """The quality report's stages, in the order of the steps."""
+        in_stream = self.samples
+        stages: list[dict[str, Any]] = []
+        for step in self.steps:
+            left = self.left_at[step.name]
+            kept = in_stream - left.total()
+            stage: dict[str, Any] = {
+                "step": step.name,
+                "type": type(step).__name__,
+                "fingerprint": step.fingerprint,
+                "samples_in": in_stream,
+                "samples_kept": kept,
+                "samples_rejected": {str(status): count for status, count in sorted(left.items())},
+            }
+            if step.name in self.gates:
+                stage["candidates"] = _gate_report(self.gates[step.name])
+            stages.append(stage)
+            in_stream = kept
+        return stages
+
+    def _candidate(self, candidate: Candidate) -> None:
+        self.candidates += 1
+        self.outcomes[candidate.outcome] += 1
+        self.finish_reasons[candidate.completion.finish_reason] += 1
+        self.prompt_tokens += candidate.completion.usage.prompt_tokens
+        self.completion_tokens += candidate.completion.usage.completion_tokens
+        completion = candidate.completion
+        self.served[
+            candidate.prompt.provider, candidate.prompt.model, completion.model or "", completion.build or ""
+        ] += 1
+        self.cuts.update(cut.kind for cut in candidate.cuts)
+        if candidate.score is not None:
+            self.scores[round(candidate.score, 2)] += 1
+        self._hash("candidates", candidate.candidate_id, candidate.completion.text)
+        for verdict in candidate.verdicts:
+            gate = self.gates.setdefault(verdict.gate, GateCount())
+            gate.outcomes[verdict.outcome] += 1
+            gate.reasons[verdict.reason] += 1
+            if verdict.score is not None:
+                gate.scores[round(verdict.score, 2)] += 1
+            for name, value in verdict.detail.items():
+                if isinstance(value, bool):
+                    gate.flags.setdefault(name, Counter())[value] += 1
+            if error := verdict.detail.get("exec_error"):
+                group = error_group(str(error))
+                gate.errors[group] += 1
+                _keep(gate.error_examples.setdefault(group, []), str(error))
+            self._hash(verdict.gate, candidate.candidate_id, verdict.outcome, verdict.reason)
+
+    def _hash(self, stage: str, *parts: str) -> None:
+        self.hashes.setdefault(stage, ContentHash()).add(*parts)
+
+
+def error_group(message: str) -> str:
+    """An execution error without its particulars, so that equal mistakes count together.
+
+    `no such column: t.naem` becomes `no such column`, `near "FORM": syntax error` becomes `syntax error`.
+    """
+    message = re.sub(r'near "[^"]*": ', "", message)
+    return re.sub(r"[:(]\s.*|\s*\(.*|[\"'`][^\"'`]*[\"'`]|\d+", "", message).strip() or message
+
+
+def interval(rate: Rate) -> dict[str, Any]:
+    """A rate as the reports write it."""
+    return {
+        name: value if value is None or isinstance(value, int) else round(value, 6)
+        for name, value in asdict(rate).items()
+    }
+
+
+def _keep(examples: list[str], text: str) -> None:
+    """Keeps the first few in alphabetical order: the same ones, whatever order the samples finish in."""
+    if text not in examples:
+        insort(examples, text)
+        del examples[EXAMPLES:]
+
+
+def _gate_report(gate: GateCount) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "judged": gate.outcomes.total(),
+        **{str(outcome): gate.outcomes[outcome] for outcome in Outcome},
+        "pass_rate": interval(gate.pass_rate()),
+        "reasons": dict(sorted(gate.reasons.items())),
+    }
+    for flag in sorted(gate.flags):
+        report[f"{flag}_rate"] = interval(gate.flag_rate(flag))
+    if gate.scores:
+        report["scores"] = {str(score): count for score, count in sorted(gate.scores.items())}
+    if gate.errors:
+        report["exec_errors"] = [
+            {"error": group, "count": count, "examples": gate.error_examples[group]}
+            for group, count in sorted(gate.errors.items(), key=lambda item: (-item[1], item[0]))
+        ]
+    return report

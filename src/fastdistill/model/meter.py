@@ -1,0 +1,94 @@
+"""What a model cost and how busy it was, counted while it happens. Wall-clock figures: reports only, never data."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from fastdistill.core.stats import Histogram
+from fastdistill.core.types import Completion, Usage
+from fastdistill.model.provider import Price
+
+
+@dataclass(slots=True)
+class Meter:
+    """Counters of one model. `busy` is time at the server, `queued` is waiting for a slot of ours; seconds."""
+
+    price: Price | None = None
+    requests: int = 0
+    answers: int = 0  # paid for in this run
+    stored: int = 0  # found in the response store
+    retries: Counter[str] = field(default_factory=Counter)
+    usage: Usage = field(default_factory=Usage)
+    busy: Histogram = field(default_factory=Histogram)
+    queued: Histogram = field(default_factory=Histogram)
+    in_flight: int = 0
+    peak: int = 0
+    first: float | None = None
+    last: float | None = None
+    _integral: float = 0.0  # in-flight requests times seconds
+    _changed: float = 0.0
+
+    @contextmanager
+    def request(self, queued: float) -> Iterator[None]:
+        """Holds one request in flight; `queued` is how long it waited for its slot, in seconds."""
+        begun = self._move(+1)
+        self.first = self.first or begun
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.last = self._move(-1)
+            self.busy.add(self.last - begun)
+            self.queued.add(queued)
+
+    def answered(self, completion: Completion) -> None:
+        self.answers += 1
+        used, new = self.usage, completion.usage
+        self.usage = Usage(
+            used.prompt_tokens + new.prompt_tokens,
+            used.completion_tokens + new.completion_tokens,
+            used.cached_tokens + new.cached_tokens,
+            used.reasoning_tokens + new.reasoning_tokens,
+        )
+
+    @property
+    def cost(self) -> float | None:
+        """US dollars paid in this run; None where no price is configured."""
+        if self.price is None:
+            return None
+        cached_price = self.price.prompt if self.price.cached is None else self.price.cached
+        fresh = self.usage.prompt_tokens - self.usage.cached_tokens
+        tokens_price = fresh * self.price.prompt + self.usage.cached_tokens * cached_price
+        return (tokens_price + self.usage.completion_tokens * self.price.completion) / 1e6
+
+    def report(self, concurrency: int) -> dict[str, Any]:
+        """The timing report's entry; `slot_utilisation` is mean requests in flight over `concurrency`."""
+        window = (self.last - self.first) if self.first is not None and self.last is not None else 0.0
+        mean = self._integral / window if window else 0.0
+        return {
+            "requests": self.requests,
+            "answers_paid": self.answers,
+            "answers_from_store": self.stored,
+            "retries": dict(sorted(self.retries.items())),
+            "window_s": round(window, 3),
+            "requests_per_s": round(self.requests / window, 3) if window else None,
+            "completion_tokens_per_s": round(self.usage.completion_tokens / window, 1) if window else None,
+            "in_flight_mean": round(mean, 2),
+            "in_flight_peak": self.peak,
+            "concurrency": concurrency,
+            "slot_utilisation": round(mean / concurrency, 4),
+            "busy": self.busy.summary(),
+            "queued": self.queued.summary(),
+            "cost_usd": self.cost,
+        }
+
+    def _move(self, change: int) -> float:
+        now = perf_counter()
+        self._integral += self.in_flight * (now - self._changed) if self._changed else 0.0
+        self.in_flight += change
+        self.peak = max(self.peak, self.in_flight)
+        self._changed = now
+        return now

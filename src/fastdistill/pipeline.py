@@ -1,0 +1,98 @@
+"""The main path: how samples go through steps. Read this first.
+
+A pipeline is a flat list of steps. Stream steps are chained as lazy generators; consecutive sample steps run fused,
+one coroutine per open sample, so there is no batch and no barrier: a slow answer delays nobody. Samples finish in
+any order; the ledger gives them back in input order to the stream steps that follow.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack
+from itertools import groupby
+from typing import Protocol
+
+from fastdistill.core.errors import FatalError, SampleError, boundary
+from fastdistill.core.step import Context, SampleStep, Step, StreamStep
+from fastdistill.core.types import Sample
+
+
+class Run(Context, Protocol):
+    """What the main path needs of a run, beyond what it hands to the steps."""
+
+    @property
+    def open_samples(self) -> int:
+        """How many samples are worked on at a time; not how many requests are in flight."""
+        ...
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run is winding down: open samples come home, no new one is begun."""
+        ...
+
+    def stop(self, reason: FatalError) -> None: ...
+
+    def timed(self, step: Step) -> AbstractContextManager[None]: ...
+
+    async def finished(self, sample: Sample) -> None:
+        """Writes a sample to the ledger; it can be read back from then on."""
+        ...
+
+    def read_back(self) -> Iterator[Sample]:
+        """The finished samples that are still in the stream, in input order."""
+        ...
+
+
+async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
+    """Takes every sample through every step.
+
+    Raises:
+        FatalError: what the run was stopped for; everything paid for is stored by then.
+    """
+    async with AsyncExitStack() as stack:
+        for step in steps:
+            await stack.enter_async_context(step.opened(run))
+        samples: Iterator[Sample] = iter(())
+        for is_sample_step, group in groupby(steps, lambda step: isinstance(step, SampleStep)):
+            if is_sample_step:
+                await run_samples([step for step in group if isinstance(step, SampleStep)], samples, run)
+                samples = run.read_back()
+            else:
+                for step in group:
+                    assert isinstance(step, StreamStep)
+                    samples = step.run(samples, run)
+        in_ledger = any(isinstance(step, SampleStep) for step in steps)
+        for sample in samples:  # the exports write as this loop pulls
+            if not in_ledger:
+                await run.finished(sample)
+
+
+async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run) -> None:
+    """Takes samples through the fused sample steps, `run.open_samples` at a time."""
+    stopped_for: list[FatalError] = []
+
+    async def work() -> None:
+        # The workers share one iterator: whoever is free takes the next sample.
+        try:
+            while not run.stopping and (sample := next(samples, None)) is not None:
+                await run.finished(await run_sample(steps, sample, run))
+                await asyncio.sleep(0)  # a sample that never waited lets the others have their turn
+        except FatalError as error:
+            stopped_for.append(error)
+            run.stop(error)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(run.open_samples):
+            group.create_task(work())
+    if stopped_for:
+        raise stopped_for[0]
+
+
+async def run_sample(steps: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
+    """One sample through all steps; what breaks is recorded with the sample and costs no other."""
+    for step in steps:
+        try:
+            with run.timed(step), boundary(step.name):
+                sample = await step.run(sample, run)
+        except SampleError as error:
+            return sample.failed(step.name, error)
+    return sample

@@ -1,0 +1,201 @@
+"""What a user may get wrong: one clear message with place and remedy, an exit code of its kind, and no traceback."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.servers import Server, choose, openai_server
+from tests.world import ANSWERS, RECORDS, config, make_database, write_records
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    message: str
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with everything right, of which each test spoils one thing."""
+
+    folder: Path
+    server: Server
+    records: Path
+    database: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return config(self.server.url, self.records, self.database)
+
+    def run(self, config: object = None, *, verb: str = "run", limit_blocks: int | None = None) -> Ended:
+        path = self.folder / "pipeline.yaml"
+        path.write_text(config if isinstance(config, str) else yaml.safe_dump(config or self.config))
+        output = [] if verb == "validate" else ["--output-dir", str(self.folder / "artifacts")]
+        quiet = ["--quiet"] if verb == "run" else []
+        command = [sys.executable, "-m", "fastdistill.control.cli", "pipeline", verb, *quiet, "-c", str(path), *output]
+        if limit_blocks is not None:  # 512 or 1024 bytes each: no file may grow beyond
+            command = ["sh", "-c", f"ulimit -f {limit_blocks}; exec {shlex.join(command)}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert "Traceback" not in done.stderr, done.stderr
+        return Ended(done.returncode, done.stderr)
+
+    @property
+    def paid(self) -> int:
+        return 3 * sum(count for prompt, count in self.server.counters.prompts.items() if "Question:" in prompt)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with openai_server(choose(ANSWERS), context=5000) as server:
+        yield World(tmp_path, server, write_records(tmp_path), make_database(tmp_path))
+
+
+def test_a_missing_file(world: World) -> None:
+    world.records.unlink()
+    ended = world.run()
+    assert ended.code == 3
+    assert str(world.records) in ended.message
+    assert world.paid == 0
+
+
+def test_every_config_error_at_once_with_its_path(world: World) -> None:
+    bad = world.config
+    bad["steps"][3]["TextGeneration"]["num_generation"] = 2
+    bad["steps"][5]["RuleFilter"]["max_chars"] = -1
+    bad["steps"].append({"ExportSTF": {}})
+    bad["models"]["teacher"]["num_ctx"] = "${NO_SUCH_VARIABLE}"
+    bad["requires"] = {}
+    ended = world.run(bad, verb="validate")
+    assert ended.code == 2
+    assert "steps[3].TextGeneration.num_generation: unknown key; did you mean num_generations?" in ended.message
+    assert "steps[5].RuleFilter.max_chars: " in ended.message
+    assert "steps[10]: ExportSTF is not known; did you mean ExportSFT?" in ended.message
+    assert "models.teacher.num_ctx: the environment variable NO_SUCH_VARIABLE is not set" in ended.message
+    assert "requires: unknown key; did you mean require?" in ended.message
+    assert world.paid == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [("name: x\nname: y\n", ":2:1"), ("name: [x\n", ":2:1"), ("- a\n", "must be a mapping"), ("", "steps: required")],
+)
+def test_a_config_that_is_not_one(world: World, text: str, place: str) -> None:
+    ended = world.run(text, verb="validate")
+    assert ended.code == 2
+    assert place in ended.message
+
+
+def test_a_record_without_a_field_that_the_template_needs(world: World) -> None:
+    write_records(world.folder, [{**RECORDS[0], "note": "x"}, *RECORDS[1:]])
+    needs_note = world.config
+    needs_note["steps"][3]["TextGeneration"]["template"] = "Question: {{ note }}"
+    ended = world.run(needs_note)
+    assert ended.code == 5
+    assert "train.jsonl:" in ended.message
+    assert "'note' is undefined; the record has: task_id, schema, instruction" in ended.message
+    assert world.paid <= 3
+
+
+def test_one_bad_record_costs_no_other(world: World) -> None:
+    lines = world.records.read_bytes().splitlines()
+    lines[3] = b'{"task_id": "x", "schema": "caf\xe9"}'
+    lines[5] = b'{"task_id": "y", "schema": 1'
+    lines[7] = b'{"task_id": "z", "instruction": "no schema"}'
+    world.records.write_bytes(b"\n".join(lines) + b"\n")
+    ended = world.run()
+    assert ended.code == 5
+    assert "3 of 60 samples ended in an error" in ended.message
+    assert "train.jsonl:4: not valid UTF-8 (byte 0xe9" in ended.message
+    assert "train.jsonl:8: no field schema" in ended.message
+    assert world.paid == 57 * 3
+
+
+def test_the_same_task_id_with_other_content(world: World) -> None:
+    write_records(world.folder, [*RECORDS, {**RECORDS[1], "task_id": RECORDS[0]["task_id"]}])
+    ended = world.run()
+    assert ended.code == 5
+    assert "train.jsonl:61: task id 'city-0000' belongs to other content at train.jsonl:1" in ended.message
+    assert world.paid == 60 * 3
+
+
+def test_a_database_that_is_none(world: World) -> None:
+    world.database.write_text("hello")
+    ended = world.run()
+    assert ended.code == 3
+    assert f"{world.database}: not a SQLite database" in ended.message
+    assert world.paid == 0
+
+
+def test_a_record_of_ten_megabytes(world: World) -> None:
+    huge = {**RECORDS[0], "task_id": "huge", "instruction": "word " * 2_000_000}
+    write_records(world.folder, [*RECORDS, huge])
+    ended = world.run()
+    assert ended.code == 5
+    assert "1 of 61 samples ended in an error" in ended.message
+    assert "context_too_long" in ended.message
+    assert world.paid == 60 * 3
+
+
+def test_an_empty_data_set(world: World) -> None:
+    world.records.write_text("\n\n")
+    ended = world.run()
+    assert ended.code == 3
+    assert f"{world.records}: no records" in ended.message
+
+
+def test_a_full_disk_loses_nothing_that_was_stored(world: World) -> None:
+    ended = world.run(limit_blocks=90)
+    assert ended.code == 8
+    assert "free some space and run" in ended.message
+    paid = world.paid
+    assert world.run().code == 0
+    # What was in flight when the disk was full could not be stored; everything before that was.
+    assert world.paid - 60 * 3 <= 8 * 3
+    assert paid > 0
+
+
+def test_too_many_failures_stop_the_run(world: World) -> None:
+    write_records(world.folder, [{"task_id": str(n), "schema": "x"} for n in range(200)])
+    ended = world.run()
+    assert ended.code == 5
+    assert "more than max_error_rate 0.1 allows" in ended.message
+    assert "no field instruction" in ended.message
+
+
+def test_a_wrong_key_and_an_unknown_model(tmp_path: Path) -> None:
+    records, database = write_records(tmp_path), make_database(tmp_path)
+    with openai_server(choose(ANSWERS), api_key="secret") as server:
+        world = World(tmp_path, server, records, database)
+        ended = world.run()
+        assert ended.code == 4
+        assert "401" in ended.message and "VLLM_API_KEY" in ended.message
+    with openai_server(choose(ANSWERS), models=["other"]) as server:
+        world = World(tmp_path, server, records, database)
+        ended = world.run()
+        assert ended.code == 4
+        assert "other" in ended.message
+
+
+def test_nobody_listens(world: World) -> None:
+    nobody = world.config
+    nobody["models"]["teacher"]["base_url"] = "http://127.0.0.1:9"
+    ended = world.run(nobody)
+    assert ended.code == 4
+    assert "vllm serve" in ended.message
+
+
+def test_the_floor_has_an_exit_code_of_its_own(world: World) -> None:
+    demanding = world.config | {"require": {"exec_pass_rate": 0.99}}
+    ended = world.run(demanding)
+    assert ended.code == 6
+    assert "below the floor: exec_pass_rate" in ended.message
+    (manifest,) = (world.folder / "artifacts").glob("runs/*/manifest.json")
+    assert json.loads(manifest.read_text())["status"] == "below_floor"

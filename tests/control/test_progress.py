@@ -1,0 +1,345 @@
+import asyncio
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from rich.console import Console
+
+from fastdistill.control.folder import RunFolder
+from fastdistill.control.ledger import Ledger
+from fastdistill.control.progress import Recent, board, clock, display, dollars, live, log_line, log_lines, summary
+from fastdistill.control.reports import Proofs
+from fastdistill.control.run import ActiveRun
+from fastdistill.control.session import Interrupted, Pipeline, RunResult
+from fastdistill.control.tally import Tally
+from fastdistill.core.canonical import digest
+from fastdistill.core.errors import SampleError
+from fastdistill.core.step import Gate
+from fastdistill.core.types import (
+    Answer,
+    Candidate,
+    Completion,
+    Draw,
+    Failure,
+    FinishReason,
+    Outcome,
+    Prompt,
+    Sample,
+    Status,
+    Usage,
+    Verdict,
+)
+from fastdistill.data.generate import TextGeneration
+from fastdistill.data.load import LoadJsonl
+from fastdistill.data.prepare import CanonicalizeFields
+from fastdistill.data.rules import RuleFilter
+from fastdistill.model.client import ModelClient
+from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Price
+
+HOSTILE = "<script>alert('x')</script> [bold]\x1b[2J"
+
+
+class ExecutionGate(Gate):
+    """Stands where SQLiteExecEval would; the verdicts here are made by hand."""
+
+
+class ScriptedTeacher:
+    kind: ClassVar[str] = "scripted"
+    Config: ClassVar[type[ModelConfig]] = ModelConfig
+
+    async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
+        return [COMPLETION] * n
+
+    async def probe(self) -> Capabilities:
+        return Capabilities("http://127.0.0.1:1/v1", server=HOSTILE, served_model="served-7b", notes=("a note",))
+
+    async def aclose(self) -> None:
+        pass
+
+
+class EmptyStore:
+    def get(self, key: str) -> Completion | None:
+        return None
+
+    async def put(self, prompt: Prompt, answers: Sequence[Answer]) -> None:
+        pass
+
+
+class NoBrake:
+    def check(self) -> None:
+        pass
+
+
+COMPLETION = Completion("SELECT 1", FinishReason.STOP, Usage(100, 20), model="served-7b", build="sha256:beef")
+PROMPT = Prompt("scripted", "teacher-7b", ({"role": "user", "content": "?"},), {})
+
+
+def pipeline() -> Pipeline:
+    return Pipeline.model_validate(
+        {
+            "name": "text2sql",
+            "models": {
+                "teacher": ModelConfig(
+                    provider="scripted", model="teacher-7b", max_concurrency=8, price=Price(prompt=1, completion=2)
+                )
+            },
+            "steps": (
+                LoadJsonl(rows=({"question": "?"},)),
+                CanonicalizeFields(fields=("question",)),
+                TextGeneration(template="{{ question }}"),
+                RuleFilter(),
+                ExecutionGate(),
+            ),
+            "require": {"min_accepted": 1, "accept_rate": 0.9},
+        }
+    )
+
+
+def judged(index: int, *verdicts: tuple[Outcome, str, str | None]) -> Sample:
+    """A sample with one candidate; a verdict is outcome, reason and what execution said."""
+    sample_id, draw = digest(index), Draw(0, index)
+    candidate = Candidate(
+        draw.candidate_id(sample_id, PROMPT), 0, index, draw.key(PROMPT), PROMPT, COMPLETION, COMPLETION.text
+    )
+    for gate, (outcome, reason, said) in zip(("RuleFilter", "ExecutionGate"), verdicts, strict=False):
+        detail = {} if gate == "RuleFilter" else {"exec_pass": said is None, "exec_error": said}
+        candidate = candidate.judged(Verdict(gate, "0" * 16, outcome, reason, 0.5, detail))
+    return Sample(index, f"rows:{index}", {}, sample_id=sample_id, candidates=(candidate,))
+
+
+PASS, FAIL, ERROR = Outcome.PASS, Outcome.FAIL, Outcome.ERROR
+SAMPLES = (
+    *(judged(index, (PASS, "ok", None), (PASS, "match", None)) for index in range(6)),
+    judged(6, (FAIL, "too_long", None)),
+    judged(7, (PASS, "ok", None), (FAIL, "sql_error", f"no such column: {HOSTILE}")),
+    judged(8, (PASS, "ok", None), (ERROR, "infra_timeout", None)),
+    Sample(9, "rows:9", {}, sample_id=digest(9)).failed(
+        "TextGeneration", SampleError("timeout", f"no answer {HOSTILE}")
+    ),
+    replace(
+        Sample(10, "rows:10", {}, sample_id=digest(0)),
+        status=Status.DUPLICATE,
+        failures=(Failure("CanonicalizeFields", "duplicate", "rows:10: the same task as rows:0"),),
+    ),
+)
+
+
+async def work(plan: Pipeline, folder: RunFolder) -> tuple[ActiveRun, RunResult]:
+    """What a run does, with samples made by hand in place of the steps."""
+    tally = Tally(plan.steps)
+    proofs = Proofs(plan, folder, tally)
+    teacher = ModelClient("teacher", plan.models["teacher"], ScriptedTeacher(), EmptyStore(), NoBrake())
+    await teacher.ready()
+    async with Ledger(folder.ledger) as ledger:
+        run = ActiveRun(
+            dist=folder.dist_in_work,
+            ledger=ledger,
+            models={"teacher": teacher},
+            tally=tally,
+            max_error_rate=1,
+            open_samples=64,
+        )
+        for sample in SAMPLES:
+            with run.timed(plan.steps[2]):
+                if sample.candidates:
+                    await teacher.generate(PROMPT, [Draw(0, sample.index)])
+            await run.finished(sample)
+        teacher.meter.retries[ErrorKind.RATE_LIMITED] += 3
+        run.close()
+    (folder.dist_in_work / "train.jsonl").write_text("{}\n")
+    proofs.finish_dist()
+    return run, proofs.finish(run)
+
+
+def ran(tmp_path: Path) -> tuple[ActiveRun, RunResult]:
+    folder = RunFolder(tmp_path, "text2sql-0123abcd")
+    with folder.held():
+        folder.begin_dist()
+        return asyncio.run(work(pipeline(), folder))
+
+
+def terminal() -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=80, height=50, color_system="standard")
+
+
+def shown(console: Console) -> str:
+    """What a person reads: the output without its control sequences."""
+    assert isinstance(console.file, io.StringIO)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+
+
+def words(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_board_shows_samples_gates_and_models_at_80_columns(tmp_path: Path) -> None:
+    run, _ = ran(tmp_path)
+    console = terminal()
+    console.print(board(run, Recent()))
+    lines = words(shown(console))
+    assert all(len(line) <= 80 for line in shown(console).splitlines())
+    assert lines[0].startswith("11 samples")
+    assert lines[1].startswith("accepted 6 rejected 2 undecided 1 failed 1 duplicates 1")
+    assert "RuleFilter 8 1 0 88.9%" in lines
+    assert "ExecutionGate 6 1 1 85.7%" in lines
+    assert any(re.fullmatch(r"teacher 0/8 9 0 [\d,]+ \$0\.0013 rate_limited 3", line) for line in lines)
+
+
+def test_time_left_is_told_only_when_the_total_is_known(tmp_path: Path) -> None:
+    run, _ = ran(tmp_path)
+    assert "ETA" not in log_line(run, Recent())
+    run.total = 22
+    console = terminal()
+    console.print(board(run, Recent()))
+    assert "11 of 22 samples (50%)" in shown(console)
+    assert re.search(r"ETA \d+:\d\d", shown(console))
+    assert "11 of 22 samples (50%)" in log_line(run, Recent())
+
+
+def test_speed_is_that_of_the_last_seconds(tmp_path: Path) -> None:
+    run, _ = ran(tmp_path)
+    recent = Recent()
+    run.begun = time.perf_counter() - 10
+    assert recent.look(run).samples == pytest.approx(1.1, rel=0.05)
+    assert recent.look(run).tokens["teacher"] == pytest.approx(18, rel=0.05)
+
+
+def test_a_run_that_winds_down_says_so(tmp_path: Path) -> None:
+    run, _ = ran(tmp_path)
+    run.stop(Interrupted("interrupted"))
+    console = terminal()
+    console.print(board(run, Recent()))
+    assert "stopping: 0 requests in flight" in shown(console)
+    assert log_line(run, Recent()).endswith("stopping")
+
+
+def test_without_a_terminal_there_are_plain_lines_and_one_at_the_end(tmp_path: Path) -> None:
+    run, _ = ran(tmp_path)
+    stream = io.StringIO()
+    with log_lines(run, stream, every=0.01):
+        time.sleep(0.1)
+        before_end = stream.getvalue().count("\n")
+    lines = stream.getvalue().splitlines()
+    assert 1 <= before_end < len(lines)
+    assert "\x1b" not in stream.getvalue()
+    assert re.match(
+        r"fastdistill 0:0\d  11 samples, [\d.]+/s:"
+        r" accepted 6, rejected 2, undecided 1, failed 1, duplicates 1  teacher 0/8 in flight, [\d,]+ tok/s, 3 retries",
+        lines[-1],
+    )
+
+
+def test_live_is_plain_where_stderr_is_no_terminal(tmp_path: Path) -> None:
+    run, _ = ran(tmp_path)
+    with redirect_stderr(io.StringIO()) as stream, live(run):
+        pass
+    assert len(stream.getvalue().splitlines()) == 1
+
+
+def test_a_stream_that_breaks_does_not_end_the_run(tmp_path: Path) -> None:
+    run, _ = ran(tmp_path)
+    stream = io.StringIO()
+    with log_lines(run, stream, every=0.01):
+        stream.close()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_a_terminal_can_ask_for_plain_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert "\x1b" not in on_a_terminal(ran(tmp_path)[0])
+
+
+def test_a_terminal_gets_a_live_display_and_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    written = on_a_terminal(ran(tmp_path)[0])
+    assert "ExecutionGate" in written
+    assert written.index("\x1b[?25l") < written.rindex("\x1b[?25h")
+    assert "\x1b[?25l" not in written[written.rindex("\x1b[?25h") :]
+
+
+@pytest.mark.parametrize("ending", [ValueError, KeyboardInterrupt, asyncio.CancelledError])
+def test_a_broken_run_restores_the_terminal_and_leaves_the_picture(tmp_path: Path, ending: type[BaseException]) -> None:
+    run, _ = ran(tmp_path)
+    console, stdout, stderr = terminal(), sys.stdout, sys.stderr
+    with pytest.raises(ending), display(run, console):
+        raise ending
+    assert isinstance(console.file, io.StringIO)
+    written = console.file.getvalue()
+    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
+    assert "\x1b[2K" not in written[written.rindex("ExecutionGate") :]
+    assert (sys.stdout, sys.stderr) == (stdout, stderr)
+
+
+def on_a_terminal(run: ActiveRun) -> str:
+    """Watches a run on a pseudo-terminal; returns what that was sent."""
+    master, slave = os.openpty()
+    with os.fdopen(master, "rb", buffering=0) as screen, os.fdopen(slave, "w") as stderr:
+        with redirect_stderr(stderr), live(run):
+            time.sleep(0.3)
+        stderr.flush()
+        return screen.read(1 << 16).decode()
+
+
+def test_summary_tells_what_was_reached_and_where_it_lies(tmp_path: Path) -> None:
+    _, result = ran(tmp_path)
+    console = terminal()
+    summary(result, console)
+    lines = words(shown(console))
+    assert lines[0].startswith("text2sql-0123abcd below_floor 0:0")
+    for line in (
+        "RuleFilter 9 8 1 0 88.9% [56.5, 98.0]",
+        "ExecutionGate 8 6 1 1 85.7% [48.7, 97.4]",
+        "ExecutionGate match 6, infra_timeout 1, sql_error 1",
+        "execution no such column 1",
+        "min_accepted 1 6 met",
+        "accept_rate 90.0% 75.0% [40.9, 92.9] missed",
+        f"dataset {result.path}/dist",
+        f"manifest {result.path}/manifest.json",
+        f"a sample fastdistill explain text2sql-0123abcd {digest(6)[:12]} --output-dir {tmp_path}",
+    ):
+        assert line in lines
+    for name, count in {"read": 11, "duplicates": 1, "failed": 1, "completed": 9, "accepted": 6}.items():
+        assert any(line.startswith(f"{name} {count} ") for line in lines), name
+    assert "900 prompt, 180 completion; 5.5556 accepted samples per 1000" in shown(console)
+    assert "9 answers paid, 0 from the store" in shown(console)
+
+
+def test_summary_fits_80_columns_but_for_what_is_copied(tmp_path: Path) -> None:
+    _, result = ran(tmp_path)
+    console = terminal()
+    summary(result, console)
+    tables = shown(console).partition("\ndataset")[0]
+    assert max(len(line) for line in tables.splitlines()) <= 80
+
+
+def test_an_error_message_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    _, result = ran(tmp_path)
+    console = terminal()
+    summary(result, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "\x1b[2J" not in console.file.getvalue()
+    assert "[bold]" in shown(console)
+
+
+def test_importing_the_progress_does_not_import_rich() -> None:
+    program = "import sys, fastdistill.control.progress; sys.exit('rich' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_amounts_read_well() -> None:
+    assert [clock(seconds) for seconds in (0, 59.6, 3661)] == ["0:00", "1:00", "1:01:01"]
+    assert [dollars(amount) for amount in (None, 0, 0.0042, 1234.5)] == ["–", "$0.00", "$0.0042", "$1,234.50"]
