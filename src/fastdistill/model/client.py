@@ -7,6 +7,7 @@ answer. It knows no wire protocol (providers do) and no file format (the store d
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -50,7 +51,7 @@ class ModelClient:
         self._brake = brake
         self._slots = asyncio.Semaphore(config.concurrency)
         self._probing = asyncio.Lock()
-        self._asks_n = True  # several choices in one request, until the server shows that it can't
+        self._asks_n = False  # several choices in one request, once the server has shown that it can
         self._asking: dict[str, asyncio.Event] = {}
 
     def prompt(self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any]) -> Prompt:
@@ -83,8 +84,16 @@ class ModelClient:
         async with self._probing:
             if self.capabilities is None:
                 self.capabilities = await self._probe()
-                self._asks_n = self.capabilities.n is not False
+                self._asks_n = self.capabilities.n is True
         return self.capabilities
+
+    @property
+    def endpoint(self) -> Capabilities | None:
+        """What was learnt of the endpoint, at first contact and since; None before it."""
+        if self.capabilities is None:
+            return None
+        notes = dict.fromkeys((*self.capabilities.notes, *self._provider.notes))
+        return replace(self.capabilities, notes=tuple(notes))
 
     async def aclose(self) -> None:
         await self._provider.aclose()

@@ -112,6 +112,11 @@ class Provider(Protocol):
     kind: ClassVar[str]
     Config: ClassVar[type[ModelConfig]]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was learnt while answering, for the manifest: parameters that had to be left out, and the like."""
+        ...
+
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         """Up to `n` completions of one request; a server may bring fewer, never more are returned.
 

@@ -1,0 +1,164 @@
+"""The embedded teacher: a small text-to-SQL model that comes with the package and runs in a process of its own.
+
+It needs no server, no key and no download. What it can do, and how it was trained, is in lab/teacher_card.md.
+"""
+
+import asyncio
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+from contextlib import suppress
+from typing import Any, ClassVar, Literal
+
+import msgspec
+from pydantic import Field
+
+from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
+from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, ProviderError
+
+_LINE_LIMIT = 1 << 24  # bytes; an answer with all its log-probabilities is one line
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "logprobs", "top_logprobs")
+_NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
+
+
+class EmbeddedConfig(ModelConfig):
+    provider: Literal["embedded"] = "embedded"
+    model: str = Field("text2sql", min_length=1, description="a label; there is one model")
+
+
+class EmbeddedProvider:
+    """Asks `fastdistill.model.embedded.worker`, whose docstring has the wire format; starts it when first needed."""
+
+    kind: ClassVar[str] = "embedded"
+    notes: tuple[str, ...] = ()
+    Config: ClassVar[type[ModelConfig]] = EmbeddedConfig
+
+    def __init__(self, config: EmbeddedConfig) -> None:
+        self._config = config
+        self._starting = asyncio.Lock()
+        self._process: Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._ready: dict[str, Any] = {}
+        self._asked = 0
+
+    async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
+        request = {
+            "messages": prompt.messages,
+            "n": n,
+            "seed": seed,
+            "stop": prompt.parameters.get("stop", ()),
+            **{name: prompt.parameters[name] for name in _SAMPLING if name in prompt.parameters},
+        }
+        for name in sorted(prompt.parameters.keys() - {*_SAMPLING, "stop", "revision"}):
+            if prompt.parameters[name] != _NEUTRAL.get(name):
+                raise ProviderError(
+                    ErrorKind.UNSUPPORTED, f"embedded: the model does not take {name}; remove it", parameter=name
+                )
+        result = await self._ask(request)
+        if "error" in result:
+            too_long = result["code"] == "context_length_exceeded"
+            raise ProviderError(
+                ErrorKind.TOO_LONG if too_long else ErrorKind.BAD_REQUEST, f"embedded: {result['error']}"
+            )
+        return [
+            _completion(choice, result["prompt_tokens"] if at == 0 else 0, self._ready["model"])
+            for at, choice in enumerate(result["choices"])
+        ]
+
+    async def probe(self) -> Capabilities:
+        await self._started()
+        return Capabilities(
+            endpoint="embedded",
+            server="fastdistill",
+            served_model=self._ready["model"],
+            build=self._ready["model"],
+            models=(self._config.model,),
+            context_length=self._ready["context"],
+            n=True,
+            logprobs=True,
+            json_schema=False,
+            seed=True,
+        )
+
+    async def aclose(self) -> None:
+        process, reader = self._process, self._reader
+        self._process = self._reader = None
+        if process is None or reader is None:
+            return
+        reader.cancel()
+        with suppress(asyncio.CancelledError):
+            await reader
+        with suppress(ProcessLookupError):
+            process.kill()
+        assert process.stdin is not None
+        process.stdin.close()
+        await process.communicate()
+
+    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        process = await self._started()
+        assert process.stdin is not None
+        self._asked += 1
+        key = self._asked
+        answer = self._waiting[key] = asyncio.get_running_loop().create_future()
+        try:
+            process.stdin.write(msgspec.json.encode({"id": key, **request}) + b"\n")
+            await process.stdin.drain()
+            return await asyncio.wait_for(answer, self._config.timeout)
+        except TimeoutError as error:
+            process.stdin.write(b'{"cancel": %d}\n' % key)
+            raise ProviderError(ErrorKind.TIMEOUT, f"embedded: no answer in {self._config.timeout:g} s") from error
+        except asyncio.CancelledError:
+            process.stdin.write(b'{"cancel": %d}\n' % key)
+            raise
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ProviderError(ErrorKind.RESET, "embedded: the model's process ended") from error
+        finally:
+            del self._waiting[key]
+
+    async def _started(self) -> Process:
+        async with self._starting:
+            if self._process is None or self._process.returncode is not None:
+                await self.aclose()
+                arguments = [sys.executable, "-m", "fastdistill.model.embedded.worker"]
+                process = await asyncio.create_subprocess_exec(
+                    *arguments, stdin=PIPE, stdout=PIPE, limit=_LINE_LIMIT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+                )
+                assert process.stdout is not None
+                line = await process.stdout.readline()
+                if not line:
+                    code = await process.wait()
+                    raise ProviderError(ErrorKind.RESET, f"embedded: the model's process ended at once, with {code}")
+                self._ready = msgspec.json.decode(line)
+                self._process = process
+                self._reader = asyncio.create_task(self._read(process))  # held; ended by aclose
+            return self._process
+
+    async def _read(self, process: Process) -> None:
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            result = msgspec.json.decode(line)
+            waiting = self._waiting.get(result["id"])
+            if waiting is not None and not waiting.done():
+                waiting.set_result(result)
+        await process.wait()
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(ProviderError(ErrorKind.RESET, "embedded: the model's process ended"))
+
+
+def _completion(choice: dict[str, Any], prompt_tokens: int, model: str) -> Completion:
+    logprobs = choice["logprobs"]
+    return Completion(
+        text=choice["text"],
+        finish_reason=FinishReason(choice["finish_reason"]),
+        usage=Usage(prompt_tokens, choice["tokens"]),
+        model=model,
+        build=model,
+        logprobs=None
+        if logprobs is None
+        else tuple(
+            TokenLogprob(entry["token"], entry["logprob"], tuple((token, logprob) for token, logprob in entry["top"]))
+            for entry in logprobs
+        ),
+    )

@@ -1,0 +1,445 @@
+"""Ollama's native chat. Its /v1 is not used: num_ctx can't be set there, and prompts that are too long are cut.
+
+Requests carry `truncate: false, shift: false` and a constant `num_ctx`: a prompt that does not fit is an error, and
+the model is not loaded anew between two requests. There is no `n`: one request brings one completion.
+"""
+
+import os
+import re
+from datetime import UTC, datetime
+from typing import Any, ClassVar, Literal, Self, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Struct
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
+from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, ProviderError
+from fastdistill.model.transport import (
+    AiohttpTransport,
+    Response,
+    Transport,
+    error_kind,
+    read_fault,
+    retry_after,
+    says_too_long,
+    split_thinking,
+)
+
+_DEFAULT_URL = "http://localhost:11434"
+
+_OPTIONS = {
+    "num_ctx": "num_ctx",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "max_tokens": "num_predict",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "repetition_penalty": "repeat_penalty",
+}
+"""Decode parameters that travel in `options`, under Ollama's names."""
+
+_EXPLICIT = {"repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""Sent where the decode profile has none: a Modelfile's own would apply in silence."""
+
+_DECODE_ONLY = {*_OPTIONS, "stop", "logprobs", "top_logprobs", "response_format", "options", "revision"}
+
+_T = TypeVar("_T", bound=Struct)
+
+_LOAD_TIMEOUT = 330.0
+"""Seconds; Ollama itself gives a model 5 minutes to load (OLLAMA_LOAD_TIMEOUT)."""
+
+
+class OllamaConfig(ModelConfig):
+    """One model of one Ollama server. The key is never dumped."""
+
+    default_concurrency: ClassVar[int] = 4  # OLLAMA_NUM_PARALLEL is 1; what goes beyond waits in the server
+
+    provider: Literal["ollama"] = "ollama"
+    base_url: str = Field("", description="by default OLLAMA_HOST, or http://localhost:11434; `host:port` will do")
+    api_key: SecretStr | None = Field(None, exclude=True, description="by default OLLAMA_API_KEY")
+    timeout: float = Field(240.0, gt=0, description="seconds for one request; by default OLLAMA_TIMEOUT, or 240")
+    num_ctx: int = Field(4096, gt=0, description="tokens of context; another value makes the server load anew")
+    think: bool | Literal["low", "medium", "high", "max"] = Field(
+        False, description="let a thinking model think; what it thinks is kept apart from the answer"
+    )
+    keep_alive: str | int = Field("30m", description="how long the model stays loaded; -1: for good")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_environment(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        found = {
+            "base_url": fields.get("base_url") or os.environ.get("OLLAMA_HOST") or _DEFAULT_URL,
+            "api_key": fields.get("api_key") or os.environ.get("OLLAMA_API_KEY") or None,
+        }
+        if timeout := os.environ.get("OLLAMA_TIMEOUT"):
+            found["timeout"] = fields.get("timeout", timeout)
+        return fields | found
+
+    @field_validator("base_url")
+    @classmethod
+    def _normal(cls, url: str) -> str:
+        return _normal_url(url)
+
+    def parameters(self) -> dict[str, Any]:
+        return super().parameters() | {"num_ctx": self.num_ctx, "think": self.think}
+
+
+class OllamaProvider:
+    """Speaks /api/chat.
+
+    `options` among a prompt's parameters win over the decode profile, but not over the draw's seed, and `num_ctx`
+    stays what the config says. `format` wins over `response_format`. Other parameters go out as they are.
+    """
+
+    kind: ClassVar[str] = "ollama"
+    notes: tuple[str, ...] = ()
+    Config: ClassVar[type[ModelConfig]] = OllamaConfig
+
+    def __init__(self, config: OllamaConfig, transport: Transport | None = None) -> None:
+        self._config = config
+        self._transport = transport or AiohttpTransport()
+        self._headers = {"Content-Type": "application/json"}
+        if config.api_key:
+            self._headers["Authorization"] = f"Bearer {config.api_key.get_secret_value()}"
+        self._takes_think = True
+        self._digest: str | None = None
+        self._installed: tuple[str, ...] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+    async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
+        """One completion, whatever `n`.
+
+        Raises:
+            ProviderError: the request brought nothing usable.
+        """
+        try:
+            return [await self._chat(prompt, seed)]
+        except ProviderError as error:
+            # A model that can't think refuses even `think: false`, in some versions.
+            if error.parameter != "think" or self._body(prompt, seed).get("think", True):
+                raise
+        self._takes_think = False
+        return [await self._chat(prompt, seed)]
+
+    async def probe(self) -> Capabilities:
+        """Looks the model up, and loads it. From then on completions carry its digest as their build.
+
+        Raises:
+            ProviderError: nobody there, unknown model, or one that can't be loaded.
+        """
+        num_ctx = self._config.num_ctx
+        version = self._decode(await self._request("GET", "/api/version"), _Version).version
+        tags = self._decode(await self._request("GET", "/api/tags"), _Tags).models
+        self._installed = tuple(tag.name for tag in tags)
+        show = self._decode(await self._request("POST", "/api/show", {"model": self._config.model}), _Show)
+        name = _tagged(self._config.model)
+        self._digest = next((tag.digest for tag in tags if _tagged(tag.name) == name), None)
+        await self._request("POST", "/api/chat", {**self._envelope(), "messages": [], "options": {"num_ctx": num_ctx}})
+        running = self._decode(await self._request("GET", "/api/ps"), _Running).models
+        loaded = next((model for model in running if _tagged(model.name) == name), None)
+        lengths = (value for name, value in show.model_info.items() if name.endswith(".context_length"))
+        trained = next((value for value in lengths if isinstance(value, int)), None)
+        return Capabilities(
+            endpoint=self._config.base_url,
+            server=f"ollama {version}",
+            served_model=self._config.model,
+            build=self._digest,
+            models=self._installed,
+            context_length=num_ctx if trained is None else min(num_ctx, trained),
+            n=False,
+            notes=(*self._notes(show, trained), *_placement(loaded)),
+        )
+
+    # --- the request ---
+
+    def _body(self, prompt: Prompt, seed: int | None) -> dict[str, Any]:
+        parameters = prompt.parameters
+        decoded = {wire: parameters[name] for name, wire in _OPTIONS.items() if parameters.get(name) is not None}
+        given = parameters.get("options") or {}
+        constant = decoded.get("num_ctx", self._config.num_ctx)
+        if given.get("num_ctx", constant) != constant:
+            raise ProviderError(
+                ErrorKind.UNSUPPORTED,
+                f"ollama: options.num_ctx is {given['num_ctx']}, the model's is {constant}; set `num_ctx` of the model "
+                "instead, for each change makes the server load it anew",
+                parameter="num_ctx",
+            )
+        options = {"num_ctx": constant, **_EXPLICIT, **decoded, **given}
+        if "stop" not in given and parameters.get("stop"):
+            options["stop"] = parameters["stop"]
+        if seed is not None:
+            options["seed"] = seed
+        body = self._envelope() | {
+            "model": prompt.model,
+            "messages": prompt.messages,
+            "think": self._config.think,  # left out it would be true for every model that can
+            "options": options,
+        }
+        if (format_ := parameters.get("response_format")) is not None:
+            body["format"] = format_
+        if parameters.get("logprobs"):
+            body |= {"logprobs": True, "top_logprobs": parameters.get("top_logprobs", 0)}
+        body |= {name: value for name, value in parameters.items() if name not in _DECODE_ONLY}
+        if not self._takes_think and not body["think"]:
+            del body["think"]
+        return body
+
+    def _envelope(self) -> dict[str, Any]:
+        return {
+            "model": self._config.model,
+            "stream": False,
+            "truncate": False,
+            "shift": False,
+            "keep_alive": self._config.keep_alive,
+        }
+
+    async def _chat(self, prompt: Prompt, seed: int | None) -> Completion:
+        body = self._body(prompt, seed)
+        response = await self._request("POST", "/api/chat", body)
+        return self._completion(response, body["options"]["num_ctx"])
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Response:
+        """The answer, if its status is 200."""
+        loads = body is not None and body.get("messages") == []
+        try:
+            response = await self._transport.request(
+                method,
+                self._config.base_url + path,
+                headers=self._headers,
+                body=None if body is None else msgspec.json.encode(body),
+                timeout=max(self._config.timeout, _LOAD_TIMEOUT) if loads else self._config.timeout,
+            )
+        except ProviderError as error:
+            raise ProviderError(error.kind, f"ollama: {error}{_remedy(error.kind)}") from error
+        if response.status != 200:
+            raise await self._error(response)
+        return response
+
+    # --- the answer ---
+
+    def _completion(self, response: Response, num_ctx: int) -> Completion:
+        try:
+            chunks = [msgspec.json.decode(line, type=_Chunk) for line in response.body.splitlines() if line.strip()]
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise self._garbled(str(error), response) from error
+        for chunk in chunks:
+            if chunk.error is not None:  # under 200, for the answer had begun already
+                raise self._fault(500, response, msgspec.json.encode({"error": chunk.error}))
+        if not chunks or not chunks[-1].done:
+            raise self._garbled("it ends before `done`", response)
+        last = chunks[-1]
+        text = "".join(chunk.message.content for chunk in chunks if chunk.message)
+        thinking = "".join(chunk.message.thinking for chunk in chunks if chunk.message) or None
+        if last.done_reason in ("load", "unload"):
+            raise self._garbled(f"the model was only {last.done_reason}ed", response)
+        if last.prompt_eval_count >= num_ctx:
+            raise ProviderError(
+                ErrorKind.TOO_LONG,
+                f"ollama: the prompt has {last.prompt_eval_count} tokens, num_ctx is {num_ctx}: it may have been cut; "
+                "raise `num_ctx`",
+                status=200,
+            )
+        finish = _FINISH.get(last.done_reason, FinishReason.OTHER)
+        if thinking is None:
+            thinking, text = split_thinking(text, finish)
+        tokens = [token for chunk in chunks for token in chunk.logprobs or ()]
+        return Completion(
+            text=text,
+            finish_reason=finish,
+            usage=Usage(prompt_tokens=last.prompt_eval_count, completion_tokens=last.eval_count),
+            thinking=thinking,
+            model=last.model,
+            build=self._digest,
+            logprobs=tuple(map(_token, tokens)) or None,
+        )
+
+    def _decode(self, response: Response, type_: type[_T]) -> _T:
+        try:
+            return msgspec.json.decode(response.body, type=type_)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise self._garbled(str(error), response) from error
+
+    def _garbled(self, why: str, response: Response) -> ProviderError:
+        text = response.body[:200].decode(errors="replace").strip()
+        return ProviderError(
+            ErrorKind.GARBLED,
+            f"ollama: {self._config.base_url}: not what Ollama answers ({why}): {text!r}; is `base_url` right?",
+            status=response.status,
+        )
+
+    async def _error(self, response: Response) -> ProviderError:
+        error = self._fault(response.status, response, response.body)
+        if error.kind is not ErrorKind.NO_MODEL:
+            return error
+        if self._installed is None:
+            try:
+                tags = self._decode(await self._request("GET", "/api/tags"), _Tags)
+            except ProviderError:
+                return error
+            self._installed = tuple(tag.name for tag in tags.models)
+        installed = ", ".join(self._installed) or "none"
+        return ProviderError(error.kind, f"{error}; installed: {installed}", status=error.status)
+
+    def _fault(self, status: int, response: Response, body: bytes) -> ProviderError:
+        fault = read_fault(body)
+        kind, message, parameter = error_kind(status), fault.message, None
+        if kind is ErrorKind.NO_MODEL:
+            message += (
+                f"; get it with `ollama pull {self._config.model}`" if "model" in message else "; correct `base_url`"
+            )
+        elif kind is ErrorKind.AUTH:
+            message += "; set OLLAMA_API_KEY" if self._config.api_key is None else "; the key is refused"
+        elif status in (400, 500) and says_too_long(fault):
+            kind = ErrorKind.TOO_LONG
+            message += f"; num_ctx is {self._config.num_ctx}: raise `num_ctx`, or shorten the prompt"
+        elif status == 400 and (named := _refused(message)) is not None:
+            kind, parameter = ErrorKind.UNSUPPORTED, named
+            message += "; set `think: false`" if named == "think" else f"; change or remove {named}"
+        return ProviderError(
+            kind,
+            f"ollama: {self._config.base_url}: {status}: {message}",
+            status=status,
+            retry_after=retry_after(response.headers, datetime.now(UTC)),
+            parameter=parameter,
+        )
+
+    def _notes(self, show: "_Show", trained: int | None) -> list[str]:
+        notes = []
+        if trained is not None and self._config.num_ctx > trained:
+            notes.append(f"num_ctx is {self._config.num_ctx}, but the model was made for {trained}")
+        if self._config.think and show.capabilities and "thinking" not in show.capabilities:
+            notes.append("`think` is set, but the model can't think")
+        overridden = {*_OPTIONS.values()}
+        own = [" ".join(line.split()) for line in show.parameters.splitlines() if line.strip()]
+        applied = [line for line in own if line.split(" ")[0] not in overridden]
+        if applied:
+            notes.append(f"the Modelfile's own parameters apply: {', '.join(applied)}")
+        return notes
+
+
+_FINISH = {"stop": FinishReason.STOP, "": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+# --- the wire; Go leaves out what is zero ---
+
+
+class _Version(Struct):
+    version: str
+
+
+class _Tag(Struct):
+    name: str
+    digest: str | None = None
+
+
+class _Tags(Struct):
+    models: list[_Tag] = []
+
+
+class _Show(Struct):
+    parameters: str = ""
+    model_info: dict[str, Any] = {}
+    capabilities: list[str] = []
+
+
+class _Loaded(Struct):
+    name: str
+    size: int = 0
+    size_vram: int = 0
+    context_length: int = 0
+
+
+class _Running(Struct):
+    models: list[_Loaded] = []
+
+
+class _Message(Struct):
+    content: str = ""
+    thinking: str = ""
+
+
+class _Top(Struct):
+    token: str
+    logprob: float
+
+
+class _Token(Struct):
+    token: str
+    logprob: float
+    top_logprobs: list[_Top] | None = None
+
+
+class _Chunk(Struct):
+    model: str | None = None
+    message: _Message | None = None
+    done: bool = False
+    done_reason: str = ""
+    prompt_eval_count: int = 0
+    eval_count: int = 0
+    logprobs: list[_Token] | None = None
+    error: Any = None
+
+
+def _token(token: _Token) -> TokenLogprob:
+    return TokenLogprob(token.token, token.logprob, tuple((top.token, top.logprob) for top in token.top_logprobs or ()))
+
+
+def _placement(loaded: _Loaded | None) -> list[str]:
+    if loaded is None or loaded.size_vram >= loaded.size:
+        return []
+    on_gpu = 100 * loaded.size_vram // loaded.size
+    return [f"{100 - on_gpu} % of the model is not on the GPU but runs on the CPU"]
+
+
+def _refused(message: str) -> str | None:
+    """The parameter that a 400 is about: `"x" does not support thinking`, `option "top_k" must be of type integer`."""
+    if re.search(r"\bthink(ing)?\b", message):
+        return "think"
+    option = re.search(r"option \"?(\w+)\"?|\b(top_logprobs|logprobs|format)\b", message)
+    return next((name for name in option.groups() if name), None) if option else None
+
+
+def _remedy(kind: ErrorKind) -> str:
+    if kind is ErrorKind.REFUSED:
+        return "; start it with `ollama serve`, or correct `base_url`"
+    if kind is ErrorKind.TIMEOUT:
+        return "; raise `timeout`, or lower `max_concurrency`: one model answers OLLAMA_NUM_PARALLEL (1) at a time"
+    return ""
+
+
+def _tagged(name: str) -> str:
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def _normal_url(url: str) -> str:
+    """A URL from what OLLAMA_HOST may hold: `host`, `host:port`, `:port`, or a URL; a server's 0.0.0.0 is us.
+
+    Raises:
+        ValueError: not an address, or one with a secret in it.
+    """
+    text = url.strip()
+    bare = "://" not in text
+    parts = urlsplit(f"http://{text}" if bare else text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError(f"base_url: {url!r} is not an http:// or https:// address")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("base_url: no user, password or query here; they would be written to files")
+    host = parts.hostname or "127.0.0.1"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    port = parts.port or (11434 if bare else None)
+    path = parts.path.rstrip("/").removesuffix("/v1").removesuffix("/api")
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{f':{port}' if port else ''}{path}"

@@ -1,0 +1,72 @@
+"""What follows a failed request. Pure: the client does the sleeping and the counting.
+
+| the request failed with | what follows |
+|---|---|
+| refused, reset, timeout, garbled | again, after a backoff with full jitter: 0.5 s, doubled each time up to 30 s |
+| 408, 502, 503, 504, 429 | again, after half to all of that backoff and no less than Retry-After (up to 120 s) |
+| 500 and other 5xx | again once; then the sample is given up: a poisoned prompt can break a server |
+| context too long, any other 4xx | the sample is given up |
+| wrong key, unknown model, unsupported parameter | the run stops: every request would end like this |
+| retries used up | the sample is given up; but the run stops if nobody listens any more |
+
+A 408, 429, 502, 503 or 504 costs half a retry: with the default of 8 retries an outage of 2 minutes is waited out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastdistill.model.provider import ErrorKind, ProviderError
+
+BACKOFF_BASE = 0.5  # seconds
+BACKOFF_CAP = 30.0
+RETRY_AFTER_CAP = 120.0
+
+_FATAL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.UNSUPPORTED}
+_HOPELESS = {ErrorKind.TOO_LONG, ErrorKind.BAD_REQUEST}
+_THROTTLED = {ErrorKind.RATE_LIMITED, ErrorKind.OVERLOADED}
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    delay: float  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The sample is lost, the run goes on. `reason` is a code for the reports."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """No request will succeed: the run ends with the error's own message."""
+
+    reason: str
+
+
+def decide(
+    error: ProviderError, failures: Sequence[ErrorKind], max_retries: int, uniform: float
+) -> Retry | GiveUp | Stop:
+    """What follows `error`, by the table above.
+
+    Args:
+        failures: kinds of the earlier failures of this request, oldest first, without `error`.
+        max_retries: of the model's config; 0 tries nothing again.
+        uniform: a random number in [0, 1), which spreads the retries.
+    """
+    reason = error.kind.value
+    if error.kind in _FATAL:
+        return Stop(reason)
+    if error.kind in _HOPELESS or (error.kind is ErrorKind.SERVER and ErrorKind.SERVER in failures):
+        return GiveUp(reason)
+    spent = sum(0.5 if kind in _THROTTLED else 1.0 for kind in (*failures, error.kind))
+    if spent > max_retries:
+        return Stop(reason) if error.kind is ErrorKind.REFUSED else GiveUp(reason)
+    # The exponent is bounded only so that a long list of failures can't overflow the power.
+    backoff = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** min(len(failures), 16))
+    if error.kind not in _THROTTLED:
+        return Retry(max(backoff * uniform, min(error.retry_after or 0.0, RETRY_AFTER_CAP)))
+    asked = min(error.retry_after or 0.0, RETRY_AFTER_CAP)
+    # Jitter on top of what was asked, lest all that were turned away come back in the same instant.
+    return Retry(max(backoff / 2 * (1 + uniform), asked + BACKOFF_BASE * uniform if asked else 0.0))

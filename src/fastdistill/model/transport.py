@@ -1,0 +1,309 @@
+"""HTTP to a model endpoint, and what every provider reads alike: error bodies, status codes, Retry-After, thinking.
+
+It does not retry, but for a connection that had died in the pool.
+"""
+
+import asyncio
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+import msgspec
+
+from fastdistill.core.types import FinishReason
+from fastdistill.model.provider import ErrorKind, ProviderError
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A whole answer. `headers` are looked up without regard to case; `body` is decompressed."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Transport(Protocol):
+    """Sends one request and brings the whole answer, whatever its status."""
+
+    async def request(
+        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, timeout: float
+    ) -> Response:
+        """The answer to one request. Redirects are not followed.
+
+        Args:
+            timeout: seconds from the call to the last byte.
+
+        Raises:
+            ProviderError: REFUSED, RESET or TIMEOUT; GARBLED if it is not HTTP, or larger than the transport takes.
+        """
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+class AiohttpTransport:
+    """Keep-alive connections without a limit of their own: the client above says how many requests are in flight.
+
+    Proxies come from the environment (`HTTPS_PROXY`, `NO_PROXY` ...). Belongs to one event loop.
+    """
+
+    max_body = 64 * 2**20
+    """Bytes of an answer, decompressed, beyond which it is not read on."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+        self._proxy = lru_cache(_proxy)
+
+    async def request(
+        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, timeout: float
+    ) -> Response:
+        if self._session is None:
+            self._session = _session(force_close=False)
+        try:
+            async with asyncio.timeout(timeout):
+                try:
+                    return await self._send(self._session, method, url, headers, body)
+                except _StaleConnection:
+                    # The pool may hold more of the same, so this goes over a connection opened for it.
+                    async with _session(force_close=True) as fresh:
+                        return await self._send(fresh, method, url, headers, body)
+        # A connection that does not come about in time is nobody listening, though aiohttp has it as a timeout too.
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
+            raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({error})") from error
+        except TimeoutError as error:
+            raise ProviderError(ErrorKind.TIMEOUT, f"{url}: no answer within {timeout:g} s") from error
+        except aiohttp.ClientHttpProxyError as error:
+            raise ProviderError(ErrorKind.REFUSED, f"{url}: the proxy refuses ({error})") from error
+        except aiohttp.ClientResponseError as error:
+            raise ProviderError(ErrorKind.GARBLED, f"{url}: the answer is not HTTP ({error.message})") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ProviderError(ErrorKind.RESET, f"{url}: the connection broke ({error})") from error
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _send(
+        self, session: aiohttp.ClientSession, method: str, url: str, headers: Mapping[str, str], body: bytes | None
+    ) -> Response:
+        connection = SimpleNamespace(reused=False)
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            opened = await session.request(
+                method,
+                url,
+                data=body,
+                headers=headers,
+                allow_redirects=False,
+                proxy=self._proxy(url),
+                trace_request_ctx=connection,
+            )
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            if connection.reused and not _has_begun_to_answer(error):
+                raise _StaleConnection from error
+            raise
+        async with opened as response:
+            async for chunk in response.content.iter_any():
+                size += len(chunk)
+                if size > self.max_body:
+                    raise ProviderError(ErrorKind.GARBLED, f"{url}: the answer is larger than {self.max_body} bytes")
+                chunks.append(chunk)
+            return Response(response.status, response.headers, b"".join(chunks))
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What an error body says, whichever of the shapes in use it has."""
+
+    message: str
+    code: str = ""  # `code` and `type` as the server has them, joined by a space
+    parameter: str | None = None
+    status: int | None = None  # a numeric `code`, for errors that come under 200
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_fault(body: bytes) -> Fault:
+    """Reads the five shapes: `{"error": {…}}`, `{"error": str}`, `{"detail": str}`, `{"detail": [{loc, msg}]}`, text.
+
+    Also a bare `{"message": …}` (older vLLM and SGLang) and a list of one error (Google).
+    """
+    try:
+        value = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return Fault(_brief(body.decode(errors="replace")) or "(empty body)")
+    if isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, dict):
+        return Fault(_brief(str(value)))
+    detail = value.get("error") or value.get("detail") or value.get("message")
+    if isinstance(detail, list):
+        return _from_locations(detail)
+    if isinstance(detail, str):
+        return _from_fields({**value, "message": detail})
+    return _from_fields(detail if isinstance(detail, dict) else {"message": _brief(body.decode(errors="replace"))})
+
+
+def error_kind(status: int) -> ErrorKind:
+    """What a status means where the body says nothing more exact."""
+    if status in (401, 402, 403):  # 402: the account is empty; like a wrong key it ends every request
+        return ErrorKind.AUTH
+    if status == 404:
+        return ErrorKind.NO_MODEL
+    if status == 413:
+        return ErrorKind.TOO_LONG
+    if status == 429:
+        return ErrorKind.RATE_LIMITED
+    # Cloudflare says 52x where others say 502 to 504, and 529 is Anthropic's "overloaded".
+    if status in (408, 502, 503, 504, 529) or 520 <= status <= 524:
+        return ErrorKind.OVERLOADED
+    return ErrorKind.SERVER if status >= 500 else ErrorKind.BAD_REQUEST
+
+
+def says_too_long(fault: Fault) -> bool:
+    """Whether an error is about the context window, by its code or its words."""
+    return _TOO_LONG.search(f"{fault.code} {fault.message}") is not None
+
+
+def refused_names(fault: Fault) -> list[str]:
+    """Names that an error may be about, most certain first: they are to be looked up among those that were sent."""
+    named = [] if fault.parameter is None else [fault.parameter]
+    return named + [match for pattern in _REFUSED_NAME for match in pattern.findall(fault.message)]
+
+
+def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
+    """Seconds to wait, from `retry-after-ms` (OpenAI's) or `Retry-After` (seconds or a date, RFC 9110, 10.2.3)."""
+    if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
+        return milliseconds / 1000
+    text = headers.get("retry-after")
+    if text is None or (seconds := _number(text)) is not None:
+        return None if text is None else seconds
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - now).total_seconds())
+
+
+def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]:
+    """Takes a leading `<think>…</think>` off an answer; the rest stays as it is, character for character.
+
+    A block that `max_tokens` cut is all thinking; one that was never closed otherwise is left in the answer.
+    """
+    opened = content.lstrip()
+    if not opened.startswith("<think>"):
+        return None, content
+    thinking, closed, rest = opened.removeprefix("<think>").partition("</think>")
+    if closed:
+        return thinking.strip(), rest
+    return (thinking.strip(), "") if finish is FinishReason.LENGTH else (None, content)
+
+
+class _StaleConnection(Exception):
+    """A kept connection was gone before a byte of the answer: the server had closed it between two requests."""
+
+
+def _session(*, force_close: bool) -> aiohttp.ClientSession:
+    # uvicorn, under vLLM and SGLang, closes an idle connection after 5 s; going first avoids the race.
+    connector = (
+        aiohttp.TCPConnector(limit=0, force_close=True)
+        if force_close
+        else aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0)
+    )
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(_mark_reused)
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
+        trace_configs=[trace],
+    )
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy for a URL, from the environment. aiohttp's `trust_env` looks it up in a thread for every request."""
+    parts = urlsplit(url)
+    if proxy_bypass(parts.netloc):
+        return None
+    proxy = getproxies().get(parts.scheme)
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
+
+
+async def _mark_reused(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: object) -> None:
+    context.trace_request_ctx.reused = True
+
+
+def _has_begun_to_answer(error: aiohttp.ClientError) -> bool:
+    return isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.args[0], str)
+
+
+_TOO_LONG = re.compile(
+    r"context.?(length|size|window|limit)|too long|too many (input )?tokens|maximum (prompt|input|model) length"
+    r"|longer than the model|exceeds? the limit of|input length should be|request entity too large",
+    re.IGNORECASE,
+)
+
+_REFUSED_NAME = (
+    # "Unrecognized request argument supplied: top_k", "(parameter=max_tokens, value=5000)", "unknown field: x"
+    re.compile(
+        r"(?:supplied|parameters?|arguments?(?! supplied)|fields?|options?|keys?)"
+        r"(?:\s*[:=]\s*|\s+)[{\[('\"`]*([a-z]\w*)",
+        re.I,
+    ),
+    re.compile(r"['\"`]([a-z]\w*)['\"`]"),
+    re.compile(r"^\W*([a-z]\w*) (?:must|should|cannot|can't|is not|is only|does not)\b"),
+)
+
+
+def _from_fields(fields: Mapping[str, Any]) -> Fault:
+    code, kind, parameter = fields.get("code"), fields.get("type"), fields.get("param")
+    metadata = fields.get("metadata")
+    message = str(fields.get("message") or fields.get("detail") or "(no message)")
+    if isinstance(metadata, dict) and isinstance(raw := metadata.get("raw"), str) and raw not in message:
+        message = f"{message}: {raw}"  # OpenRouter: the words of the provider behind it
+    return Fault(
+        message=_brief(message),
+        code=" ".join(str(part) for part in (code, kind) if part is not None),
+        parameter=parameter if isinstance(parameter, str) and parameter else None,
+        status=code if isinstance(code, int) and 400 <= code <= 599 else None,
+        fields=fields,
+    )
+
+
+def _from_locations(problems: Sequence[Any]) -> Fault:
+    """FastAPI's validation errors: `[{"loc": ["body", "top_k"], "msg": …}]`."""
+    lines, parameter = [], None
+    for problem in problems:
+        if not isinstance(problem, dict):
+            lines.append(str(problem))
+            continue
+        place = [str(part) for part in problem.get("loc", ()) if part != "body"]
+        parameter = parameter or (place[0] if place else None)
+        lines.append(f"{'.'.join(place)}: {problem.get('msg')}")
+    return Fault(_brief("; ".join(lines)), parameter=parameter)
+
+
+def _brief(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 600 else f"{text[:600]} …"
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return max(0.0, number) if math.isfinite(number) else None

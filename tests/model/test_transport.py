@@ -1,0 +1,242 @@
+"""The transport against real sockets: what breaks, how it is named, and what a stale connection costs (nothing)."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import pytest
+
+from fastdistill.core.types import FinishReason
+from fastdistill.model.provider import ErrorKind, ProviderError
+from fastdistill.model.transport import (
+    AiohttpTransport,
+    Fault,
+    Response,
+    error_kind,
+    read_fault,
+    refused_names,
+    retry_after,
+    says_too_long,
+    split_thinking,
+)
+from tests.servers import cut, garbled, hang, openai_server, reset
+
+BODY = b'{"model": "teacher", "messages": [{"role": "user", "content": "hi"}]}'
+
+
+def post(url: str, *, times: int = 1, timeout: float = 5.0, transport: AiohttpTransport | None = None) -> Response:
+    async def go() -> Response:
+        client = transport or AiohttpTransport()
+        try:
+            for _ in range(times):
+                response = await client.request("POST", url, headers={}, body=BODY, timeout=timeout)
+            return response
+        finally:
+            await client.aclose()
+
+    return asyncio.run(go())
+
+
+def failure(url: str, *, timeout: float = 5.0, transport: AiohttpTransport | None = None) -> ProviderError:
+    with pytest.raises(ProviderError) as caught:
+        post(url, timeout=timeout, transport=transport)
+    return caught.value
+
+
+@contextmanager
+def raw_server(*connections: list[bytes]) -> Iterator[tuple[str, list[int]]]:
+    """Answers each connection's requests with the given bytes, one after the other, and then closes it."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    served = [0] * len(connections)
+
+    def serve() -> None:
+        for index, answers in enumerate(connections):
+            peer, _ = listener.accept()
+            with peer:
+                for answer in answers:
+                    peer.recv(65536)
+                    peer.sendall(answer)
+                    served[index] += 1
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/", served
+    finally:
+        listener.close()
+        thread.join(1)
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def test_an_answer_comes_whole_with_its_headers_whatever_the_status() -> None:
+    with openai_server() as server:
+        found = post(f"{server.url}/chat/completions")
+        missing = post(f"{server.url}/nothing")
+    assert (found.status, missing.status) == (200, 404)
+    assert found.headers["content-TYPE"].startswith("application/json")
+    assert b'"choices"' in found.body
+
+
+def test_connections_are_kept() -> None:
+    with raw_server([OK, OK, OK]) as (url, served):
+        assert post(url, times=3).body == b"ok"
+    assert served == [3]
+
+
+def test_nobody_listening_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    assert failure(f"http://127.0.0.1:{port}/").kind is ErrorKind.REFUSED
+
+
+def test_an_unknown_host_is_refused() -> None:
+    assert failure("http://no-such-host.invalid/").kind is ErrorKind.REFUSED
+
+
+def test_a_connection_broken_before_or_within_the_answer_is_a_reset() -> None:
+    for fault in (reset(), cut()):
+        with openai_server(faults={1: fault}) as server:
+            assert failure(f"{server.url}/chat/completions").kind is ErrorKind.RESET
+
+
+def test_no_answer_in_time_is_a_timeout() -> None:
+    with openai_server(faults={1: hang()}) as server:
+        error = failure(f"{server.url}/chat/completions", timeout=0.2)
+    assert error.kind is ErrorKind.TIMEOUT
+    assert "0.2 s" in str(error)
+
+
+def test_what_is_not_http_is_garbled() -> None:
+    with raw_server([b"SSH-2.0-OpenSSH_9.2\r\n\r\n"]) as (url, _):
+        assert failure(url).kind is ErrorKind.GARBLED
+
+
+def test_an_answer_beyond_the_cap_is_not_read_on() -> None:
+    class Small(AiohttpTransport):
+        max_body = 1000
+
+    with openai_server(faults={1: garbled(b"x" * 100_000)}) as server:
+        error = failure(f"{server.url}/chat/completions", transport=Small())
+    assert error.kind is ErrorKind.GARBLED
+
+
+def test_redirects_are_not_followed() -> None:
+    with raw_server([b"HTTP/1.1 301 Moved\r\nLocation: http://x.invalid/\r\nContent-Length: 0\r\n\r\n"]) as (url, _):
+        response = post(url)
+    assert (response.status, response.headers["location"]) == (301, "http://x.invalid/")
+
+
+def test_a_kept_connection_closed_by_the_server_does_not_count_as_a_failure() -> None:
+    # The first connection answers once, takes the second request and closes without a byte; that is the race.
+    with raw_server([OK, b""], [OK]) as (url, served):
+        assert post(url, times=2).body == b"ok"
+    assert served == [2, 1]
+
+
+def test_a_kept_connection_that_broke_within_its_answer_is_a_failure() -> None:
+    with raw_server([OK, b"HTTP/1.1 200 OK\r\nContent-"], [OK]) as (url, served):
+        with pytest.raises(ProviderError) as caught:
+            post(url, times=2)
+        assert caught.value.kind is ErrorKind.RESET
+        post(url)
+    assert served == [2, 1]
+
+
+def test_only_one_connection_is_opened_in_place_of_a_stale_one() -> None:
+    with raw_server([OK, b""], [b""], [OK]) as (url, _):
+        with pytest.raises(ProviderError) as caught:
+            post(url, times=2)
+        assert caught.value.kind is ErrorKind.RESET
+        post(url)
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    with raw_server([OK]) as (url, _):
+        monkeypatch.setenv("http_proxy", url.removeprefix("http://").rstrip("/"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert post("http://teacher.invalid/").body == b"ok"
+        with openai_server() as server:
+            assert post(f"{server.url}/chat/completions").status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "parameter"),
+    [
+        (b'{"error": {"message": "no", "type": "t", "code": "c", "param": "top_k"}}', "no", "top_k"),
+        (b'{"error": {"message": "no", "code": 400}}', "no", None),
+        (b'{"error": "no"}', "no", None),
+        (b'{"detail": "no"}', "no", None),
+        (b'{"detail": [{"loc": ["body", "top_k"], "msg": "no"}]}', "top_k: no", "top_k"),
+        (b'{"object": "error", "message": "no", "param": null}', "no", None),
+        (b'[{"error": {"message": "no"}}]', "no", None),
+        (b'{"error": {"message": "no", "metadata": {"raw": "upstream"}}}', "no: upstream", None),
+        (b"Internal Server Error", "Internal Server Error", None),
+        (b"", "(empty body)", None),
+        (b"\xff\xfe", "\ufffd\ufffd", None),
+        (b"null", "None", None),
+        (b"{}", "{}", None),
+    ],
+)
+def test_error_bodies_of_every_shape_are_read(body: bytes, message: str, parameter: str | None) -> None:
+    fault = read_fault(body)
+    assert (fault.message, fault.parameter) == (message, parameter)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Unrecognized request argument supplied: top_k", "top_k"),
+        ("Unrecognized request arguments supplied: top_k, min_p", "top_k"),
+        ("Unsupported parameter: 'max_tokens' is not supported with this model.", "max_tokens"),
+        ("max_tokens is too large. (parameter=max_tokens, value=5000)", "max_tokens"),
+        ("top_k must be -1 (disable), or at least 1, got 0.", "top_k"),
+        ("Unexpected keys in the request: {'min_p'}", "min_p"),
+        ("n_cmpl cannot be greater than the number of slots, please increase -np", "n_cmpl"),
+    ],
+)
+def test_a_refused_parameter_is_found_by_name(text: str, name: str) -> None:
+    assert name in refused_names(Fault(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "This model's maximum context length is 512 tokens. However, you requested 600 tokens",
+        "The input (5000 tokens) is longer than the model's context length (4096 tokens).",
+        "request (1234 tokens) exceeds the available context size (512 tokens), try increasing it",
+        "prompt too long; exceeded max context length by 12 tokens",
+    ],
+)
+def test_a_prompt_that_is_too_long_is_known_by_the_servers_words(text: str) -> None:
+    assert says_too_long(Fault(text))
+
+
+def test_retry_after_is_seconds_a_date_or_milliseconds() -> None:
+    now = datetime(2026, 11, 22, 8, 0, 0, tzinfo=UTC)
+    assert retry_after({"retry-after": "2.5"}, now) == 2.5
+    assert retry_after({"retry-after": "Sun, 22 Nov 2026 08:00:30 GMT"}, now) == 30
+    assert retry_after({"retry-after": "Sun, 22 Nov 2026 07:00:00 GMT"}, now) == 0
+    assert retry_after({"retry-after": "9", "retry-after-ms": "1500"}, now) == 1.5
+    for nothing in ({}, {"retry-after": "soon"}, {"retry-after": "nan"}, {"retry-after": ""}):
+        assert retry_after(nothing, now) is None
+
+
+def test_a_status_says_what_failed() -> None:
+    assert {error_kind(status) for status in (408, 502, 503, 504, 529, 524)} == {ErrorKind.OVERLOADED}
+    assert {error_kind(status) for status in (401, 402, 403)} == {ErrorKind.AUTH}
+    assert (error_kind(500), error_kind(501)) == (ErrorKind.SERVER, ErrorKind.SERVER)
+    assert (error_kind(400), error_kind(422), error_kind(301)) == (ErrorKind.BAD_REQUEST,) * 3
+
+
+def test_only_a_leading_think_block_is_thinking() -> None:
+    stop, length = FinishReason.STOP, FinishReason.LENGTH
+    assert split_thinking("<think>\nhm\n</think>\n\nSELECT 1", stop) == ("hm", "\n\nSELECT 1")
+    assert split_thinking("\n<think></think> x", stop) == ("", " x")
+    assert split_thinking("say <think>no</think>", stop) == (None, "say <think>no</think>")
+    assert split_thinking("<think>cut", length) == ("cut", "")
+    assert split_thinking("<think>never closed", stop) == (None, "<think>never closed")
