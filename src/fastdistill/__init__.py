@@ -49,7 +49,7 @@ _HOMES = {
     "SelectBest": "fastdistill.data.select",
 }
 
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -55,6 +55,7 @@ class ExecutionGate(Gate):
 class ScriptedTeacher:
     kind: ClassVar[str] = "scripted"
     Config: ClassVar[type[ModelConfig]] = ModelConfig
+    notes: tuple[str, ...] = ()
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         return [COMPLETION] * n
@@ -197,7 +198,7 @@ def test_board_shows_samples_gates_and_models_at_80_columns(tmp_path: Path) -> N
 def test_time_left_is_told_only_when_the_total_is_known(tmp_path: Path) -> None:
     run, _ = ran(tmp_path)
     assert "ETA" not in log_line(run, Recent())
-    run.total = 22
+    vars(run)["total"] = 22
     console = terminal()
     console.print(board(run, Recent()))
     assert "11 of 22 samples (50%)" in shown(console)
@@ -265,7 +266,7 @@ def test_a_terminal_gets_a_live_display_and_is_restored(tmp_path: Path, monkeypa
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "80")
-    written = on_a_terminal(ran(tmp_path)[0])
+    written = on_a_terminal(ran(tmp_path)[0], seconds=0.3)
     assert "ExecutionGate" in written
     assert written.index("\x1b[?25l") < written.rindex("\x1b[?25h")
     assert "\x1b[?25l" not in written[written.rindex("\x1b[?25h") :]
@@ -284,12 +285,12 @@ def test_a_broken_run_restores_the_terminal_and_leaves_the_picture(tmp_path: Pat
     assert (sys.stdout, sys.stderr) == (stdout, stderr)
 
 
-def on_a_terminal(run: ActiveRun) -> str:
+def on_a_terminal(run: ActiveRun, seconds: float = 0) -> str:
     """Watches a run on a pseudo-terminal; returns what that was sent."""
     master, slave = os.openpty()
     with os.fdopen(master, "rb", buffering=0) as screen, os.fdopen(slave, "w") as stderr:
         with redirect_stderr(stderr), live(run):
-            time.sleep(0.3)
+            time.sleep(seconds)
         stderr.flush()
         return screen.read(1 << 16).decode()
 
@@ -303,7 +304,7 @@ def test_summary_tells_what_was_reached_and_where_it_lies(tmp_path: Path) -> Non
     for line in (
         "RuleFilter 9 8 1 0 88.9% [56.5, 98.0]",
         "ExecutionGate 8 6 1 1 85.7% [48.7, 97.4]",
-        "ExecutionGate match 6, infra_timeout 1, sql_error 1",
+        "ExecutionGate infra_timeout 1, sql_error 1",
         "execution no such column 1",
         "min_accepted 1 6 met",
         "accept_rate 90.0% 75.0% [40.9, 92.9] missed",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdistill.control.card import dataset_card
 from fastdistill.control.folder import RunFolder, write_json
+from fastdistill.control.report_html import render_html
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.tally import Tally, interval
 from fastdistill.core.canonical import digest
@@ -63,9 +64,7 @@ class Proofs:
             message = failures_message(self._tally)
         else:
             status, code, message = "complete", ExitCode.OK, ""
-        quality, timing = self._reports(run, floor)
-        manifest = self._manifest(run, status, code, message)
-        write_json(self._folder.manifest, manifest)
+        manifest, quality, timing = self._write(run, floor, status, code, message)
         folder = self._folder
         return RunResult(folder.run_id, folder.path, folder.dist, code, manifest, quality, timing)
 
@@ -73,16 +72,23 @@ class Proofs:
         """The proofs of a run that could not be finished: what there is, and why it ended."""
         status = "interrupted" if error.exit_code is ExitCode.INTERRUPTED else "failed"
         with suppress(OSError, EnvironmentFault):  # the disk may be the very thing that failed
-            if run is not None:
-                self._reports(run, [])
-            write_json(self._folder.manifest, self._manifest(run, status, error.exit_code, str(error)))
+            if run is None:
+                write_json(self._folder.manifest, self._manifest(None, status, error.exit_code, str(error)))
+            else:
+                self._write(run, [], status, error.exit_code, str(error))
 
-    def _reports(self, run: ActiveRun, floor: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _write(
+        self, run: ActiveRun, floor: list[dict[str, Any]], status: str, code: ExitCode, message: str
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        manifest = self._manifest(run, status, code, message)
         quality = self._quality(floor)
         timing = self._timing(run)
+        write_json(self._folder.manifest, manifest)
         write_json(self._folder.quality_report, quality)
         write_json(self._folder.timing_report, timing)
-        return quality, timing
+        with atomic(self._folder.report_html) as file:
+            file.write(render_html(manifest, quality, timing))
+        return manifest, quality, timing
 
     def _quality(self, floor: list[dict[str, Any]]) -> dict[str, Any]:
         tally = self._tally
@@ -158,7 +164,7 @@ class Proofs:
                     "provider": config.provider,
                     "model": config.model,
                     "parameters": config.parameters(),
-                    "endpoint": asdict(found) if run and (found := run.models[name].capabilities) else None,
+                    "endpoint": asdict(found) if run and (found := run.models[name].endpoint) else None,
                     "served": [
                         {"model": model, "build": build, "answers": count}
                         for (provider, asked, model, build), count in sorted(tally.served.items())

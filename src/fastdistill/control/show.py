@@ -68,13 +68,15 @@ def show_preview(pipeline: Pipeline, output_dir: Path | None, n: int) -> None:
 
 def show_runs(output_dir: Path | None) -> None:
     root = artifacts_root(output_dir)
-    table = Table("run", "status", "started", "samples", "accepted", "models", box=None)
+    table = Table(box=None)
+    for heading in ("run", "status", "started", "samples", "accepted", "models"):
+        table.add_column(heading, no_wrap=heading != "models")
     for folder in RunFolder.all(root):
         manifest = read_json(folder.manifest)
         samples = read_json(folder.quality_report)["samples"] if folder.quality_report.exists() else {}
         models = ", ".join(model["model"] for model in manifest["models"].values())
         table.add_row(
-            folder.run_id, status(folder, manifest), manifest["started"], str(samples.get("read", "")),
+            folder.run_id, status(folder, manifest), manifest["started"][:16], str(samples.get("read", "")),
             str(samples.get("accepted", "")), models,
         )  # fmt: skip
     if table.row_count == 0:

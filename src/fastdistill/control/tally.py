@@ -155,7 +155,8 @@ class Tally:
         for verdict in candidate.verdicts:
             gate = self.gates.setdefault(verdict.gate, GateCount())
             gate.outcomes[verdict.outcome] += 1
-            gate.reasons[verdict.reason] += 1
+            if verdict.outcome is not Outcome.PASS:
+                gate.reasons[verdict.reason] += 1
             if verdict.score is not None:
                 gate.scores[round(verdict.score, 2)] += 1
             for name, value in verdict.detail.items():

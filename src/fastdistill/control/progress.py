@@ -1,0 +1,484 @@
+"""What a run shows while it works, and the table it closes with. Only looks on: no figure is made here.
+
+rich is imported when something is drawn, not before, so that commands which draw nothing start fast.
+"""
+
+import os
+import shlex
+import sqlite3
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TextIO
+
+from fastdistill.core.stats import Rate
+from fastdistill.core.types import Outcome, Status
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+    from fastdistill.control.run import ActiveRun
+    from fastdistill.control.session import RunResult
+    from fastdistill.control.tally import Tally
+    from fastdistill.model.client import ModelClient
+
+REFRESH = 0.25  # seconds between two pictures on a terminal
+LOG_EVERY = 10.0  # seconds between two lines elsewhere
+TOKENS_SPAN = 10.0  # seconds that tokens/s looks back
+SAMPLES_SPAN = 60.0  # seconds that samples/s, accepted/min and the time left look back
+
+STYLES = {
+    "accepted": "green",
+    "rejected": "",
+    "undecided": "yellow",
+    "failed": "red",
+    "duplicates": "dim",
+}
+
+
+@contextmanager
+def live(run: "ActiveRun") -> Iterator[None]:
+    """Shows a run's progress on stderr (`session.Watch`): a live display on a terminal, else a line every 10 s.
+
+    NO_COLOR and TERM=dumb ask for the lines on a terminal, too.
+    """
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown") or not sys.stderr.isatty()
+    with log_lines(run, sys.stderr) if plain else display(run):
+        yield
+
+
+@contextmanager
+def display(run: "ActiveRun", console: "Console | None" = None) -> Iterator[None]:
+    """A live display that is gone when the run has ended well, and stays when it has not."""
+    from rich.console import Console
+    from rich.live import Live
+
+    recent = Recent()
+
+    def picture() -> "RenderableType":
+        return board(run, recent)
+
+    screen = Live(
+        console=console or Console(stderr=True),
+        get_renderable=picture,
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=False,  # what a program prints there is its own
+    )
+    # A terminal that goes away midway must not end the run.
+    with suppress(OSError):
+        screen.start(refresh=True)
+    try:
+        with _repeated(REFRESH, screen.refresh):
+            yield
+    except BaseException:
+        screen.transient = False
+        raise
+    finally:
+        with suppress(OSError):
+            screen.stop()
+
+
+@contextmanager
+def log_lines(run: "ActiveRun", stream: TextIO, every: float = LOG_EVERY) -> Iterator[None]:
+    """One line every so many seconds, and a last one at the end."""
+    recent = Recent()
+    recent.look(run)
+
+    def write() -> None:
+        print(log_line(run, recent), file=stream, flush=True)
+
+    try:
+        with _repeated(every, write):
+            yield
+    finally:
+        with suppress(OSError, ValueError):  # the stream broke, or was closed
+            write()
+
+
+def log_line(run: "ActiveRun", recent: "Recent") -> str:
+    """`fastdistill 2:10  1,240 of 2,000 samples (62%), 12.4/s: accepted 812, rejected 401  teacher 32/32, ...`"""
+    speed = recent.look(run)
+    total, tally = _total(run), run.tally
+    done = f"{tally.samples:,} samples" if total is None else _share_done(tally.samples, total)
+    left = "" if total is None else f", ETA {_time_left(tally.samples, total, speed)}"
+    counts = ", ".join(f"{name} {count:,}" for name, count in _counts(tally).items() if count or name == "accepted")
+    parts = [f"fastdistill {_elapsed(run)}  {done}, {speed.samples:.1f}/s{left}: {counts}"]
+    for name, model in run.models.items():
+        meter = model.meter
+        slots = f"{name} {meter.in_flight}/{model.config.concurrency} in flight"
+        retries = f", {sum(dict(meter.retries).values())} retries" if meter.retries else ""
+        cost = "" if meter.cost is None else f", {dollars(meter.cost)}"
+        parts.append(f"{slots}, {speed.tokens.get(name, 0.0):,.0f} tok/s{retries}{cost}")
+    if run.stopping:
+        parts.append("stopping")
+    return "  ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Per second. `tokens` are completion tokens by model."""
+
+    samples: float
+    accepted: float
+    tokens: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sight:
+    at: float
+    samples: int
+    accepted: int
+    tokens: Mapping[str, int]
+
+
+class Recent:
+    """What was seen of a run in the last minute, to tell how fast it is now."""
+
+    def __init__(self) -> None:
+        self._seen: deque[_Sight] = deque()
+
+    def look(self, run: "ActiveRun") -> Speed:
+        tally = run.tally
+        tokens = {name: model.meter.usage.completion_tokens for name, model in run.models.items()}
+        now = _Sight(perf_counter(), tally.samples, tally.accepted_samples, tokens)
+        # A run is timed from its beginning, whenever the first look was.
+        self._seen.append(now if self._seen else _Sight(run.begun, 0, 0, dict.fromkeys(tokens, 0)))
+        while len(self._seen) > 2 and now.at - self._seen[1].at >= SAMPLES_SPAN:
+            self._seen.popleft()
+        first = self._seen[0]
+        lately = next((seen for seen in reversed(self._seen) if now.at - seen.at >= TOKENS_SPAN), first)
+        return Speed(
+            (now.samples - first.samples) / max(now.at - first.at, 1e-3),
+            (now.accepted - first.accepted) / max(now.at - first.at, 1e-3),
+            {name: (count - lately.tokens[name]) / max(now.at - lately.at, 1e-3) for name, count in tokens.items()},
+        )
+
+
+def board(run: "ActiveRun", recent: Recent) -> "RenderableType":
+    """The live picture: samples, gates, models."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    speed = recent.look(run)
+    total, tally = _total(run), run.tally
+    done = f"{tally.samples:,} samples" if total is None else _share_done(tally.samples, total)
+    left = "" if total is None else f"  ETA {_time_left(tally.samples, total, speed)}"
+    pace = f"  {speed.samples:.1f}/s  {60 * speed.accepted:,.0f} accepted/min"
+    parts: list[RenderableType] = [Text.assemble((done, "bold"), f"{pace}  {_elapsed(run)}{left}")]
+    if total is not None:
+        bar = Table.grid(expand=True)
+        bar.add_row(ProgressBar(total=max(total, 1), completed=min(tally.samples, total)))
+        parts.append(bar)
+    counts = [(f"{name} {count:,}", STYLES[name] if count else "dim") for name, count in _counts(tally).items()]
+    parts.append(Text("  ").join(Text(words, style) for words, style in counts))
+    if tally.gates:
+        parts += [Text(), _gates_now(tally)]
+    if run.models:
+        parts += [Text(), _models_now(run.models, speed)]
+    if run.stopping:
+        in_flight = sum(model.meter.in_flight for model in run.models.values())
+        words = f"stopping: {in_flight} requests in flight are coming home; Ctrl-C again ends at once"
+        parts += [Text(), Text(words, "bold yellow")]
+    return Group(*parts)
+
+
+def _gates_now(tally: "Tally") -> "Text":
+    rows = [("gate", "pass", "fail", "error", "rate", "")]
+    for step in tally.steps:
+        if gate := tally.gates.get(step.name):
+            outcomes = dict(gate.outcomes)
+            passed, failed = outcomes.get(Outcome.PASS, 0), outcomes.get(Outcome.FAIL, 0)
+            rate = f"{passed / (passed + failed):.1%}" if passed + failed else "–"
+            errors = outcomes.get(Outcome.ERROR, 0)
+            rows.append((step.name, f"{passed:,}", f"{failed:,}", f"{errors:,}", rate, ""))
+    return _columns(rows)
+
+
+def _models_now(models: "Mapping[str, ModelClient]", speed: Speed) -> "Text":
+    priced = any(model.meter.price is not None for model in models.values())
+    rows = [["model", "in flight", "paid", "stored", "tok/s", *(["cost"] if priced else []), "retries"]]
+    for name, model in models.items():
+        meter = model.meter
+        row = [name, f"{meter.in_flight}/{model.config.concurrency}", f"{meter.answers:,}", f"{meter.stored:,}"]
+        row += [f"{speed.tokens.get(name, 0.0):,.0f}", *([dollars(meter.cost)] if priced else [])]
+        rows.append([*row, _tallied(dict(meter.retries)) or "–"])
+    return _columns(rows)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> "Text":
+    """Names to the left, figures to the right, words last. A rich table costs ten times as much, 4 times a second."""
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    cells = [[_cut(_printable(cell), 24) for cell in row[:-1]] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    text = Text(no_wrap=True, overflow="ellipsis")
+    for at, ((name, *figures), row) in enumerate(zip(cells, rows, strict=True)):
+        pads = [" " * (width - cell_len(cell)) for width, cell in zip(widths, (name, *figures), strict=True)]
+        aligned = [name + pads[0], *(pad + figure for pad, figure in zip(pads[1:], figures, strict=True)), row[-1]]
+        text.append(("\n" if at else "") + "  ".join(aligned).rstrip(), "" if at else "bold")
+    return text
+
+
+def summary(result: "RunResult", console: "Console") -> None:
+    """Prints what a run came to, and where what it wrote lies."""
+    from rich.text import Text
+
+    quality, timing, manifest = result.quality, result.timing, result.manifest
+    title = Text.assemble((result.run_id, "bold"), f"  {manifest['status']}  {clock(timing['wall_s'])}")
+    console.print(title, soft_wrap=True)
+    sections = [funnel(quality), _gates(quality), _reasons(quality), _failures(quality), _models(quality, timing)]
+    for table in (*sections, _floor(quality["floor"])):
+        if table.row_count:
+            console.print()
+            console.print(table)
+    console.print()
+    for name, words in _whereabouts(result):
+        # Never wrapped: a path or a command is there to be copied.
+        console.print(Text(f"{name:<9}", "bold") + Text(words), soft_wrap=True)
+
+
+def funnel(quality: Mapping[str, Any]) -> "Table":
+    """How many samples were read, and where they went."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    samples, candidates = quality["samples"], quality["candidates"]
+    accept_rate = f"{_interval(samples['accept_rate'])} of the decided" if samples["completed"] else ""
+    notes = {
+        "completed": f"{candidates['generated']:,} candidates, {candidates['selected']:,} selected",
+        "accepted": accept_rate,
+        "undecided": "a gate could not judge" if samples["undecided"] else "",
+    }
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name in ("read", "duplicates", "failed", "completed", "accepted", "undecided"):
+        style = STYLES.get(name, "") if samples[name] else "dim"
+        bar = ProgressBar(
+            total=max(samples["read"], 1), completed=samples[name], width=20, complete_style=style, finished_style=style
+        )
+        table.add_row(Text(name, style), Text(f"{samples[name]:,}", style), bar, Text(notes.get(name, ""), "dim"))
+    return table
+
+
+def _gates(quality: Mapping[str, Any]) -> "Table":
+    table = _table("gate", ">judged", ">pass", ">fail", ">error", "pass rate, 95% interval")
+    for stage in quality["stages"]:
+        if gate := stage.get("candidates"):
+            counts = [f"{gate[name]:,}" for name in ("judged", "pass", "fail", "error")]
+            _row(table, stage["step"], *counts, _interval(gate["pass_rate"]))
+    return table
+
+
+def _reasons(quality: Mapping[str, Any]) -> "Table":
+    """Why gates judged as they did, for those that did not pass everything, and what execution said."""
+    table = _table("gate", "reasons")
+    for stage in quality["stages"]:
+        gate = stage.get("candidates")
+        if gate and gate["pass"] < gate["judged"]:
+            _row(table, stage["step"], _tallied(gate["reasons"]))
+            errors = {error["error"]: error["count"] for error in gate.get("exec_errors", ())}
+            if errors:
+                _row(table, "  execution", _tallied(errors))
+    return table
+
+
+def _failures(quality: Mapping[str, Any]) -> "Table":
+    table = _table("failed at", ">count", "reason", "for example")
+    for failure in sorted(quality["failures"], key=lambda failure: -failure["count"])[:5]:
+        example = failure["examples"][0] if failure["examples"] else ""
+        _row(table, failure["step"], f"{failure['count']:,}", failure["reason"], _cut(example))
+    return table
+
+
+def _models(quality: Mapping[str, Any], timing: Mapping[str, Any]) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    tokens = quality["tokens"]
+    if tokens["prompt"] or tokens["completion"]:
+        per_1000 = tokens["accepted_samples_per_1000_tokens"]
+        yielded = "" if per_1000 is None else f"; {per_1000:g} accepted samples per 1000"
+        words = f"{tokens['prompt']:,} prompt, {tokens['completion']:,} completion{yielded}"
+        table.add_row(Text("tokens", "bold"), Text(words))
+    for name, model in timing["models"].items():
+        words = f"{model['answers_paid']:,} answers paid, {model['answers_from_store']:,} from the store"
+        if model["requests"]:
+            rates = [(model["requests_per_s"], "requests/s"), (model["completion_tokens_per_s"], "completion tokens/s")]
+            words += "".join(f"; {rate:,.1f} {unit}" for rate, unit in rates if rate is not None)
+            words += f"; {model['slot_utilisation']:.0%} of {model['concurrency']} slots used"
+        if model["retries"]:
+            words += f"; retries: {_tallied(model['retries'])}"
+        if model["cost_usd"] is not None:
+            words += f"; {dollars(model['cost_usd'])}"
+        table.add_row(Text(_printable(name), "bold"), Text(words))
+    return table
+
+
+def _floor(checks: Sequence[Mapping[str, Any]]) -> "Table":
+    table = _table("floor", ">required", "reached", "")
+    for check in checks:
+        required, reached = check["required"], check["reached"]
+        if isinstance(reached, Mapping):
+            shown = f"{required:.1%}", _interval(reached)
+        else:
+            shown = f"{required:,}", f"{reached:,}"
+        style = "green" if check["met"] else "bold red"
+        _row(table, check["requirement"], *shown, "met" if check["met"] else "missed", style=style)
+    return table
+
+
+def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
+    files = {
+        "dataset": result.dataset,
+        "report": result.path / "report.html",
+        "quality": result.path / "quality_report.json",
+        "timing": result.path / "timing_report.json",
+        "manifest": result.path / "manifest.json",
+    }
+    yield from ((name, str(path)) for name, path in files.items() if path.exists())
+    if sample_id := _example(result.path / "ledger.sqlite"):
+        yield "a sample", f"fastdistill explain {result.run_id} {sample_id}{_output_dir(result)}"
+
+
+def _example(ledger: Path) -> str:
+    """The short id of a sample worth a look: the first with a candidate that a gate held back, else the first."""
+    from fastdistill.control.writer import connect
+
+    held_back = "SELECT idx FROM candidates WHERE outcome <> 'pass' ORDER BY idx LIMIT 1"
+    first = "SELECT idx FROM samples WHERE sample_id <> '' ORDER BY idx LIMIT 1"
+    query = f"SELECT sample_id FROM samples WHERE idx = coalesce(({held_back}), ({first}))"
+    with suppress(sqlite3.Error), closing(connect(ledger, readonly=True)) as connection:
+        for (sample_id,) in connection.execute(query):
+            return str(sample_id)[:12]
+    return ""
+
+
+def _output_dir(result: "RunResult") -> str:
+    """The option that a command needs to find this run; nothing where it would look anyway."""
+    from fastdistill.control.folder import artifacts_root
+
+    root = result.path.parent.parent
+    return "" if root.absolute() == artifacts_root().absolute() else f" --output-dir {shlex.quote(str(root))}"
+
+
+def clock(seconds: float) -> str:
+    """`2:10`, `1:02:10`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def dollars(amount: float | None) -> str:
+    """`$12.30`, and `$0.0042` where cents would hide it."""
+    if amount is None:
+        return "–"
+    return f"${amount:,.2f}" if amount >= 1 or amount == 0 else f"${amount:.4f}"
+
+
+@contextmanager
+def _repeated(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Calls `act` every so many seconds in a thread of its own, so that the event loop never waits for a terminal."""
+    ended = Event()
+
+    def work() -> None:
+        while not ended.wait(seconds):
+            with suppress(OSError, ValueError):  # the terminal went away, or the stream was closed
+                act()
+
+    thread = Thread(target=work, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _counts(tally: "Tally") -> dict[str, int]:
+    """What became of the samples so far; each is in one of these."""
+    statuses = dict(tally.statuses)  # a copy, for the run goes on counting in its own thread
+    accepted, undecided = tally.accepted_samples, tally.undecided_samples
+    return {
+        "accepted": accepted,
+        "rejected": max(statuses.get(Status.OPEN, 0) - accepted - undecided, 0),
+        "undecided": undecided,
+        "failed": statuses.get(Status.FAILED, 0),
+        "duplicates": statuses.get(Status.DUPLICATE, 0),
+    }
+
+
+def _total(run: "ActiveRun") -> int | None:
+    total: int | None = getattr(run, "total", None)
+    return total
+
+
+def _elapsed(run: "ActiveRun") -> str:
+    return clock(perf_counter() - run.begun)
+
+
+def _share_done(samples: int, total: int) -> str:
+    return f"{samples:,} of {total:,} samples ({samples / max(total, 1):.0%})"
+
+
+def _time_left(samples: int, total: int, speed: Speed) -> str:
+    return clock(max(total - samples, 0) / speed.samples) if speed.samples > 0 else "–"
+
+
+def _interval(rate: Mapping[str, Any]) -> str:
+    from fastdistill.control.card import percent
+
+    return percent(Rate(**rate))
+
+
+def _tallied(counts: Mapping[str, int], most: int = 6) -> str:
+    """`timeout 3, reset 1`: the most frequent first."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    words = [f"{name} {count:,}" for name, count in ranked[:most]]
+    return ", ".join(words + ([f"{len(ranked) - most} more kinds"] if len(ranked) > most else []))
+
+
+def _table(*headers: str) -> "Table":
+    """A plain table; `>` before a header puts its column to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for at, header in enumerate(headers):
+        right = header.startswith(">")
+        table.add_column(
+            header.removeprefix(">"), justify="right" if right else "left", no_wrap=right or at == 0, overflow="fold"
+        )
+    return table
+
+
+def _row(table: "Table", *cells: str, style: str = "") -> None:
+    from rich.text import Text
+
+    # As Text, for a string would be read as markup; and names and messages may come from a model or a server.
+    table.add_row(*(Text(_printable(cell)) for cell in cells), style=style)
+
+
+def _printable(text: str) -> str:
+    """Text that can't steer the terminal."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _cut(text: str, limit: int = 160) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
