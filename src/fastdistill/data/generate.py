@@ -21,7 +21,8 @@ class TextGeneration(SampleStep):
     """Asks `model` for `num_generations` candidates of each sample.
 
     `template` and `system_prompt` are Jinja templates over the record's fields; a field that is missing fails the
-    sample before anything is asked. Draw i is sampled with `seed + i` (`seed: null` leaves it to the server).
+    sample before anything is asked. Each prompt has its own seeds, made of the prompt and `seed`, one after the other
+    for its draws, so that samples are drawn independently of each other (`seed: null` leaves it to the server).
     """
 
     model: str = Field("teacher", description="a name under `models:`")
@@ -63,7 +64,7 @@ class TextGeneration(SampleStep):
         model = ctx.model(self.model)
         prompt = model.prompt(self.messages(sample), self._profile(sample), self.generation_kwargs)
         first = len(sample.candidates)
-        draws = [self._draw(attempt) for attempt in range(first, first + self.num_generations)]
+        draws = [self._draw(prompt, attempt) for attempt in range(first, first + self.num_generations)]
         answers = await model.generate(prompt, draws)
         candidates = [_candidate(answer, sample, prompt) for answer in answers if isinstance(answer, Answer)]
         failures = [
@@ -87,8 +88,10 @@ class TextGeneration(SampleStep):
         messages.append({"role": "user", "content": render(self._user, sample)})
         return messages
 
-    def _draw(self, attempt: int) -> Draw:
-        return Draw(attempt, None if self.seed is None else self.seed + attempt)
+    def _draw(self, prompt: Prompt, attempt: int) -> Draw:
+        if self.seed is None:
+            return Draw(attempt, None)
+        return Draw(attempt, (int(prompt.digest[:8], 16) + 1_000_003 * self.seed) % 2**31 + attempt)
 
     def _profile(self, sample: Sample) -> DecodeProfile:
         own = sample.record.get(self.decode_profile_field) if self.decode_profile_field else None

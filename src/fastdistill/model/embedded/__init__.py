@@ -1,0 +1,1 @@
+"""The embedded teacher: a small language model that ships with the package and runs on numpy alone."""

@@ -1,0 +1,248 @@
+"""The embedded teacher's engine: requests in, completions out, with continuous batching.
+
+Choices join and leave the running batch at any step. Knows nothing of processes or pipes; `worker` does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdistill.model.embedded.network import Array, Cache, Decoder, Weights
+
+FinishReason = Literal["stop", "length"]
+
+
+class ContextLengthError(ValueError):
+    """The prompt leaves no room for an answer in the model's context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is drawn: as in vLLM, temperature, then min_p, top_k and top_p. Temperature 0 is greedy.
+
+    top_k 0, top_p 1 and min_p 0 are off. Without a seed each choice is drawn afresh.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A generated token, its log-probability under the model itself (temperature 1), and the likeliest ones there."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer. `tokens` counts every token computed: the end token, and what a stop text cut off, too."""
+
+    text: str
+    finish_reason: FinishReason
+    tokens: int
+    logprobs: tuple[TokenLogprob, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt and how to answer it. `top_logprobs` only counts with `logprobs`."""
+
+    messages: Sequence[Mapping[str, str]]
+    n: int = 1
+    sampling: Sampling = Sampling()
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answers to a request, in the order of their indices."""
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int
+
+
+@dataclass(slots=True)
+class _Job:
+    """A request in the engine: how many choices have started, those that are done, and the prompt once computed."""
+
+    key: Hashable
+    request: Request
+    prompt: list[int]
+    started: int = 0
+    choices: dict[int, Choice] = field(default_factory=dict)
+    computed: tuple[Cache, Array] | None = None  # and the logits after the prompt
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A choice that is being generated."""
+
+    job: _Job
+    index: int
+    cache: Cache
+    rng: np.random.Generator
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Engine:
+    """Continuous batching over one network: `submit` requests at any time, and call `step` while the engine is `busy`.
+
+    A step computes one token for every running choice. At most `slots` choices run at a time, in order of arrival; a
+    prompt is computed once for all its choices.
+    """
+
+    def __init__(self, weights: Weights, slots: int = 32) -> None:
+        self.tokenizer = weights.tokenizer
+        self.context = weights.architecture.context
+        self._decoder = Decoder(weights)
+        self._slots = slots
+        self._waiting: deque[_Job] = deque()
+        self._running: list[_Sequence] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self._running or self._waiting)
+
+    def submit(self, key: Hashable, request: Request) -> None:
+        """Queue a request; `step` returns its completion under the key.
+
+        Raises ContextLengthError if its prompt fills the context, ValueError if a field is out of range.
+        """
+        _check(request)
+        prompt = self.tokenizer.encode_chat(request.messages)
+        if len(prompt) >= self.context:
+            raise ContextLengthError(f"the prompt has {len(prompt)} tokens; the context is {self.context} tokens")
+        self._waiting.append(_Job(key, request, prompt))
+
+    def cancel(self, key: Hashable) -> None:
+        """Forget a request, wherever it is. An unknown key is ignored: its completion may be on its way."""
+        self._waiting = deque(job for job in self._waiting if job.key != key)
+        self._running = [sequence for sequence in self._running if sequence.job.key != key]
+
+    def step(self) -> list[tuple[Hashable, Completion]]:
+        """Advance every running choice by a token, start as many more as there are free slots.
+
+        Returns the requests that this completed.
+        """
+        active: list[tuple[_Sequence, Array]] = []
+        if self._running:
+            logits = self._decoder.forward([(s.tokens[-1:], s.cache) for s in self._running])
+            active += zip(self._running, logits, strict=True)
+        while self._waiting and len(active) < self._slots:
+            active.append(self._start())
+        self._running = []
+        completed: list[tuple[Hashable, Completion]] = []
+        for sequence, row in active:
+            choice = self._extend(sequence, row)
+            if choice is None:
+                self._running.append(sequence)
+                continue
+            job = sequence.job
+            job.choices[sequence.index] = choice
+            if len(job.choices) == job.request.n:
+                choices = tuple(job.choices[index] for index in range(job.request.n))
+                completed.append((job.key, Completion(choices, len(job.prompt))))
+        return completed
+
+    def _start(self) -> tuple[_Sequence, Array]:
+        """The next choice of the first job in the queue, and the logits of its first token."""
+        job = self._waiting[0]
+        if job.computed is None:
+            cache = Cache.empty(self._decoder.shape, len(job.prompt))
+            job.computed = cache, self._decoder.forward([(job.prompt, cache)])[0]
+        prefix, logits = job.computed
+        # Choice i under seed s is choice 0 under seed s + i, as in vLLM.
+        seed = job.request.sampling.seed
+        rng = np.random.default_rng(None if seed is None else seed + job.started)
+        capacity = min(len(job.prompt) + job.request.max_tokens, self.context)
+        sequence = _Sequence(job, job.started, prefix.copy(capacity), rng)
+        job.started += 1
+        if job.started == job.request.n:
+            self._waiting.popleft()
+            job.computed = None
+        return sequence, logits
+
+    def _extend(self, sequence: _Sequence, logits: Array) -> Choice | None:
+        """Draw the next token of a choice; the choice itself if that ends it."""
+        request, tokens = sequence.job.request, sequence.tokens
+        token = sample(logits, request.sampling, sequence.rng)
+        tokens.append(token)
+        if request.logprobs:
+            sequence.logprobs.append(self._logprob(token, logits, request.top_logprobs))
+        ended = token in (self.tokenizer.im_end, self.tokenizer.end_of_text)
+        text = self.tokenizer.decode(tokens[:-1] if ended else tokens)
+        cuts = [at for stop in request.stop if (at := text.find(stop)) >= 0]
+        full = len(tokens) == request.max_tokens or len(sequence.job.prompt) + len(tokens) == self.context
+        if not (ended or cuts or full):
+            return None
+        reason: FinishReason = "stop" if ended or cuts else "length"
+        logprobs = tuple(sequence.logprobs) if request.logprobs else None
+        return Choice(text[: min(cuts, default=len(text))], reason, len(tokens), logprobs)
+
+    def _logprob(self, token: int, logits: Array, top: int) -> TokenLogprob:
+        logprobs = log_softmax(logits)
+        best = np.argsort(-logprobs, kind="stable")[:top]
+        decode = self.tokenizer.decode
+        return TokenLogprob(
+            decode([token]), float(logprobs[token]), tuple((decode([int(i)]), float(logprobs[i])) for i in best)
+        )
+
+
+def log_softmax(logits: Array) -> NDArray[np.float64]:
+    """The log-probabilities of logits of shape (vocabulary,)."""
+    shifted = logits.astype(np.float64) - logits.max()
+    normal: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return normal
+
+
+def sample(logits: Array, sampling: Sampling, rng: np.random.Generator) -> int:
+    """Draw a token from logits of shape (vocabulary,). One uniform number is used up, none if greedy."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = log_softmax(logits) / sampling.temperature
+    probabilities = np.exp(scaled - scaled.max())  # of the likeliest token's, until a draw needs their sum
+    probabilities[probabilities < sampling.min_p] = 0
+    if sampling.top_k > 0 or sampling.top_p < 1:
+        order = np.argsort(-probabilities, kind="stable")
+        ranked = probabilities[order]
+        ranked[sampling.top_k or len(ranked) :] = 0
+        ranked /= ranked.sum()
+        before = np.cumsum(ranked) - ranked
+        probabilities[order[(ranked == 0) | (before >= sampling.top_p)]] = 0
+    cumulative = np.cumsum(probabilities)
+    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+
+
+def _check(request: Request) -> None:
+    s = request.sampling
+    limits: list[tuple[str, bool]] = [
+        ("n must be at least 1", request.n >= 1),
+        ("max_tokens must be at least 1", request.max_tokens >= 1),
+        ("temperature must be at least 0", s.temperature >= 0),
+        ("top_p must be above 0 and at most 1", 0 < s.top_p <= 1),
+        ("top_k must be at least 0", s.top_k >= 0),
+        ("min_p must be from 0 to 1", 0 <= s.min_p <= 1),
+        ("seed must be at least 0", s.seed is None or s.seed >= 0),
+        ("top_logprobs must be from 0 to 20", 0 <= request.top_logprobs <= 20),
+        ("stop texts must not be empty", all(request.stop)),
+    ]
+    for message, holds in limits:
+        if not holds:
+            raise ValueError(message)

@@ -1,0 +1,337 @@
+"""The embedded teacher: its tokenizer, its numpy inference, its engine and its worker process."""
+
+from __future__ import annotations
+
+import os
+
+# Before numpy is imported: on a busy machine a second BLAS thread makes these tests ten times slower.
+os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+import json
+import math
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lab.grammar import Example, examples
+from fastdistill.model.embedded import worker
+from fastdistill.model.embedded.bpe import Tokenizer
+from fastdistill.model.embedded.inference import (
+    Choice,
+    Completion,
+    ContextLengthError,
+    Engine,
+    Request,
+    Sampling,
+    log_softmax,
+    sample,
+)
+from fastdistill.model.embedded.network import Cache, Decoder, load_weights, save_weights
+
+WEIGHTS = load_weights(worker.HERE)
+GOLDEN = json.loads(Path(__file__).with_name("embedded_golden.json").read_text(encoding="utf-8"))
+GREEDY = Sampling(temperature=0.0)
+
+Messages = list[dict[str, str]]
+
+
+def prompt(example: Example) -> Messages:
+    user = f"Schema: {example.schema}\nQuestion: {example.question}\nSQL:"
+    return [{"role": "system", "content": "Return SQL only."}, {"role": "user", "content": user}]
+
+
+QUESTIONS = list(islice(examples(11, "heldout"), 40))
+PROMPT = prompt(QUESTIONS[0])
+
+
+def ask(*requests: Request, slots: int = 32) -> list[Completion]:
+    engine = Engine(WEIGHTS, slots)
+    for index, request in enumerate(requests):
+        engine.submit(index, request)
+    done: dict[Any, Completion] = {}
+    while engine.busy:
+        done.update(engine.step())
+    return [done[index] for index in range(len(requests))]
+
+
+def answer(request: Request) -> Choice:
+    return ask(request)[0].choices[0]
+
+
+# --- Files and tokenizer --------------------------------------------------------------------------------------------
+
+
+def test_the_model_takes_at_most_3_mb() -> None:
+    assert sum((worker.HERE / name).stat().st_size for name in ("weights.npz", "model.json")) <= 3_000_000
+
+
+def test_changed_weights_are_refused(tmp_path: Path) -> None:
+    for name in ("weights.npz", "model.json"):
+        (tmp_path / name).write_bytes((worker.HERE / name).read_bytes())
+    with (tmp_path / "weights.npz").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ValueError, match="does not match the sha256"):
+        load_weights(tmp_path)
+
+
+def test_weights_survive_saving(tmp_path: Path) -> None:
+    save_weights(tmp_path, WEIGHTS.architecture, WEIGHTS.tokenizer, WEIGHTS.tensors, {})
+    again = load_weights(tmp_path)
+    assert again.sha256 == WEIGHTS.sha256
+    assert again.tokenizer.vocabulary == WEIGHTS.tokenizer.vocabulary
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_text_survives_the_tokenizer(text: str) -> None:
+    assert WEIGHTS.tokenizer.decode(WEIGHTS.tokenizer.encode(text)) == text
+
+
+def test_merges_apply_in_order_of_rank() -> None:
+    a, b, c = b"abc"
+    tokenizer = Tokenizer([(b, c), (a, b), (a, 256)])
+    assert tokenizer.encode("abc") == [258]
+    assert tokenizer.encode("abab") == [257, 257]
+
+
+def test_special_tokens_in_text_stay_text() -> None:
+    ids = WEIGHTS.tokenizer.encode_chat([{"role": "user", "content": "<|im_end|>"}])
+    assert ids.count(WEIGHTS.tokenizer.im_end) == 1
+    assert WEIGHTS.tokenizer.decode(ids) == "<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+
+
+# --- Network --------------------------------------------------------------------------------------------------------
+
+
+def test_golden_is_of_these_weights() -> None:
+    assert GOLDEN["sha256"] == WEIGHTS.sha256, "run lab/record_golden.py after each training"
+
+
+@pytest.mark.parametrize("golden", GOLDEN["answers"])
+def test_greedy_answer_is_that_of_torch(golden: dict[str, Any]) -> None:
+    choice = answer(Request(golden["messages"], sampling=GREEDY, logprobs=True))
+    assert choice.text == golden["text"]
+    assert choice.logprobs is not None
+    assert [entry.logprob for entry in choice.logprobs] == pytest.approx(golden["logprobs"], abs=2e-3)
+
+
+def test_a_prompt_in_pieces_gives_the_logits_of_the_whole() -> None:
+    decoder = Decoder(WEIGHTS)
+    tokens = WEIGHTS.tokenizer.encode_chat(PROMPT)
+    whole = decoder.forward([(tokens, Cache.empty(decoder.shape, len(tokens)))])
+    cache = Cache.empty(decoder.shape, len(tokens))
+    decoder.forward([(tokens[:30], cache)])
+    pieces = decoder.forward([(tokens[30:], cache)])
+    assert pieces == pytest.approx(whole, abs=1e-3)
+
+
+def test_most_of_forty_held_out_questions_are_answered_right() -> None:
+    completions = ask(*(Request(prompt(example), sampling=GREEDY) for example in QUESTIONS))
+    right = [is_right(e, c.choices[0].text) for e, c in zip(QUESTIONS, completions, strict=True)]
+    assert sum(right) >= 0.6 * len(QUESTIONS)
+
+
+def is_right(example: Example, sql: str) -> bool:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        example.db.fill(connection, seed=1)
+        try:
+            found = connection.execute(sql).fetchall()
+        except sqlite3.Error:
+            return False
+        return Counter(found) == Counter(connection.execute(example.gold_sql))
+
+
+# --- Engine ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_does_not_depend_on_what_runs_beside_it() -> None:
+    requests = [
+        Request(prompt(example), sampling=Sampling(seed=seed), max_tokens=48)
+        for seed, example in enumerate(QUESTIONS[:11])
+    ]
+    assert ask(*requests, slots=11) == ask(*requests, slots=4) == [ask(request)[0] for request in requests]
+
+
+def test_choice_i_under_seed_s_is_choice_0_under_seed_s_plus_i() -> None:
+    request = Request(PROMPT, n=4, sampling=Sampling(seed=20))
+    many = ask(request)[0].choices
+    alone = [answer(replace(request, n=1, sampling=Sampling(seed=20 + index))) for index in range(4)]
+    assert list(many) == alone
+
+
+def test_more_choices_than_slots_are_all_answered() -> None:
+    texts = [choice.text for choice in ask(Request(PROMPT, n=12, sampling=Sampling(seed=0)), slots=4)[0].choices]
+    assert len(texts) == 12
+    assert len(set(texts)) > 1
+
+
+def test_without_a_seed_choices_differ() -> None:
+    choices = ask(Request(PROMPT, n=16, sampling=Sampling(temperature=2.0)))[0].choices
+    assert len({choice.text for choice in choices}) > 4
+
+
+def test_max_tokens_ends_an_answer_by_length() -> None:
+    choice = answer(Request(PROMPT, sampling=GREEDY, max_tokens=3))
+    assert (choice.finish_reason, choice.tokens) == ("length", 3)
+
+
+def test_a_stop_text_is_cut_off() -> None:
+    whole = answer(Request(PROMPT, sampling=GREEDY))
+    cut = answer(Request(PROMPT, sampling=GREEDY, stop=("nowhere", " FROM")))
+    assert (whole.finish_reason, cut.finish_reason) == ("stop", "stop")
+    assert cut.text == whole.text.partition(" FROM")[0]
+    assert cut.tokens < whole.tokens
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_the_temperature() -> None:
+    greedy = answer(Request(PROMPT, sampling=GREEDY, logprobs=True, top_logprobs=5))
+    almost = answer(Request(PROMPT, sampling=Sampling(temperature=1e-4, seed=1), logprobs=True, top_logprobs=5))
+    assert greedy == almost
+    assert greedy.logprobs is not None
+    assert len(greedy.logprobs) == greedy.tokens
+    for entry in greedy.logprobs:
+        assert entry.top[0] == (entry.token, entry.logprob)
+        assert len(entry.top) == 5
+        assert sum(math.exp(logprob) for _, logprob in entry.top) <= 1
+
+
+def test_probabilities_sum_to_one() -> None:
+    logits = np.random.default_rng(0).standard_normal(768).astype(np.float32) * 10
+    assert np.exp(log_softmax(logits)).sum() == pytest.approx(1)
+
+
+LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "possible"),
+    [
+        (Sampling(), {0, 1, 2, 3}),
+        (Sampling(top_k=2), {0, 1}),
+        (Sampling(top_p=0.7), {0, 1}),
+        (Sampling(top_p=0.8), {0, 1, 2}),
+        (Sampling(min_p=0.25), {0, 1, 2}),
+        (Sampling(top_k=3, top_p=0.6), {0, 1}),  # of three, 0.5 / 0.9 is less than 0.6
+        (Sampling(temperature=1e-300), {0}),
+        (Sampling(temperature=0.0), {0}),
+    ],
+)
+def test_sampling_draws_from_what_the_filters_leave(sampling: Sampling, possible: set[int]) -> None:
+    rng = np.random.default_rng(0)
+    assert {sample(LOGITS, sampling, rng) for _ in range(200)} == possible
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    rng = np.random.default_rng(0)
+    counts = Counter(sample(LOGITS, Sampling(), rng) for _ in range(4000))
+    for token, share in enumerate((0.5, 0.25, 0.15, 0.1)):
+        assert counts[token] / 4000 == pytest.approx(share, abs=0.04)
+
+
+def test_a_prompt_as_long_as_the_context_is_refused() -> None:
+    with pytest.raises(ContextLengthError, match="context is 512 tokens"):
+        Engine(WEIGHTS).submit(0, Request([{"role": "user", "content": "x1" * 300}]))
+
+
+def test_an_answer_ends_where_the_context_does() -> None:
+    request = Request([{"role": "user", "content": "1" * 480}], sampling=GREEDY, max_tokens=1000)
+    completion = ask(request)[0]
+    choice = completion.choices[0]
+    assert choice.finish_reason == "stop" or completion.prompt_tokens + choice.tokens == 512
+
+
+@pytest.mark.parametrize(
+    "request_", [Request(PROMPT, n=0), Request(PROMPT, sampling=Sampling(top_p=0.0)), Request(PROMPT, stop=("",))]
+)
+def test_fields_out_of_range_are_refused(request_: Request) -> None:
+    with pytest.raises(ValueError, match="must"):
+        Engine(WEIGHTS).submit(0, request_)
+
+
+def test_a_cancelled_request_leaves_and_the_others_go_on() -> None:
+    engine = Engine(WEIGHTS, slots=2)
+    for key in "abc":
+        engine.submit(key, Request(PROMPT, n=2, sampling=Sampling(seed=1)))
+    engine.step()
+    engine.cancel("a")
+    engine.cancel("b")
+    done: list[Any] = []
+    while engine.busy:
+        done += [key for key, _ in engine.step()]
+    assert done == ["c"]
+
+
+# --- Worker ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def running_worker() -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "fastdistill.model.embedded.worker"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ)) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def send(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(message).encode() + b"\n")
+    process.stdin.flush()
+
+
+def receive(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    assert process.stdout is not None
+    message: dict[str, Any] = json.loads(process.stdout.readline())
+    return message
+
+
+def test_worker_answers_over_pipes_and_ends_with_its_input() -> None:
+    with running_worker() as process:
+        assert receive(process) == {
+            "ready": True, "model": f"embedded-{WEIGHTS.sha256[:12]}", "context": 512, "slots": 32,
+        }  # fmt: skip
+        send(process, {"id": 1, "messages": PROMPT, "temperature": 0, "logprobs": True, "top_logprobs": 1})
+        expected = answer(Request(PROMPT, sampling=GREEDY, logprobs=True, top_logprobs=1))
+        result = receive(process)
+        assert (result["id"], len(result["choices"])) == (1, 1)
+        choice = result["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == (expected.text, expected.finish_reason)
+        assert choice["tokens"] == len(choice["logprobs"])
+        assert choice["logprobs"][0]["top"] == [[choice["logprobs"][0]["token"], choice["logprobs"][0]["logprob"]]]
+        assert result["prompt_tokens"] == len(WEIGHTS.tokenizer.encode_chat(PROMPT))
+
+        send(process, {"id": "long", "messages": [{"role": "user", "content": "x1" * 300}]})
+        assert receive(process)["code"] == "context_length_exceeded"
+        for broken in ({"n": "two"}, {"seeds": 1}, {"messages": [{"role": "user"}]}, {"id": None}):
+            send(process, {"id": 2, "messages": PROMPT, **broken})
+            assert receive(process)["code"] == "invalid_request"
+
+        # What is under way when the input ends is finished.
+        for key in range(10):
+            send(process, {"id": key, "messages": PROMPT, "n": 4, "seed": key})
+        assert process.stdin is not None
+        process.stdin.close()
+        assert sorted(receive(process)["id"] for _ in range(10)) == list(range(10))
+        assert process.wait(timeout=60) == 0
+
+
+def test_worker_ends_quietly_when_nobody_reads() -> None:
+    with running_worker() as process:
+        receive(process)
+        assert process.stdout is not None
+        process.stdout.close()
+        send(process, {"id": 1, "messages": PROMPT})
+        assert process.wait(timeout=60) == 0
