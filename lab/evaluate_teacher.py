@@ -1,6 +1,6 @@
 """Measure a trained model on held-out schemas, and write its card.
 
-    python lab/evaluate_teacher.py --model src/fastdistill/model/embedded --questions 300
+    python -m lab.evaluate_teacher --model src/fastdistill/model/embedded --questions 300
 
 An answer is right if it returns what the gold query returns, as a multiset of rows, on two databases filled at random
 (not the one that the question's literals come from). Writes teacher_card.md and teacher_card.json.

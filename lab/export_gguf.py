@@ -1,6 +1,6 @@
 """Write a trained model as a GGUF file, which llama.cpp (for instance through `xllamacpp`) serves.
 
-python lab/export_gguf.py --model src/fastdistill/model/embedded --output teacher.gguf
+python -m lab.export_gguf --model src/fastdistill/model/embedded --output teacher.gguf
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
 from fastdistill.model.embedded.bpe import SPECIAL_TOKENS
 from fastdistill.model.embedded.network import load_weights
-from lab.tokens import byte_letters
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -68,6 +67,13 @@ def export(folder: Path, output: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def byte_letters() -> list[str]:
+    """GPT-2's printable letter for each byte, in which `tokenizers` and GGUF files spell tokens."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
 
 
 if __name__ == "__main__":

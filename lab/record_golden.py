@@ -1,6 +1,6 @@
 """Record what torch answers greedily, for the tests of the numpy inference; run it after each training.
 
-Usage: python lab/record_golden.py --model src/fastdistill/model/embedded --output tests/model/embedded_golden.json
+Usage: python -m lab.record_golden --model src/fastdistill/model/embedded --output tests/model/embedded_golden.json
 """
 
 from __future__ import annotations

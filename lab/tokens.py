@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from fastdistill.model.embedded.bpe import SPECIAL_TOKENS
+from lab.export_gguf import byte_letters
 
 QWEN2_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,10 +50,3 @@ def pieces() -> pre_tokenizers.PreTokenizer:
     """Qwen2's pre-tokenizer."""
     split = pre_tokenizers.Split(Regex(QWEN2_PIECES), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def byte_letters() -> list[str]:
-    """GPT-2's printable letter for each byte, in which `tokenizers` and GGUF files spell tokens."""
-    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]

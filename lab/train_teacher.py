@@ -1,6 +1,6 @@
 """Train a small text-to-SQL model from random weights: tokenizer, network, and the package's weight files.
 
-    python lab/train_teacher.py --minutes 10 --seed 0 --noise 0.15 --output src/fastdistill/model/embedded
+    python -m lab.train_teacher --minutes 10 --seed 0 --noise 0.15 --output src/fastdistill/model/embedded
 
 `train` is the training loop by itself, over any iterator of (prompt messages, answer): students use it too.
 """
