@@ -1,0 +1,301 @@
+"""`sql-eq/1`: when two SQL results are the same answer, and what a query's text says about the order of its rows.
+
+Pure functions over rows and text: nothing here opens a database or runs a query.
+
+- **Width** decides first, also when both results are empty. Column names never matter.
+- **Cells**: NULL equals only NULL; numbers compare by value, integers exactly (never through a float); text, blob and
+  number are distinct; nothing is trimmed or case-folded. Floats of both results that lie within 1e-9 relative or 1e-12
+  absolute of a neighbour are snapped together first, because rounding has bucket edges.
+- **Rows** are a multiset. Where order counts they are a sequence modulo ties: `cuts` are the positions at which one
+  group of tied rows ends and the next begins.
+- **Columns** may come in any order, one permutation for the whole result, unless `columns="strict"`.
+"""
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import chain, pairwise
+from typing import Literal, NamedTuple
+
+DEFINITION = "sql-eq/1"
+
+Cell = int | float | str | bytes | None
+Row = tuple[Cell, ...]
+Columns = Literal["any", "strict"]
+Direction = Literal["ASC", "DESC"]
+
+RELATIVE_TOLERANCE = 1e-9
+ABSOLUTE_TOLERANCE = 1e-12
+MAX_SEARCH_NODES = 10_000
+"""Column assignments tried before a comparison gives up."""
+MAX_SEARCH_ROWS = 4_000_000
+"""Rows looked at over all those assignments (about a second): long results give up after fewer nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """What a query returned. `width` comes from the cursor's description: an empty result has one too."""
+
+    width: int
+    rows: tuple[Row, ...]
+
+
+class Comparison(StrEnum):
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    WIDTH = "width"
+    UNDECIDED = "undecided"
+    """The search for a column permutation ran out of its budget."""
+
+
+def compare(
+    gold: Relation, other: Relation, *, cuts: Sequence[int] | None = None, columns: Columns = "any"
+) -> Comparison:
+    """Whether `other` is the same answer as `gold`.
+
+    `cuts` are the ends of gold's groups of interchangeable rows, rising to `len(gold.rows)`: `None` (one group) makes
+    the rows a multiset, `range(1, n + 1)` an exact sequence, `tie_cuts` a sequence modulo ties.
+    """
+    if gold.width != other.width:
+        return Comparison.WIDTH
+    if len(gold.rows) != len(other.rows):
+        return Comparison.DIFFERENT
+    if gold.rows == other.rows:
+        return Comparison.EQUAL
+    left, right = _snapped(gold.rows, other.rows)
+    ends = [len(left)] if cuts is None else cuts
+    if all(_same_multiset(left[start:end], right[start:end]) for start, end in pairwise([0, *ends])):
+        return Comparison.EQUAL
+    if columns == "strict" or gold.width == 1:
+        return Comparison.DIFFERENT
+    return _PermutationSearch(left, right, ends).run()
+
+
+def tie_cuts(ascending: Relation, descending: Relation) -> tuple[int, ...] | None:
+    """The cuts of a query that ran twice, its ties broken by all columns ascending and then descending.
+
+    The two runs agree on a prefix, as multisets, exactly where a group of ties ends. `None`: they returned different
+    rows, so a LIMIT cuts through a group of ties and the query has no single answer.
+    """
+    if len(ascending.rows) != len(descending.rows):
+        return None
+    left, right = _snapped(ascending.rows, descending.rows)
+    surplus: Counter[Row] = Counter()
+    cuts = []
+    for position, (first, second) in enumerate(zip(left, right, strict=True), start=1):
+        if first != second:
+            for row, step in ((first, 1), (second, -1)):
+                surplus[row] += step
+                if not surplus[row]:
+                    del surplus[row]
+        if not surplus:
+            cuts.append(position)
+    return None if surplus else tuple(cuts)
+
+
+def signature(relation: Relation, *, ordered: bool = False) -> str:
+    """SHA-256 (hex) of the result: the order of rows counts only if `ordered`, that of columns always.
+
+    Equal numbers have one form (`2` and `2.0`); other floats keep ten significant digits. A hash has no tolerance:
+    two floats that `compare` would snap together can still fall on two sides of a rounding edge.
+    """
+    rows: Iterable[Row] = relation.rows
+    if float in map(type, chain.from_iterable(rows)):
+        rows = (tuple(map(_canonical, row)) for row in rows)
+    lines = list(map(ascii, rows))  # exact for every other cell, and the same in every version of Python
+    if not ordered:
+        lines.sort()
+    text = "\n".join([f"{DEFINITION} {relation.width} {len(lines)}", *lines])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Token(NamedTuple):
+    """One lexical token of SQL: neither space nor comment. `depth` counts the parentheses around it."""
+
+    text: str
+    end: int
+    depth: int
+
+    @property
+    def word(self) -> str:
+        """The text in upper case; a quoted name or a string keeps its quotes, and is never a keyword."""
+        return self.text.upper()
+
+
+# As SQLite reads it: only ASCII space separates, and unterminated strings and comments run to the end of the text.
+_LEXEME = re.compile(
+    r"""(?P<skip> [ \t\n\f\r]+ | --[^\n]* | /\*.*?(?:\*/|\Z) )
+      | [\w$\u0080-\U0010ffff]+
+      | '[^']*(?:''[^']*)*'? | "[^"]*(?:""[^"]*)*"? | `[^`]*(?:``[^`]*)*`? | \[[^\]]*\]?
+      | .""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def tokenize(sql: str) -> list[Token]:
+    """The tokens of `sql`, as far as finding clauses needs them: operators come one character at a time."""
+    tokens = []
+    depth = 0
+    for lexeme in _LEXEME.finditer(sql):
+        if lexeme.lastgroup == "skip":
+            continue
+        text = lexeme.group()
+        if text == ")":
+            depth -= 1
+        tokens.append(Token(text, lexeme.end(), depth))
+        if text == "(":
+            depth += 1
+    return tokens
+
+
+def top_level_order_by(sql: str) -> bool:
+    """Whether the outermost query, rather than a subquery or a window, has an ORDER BY."""
+    return _clause(tokenize(sql), "ORDER", "BY") is not None
+
+
+def top_level_limit(sql: str) -> bool:
+    """Whether the outermost query has a LIMIT."""
+    return _clause(tokenize(sql), "LIMIT") is not None
+
+
+def break_ties(sql: str, width: int, direction: Direction) -> str:
+    """`sql` with every result column, in `direction`, as its last sort keys: a total order of its rows.
+
+    `COLLATE BINARY` keeps rows apart that a column's own collation would leave tied.
+    """
+    tokens = tokenize(sql)
+    keys = ", ".join(f"{column} COLLATE BINARY {direction}" for column in range(1, width + 1))
+    limit = _clause(tokens, "LIMIT")
+    body = tokens if limit is None else tokens[:limit]
+    while body and body[-1].text == ";":
+        body.pop()
+    end = body[-1].end if body else 0
+    joint = "," if _clause(tokens, "ORDER", "BY") is not None else " ORDER BY"
+    return f"{sql[:end]}{joint} {keys}{sql[end:]}"
+
+
+def _clause(tokens: Sequence[Token], *words: str) -> int | None:
+    """Index of the last top-level occurrence of these consecutive keywords."""
+    for index in range(len(tokens) - len(words), -1, -1):
+        if all(
+            token.depth == 0 and token.word == word
+            for token, word in zip(tokens[index : index + len(words)], words, strict=True)
+        ):
+            return index
+    return None
+
+
+def _canonical(cell: Cell) -> Cell:
+    if not isinstance(cell, float):
+        return cell
+    rounded = cell if cell.is_integer() else float(format(cell, ".10g"))
+    return int(rounded) if rounded.is_integer() else rounded
+
+
+def _same_multiset(left: Sequence[Row], right: Sequence[Row]) -> bool:
+    return left == right or Counter(left) == Counter(right)
+
+
+def _snapped(left: tuple[Row, ...], right: tuple[Row, ...]) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Both results with each chain of close floats replaced by one of its members.
+
+    Python's own equality then does the rest: it compares int with float exactly, and never str with bytes or number.
+    """
+    floats = {cell for rows in (left, right) for row in rows for cell in row if isinstance(cell, float)}
+    close: list[list[float]] = []
+    for lower, upper in pairwise(sorted(floats)):
+        if math.isclose(lower, upper, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE):
+            if close and close[-1][-1] == lower:
+                close[-1].append(upper)
+            else:
+                close.append([lower, upper])
+    if not close:
+        return left, right
+    # A chain takes the value of an integer that it contains, or 3.0 would stop being equal to 3.
+    integers = {cell for rows in (left, right) for row in rows for cell in row if isinstance(cell, int)}
+    member = {value: next((v for v in chain if v in integers), chain[0]) for chain in close for value in chain}
+
+    def snap(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+        return tuple(tuple(member.get(cell, cell) if isinstance(cell, float) else cell for cell in row) for row in rows)
+
+    return snap(left), snap(right)
+
+
+class _BudgetSpentError(Exception):
+    pass
+
+
+class _PermutationSearch:
+    """Backtracking over which column of `other` stands for each column of gold.
+
+    A partial assignment splits the rows into classes: rows are in one class if they agree on the group of ties and on
+    all columns assigned so far. It survives only while every class is as large as gold's, so most die at once.
+    """
+
+    def __init__(self, gold: tuple[Row, ...], other: tuple[Row, ...], ends: Sequence[int]) -> None:
+        self._gold: list[Row] = list(zip(*gold, strict=True))
+        self._other: list[Row] = list(zip(*other, strict=True))
+        self._nodes = min(MAX_SEARCH_NODES, MAX_SEARCH_ROWS // len(gold))
+        self._groups = [group for group, (start, end) in enumerate(pairwise([0, *ends])) for _ in range(end - start)]
+        # Columns that look alike are tried once.
+        self._first_alike = [self._other.index(column) for column in self._other]
+
+    def run(self) -> Comparison:
+        wanted, shapes = list(map(_shape, self._gold)), list(map(_shape, self._other))
+        if Counter(wanted) != Counter(shapes):
+            return Comparison.DIFFERENT
+        options = [[i for i, shape in enumerate(shapes) if shape == mine] for mine in wanted]
+        # Columns with one candidate are decided together; of the others, those with the fewest candidates first.
+        forced = [column for column, candidates in enumerate(options) if len(candidates) == 1]
+        chosen = [options[column][0] for column in forced]
+        self._order = sorted(set(range(len(options))).difference(forced), key=lambda column: len(options[column]))
+        self._options = options
+        classes: dict[Hashable, int] = {}
+        self._reference = [_number(zip(self._groups, *(self._gold[i] for i in forced), strict=True), classes)]
+        groups = [classes.get(key, -1) for key in zip(self._groups, *(self._other[i] for i in chosen), strict=True)]
+        self._levels: list[tuple[dict[Hashable, int], Counter[int]]] = []
+        try:
+            found = Counter(groups) == Counter(self._reference[0]) and self._assign(0, groups, frozenset(chosen))
+        except _BudgetSpentError:
+            return Comparison.UNDECIDED
+        return Comparison.EQUAL if found else Comparison.DIFFERENT
+
+    def _assign(self, depth: int, groups: list[int], used: frozenset[int]) -> bool:
+        if depth == len(self._order):
+            return True
+        classes, sizes = self._level(depth)
+        tried = set()
+        for column in self._options[self._order[depth]]:
+            if column in used or self._first_alike[column] in tried:
+                continue
+            tried.add(self._first_alike[column])
+            if not self._nodes:
+                raise _BudgetSpentError
+            self._nodes -= 1
+            refined = [classes.get(key, -1) for key in zip(groups, self._other[column], strict=True)]
+            if Counter(refined) == sizes and self._assign(depth + 1, refined, used | {column}):
+                return True
+        return False
+
+    def _level(self, depth: int) -> tuple[dict[Hashable, int], Counter[int]]:
+        """Gold's classes once its columns up to this depth are assigned, and how large they are."""
+        if depth == len(self._levels):
+            classes: dict[Hashable, int] = {}
+            keys = zip(self._reference[depth], self._gold[self._order[depth]], strict=True)
+            self._reference.append(_number(keys, classes))
+            self._levels.append((classes, Counter(self._reference[-1])))
+        return self._levels[depth]
+
+
+def _number(keys: Iterable[Hashable], classes: dict[Hashable, int]) -> list[int]:
+    """Each key's place in the order of first appearance, which `classes` records."""
+    return [classes.setdefault(key, len(classes)) for key in keys]
+
+
+def _shape(column: Row) -> int:
+    """Equal for columns with the same multiset of values; a chance collision costs the search a node, no more."""
+    return hash(frozenset(Counter(column).items()))

@@ -1,0 +1,360 @@
+"""Judges one SQL answer against one gold query; as a program (`python -m`), the worker process of `sqlite_pool`.
+
+The program reads batches of jobs from its standard input and answers each on its standard output as soon as it is
+judged, so that whoever reads knows which job was running when the process died. What a death means is for the pool to
+say. It imports only the standard library, for it must start fast, and again after every kill.
+
+Frames in both directions are a 4-byte big-endian length and JSON. In: a list of jobs, each the fields of `SqlJob`.
+Out: `"ready"` once; `"gold"` or `"candidate"` when a query of that kind starts after one of the other; and for each
+job, in order, the fields of its `Evaluation`.
+"""
+
+import json
+import os
+import resource
+import signal
+import sqlite3
+import struct
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self
+
+from fastdistill.data.execution.sql_equality import (
+    Columns,
+    Comparison,
+    Direction,
+    break_ties,
+    compare,
+    signature,
+    tie_cuts,
+    top_level_limit,
+    top_level_order_by,
+)
+from fastdistill.data.execution.sqlite_guard import (
+    DatabaseUnreadableError,
+    FileIdentity,
+    GuardedConnection,
+    QueryError,
+    QueryResult,
+    SqlLimits,
+    SqlReason,
+    file_identity,
+    limit_process_heap,
+)
+
+Order = Literal["auto", "ignore", "strict"]
+"""`auto`: rows count in order, modulo ties, if gold has a top-level ORDER BY. `strict`: in gold's very order."""
+
+HEADER = struct.Struct(">I")
+READY = "ready"
+
+_MAX_CONNECTIONS = 8
+_MAX_GOLD_ENTRIES = 4096
+_MAX_GOLD_BYTES = 32_000_000
+_NEAR_LIMIT = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class SqlJob:
+    """One candidate to judge. Without `gold_sql` the question is only whether it executes as a query."""
+
+    db_path: str
+    sql: str
+    gold_sql: str | None = None
+    columns: Columns = "any"
+    order: Order = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The verdict on one candidate, and what was seen of it. `None` stands for unknown."""
+
+    reason: SqlReason
+    exec_pass: bool | None = None
+    """Whether the candidate executed, within its limits, as one deterministic query."""
+    exec_error: str | None = None
+    """Why it did not: SQLite's own text where it is SQLite's error."""
+    gold_match: bool | None = None
+    detail: str | None = None
+    """What is wrong, where the outcome is `error`: with gold, the database or the sandbox."""
+    result_signature: str | None = None
+    """`sql_equality.signature`; the order of rows counts only under `order="strict"`."""
+    row_count: int | None = None
+    columns: int | None = None
+    ops: int | None = None
+    tables: tuple[str, ...] = ()
+    weak_gold: bool = False
+    """Gold returns no rows: many wrong queries match it."""
+    near_limit: bool = False
+    """It took 80% or more of the budget of operations: another version of SQLite may judge it differently."""
+    sqlite_version: str = sqlite3.sqlite_version
+
+    @property
+    def outcome(self) -> Literal["pass", "fail", "error"]:
+        return self.reason.outcome
+
+
+class Phase(StrEnum):
+    """What an evaluator is about to do: to run untrusted SQL of either kind, or only code of our own."""
+
+    GOLD = "gold"
+    CANDIDATE = "candidate"
+    COMPARE = "compare"
+
+
+@dataclass(frozen=True, slots=True)
+class _Gold:
+    """Everything that judging needs to know of a gold query on one database."""
+
+    reason: SqlReason | None = None
+    """Why it cannot judge anything."""
+    detail: str | None = None
+    result: QueryResult | None = None
+    ordered: QueryResult | None = None
+    """Under a top-level ORDER BY: the result with its ties in a fixed order, to which `cuts` belong."""
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return sum(result.size for result in (self.result, self.ordered) if result is not None)
+
+
+class Evaluator:
+    """Judges in this process, keeping connections and gold results; `enter` is told of each phase before it begins.
+
+    Deterministic budgets bind here as everywhere; for limits on CPU time and memory use `sqlite_pool.SqlitePool`.
+    """
+
+    def __init__(
+        self, limits: SqlLimits | None = None, *, enter: Callable[[Phase], object] = lambda phase: None
+    ) -> None:
+        self._limits = limits or SqlLimits()
+        self._enter = enter
+        self._connections: OrderedDict[str, GuardedConnection] = OrderedDict()
+        self._golds: OrderedDict[tuple[str, FileIdentity, str], _Gold] = OrderedDict()
+        self._gold_bytes = 0
+        self._fresh = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes all connections and forgets all gold results."""
+        while self._connections:
+            self._connections.popitem()[1].close()
+        self._golds.clear()
+        self._gold_bytes = 0
+
+    def evaluate(
+        self,
+        db_path: str,
+        candidate_sql: str,
+        gold_sql: str | None = None,
+        columns: Columns = "any",
+        order: Order = "auto",
+    ) -> Evaluation:
+        """Never raises for anything wrong with the database or either query: that is a reason."""
+        job = SqlJob(db_path, candidate_sql, gold_sql, columns, order)
+        try:
+            return self._evaluate(job)
+        except MemoryError:
+            # Memory is shared with what earlier jobs left open: only a fresh start tells whose fault it is.
+            self.close()
+            self._fresh = True
+            try:
+                return self._evaluate(job)
+            finally:
+                self._fresh = False
+        finally:
+            self._enter(Phase.COMPARE)
+
+    def _evaluate(self, job: SqlJob) -> Evaluation:
+        try:
+            connection = self._connect(job.db_path)
+            gold = None if job.gold_sql is None else self._gold(connection, job.gold_sql)
+            candidate = self._run(connection, job.sql, Phase.CANDIDATE)
+        except DatabaseUnreadableError as error:
+            return Evaluation(SqlReason.DATABASE_UNREADABLE, detail=str(error))
+        self._enter(Phase.COMPARE)
+        reason = _reason(candidate, gold, job)
+        judged = gold is not None and reason.outcome != "error"
+        verdict = Evaluation(
+            reason,
+            gold_match=reason.outcome == "pass" if judged else None,
+            detail=None if gold is None else gold.detail,
+            ops=candidate.ops,
+            weak_gold=gold is not None and gold.result is not None and not gold.result.rows,
+        )
+        if isinstance(candidate, QueryError):
+            return replace(verdict, exec_pass=False, exec_error=str(candidate))
+        return replace(
+            verdict,
+            exec_pass=True,
+            result_signature=signature(candidate, ordered=job.order == "strict"),
+            row_count=len(candidate.rows),
+            columns=candidate.width,
+            tables=candidate.tables,
+            near_limit=candidate.ops >= _NEAR_LIMIT * self._limits.ops,
+        )
+
+    def _connect(self, db_path: str) -> GuardedConnection:
+        connection = self._connections.pop(db_path, None)
+        if connection is not None and connection.identity != file_identity(Path(db_path)):
+            connection.close()
+            connection = None
+        if connection is None:
+            connection = GuardedConnection(db_path, self._limits)
+        self._connections[db_path] = connection
+        if len(self._connections) > _MAX_CONNECTIONS:
+            self._connections.popitem(last=False)[1].close()
+        return connection
+
+    def _gold(self, connection: GuardedConnection, sql: str) -> _Gold:
+        key = (str(connection.path), connection.identity, sql)
+        gold = self._golds.get(key)
+        if gold is not None:
+            self._golds.move_to_end(key)
+            return gold
+        gold = self._settle(connection, sql)
+        self._golds[key] = gold
+        self._gold_bytes += gold.size
+        while len(self._golds) > _MAX_GOLD_ENTRIES or (self._gold_bytes > _MAX_GOLD_BYTES and len(self._golds) > 1):
+            self._gold_bytes -= self._golds.popitem(last=False)[1].size
+        return gold
+
+    def _settle(self, connection: GuardedConnection, sql: str) -> _Gold:
+        """Runs gold, and where rows could come in several orders, twice more to see which of them are tied."""
+        result = self._run(connection, sql, Phase.GOLD)
+        if isinstance(result, QueryError):
+            return _Gold(SqlReason.GOLD_INVALID, f"gold: {result.reason}: {result}")
+        ordered = top_level_order_by(sql)
+        if not ordered and not top_level_limit(sql):
+            return _Gold(result=result)
+        directions: tuple[Direction, Direction] = ("ASC", "DESC")
+        sorted_both_ways = []
+        for direction in directions:
+            run = self._run(connection, break_ties(sql, result.width, direction), Phase.GOLD)
+            if isinstance(run, QueryError):
+                return _Gold(SqlReason.GOLD_INVALID, f"gold, with its ties broken: {run.reason}: {run}")
+            sorted_both_ways.append(run)
+        ascending, descending = sorted_both_ways
+        cuts = tie_cuts(ascending, descending)
+        if cuts is None:
+            return _Gold(SqlReason.GOLD_AMBIGUOUS, "gold: its LIMIT cuts through tied rows")
+        return _Gold(result=result, ordered=ascending, cuts=cuts) if ordered else _Gold(result=result)
+
+    def _run(self, connection: GuardedConnection, sql: str, phase: Phase) -> QueryResult | QueryError:
+        self._enter(phase)
+        try:
+            return connection.query(sql)
+        except QueryError as error:
+            failure = error
+        if failure.reason is SqlReason.LIMIT_MEMORY and not self._fresh:
+            raise MemoryError
+        if failure.reason is SqlReason.LIMIT_BYTES:
+            self._enter(Phase.COMPARE)
+            if connection.allow_stored_values():
+                return self._run(connection, sql, phase)
+        return failure
+
+
+def _reason(candidate: QueryResult | QueryError, gold: _Gold | None, job: SqlJob) -> SqlReason:
+    if gold is not None and gold.reason is not None:
+        return gold.reason
+    if isinstance(candidate, QueryError):
+        return candidate.reason
+    if gold is None or gold.result is None:
+        return SqlReason.EXECUTED
+    if gold.result.tables and not candidate.tables:
+        return SqlReason.CONSTANT
+    expected = gold.result
+    cuts: Sequence[int] | None = None
+    if job.order == "strict":
+        cuts = range(1, len(gold.result.rows) + 1)
+    elif job.order == "auto" and gold.ordered is not None:
+        expected, cuts = gold.ordered, gold.cuts
+    return _REASONS[compare(expected, candidate, cuts=cuts, columns=job.columns)]
+
+
+_REASONS = {
+    Comparison.EQUAL: SqlReason.MATCH,
+    Comparison.DIFFERENT: SqlReason.MISMATCH,
+    Comparison.WIDTH: SqlReason.COLUMN_COUNT,
+    Comparison.UNDECIDED: SqlReason.COMPARE_BUDGET,
+}
+
+
+def frame(message: object) -> bytes:
+    """ASCII JSON, so that lone surrogates survive the way."""
+    payload = json.dumps(message, separators=(",", ":")).encode()
+    return HEADER.pack(len(payload)) + payload
+
+
+def to_wire(value: SqlJob | Evaluation) -> list[Any]:
+    return [getattr(value, field.name) for field in fields(value)]
+
+
+def evaluation_from_wire(values: list[Any]) -> Evaluation:
+    named = dict(zip(_EVALUATION_FIELDS, values, strict=True))
+    return Evaluation(**{**named, "reason": SqlReason(named["reason"]), "tables": tuple(named["tables"])})
+
+
+_EVALUATION_FIELDS = tuple(field.name for field in fields(Evaluation))
+
+
+def serve(requests: BinaryIO, answers: BinaryIO, limits: SqlLimits) -> None:
+    """Answers until `requests` ends. Every query runs under a timer of CPU time that kills the process with SIGPROF."""
+
+    def send(message: object) -> None:
+        answers.write(frame(message))
+        answers.flush()
+
+    announced = Phase.CANDIDATE
+
+    def enter(phase: Phase) -> None:
+        nonlocal announced
+        signal.setitimer(signal.ITIMER_PROF, 0 if phase is Phase.COMPARE else limits.cpu_s)
+        if phase not in (announced, Phase.COMPARE):
+            send(phase)
+            announced = phase
+
+    send(READY)
+    with Evaluator(limits, enter=enter) as evaluator:
+        while header := requests.read(HEADER.size):
+            for job in json.loads(requests.read(*HEADER.unpack(header))):
+                send(to_wire(evaluator.evaluate(*job)))
+
+
+def confine_process(limits: SqlLimits) -> None:
+    """Takes from this process, for good, what judging SQL does not need. A system that lacks a limit goes without."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes our input
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for limit, value in (
+        (resource.RLIMIT_AS, limits.memory_bytes),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        with suppress(ValueError, OSError):  # macOS refuses RLIMIT_AS
+            resource.setrlimit(limit, (value, value))
+    limit_process_heap(limits)
+
+
+def main() -> None:
+    limits = SqlLimits(**json.loads(sys.argv[1]))
+    confine_process(limits)
+    try:
+        serve(sys.stdin.buffer, sys.stdout.buffer, limits)
+    except BrokenPipeError:  # the parent is gone
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
