@@ -1,8 +1,9 @@
 """Canonical JSON and the ids made of it. Never falls back to `str(obj)`: what can't be canonical is an error.
 
 Two values have the same canonical form exactly when they are the same JSON value: keys sorted by code point, no
-insignificant space, strings in NFC, numbers in their shortest round-trip form (`1.0` is `1`, `-0.0` is `0`;
-integers stay exact at any size, unlike RFC 8785, which this otherwise follows in spirit).
+insignificant space, strings in NFC, numbers in their shortest round-trip form, and whole ones as integers (`1.0` is
+`1`, `-0.0` is `0`, `1e16` is `10000000000000000`; integers stay exact at any size, unlike RFC 8785, which this
+otherwise follows in spirit).
 """
 
 import hashlib
@@ -10,6 +11,8 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping
+
+_LONGEST_INTEGER = 14_000  # bits; Python itself refuses to write or read more than 4,300 digits
 
 
 class NotCanonical(ValueError):
@@ -49,12 +52,13 @@ def _normal(value: object, path: str) -> object:
     if isinstance(value, str):
         return value if value.isascii() else unicodedata.normalize("NFC", value)
     if isinstance(value, int):
+        if value.bit_length() > _LONGEST_INTEGER:
+            raise NotCanonical(f"{path}: an integer of more than 4,200 digits; write it as a string")
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise NotCanonical(f"{path}: {value} is not a JSON number")
-        # An integral float below 1e16 prints shorter as an integer, and is the same number.
-        return int(value) if value.is_integer() and abs(value) < 1e16 else float(value)
+        return int(value) if value.is_integer() else float(value)
     if isinstance(value, Mapping):
         normal: dict[str, object] = {}
         for key, inner in value.items():

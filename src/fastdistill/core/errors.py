@@ -19,6 +19,7 @@ class ExitCode(IntEnum):
     TEACHER = 4  # an endpoint refuses or is gone for good
     PARTIAL = 5  # the run finished, some samples ended in an error
     FLOOR = 6  # the run finished below `require:`
+    BUDGET = 7  # the run ended at `budget:`, with a complete data set of what was done by then
     ENVIRONMENT = 8  # disk full, folder in use, missing permission
     INTERRUPTED = 130
 
@@ -69,6 +70,10 @@ class SampleError(Exception):
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason
         super().__init__(message)
+
+
+class NotAsked(SampleError):
+    """A sample is left out because the run has enough, or may spend no more: nothing is wrong with it."""
 
 
 @contextmanager

@@ -56,6 +56,10 @@ class Context(Protocol):
 
     def index(self, name: str) -> KeyIndex: ...
 
+    def next_index(self) -> int:
+        """The index of the next sample that is loaded: 0, 1, 2 ... over all loading steps of the run."""
+        ...
+
     def discard(self, sample: Sample) -> None:
         """Takes a sample out of the stream, with its reason; it stays in the ledger."""
         ...
@@ -104,11 +108,15 @@ class StreamStep(Step):
 class SampleStep(Step):
     @abstractmethod
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        """The sample with what this step found.
+        """The sample with what this step found. It may see a sample again that has got more candidates since.
 
         Raises:
             SampleError: this sample can't go on.
         """
+
+    def wants_more(self, sample: Sample) -> bool:
+        """Whether a sample that has gone through all steps should go through them again."""
+        return False
 
 
 class Gate(SampleStep):

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from fastdistill.core.canonical import digest
-from fastdistill.core.errors import SampleError
+from fastdistill.core.errors import NotAsked, SampleError
 
 Role = Literal["system", "user", "assistant"]
 Message = Mapping[str, str]
@@ -139,6 +139,7 @@ class Candidate:
     cuts: tuple[Cut, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     score: float | None = None
+    step: str = ""  # the step that asked for it
 
     @property
     def outcome(self) -> Outcome:
@@ -169,6 +170,7 @@ class Status(StrEnum):
     OPEN = "open"
     DUPLICATE = "duplicate"  # left out on purpose, with the reason in `failures`
     FAILED = "failed"  # a step could not handle it
+    SKIPPED = "skipped"  # the run had enough, or could spend no more, before it was done
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,4 +203,5 @@ class Sample:
 
     def failed(self, step: str, error: SampleError) -> "Sample":
         failure = Failure(step, error.reason, str(error))
-        return replace(self, status=Status.FAILED, failures=(*self.failures, failure))
+        status = Status.SKIPPED if isinstance(error, NotAsked) else Status.FAILED
+        return replace(self, status=status, failures=(*self.failures, failure))

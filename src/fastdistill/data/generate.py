@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import SampleError
@@ -17,8 +17,24 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 
+class Until(BaseModel):
+    """Stop asking for candidates of a sample once enough are accepted.
+
+    Candidates are asked for in waves of `wave`, and a wave is judged when all of it has arrived: which answers are
+    kept depends on what the gates say and on the order of attempts, never on which answer was fast.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    accepted: int = Field(1, ge=1, description="accepted candidates that are enough for a sample")
+    wave: int = Field(1, ge=1, description="candidates asked for at a time")
+
+
 class TextGeneration(SampleStep):
-    """Asks `model` for `num_generations` candidates of each sample.
+    """Asks a model for `num_generations` candidates of each sample, or for fewer if `until` is met before.
+
+    `teachers` is a ladder: the first model answers, and after `escalate_after` waves without enough accepted answers
+    the next one does.
 
     `template` and `system_prompt` are Jinja templates over the record's fields; a field that is missing fails the
     sample before anything is asked. Each prompt has its own seeds, made of the prompt and `seed`, one after the other
@@ -26,7 +42,10 @@ class TextGeneration(SampleStep):
     """
 
     model: str = Field("teacher", description="a name under `models:`")
-    num_generations: int = Field(1, ge=1)
+    teachers: tuple[str, ...] = Field((), description="names under `models:` in place of `model`, the weakest first")
+    escalate_after: int = Field(2, ge=1, description="waves that each of the `teachers` but the last has")
+    num_generations: int = Field(1, ge=1, description="candidates of a sample, at most")
+    until: Until | None = None
     system_prompt: str | None = None
     template: str
     decode_profile: DecodeProfile = DecodeProfile()
@@ -50,6 +69,8 @@ class TextGeneration(SampleStep):
     def _draws_differ(self) -> Self:
         options = self.generation_kwargs.get("options")
         temperature = (options or {}).get("temperature", self.decode_profile.temperature)
+        if self.teachers and self.until is None:
+            raise ValueError("teachers needs until, like {accepted: 1}: it says when a sample has enough")
         if self.num_generations > 1 and temperature == 0:
             raise ValueError(
                 f"temperature 0 would bring the same answer {self.num_generations} times;"
@@ -58,22 +79,30 @@ class TextGeneration(SampleStep):
         return self
 
     def models(self) -> Sequence[str]:
-        return (self.model,)
+        return self.teachers or (self.model,)
+
+    def wants_more(self, sample: Sample) -> bool:
+        enough = self.until is None or len(sample.accepted) >= self.until.accepted
+        return not enough and _asked(sample, self.name) < self.num_generations
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        model = ctx.model(self.model)
+        first = _asked(sample, self.name)
+        if first and not self.wants_more(sample):
+            return sample  # another step wanted more
+        wave = self.num_generations if self.until is None else self.until.wave
+        attempts = range(first, min(first + wave, self.num_generations))
+        model = ctx.model(self._teacher(first // wave))
         prompt = model.prompt(self.messages(sample), self._profile(sample), self.generation_kwargs)
-        first = len(sample.candidates)
-        draws = [self._draw(prompt, attempt) for attempt in range(first, first + self.num_generations)]
+        draws = [self._draw(prompt, attempt) for attempt in attempts]
         answers = await model.generate(prompt, draws)
-        candidates = [_candidate(answer, sample, prompt) for answer in answers if isinstance(answer, Answer)]
+        candidates = [self._candidate(answer, sample, prompt) for answer in answers if isinstance(answer, Answer)]
         failures = [
             Failure(self.name, answer.reason, str(answer), draw.attempt)
             for draw, answer in zip(draws, answers, strict=True)
             if isinstance(answer, SampleError)
         ]
-        if not candidates:
-            raise SampleError(failures[0].reason, failures[0].message)
+        if not candidates and not sample.candidates:
+            raise next(answer for answer in answers if isinstance(answer, SampleError))
         return replace(sample, candidates=(*sample.candidates, *candidates), failures=(*sample.failures, *failures))
 
     def messages(self, sample: Sample) -> list[Message]:
@@ -87,6 +116,22 @@ class TextGeneration(SampleStep):
             messages.append({"role": "system", "content": render(self._system, sample)})
         messages.append({"role": "user", "content": render(self._user, sample)})
         return messages
+
+    def _candidate(self, answer: Answer, sample: Sample, prompt: Prompt) -> Candidate:
+        return Candidate(
+            candidate_id=answer.draw.candidate_id(sample.sample_id, prompt),
+            step=self.name,
+            attempt=answer.draw.attempt,
+            seed=answer.draw.seed,
+            key=answer.key,
+            prompt=prompt,
+            completion=answer.completion,
+            answer=answer.completion.text,
+        )
+
+    def _teacher(self, wave: int) -> str:
+        models = self.models()
+        return models[min(wave // self.escalate_after, len(models) - 1)]
 
     def _draw(self, prompt: Prompt, attempt: int) -> Draw:
         if self.seed is None:
@@ -116,13 +161,8 @@ class TextGeneration(SampleStep):
         return None if self.system_prompt is None else compile_template(self.system_prompt)
 
 
-def _candidate(answer: Answer, sample: Sample, prompt: Prompt) -> Candidate:
-    return Candidate(
-        candidate_id=answer.draw.candidate_id(sample.sample_id, prompt),
-        attempt=answer.draw.attempt,
-        seed=answer.draw.seed,
-        key=answer.key,
-        prompt=prompt,
-        completion=answer.completion,
-        answer=answer.completion.text,
+def _asked(sample: Sample, step: str) -> int:
+    """How many candidates the step has asked for so far, those that never came among them."""
+    return sum(c.step == step for c in sample.candidates) + sum(
+        f.step == step and f.attempt is not None for f in sample.failures
     )

@@ -1,0 +1,168 @@
+"""Reads records from JSON Lines and Parquet, one at a time. Knows nothing of what a record means."""
+
+import gzip
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from fastdistill.core.errors import InputError, SampleError
+from fastdistill.core.step import Context, StreamStep
+from fastdistill.core.types import Sample
+
+_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".parquet")
+_PARQUET_ROWS = 256  # rows decoded at a time
+_BOM = b"\xef\xbb\xbf"
+
+
+class LoadJsonl(StreamStep):
+    """Records of one or more files, or of `rows` given in the config, after the samples of the steps before.
+
+    A file is JSON Lines (`.jsonl`, `.ndjson`, `.jsonl.gz`: one JSON object a line, UTF-8) or `.parquet`. A line that
+    can't be read costs itself alone: it leaves the stream with the reason `bad_record`. `start` and `limit` count
+    records, readable or not, over all files together.
+    """
+
+    path: Path | tuple[Path, ...] | None = Field(None, description="a file, or a list of files; `~` is your home")
+    rows: tuple[dict[str, Any], ...] | None = Field(None, description="records in place of a file")
+    start: int = Field(0, ge=0, description="how many records to leave out at the beginning")
+    limit: int | None = Field(None, gt=0, description="how many records to read at most")
+
+    @field_validator("path")
+    @classmethod
+    def _known_endings(cls, path: Path | tuple[Path, ...] | None) -> Path | tuple[Path, ...] | None:
+        for each in _paths(path):
+            if not each.name.endswith(_ENDINGS):
+                raise ValueError(
+                    f"{each}: a data set ends in {', '.join(_ENDINGS)}; a JSON array becomes one with "
+                    f"`jq -c '.[]' {each.name} > {each.stem}.jsonl`"
+                )
+        return path
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.rows is None):
+            raise ValueError("give either path or rows")
+        if self.path == ():
+            raise ValueError("path: the list is empty")
+        return self
+
+    def inputs(self) -> Sequence[Path]:
+        return [path.expanduser() for path in _paths(self.path)]
+
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        """Raises:
+        InputError: a file is missing, is not a file or can't be read, or there is no record at all.
+        """
+        files = [_File.found(path) for path in _paths(self.path)]
+        yield from samples
+        empty = True
+        stop = None if self.limit is None else self.start + self.limit
+        for entry in islice(self._entries(files), self.start, stop):
+            empty = False
+            index = ctx.next_index()
+            if isinstance(entry.content, SampleError):
+                ctx.discard(Sample(index, entry.source, {}).failed(self.name, entry.content))
+            else:
+                yield Sample(index, entry.source, entry.content)
+        if empty:
+            origin = ", ".join(str(file.path) for file in files) or "rows"
+            after = f" after the first {self.start}" if self.start else ""
+            raise InputError(f"{origin}: no records{after}; a data set has one JSON object a line")
+
+    def _entries(self, files: list["_File"]) -> Iterator["_Entry"]:
+        if self.rows is not None:
+            for number, row in enumerate(self.rows, 1):
+                yield _Entry(f"rows:{number}", row)
+        names = [file.path.name for file in files]
+        for file in files:
+            unique = names.count(file.path.name) == 1
+            yield from file.entries(file.path.name if unique else str(file.given))
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One record, or why it is none, and where it stands."""
+
+    source: str
+    content: Mapping[str, Any] | SampleError
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    given: Path  # as the config has it
+    path: Path  # absolute
+
+    @classmethod
+    def found(cls, given: Path) -> Self:
+        """Checks a file before anything is spent."""
+        path = given.expanduser().absolute()
+        if not path.exists():
+            raise InputError(f"{path}: there is no such file; a relative path starts at {Path.cwd()}")
+        if not path.is_file():
+            raise InputError(f"{path}: not a file; name the data set's files themselves")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; make the file readable") from error
+        return cls(given, path)
+
+    def entries(self, label: str) -> Iterator[_Entry]:
+        if self.path.name.endswith(".parquet"):
+            return self._parquet(label)
+        return self._lines(label)
+
+    def _lines(self, label: str) -> Iterator[_Entry]:
+        try:
+            with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    text = (line.removeprefix(_BOM) if number == 1 else line).strip()
+                    if text:
+                        source = f"{label}:{number}"
+                        yield _Entry(source, _parsed(text, source))
+        except (EOFError, zlib.error, OSError) as error:
+            raise InputError(f"{self.path}: can't be read to its end: {error}; fetch the file again") from error
+
+    def _parquet(self, label: str) -> Iterator[_Entry]:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+
+        number = 0
+        try:
+            with ParquetFile(self.path) as file:
+                for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield _Entry(f"{label}:{number}", record)
+        except (ArrowException, OSError) as error:
+            raise InputError(f"{self.path}: can't be read as Parquet: {error}; fetch the file again") from error
+
+
+def _paths(path: Path | tuple[Path, ...] | None) -> tuple[Path, ...]:
+    return (path,) if isinstance(path, Path) else path or ()
+
+
+def _parsed(text: bytes, source: str) -> dict[str, Any] | SampleError:
+    import msgspec
+
+    try:
+        record = msgspec.json.decode(text)
+    except (ValueError, RecursionError) as error:
+        return SampleError("bad_record", f"{source}: {_problem(text, error)}")
+    if isinstance(record, dict):
+        return record
+    kind = {list: "an array", str: "a string", type(None): "null", bool: "true or false"}.get(type(record), "a number")
+    return SampleError("bad_record", f"{source}: {kind}, not a JSON object; write one {{...}} a line")
+
+
+def _problem(text: bytes, error: Exception) -> str:
+    try:
+        text.decode()
+    except UnicodeDecodeError as wrong:
+        byte = f"byte 0x{text[wrong.start]:02x} at {wrong.start}"
+        return f"not valid UTF-8 ({byte}); re-encode the file: iconv -f <its encoding> -t utf-8"
+    return f"not valid JSON ({error}); write one object a line"

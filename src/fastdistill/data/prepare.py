@@ -1,0 +1,115 @@
+"""Gives each record its identity, and drops what came before. Never looks at an answer."""
+
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field
+
+from fastdistill.core.canonical import NotCanonical, digest, sample_id
+from fastdistill.core.errors import ConfigError, SampleError
+from fastdistill.core.step import Context, KeyIndex, StreamStep
+from fastdistill.core.types import Failure, Sample, Status
+
+
+class CanonicalizeFields(StreamStep):
+    """Sets `input`, `task_id` and `sample_id`: what a sample is, whatever else its record holds.
+
+    A record that lacks a field, or whose fields have no canonical JSON, fails; so does one that has the task id of an
+    earlier record and other content. The very same task again is left out as a duplicate.
+    """
+
+    fields: tuple[str, ...] = Field(min_length=1, description="the fields that make the input, in this order")
+    task_id_field: str = Field("task_id", description="where a record has its own id: a string or an integer")
+
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        seen = ctx.index(self.name)
+        for sample in samples:
+            try:
+                identified = self._identified(sample)
+                first = _first(seen, identified)
+            except SampleError as error:
+                ctx.discard(sample.failed(self.name, error))
+                continue
+            if first is None:
+                yield identified
+            else:
+                ctx.discard(_duplicate(identified, self.name, f"{sample.source}: the same task as {first}"))
+
+    def _identified(self, sample: Sample) -> Sample:
+        content = _pick(sample, self.fields)
+        task_id = self._task_id(sample)
+        try:
+            return replace(sample, input=content, task_id=task_id, sample_id=sample_id(task_id, content))
+        except NotCanonical as error:
+            raise SampleError("not_canonical", f"{sample.source}: {error}") from error
+
+    def _task_id(self, sample: Sample) -> str:
+        value = sample.record.get(self.task_id_field)
+        if value is None:
+            return ""
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            kind = type(value).__name__
+            message = f"{sample.source}: {self.task_id_field} is a {kind}; make it a string or an integer"
+            raise SampleError("bad_task_id", message)
+        return unicodedata.normalize("NFC", str(value))
+
+
+class Deduplicate(StreamStep):
+    """Leaves out samples whose input, or whose `fields`, an earlier sample had, whatever their task ids."""
+
+    fields: tuple[str, ...] = Field((), description="compare these fields of the record; the whole input if empty")
+
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        """Raises:
+        ConfigError: there is nothing to compare.
+        """
+        seen = ctx.index(self.name)
+        for sample in samples:
+            if not self.fields and not sample.input:
+                raise ConfigError(
+                    f"{self.name}: nothing to compare; put CanonicalizeFields before it, or give `fields`"
+                )
+            try:
+                content = _pick(sample, self.fields) if self.fields else sample.input
+                first = seen.first(digest(content), sample.source)
+            except NotCanonical as error:
+                ctx.discard(sample.failed(self.name, SampleError("not_canonical", f"{sample.source}: {error}")))
+            except SampleError as error:
+                ctx.discard(sample.failed(self.name, error))
+            else:
+                if first is None:
+                    yield sample
+                else:
+                    ctx.discard(_duplicate(sample, self.name, f"{sample.source}: the same content as {first}"))
+
+
+def _pick(sample: Sample, fields: Sequence[str]) -> Mapping[str, Any]:
+    missing = [field for field in fields if field not in sample.record]
+    if missing:
+        there = ", ".join(sample.record) or "none"
+        raise SampleError("missing_field", f"{sample.source}: no field {', '.join(missing)}; the record has: {there}")
+    return {field: sample.record[field] for field in fields}
+
+
+def _first(seen: KeyIndex, sample: Sample) -> str | None:
+    """The source of the first sample that is the same task, if there was one before."""
+    # With a task id, one lookup tells both a repeated task and a conflict; without, the content is the id.
+    key = f"task {sample.task_id}" if sample.task_id else f"sample {sample.sample_id}"
+    first = seen.first(key, f"{sample.sample_id} {sample.source}")
+    if first is None:
+        return None
+    first_id, source = first.split(" ", 1)
+    if first_id == sample.sample_id:
+        return source
+    raise SampleError(
+        "task_id_conflict",
+        f"{sample.source}: task id {sample.task_id!r} belongs to other content at {source}; "
+        "give each task an id of its own, or none",
+    )
+
+
+def _duplicate(sample: Sample, step: str, message: str) -> Sample:
+    failure = Failure(step, "duplicate", message)
+    return replace(sample, status=Status.DUPLICATE, failures=(*sample.failures, failure))

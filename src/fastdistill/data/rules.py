@@ -1,0 +1,106 @@
+"""Rule gate: pure checks of an answer's text. Never calls a model, never runs anything."""
+
+import re
+from enum import StrEnum
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fastdistill.core.step import Context, Gate
+from fastdistill.core.types import Candidate, FinishReason, Outcome, Sample, Verdict
+
+LONGEST_SQL = 10_000
+"""Characters. A longer answer does not parse: the parser would hold up every other sample for a second and more."""
+
+
+class RuleReason(StrEnum):
+    OK = "ok"
+    CONTENT_FILTERED = "content_filtered"
+    TRUNCATED = "truncated"
+    EMPTY = "empty"
+    TOO_SHORT = "too_short"
+    TOO_LONG = "too_long"
+    REQUIRED_MISSING = "required_missing"
+    FORBIDDEN_FOUND = "forbidden_found"
+    UNPARSABLE_SQL = "unparsable_sql"
+
+
+class RuleFilter(Gate):
+    """Fails a candidate at the first rule that it breaks, cheapest first. Lengths are in characters.
+
+    Regular expressions are Python's, searched anywhere in the answer (`(?i)` ignores case, `^` and `$` are the ends).
+    """
+
+    min_chars: int = Field(1, ge=0)
+    max_chars: int | None = Field(None, gt=0)
+    allow_truncated: bool = Field(False, description="accept answers that max_tokens cut short")
+    required: tuple[re.Pattern[str], ...] = Field((), description="regular expressions that must all be found")
+    forbidden: tuple[re.Pattern[str], ...] = Field((), description="regular expressions of which none may be found")
+    sql: bool | Literal["sqlite"] = Field(False, description="the answer must parse as one SQLite query")
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars {self.max_chars} is below min_chars {self.min_chars}")
+        return self
+
+    async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
+        return self._finish(candidate) or self._length(candidate.answer) or self._text(candidate.answer)
+
+    def _finish(self, candidate: Candidate) -> Verdict | None:
+        match candidate.completion.finish_reason:
+            case FinishReason.CONTENT_FILTER:
+                return self._fail(RuleReason.CONTENT_FILTERED)
+            case FinishReason.LENGTH if not self.allow_truncated:
+                return self._fail(RuleReason.TRUNCATED, tokens=candidate.completion.usage.completion_tokens)
+        return None
+
+    def _length(self, answer: str) -> Verdict | None:
+        chars = len(answer)
+        if self.min_chars and not answer.strip():
+            return self._fail(RuleReason.EMPTY, chars=chars)
+        if chars < self.min_chars:
+            return self._fail(RuleReason.TOO_SHORT, chars=chars, min_chars=self.min_chars)
+        if self.max_chars is not None and chars > self.max_chars:
+            return self._fail(RuleReason.TOO_LONG, chars=chars, max_chars=self.max_chars)
+        return None
+
+    def _text(self, answer: str) -> Verdict:
+        for pattern in self.required:
+            if not pattern.search(answer):
+                return self._fail(RuleReason.REQUIRED_MISSING, pattern=pattern.pattern)
+        for pattern in self.forbidden:
+            if found := pattern.search(answer):
+                return self._fail(
+                    RuleReason.FORBIDDEN_FOUND, pattern=pattern.pattern, found=found[0][:200], at=found.start()
+                )
+        if self.sql and (problem := sql_problem(answer)):
+            return self._fail(RuleReason.UNPARSABLE_SQL, problem=problem)
+        return self.verdict(Outcome.PASS, RuleReason.OK)
+
+    def _fail(self, reason: RuleReason, **detail: Any) -> Verdict:
+        return self.verdict(Outcome.FAIL, reason, **detail)
+
+
+def sql_problem(text: str) -> str | None:
+    """Why `text` is not one SQLite query, or None if it is one. Its tables and columns are not looked at."""
+    if len(text) > LONGEST_SQL:
+        return f"{len(text)} characters; a query has at most {LONGEST_SQL}"
+
+    import sqlglot
+    from sqlglot.errors import SqlglotError
+    from sqlglot.expressions import Query, Select, Values
+
+    try:
+        statements = [statement for statement in sqlglot.parse(text, dialect="sqlite") if statement is not None]
+    except SqlglotError as error:
+        return str(error).splitlines()[0][:200]
+    except RecursionError:
+        return "nested too deeply"
+    if len(statements) != 1:
+        return f"{len(statements)} statements"
+    if not isinstance(statements[0], Query | Values):
+        return f"{statements[0].key}, not a query"
+    if any(not select.expressions for select in statements[0].find_all(Select)):
+        return "a SELECT of nothing"
+    return None

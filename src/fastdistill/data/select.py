@@ -1,0 +1,60 @@
+"""Scores candidates from what the gates found, and picks the best. Judges nothing itself."""
+
+from dataclasses import replace
+
+from pydantic import Field, model_validator
+
+from fastdistill.core.step import Context, SampleStep
+from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+
+
+class ScoreFromExecEval(SampleStep):
+    """Sets `score`, in 0..1, from the execution gate's verdict: the weighted mean of `exec_pass` and `gold_match`.
+
+    With the default weights an answer that runs has 0.5, one whose result is the gold's has 1. A part that the gate
+    does not know (no gold query) is left out of the mean. A candidate without a verdict, or with `error`, has no score.
+    """
+
+    gate: str = Field("SQLiteExecEval", description="name of the gate whose verdict counts")
+    exec_pass: float = Field(0.5, ge=0, description="weight of: the answer runs")
+    gold_match: float = Field(0.5, ge=0, description="weight of: its result is the gold's")
+
+    @model_validator(mode="after")
+    def _weighs(self) -> "ScoreFromExecEval":
+        if self.exec_pass + self.gold_match == 0:
+            raise ValueError("exec_pass and gold_match are both 0; give one of them a weight")
+        return self
+
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        return replace(sample, candidates=tuple(self._scored(candidate) for candidate in sample.candidates))
+
+    def _scored(self, candidate: Candidate) -> Candidate:
+        verdict = candidate.verdict(self.gate)
+        return candidate if verdict is None else replace(candidate, score=self._score(verdict))
+
+    def _score(self, verdict: Verdict) -> float | None:
+        if verdict.outcome is Outcome.ERROR:
+            return None
+        parts = {"exec_pass": self.exec_pass, "gold_match": self.gold_match}
+        known = {part: weight for part, weight in parts.items() if isinstance(verdict.detail.get(part), bool)}
+        total = sum(known.values())
+        return sum(known[part] * verdict.detail[part] for part in known) / total if total else None
+
+
+class SelectBest(SampleStep):
+    """Selects up to `k` accepted candidates: the highest score first, no score last, the earlier attempt on a tie."""
+
+    k: int = Field(1, gt=0)
+    distinct: bool = Field(True, description="of equal answers only the best counts")
+
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        ranked = sorted(sample.accepted, key=_rank)
+        if self.distinct:
+            first = {candidate.answer: candidate for candidate in reversed(ranked)}
+            ranked = [candidate for candidate in ranked if first[candidate.answer] is candidate]
+        return replace(sample, selection=tuple(candidate.candidate_id for candidate in ranked[: self.k]))
+
+
+def _rank(candidate: Candidate) -> tuple[bool, float, int, str]:
+    # The id settles what is left: two models may have given the same attempt.
+    return (candidate.score is None, -(candidate.score or 0.0), candidate.attempt, candidate.candidate_id)

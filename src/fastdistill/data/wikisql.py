@@ -1,0 +1,372 @@
+"""Makes a data set of records and SQLite databases from WikiSQL's official release. Never asks a model.
+
+WikiSQL (Zhong et al. 2017, arXiv:1709.00103) names columns `col0`, `col1` ...; here they have their headers' names, in
+the schema, in the gold query and in the database. A query means what the official evaluator makes of it
+(`lib/dbengine.py` of github.com/salesforce/WikiSQL): every gold query is run against the database that is written, and
+must give what the official one gives on the official database.
+"""
+
+import os
+import random
+import re
+import shutil
+import sqlite3
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+import msgspec
+
+from fastdistill.core.errors import InputError
+from fastdistill.core.files import atomic
+from fastdistill.data.parse import KEYWORDS
+
+URL = "https://github.com/salesforce/WikiSQL/raw/master/data.tar.bz2"
+
+_SPLITS = {"train": "train", "eval": "dev"}  # what is written, and the split of the release that it comes from
+_ENDINGS = ("jsonl", "tables.jsonl", "db")
+_MEMBERS = [f"{split}.{ending}" for split in _SPLITS.values() for ending in _ENDINGS]
+_AGGREGATES = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
+_OPERATORS = ("=", ">", "<")
+_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
+_LONGEST_NAME = 60  # characters; some headers are sentences
+
+Value = str | float | None
+_Condition = tuple[int, str, str | float]  # column, operator, value
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSplit:
+    """One split as written. `left_out` counts the questions that were drawn and not used, by reason.
+
+    Reasons: `no_table`, `bad_query` (it names a column, an operator or a number that is none), `fails` (SQLite refuses
+    it), `empty` (no row, only NULLs, or a count of 0: any wrong query could match it), `differs` (from the official
+    result).
+    """
+
+    records: int
+    tables: int
+    left_out: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The data set as written: `train.jsonl`, `train.db`, `eval.jsonl` and `eval.db` in `folder`."""
+
+    folder: Path
+    train: PreparedSplit
+    eval: PreparedSplit
+
+
+def prepare_wikisql(
+    source: str | Path | None = None,
+    samples: int = 1000,
+    seed: int = 13,
+    output: Path | None = None,
+    eval_samples: int | None = None,
+) -> Prepared:
+    """Draws `samples` questions from the train split, and `eval_samples` (a fifth as many) from the dev split.
+
+    `source` is the release's data.tar.bz2 or its unpacked folder; without it, the archive is downloaded once into the
+    cache. A question that can't be used is replaced by the next one drawn, so fewer come out only when the release has
+    no more. The same arguments give the same bytes; with the same seed, a smaller draw begins a larger one.
+
+    Text is compared without case in the databases, as the official evaluator does by lower-casing both sides; so a
+    query may write a value as the question does.
+
+    Raises:
+        InputError: the release can't be fetched or read, or has no usable question.
+        EnvironmentFault: the files can't be written.
+    """
+    output = output or cache_folder() / "datasets" / "wikisql" / f"wikisql_{_short(samples)}"
+    sizes = {"train": samples, "eval": max(1, samples // 5) if eval_samples is None else eval_samples}
+    with _release(source) as release, TemporaryDirectory(prefix="fastdistill-") as scratch:
+        prepared = {}
+        for name, split in _SPLITS.items():
+            try:
+                prepared[name] = _prepare_split(release, split, sizes[name], seed, Path(scratch) / name)
+            except sqlite3.DatabaseError as error:
+                raise InputError(f"{release / split}.db: can't be copied ({error}); fetch {URL} again") from error
+        for name in _SPLITS:
+            for ending in ("db", "jsonl"):
+                file_name = f"{name}.{ending}"
+                with Path(scratch, file_name).open("rb") as draft, atomic(output / file_name, "wb") as file:
+                    shutil.copyfileobj(draft, file)
+    return Prepared(output, **prepared)
+
+
+def cache_folder() -> Path:
+    """Where data sets are kept: `FASTDISTILL_CACHE_DIR`, or ~/.cache/fastdistill."""
+    return Path(os.environ.get("FASTDISTILL_CACHE_DIR") or "~/.cache/fastdistill").expanduser()
+
+
+# --- the release ---
+
+
+class _Query(msgspec.Struct, frozen=True):
+    sel: int
+    agg: int
+    conds: list[tuple[int, int, str | int | float]]
+
+
+class _Question(msgspec.Struct, frozen=True):
+    table_id: str
+    question: str
+    sql: _Query
+
+
+class _Header(msgspec.Struct, frozen=True):
+    """A line of *.tables.jsonl, less its rows: those are taken from the .db, as the official evaluator does."""
+
+    id: str
+    header: list[str]
+
+
+@contextmanager
+def _release(source: str | Path | None) -> Iterator[Path]:
+    """A folder with the release's files."""
+    path = _downloaded() if source is None else Path(source).expanduser().absolute()
+    if path.is_dir():
+        folder = path / "data" if (path / "data").is_dir() else path
+        missing = [name for name in _MEMBERS if not (folder / name).is_file()]
+        if missing:
+            raise InputError(f"{folder}: lacks {', '.join(missing)}; give the unpacked data.tar.bz2 of {URL}")
+        yield folder
+    elif path.is_file():
+        with TemporaryDirectory(prefix="fastdistill-") as unpacked:
+            _unpack(path, Path(unpacked))
+            yield Path(unpacked)
+    else:
+        raise InputError(f"{path}: there is no such file or folder; leave --source out to download the release")
+
+
+def _downloaded() -> Path:
+    from http.client import HTTPException
+    from urllib.request import urlopen
+
+    path = cache_folder() / "datasets" / "wikisql" / "data.tar.bz2"
+    if not path.exists():
+        try:
+            with urlopen(URL, timeout=60) as response, atomic(path, "wb") as file:
+                shutil.copyfileobj(response, file)
+        except (OSError, HTTPException) as error:
+            raise InputError(
+                f"{URL}: can't be downloaded ({error}); fetch it by other means, and give its path as --source"
+            ) from error
+    return path
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Writes the expected members, if plain files, by names of ours: no path or link of the archive is followed."""
+    missing = set(_MEMBERS)
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                path = PurePosixPath(member.name)
+                wanted = member.isreg() and path.parent.name == "data" and path.name in missing
+                if wanted and (content := tar.extractfile(member)):
+                    with (folder / path.name).open("wb") as file:
+                        shutil.copyfileobj(content, file)
+                    missing.remove(path.name)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise InputError(f"{archive}: can't be unpacked ({error}); fetch {URL} again") from error
+    if missing:
+        raise InputError(f"{archive}: lacks {', '.join(sorted(missing))}; fetch {URL} again")
+
+
+_Line = TypeVar("_Line")
+
+
+def _lines(path: Path, kind: type[_Line]) -> Iterator[_Line]:
+    decoder = msgspec.json.Decoder(kind)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield decoder.decode(line)
+            except ValueError as error:
+                raise InputError(f"{path}:{number}: not a line of the release ({error}); fetch {URL} again") from error
+
+
+# --- one split ---
+
+
+class _LeftOut(Exception):
+    """A question can't be used; the text is the reason."""
+
+
+def _prepare_split(release: Path, split: str, samples: int, seed: int, draft: Path) -> PreparedSplit:
+    """Writes `draft`.db and `draft`.jsonl."""
+    questions = list(enumerate(_lines(release / f"{split}.jsonl", _Question)))
+    random.Random(f"wikisql {split} {seed}").shuffle(questions)
+    headers = {line.id: line.header for line in _lines(release / f"{split}.tables.jsonl", _Header)}
+    left_out: Counter[str] = Counter()
+    records = 0
+    database = sqlite3.connect(draft.with_suffix(".db").as_uri(), uri=True, isolation_level=None)
+    with closing(database), draft.with_suffix(".jsonl").open("wb") as file:
+        database.execute("ATTACH ? AS release", [f"{(release / f'{split}.db').as_uri()}?mode=ro"])
+        tables = _Tables(database, headers)
+        database.execute("BEGIN")
+        for number, question in questions:
+            if records == samples:
+                break
+            try:
+                record = _record(f"wikisql-{split}-{number:05d}", question, tables)
+            except _LeftOut as reason:
+                left_out[str(reason)] += 1
+            else:
+                file.write(msgspec.json.encode(record) + b"\n")
+                records += 1
+        database.execute("COMMIT")
+    if samples and not records:
+        raise InputError(f"{release}: no usable question in {split}.jsonl ({dict(left_out)}); fetch {URL} again")
+    return PreparedSplit(records, len(tables.written), dict(left_out))
+
+
+def _record(task_id: str, question: _Question, tables: "_Tables") -> dict[str, str | int]:
+    table = tables.find(question.table_id)
+    conditions = table.conditions(question.sql)
+    official, gold = table.official(question.sql, conditions), table.gold(question.sql, conditions)
+    expected = tables.answer(official, [value for _, _, value in conditions])
+    if all(value is None for value in expected) or (_AGGREGATES[question.sql.agg] == "COUNT" and expected == [0]):
+        raise _LeftOut("empty")
+    tables.write(table)
+    if tables.answer(gold) != expected:
+        raise _LeftOut("differs")
+    return {
+        "task_id": task_id,
+        "schema": table.schema,
+        "instruction": question.question.strip(),
+        "gold_sql": gold,
+        "db_id": question.table_id,
+        "agg": _AGGREGATES[question.sql.agg] or "NONE",
+        "conditions": len(conditions),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    name: str
+    columns: tuple[str, ...]  # as SQL writes them
+    types: tuple[str, ...]  # as the release has them: text or real
+
+    @property
+    def schema(self) -> str:
+        return self._create("")
+
+    @property
+    def stored_schema(self) -> str:
+        return self._create(" COLLATE NOCASE")
+
+    def _create(self, collation: str) -> str:
+        kinds = (f"TEXT{collation}" if kind == "text" else "REAL" for kind in self.types)
+        return f"CREATE TABLE {self.name} ({', '.join(map(' '.join, zip(self.columns, kinds, strict=True)))});"
+
+    def conditions(self, query: _Query) -> list[_Condition]:
+        """The query's conditions with their values as the evaluator compares them."""
+        try:
+            return [
+                (column, _OPERATORS[operator], _text(value) if self.types[column] == "text" else _real(value))
+                for column, operator, value in query.conds
+            ]
+        except IndexError as error:
+            raise _LeftOut("bad_query") from error
+
+    def official(self, query: _Query, conditions: Sequence[_Condition]) -> str:
+        """The query on the official database, the conditions' values as parameters."""
+        columns = [f"col{index}" for index in range(len(self.columns))]
+        return _select(query, f"release.{self.name}", columns, [f"col{c} {o} ?" for c, o, _ in conditions])
+
+    def gold(self, query: _Query, conditions: Sequence[_Condition]) -> str:
+        where = [f"{self.columns[column]} {operator} {_literal(value)}" for column, operator, value in conditions]
+        return _select(query, self.name, self.columns, where)
+
+
+def _select(query: _Query, table: str, columns: Sequence[str], where: Sequence[str]) -> str:
+    try:
+        aggregate, column = _AGGREGATES[query.agg], columns[query.sel]
+    except IndexError as error:
+        raise _LeftOut("bad_query") from error
+    selected = f"{aggregate}({column})" if aggregate else column
+    return " WHERE ".join([f"SELECT {selected} FROM {table}", *filter(None, [" AND ".join(where)])])
+
+
+class _Tables:
+    """The release's tables, as they are there and as they are written."""
+
+    def __init__(self, database: sqlite3.Connection, headers: Mapping[str, Sequence[str]]) -> None:
+        self._database = database
+        self._headers = headers
+        self.written: set[str] = set()
+
+    def find(self, table_id: str) -> _Table:
+        name = f"table_{table_id.replace('-', '_')}"
+        header = self._headers.get(table_id, ())
+        if not re.fullmatch(r"\w+", name):
+            raise _LeftOut("no_table")
+        types = tuple(kind.lower() for _, _, kind, *_ in self._database.execute(f"PRAGMA release.table_info({name})"))
+        if not types or len(types) != len(header):
+            raise _LeftOut("no_table")
+        return _Table(name, tuple(readable_columns(header)), types)
+
+    def write(self, table: _Table) -> None:
+        if table.name not in self.written:
+            self._database.execute(table.stored_schema)
+            self._database.execute(f"INSERT INTO main.{table.name} SELECT * FROM release.{table.name} ORDER BY rowid")
+            self.written.add(table.name)
+
+    def answer(self, query: str, values: Sequence[str | float] = ()) -> list[Value]:
+        try:
+            return [value for (value,) in self._database.execute(query, values)]
+        except sqlite3.Error as error:
+            raise _LeftOut("fails") from error
+
+
+def readable_columns(header: Sequence[str]) -> list[str]:
+    """Column names made of a table's headers, quoted where SQL needs it, and unique whatever their case.
+
+    `School/Club Team` is school_club_team, `Pick #` is pick_number, `Order` is "order".
+    """
+    taken: set[str] = set()
+    columns = []
+    for index, title in enumerate(header):
+        words = re.findall(r"\w+", title.replace("#", " number ").replace("%", " percent ").lower())
+        stem = "_".join(words)[:_LONGEST_NAME].strip("_") or f"column_{index}"
+        name, repeat = stem, 1
+        while name in taken:
+            repeat += 1
+            name = f"{stem}_{repeat}"
+        taken.add(name)
+        plain = re.fullmatch(r"[a-z_][a-z0-9_]*", name) and name not in KEYWORDS
+        columns.append(name if plain else f'"{name}"')
+    return columns
+
+
+def _text(value: str | float) -> str:
+    return str(value).lower()
+
+
+def _real(value: str | float) -> float:
+    """A number, as the evaluator reads one: with commas between thousands, or the first that the text holds.
+
+    Raises:
+        IndexError: it holds none.
+    """
+    if not isinstance(value, str):
+        return value
+    plain = value.replace(",", "")
+    return float(plain if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", plain) else _NUMBER.findall(value)[0])
+
+
+def _literal(value: str | float) -> str:
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(value)
+
+
+def _short(samples: int) -> str:
+    return f"{samples // 1000}k" if samples and samples % 1000 == 0 else str(samples)

@@ -1,0 +1,200 @@
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from fastdistill.core.types import Candidate, Outcome, Sample, Status, Verdict
+from fastdistill.data.export.sft import ROWS_PER_GROUP, ExportSFT
+from tests.context import TestContext, candidate
+
+ASKED = ({"role": "system", "content": "Return SQL only."}, {"role": "user", "content": "Wie viele Sänger?"})
+
+
+@pytest.fixture
+def ctx(tmp_path: Path) -> Iterator[TestContext]:
+    with closing(TestContext(tmp_path)) as context:
+        yield context
+
+
+def accepted(answer: str = "SELECT 'é'", attempt: int = 0) -> Candidate:
+    return candidate(answer, attempt, messages=ASKED).judged(Verdict("rules", "f", Outcome.PASS, "ok"))
+
+
+def sample(index: int = 0, candidates: Sequence[Candidate] = (accepted(),), **record: Any) -> Sample:
+    return Sample(index, f"t.jsonl:{index + 1}", record, f"task-{index}", f"id-{index}", {}, tuple(candidates))
+
+
+def export(ctx: TestContext, step: ExportSFT, *samples: Sample) -> list[Sample]:
+    return list(step.run(iter(samples), ctx))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def test_each_shape_has_its_own_file_and_no_row_has_both(ctx: TestContext) -> None:
+    export(ctx, ExportSFT(), sample())
+    answer = {"role": "assistant", "content": "SELECT 'é'"}
+    columns = {
+        "fd_id": "id-0#0",
+        "fd_sample_id": "id-0",
+        "fd_candidate_id": "candidate-0",
+        "fd_task_id": "task-0",
+        "fd_model": "teacher-1",
+        "fd_seed": 0,
+        "fd_attempt": 0,
+        "fd_score": None,
+        "fd_gates": [{"gate": "rules", "outcome": "pass", "reason": "ok"}],
+    }
+    rows = {"sft": {"messages": [*ASKED, answer], **columns}}
+    rows["sft_pc"] = {"prompt": list(ASKED), "completion": [answer], **columns}
+    for folder, row in rows.items():
+        (line,) = lines(ctx.dist / folder / "train.jsonl")
+        assert list(line) == list(row)
+        assert line == row
+        assert pq.read_table(ctx.dist / folder / "train.parquet").to_pylist() == [row]
+    assert "é".encode() in (ctx.dist / "sft" / "train.jsonl").read_bytes()
+
+
+def test_every_sample_goes_on_and_only_the_chosen_are_written(ctx: TestContext) -> None:
+    failed = candidate("SELECT 2", 1).judged(Verdict("rules", "f", Outcome.FAIL, "too_long"))
+    samples = [
+        sample(0, [accepted("a", 0), failed, accepted("b", 2)]),
+        replace(sample(1, [accepted("c", 0), accepted("d", 1)]), selection=("candidate-1",)),
+        sample(2, [failed]),
+        replace(sample(3), status=Status.FAILED),
+    ]
+    assert export(ctx, ExportSFT(), *samples) == samples
+    assert [row["fd_id"] for row in lines(ctx.dist / "sft" / "train.jsonl")] == ["id-0#0", "id-0#2", "id-1#1"]
+
+
+def test_no_rows_are_still_a_valid_data_set(ctx: TestContext) -> None:
+    export(ctx, ExportSFT(validation=0.1, keep_fields=("q",)))
+    for split in ("train", "validation"):
+        empty = pq.read_table(ctx.dist / "sft_pc" / f"{split}.parquet")
+        assert empty.num_rows == 0
+        assert empty.column_names[:2] == ["prompt", "completion"]
+        assert empty.column_names[-1] == "fd_q"
+        assert (ctx.dist / "sft" / f"{split}.jsonl").read_bytes() == b""
+
+
+def test_only_what_is_asked_for_is_written(ctx: TestContext) -> None:
+    export(ctx, ExportSFT(formats=("jsonl",), shapes=("prompt_completion",)), sample())
+    assert [path.relative_to(ctx.dist).as_posix() for path in ctx.dist.rglob("*.*")] == ["sft_pc/train.jsonl"]
+
+
+def test_the_same_samples_give_the_same_bytes(ctx: TestContext) -> None:
+    hashes = []
+    for _ in range(2):
+        export(ctx, ExportSFT(validation=0.3), *(sample(n) for n in range(1500)))
+        hashes.append({path: hashlib.sha256(path.read_bytes()).hexdigest() for path in ctx.dist.rglob("*.*")})
+    assert hashes[0] == hashes[1]
+    assert len(hashes[0]) == 8
+
+
+def test_row_groups_are_bounded(ctx: TestContext) -> None:
+    export(ctx, ExportSFT(), *(sample(n) for n in range(2 * ROWS_PER_GROUP + 1)))
+    metadata = pq.read_metadata(ctx.dist / "sft" / "train.parquet")
+    assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [ROWS_PER_GROUP] * 2 + [1]
+
+    export(ctx, ExportSFT(), *(sample(n, [accepted("x" * 5 * 2**20)]) for n in range(8)))
+    assert pq.read_metadata(ctx.dist / "sft" / "train.parquet").num_row_groups == 2
+
+
+def test_a_run_that_stops_leaves_no_half_file(ctx: TestContext) -> None:
+    export(ctx, ExportSFT(), sample(0))
+    before = {path: path.read_bytes() for path in ctx.dist.rglob("*.*")}
+
+    stopped = ExportSFT().run((sample(n) for n in range(10)), ctx)
+    next(stopped)
+    stopped.close()  # type: ignore[attr-defined]
+
+    def broken() -> Iterator[Sample]:
+        yield sample(1)
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        list(ExportSFT().run(broken(), ctx))
+    assert {path: path.read_bytes() for path in ctx.dist.rglob("*.*")} == before
+
+
+def test_the_student_may_be_asked_otherwise(ctx: TestContext) -> None:
+    def prompt(step: ExportSFT) -> Any:
+        export(ctx, step, sample(q="How many?"))
+        return lines(ctx.dist / "sft_pc" / "train.jsonl")[0]["prompt"]
+
+    user = {"role": "user", "content": "Q: How many?"}
+    assert prompt(ExportSFT(template="Q: {{ q }}")) == [user]
+    assert prompt(ExportSFT(template="Q: {{ q }}", system_prompt="SQL!")) == [
+        {"role": "system", "content": "SQL!"},
+        user,
+    ]
+    assert prompt(ExportSFT(system_prompt="SQL!")) == [{"role": "system", "content": "SQL!"}, ASKED[1]]
+    assert prompt(ExportSFT(system_prompt="")) == [ASKED[1]]
+
+
+def test_kept_fields_are_text(ctx: TestContext) -> None:
+    record: dict[str, Any] = {"q": "é", "n": 1, "tags": ["a", {"b": None}]}
+    export(ctx, ExportSFT(keep_fields=("q", "n", "tags", "absent")), sample(**record))
+    (row,) = pq.read_table(ctx.dist / "sft" / "train.parquet").to_pylist()
+    assert (row["fd_q"], row["fd_n"], row["fd_tags"], row["fd_absent"]) == ("é", "1", '["a",{"b":null}]', None)
+    assert lines(ctx.dist / "sft" / "train.jsonl") == [row]
+
+
+def test_a_group_is_never_split_and_the_share_is_near(ctx: TestContext) -> None:
+    samples = [sample(n, table=f"t{n % 500}") for n in range(2000)]
+    export(ctx, ExportSFT(validation=0.2, group_by="table", keep_fields=("table",)), *samples)
+    train, validation = (lines(ctx.dist / "sft" / f"{split}.jsonl") for split in ("train", "validation"))
+    assert len(train) + len(validation) == 2000
+    assert not {row["fd_table"] for row in train} & {row["fd_table"] for row in validation}
+    assert 300 < len(validation) < 500
+
+
+def test_a_split_does_not_depend_on_the_other_samples(ctx: TestContext) -> None:
+    def validation(*numbers: int) -> set[str]:
+        export(ctx, ExportSFT(validation=0.5), *(sample(n) for n in numbers))
+        return {row["fd_id"] for row in lines(ctx.dist / "sft" / "validation.jsonl")}
+
+    assert validation(*range(40)) == validation(*range(0, 40, 2)) | validation(*range(1, 40, 2))
+
+
+@pytest.mark.parametrize(
+    ("step", "bad", "reason"),
+    [
+        (ExportSFT(template="{{ q }}"), sample(1), "missing_field"),
+        (ExportSFT(validation=0.1, group_by="table"), sample(1), "missing_field"),
+        (ExportSFT(validation=0.1, group_by="q"), sample(1, q=float("nan")), "not_canonical"),
+        (ExportSFT(), sample(1, [accepted("fine"), accepted("\ud800", 1)]), "not_unicode"),
+    ],
+)
+def test_a_sample_that_can_not_be_written_costs_itself_alone(
+    ctx: TestContext, step: ExportSFT, bad: Sample, reason: str
+) -> None:
+    passed = export(ctx, step, sample(0, q="x", table="t"), bad, sample(2, q="x", table="t"))
+    assert [each.index for each in passed] == [0, 2]
+    assert ctx.reasons == [reason]
+    splits = ("train", "validation") if step.validation else ("train",)
+    rows = [row for split in splits for row in lines(ctx.dist / "sft" / f"{split}.jsonl")]
+    assert {row["fd_sample_id"] for row in rows} == {"id-0", "id-2"}
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"template": "{{ q "}, "line 1 of the template"),
+        ({"keep_fields": ["id"]}, "fd_id already"),
+        ({"keep_fields": ["q", "q"]}, "twice"),
+        ({"formats": []}, "at least 1"),
+        ({"validation": 1.0}, "less than 1"),
+    ],
+)
+def test_a_wrong_config_is_found_before_anything_is_spent(config: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        ExportSFT(**config)

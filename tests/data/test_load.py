@@ -1,0 +1,167 @@
+import gzip
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from fastdistill.core.errors import InputError
+from fastdistill.core.types import Sample, Status
+from fastdistill.data.load import LoadJsonl
+from tests.context import TestContext
+
+
+def write(path: Path, *lines: str | bytes) -> Path:
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n")
+    return path
+
+
+def load(ctx: TestContext, *steps: LoadJsonl) -> list[Sample]:
+    samples: Iterator[Sample] = iter(())
+    for step in steps:
+        samples = step.run(samples, ctx)
+    return list(samples)
+
+
+@pytest.fixture
+def ctx(tmp_path: Path) -> Iterator[TestContext]:
+    with closing(TestContext(tmp_path)) as context:
+        yield context
+
+
+def test_records_come_in_order_and_are_named_by_line(ctx: TestContext, tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", '{"q": 1}', "", "  ", '{"q": 2}')
+    assert load(ctx, LoadJsonl(path=path)) == [
+        Sample(0, "train.jsonl:1", {"q": 1}),
+        Sample(1, "train.jsonl:4", {"q": 2}),
+    ]
+
+
+def test_a_bad_line_costs_itself_alone(ctx: TestContext, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", '{"q": "ok"}', b'{"q": "caf\xe9"}', "{", "[1]", '{"q": NaN}', '{"q": "end"}')
+    samples = load(ctx, LoadJsonl(name="load", path=path))
+
+    assert [(sample.index, sample.record["q"]) for sample in samples] == [(0, "ok"), (5, "end")]
+    assert [sample.index for sample in ctx.discarded] == [1, 2, 3, 4]
+    assert {sample.status for sample in ctx.discarded} == {Status.FAILED}
+    failures = [sample.failures[0] for sample in ctx.discarded]
+    assert {(failure.step, failure.reason) for failure in failures} == {("load", "bad_record")}
+    assert failures[0].message.startswith("t.jsonl:2: not valid UTF-8 (byte 0xe9 at 10); re-encode")
+    assert failures[1].message.startswith("t.jsonl:3: not valid JSON")
+    assert failures[2].message.startswith("t.jsonl:4: an array, not a JSON object")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a": "\\ud800"}', "null", '"text"', "1", "true", '{"a":1}{"a":2}'])
+def test_no_line_breaks_the_reader(ctx: TestContext, tmp_path: Path, line: str) -> None:
+    load(ctx, LoadJsonl(path=write(tmp_path / "t.jsonl", line, "{}")))
+    assert ctx.reasons == ["bad_record"]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_content(ctx: TestContext, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", b'\xef\xbb\xbf{"q": 1}\r', b'{"q": 2}\r')
+    assert [sample.record for sample in load(ctx, LoadJsonl(path=path))] == [{"q": 1}, {"q": 2}]
+
+
+def test_a_line_of_ten_megabytes_is_a_record(ctx: TestContext, tmp_path: Path) -> None:
+    text = "é" * 5_000_000
+    path = write(tmp_path / "t.jsonl", json.dumps({"q": text}, ensure_ascii=False))
+    assert load(ctx, LoadJsonl(path=path))[0].record["q"] == text
+
+
+def test_integers_of_any_size_stay_exact(ctx: TestContext, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", '{"q": 123456789012345678901234567890}')
+    assert load(ctx, LoadJsonl(path=path))[0].record["q"] == 123456789012345678901234567890
+
+
+def test_loads_chain_and_indices_go_on(ctx: TestContext, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"q": 1}', '{"q": 2}')
+    samples = load(ctx, LoadJsonl(path=path), LoadJsonl(rows=({"q": 3},)))
+    assert [(s.index, s.source, s.record["q"]) for s in samples] == [
+        (0, "a.jsonl:1", 1),
+        (1, "a.jsonl:2", 2),
+        (2, "rows:1", 3),
+    ]
+
+
+def test_start_and_limit_count_over_all_files(ctx: TestContext, tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", '{"q": 1}', '{"q": 2}')
+    second = write(tmp_path / "b.jsonl", '{"q": 3}', '{"q": 4}')
+    samples = load(ctx, LoadJsonl(path=(first, second), start=1, limit=2))
+    assert [(sample.index, sample.source) for sample in samples] == [(0, "a.jsonl:2"), (1, "b.jsonl:1")]
+
+
+def test_files_of_one_name_are_told_apart(ctx: TestContext, tmp_path: Path) -> None:
+    paths = []
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        paths.append(write(tmp_path / folder / "t.jsonl", "{}"))
+    sources = [sample.source for sample in load(ctx, LoadJsonl(path=tuple(paths)))]
+    assert sources == [f"{paths[0]}:1", f"{paths[1]}:1"]
+
+
+def test_home_and_the_working_directory_are_known(
+    ctx: TestContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "t.jsonl", "{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert len(load(ctx, LoadJsonl(path="~/t.jsonl"), LoadJsonl(path="t.jsonl"))) == 2
+
+
+def test_parquet_gives_the_same_records(ctx: TestContext, tmp_path: Path) -> None:
+    records = [{"q": f"q{n}", "tags": ["a", None], "n": n} for n in range(600)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "t.parquet")
+    samples = load(ctx, LoadJsonl(path=tmp_path / "t.parquet"))
+    assert [sample.record for sample in samples] == records
+    assert samples[-1].source == "t.parquet:600"
+
+
+def test_gzip_is_read(ctx: TestContext, tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "t.jsonl.gz", "wb") as file:
+        file.write(b'{"q": 1}\n')
+    assert load(ctx, LoadJsonl(path=tmp_path / "t.jsonl.gz"))[0].record == {"q": 1}
+
+
+@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.parquet"])
+def test_a_broken_file_ends_the_run_by_its_name(ctx: TestContext, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"not what the name says")
+    with pytest.raises(InputError, match=f"{tmp_path}/{name}: can't be read"):
+        load(ctx, LoadJsonl(path=tmp_path / name))
+
+
+def test_a_missing_file_is_found_before_the_first_record(ctx: TestContext, tmp_path: Path) -> None:
+    there = write(tmp_path / "a.jsonl", "{}")
+    samples = LoadJsonl(path=(there, tmp_path / "b.jsonl")).run(iter(()), ctx)
+    with pytest.raises(InputError, match=f"{tmp_path}/b.jsonl: there is no such file"):
+        next(samples)
+
+
+def test_a_folder_is_not_a_data_set(ctx: TestContext, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").mkdir()
+    with pytest.raises(InputError, match="not a file"):
+        load(ctx, LoadJsonl(path=tmp_path / "t.jsonl"))
+
+
+@pytest.mark.parametrize("step", [{"rows": ()}, {"rows": ({"q": 1},), "start": 1}])
+def test_no_record_at_all_is_an_error(ctx: TestContext, step: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="rows: no records"):
+        load(ctx, LoadJsonl.model_validate(step))
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        ({}, "either path or rows"),
+        ({"path": "a.jsonl", "rows": []}, "either path or rows"),
+        ({"path": []}, "empty"),
+        ({"path": "a.json"}, "jq -c"),
+        ({"path": "a.jsonl", "limit": 0}, "greater than 0"),
+    ],
+)
+def test_a_wrong_config_says_what_to_do(step: dict[str, object], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        LoadJsonl.model_validate(step)

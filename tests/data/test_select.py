@@ -1,0 +1,97 @@
+import asyncio
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fastdistill.core.step import SampleStep
+from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.data.select import ScoreFromExecEval, SelectBest
+from tests.context import TestContext, candidate
+
+
+@pytest.fixture
+def ctx(tmp_path: Path) -> Iterator[TestContext]:
+    with closing(TestContext(tmp_path)) as context:
+        yield context
+
+
+def run(ctx: TestContext, step: SampleStep, *candidates: Candidate) -> Sample:
+    return asyncio.run(step.run(Sample(0, "t.jsonl:1", {}, candidates=candidates), ctx))
+
+
+def executed(outcome: Outcome = Outcome.PASS, **detail: Any) -> Candidate:
+    return candidate().judged(Verdict("SQLiteExecEval", "f", outcome, "r", None, detail))
+
+
+@pytest.mark.parametrize(
+    ("judged", "score"),
+    [
+        (executed(exec_pass=True, gold_match=True), 1.0),
+        (executed(Outcome.FAIL, exec_pass=True, gold_match=False), 0.5),
+        (executed(Outcome.FAIL, exec_pass=False, gold_match=False), 0.0),
+        (executed(exec_pass=True, gold_match=None), 1.0),
+        (executed(exec_pass=True), 1.0),
+        (executed(), None),
+        (executed(Outcome.ERROR, exec_pass=True), None),
+        (candidate(), None),
+    ],
+)
+def test_the_score_is_what_execution_found(ctx: TestContext, judged: Candidate, score: float | None) -> None:
+    assert run(ctx, ScoreFromExecEval(), judged).candidates[0].score == score
+
+
+def test_weights_and_gate_can_be_chosen(ctx: TestContext) -> None:
+    judged = executed(exec_pass=True, gold_match=False)
+    assert run(ctx, ScoreFromExecEval(exec_pass=1, gold_match=3), judged).candidates[0].score == 0.25
+    assert run(ctx, ScoreFromExecEval(gate="other"), judged).candidates[0].score is None
+
+
+def test_no_weight_at_all_is_an_error() -> None:
+    with pytest.raises(ValidationError, match="both 0"):
+        ScoreFromExecEval(exec_pass=0, gold_match=0)
+
+
+def scored(attempt: int, score: float | None, answer: str, outcome: Outcome = Outcome.PASS) -> Candidate:
+    judged = candidate(answer, attempt).judged(Verdict("gate", "f", outcome, "r"))
+    return replace(judged, score=score)
+
+
+CANDIDATES = (
+    scored(0, None, "a"),
+    scored(1, 0.5, "b"),
+    scored(2, 1.0, "c", Outcome.FAIL),
+    scored(3, 1.0, "d", Outcome.ERROR),
+    scored(4, 0.75, "e"),
+    scored(5, 0.75, "f"),
+    scored(6, 0.6, "e"),
+    scored(7, 0.0, "g"),
+)
+
+
+def test_the_best_accepted_come_first(ctx: TestContext) -> None:
+    sample = run(ctx, SelectBest(k=10), *CANDIDATES)
+    assert [chosen.attempt for chosen in sample.chosen] == [4, 5, 1, 7, 0]
+    assert run(ctx, SelectBest(), *CANDIDATES).selection == ("candidate-4",)
+
+
+def test_equal_answers_count_once_unless_asked_for(ctx: TestContext) -> None:
+    sample = run(ctx, SelectBest(k=3, distinct=False), *CANDIDATES)
+    assert [chosen.attempt for chosen in sample.chosen] == [4, 5, 6]
+
+
+def test_selecting_again_with_more_candidates_starts_anew(ctx: TestContext) -> None:
+    once = run(ctx, SelectBest(), *CANDIDATES[:2])
+    assert once.selection == ("candidate-1",)
+    again = asyncio.run(SelectBest().run(replace(once, candidates=CANDIDATES), ctx))
+    assert again.selection == ("candidate-4",)
+
+
+def test_nothing_accepted_selects_nothing(ctx: TestContext) -> None:
+    sample = run(ctx, SelectBest(), CANDIDATES[2])
+    assert sample.selection == ()
+    assert sample.chosen == ()
