@@ -70,29 +70,39 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], ru
     """Takes samples through the fused sample steps, `run.open_samples` at a time."""
     stopped_for: list[FatalError] = []
 
+    workers = 0
+
     async def work() -> None:
-        # The workers share one iterator: whoever is free takes the next sample.
+        # The workers share one iterator: whoever is free takes the next sample. Each starts one more while there
+        # are too few, for `open_samples` follows what the teachers turn out to take.
+        nonlocal workers
+        workers += 1
         try:
             while not run.stopping and (sample := next(samples, None)) is not None:
+                if workers < run.open_samples:
+                    group.create_task(work())
                 await run.finished(await run_sample(steps, sample, run))
                 await asyncio.sleep(0)  # a sample that never waited lets the others have their turn
         except FatalError as error:
             stopped_for.append(error)
             run.stop(error)
+        finally:
+            workers -= 1
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(run.open_samples):
-            group.create_task(work())
+        group.create_task(work())
     if stopped_for:
         raise stopped_for[0]
 
 
 async def run_sample(steps: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
     """One sample through all steps; what breaks is recorded with the sample and costs no other."""
-    for step in steps:
-        try:
-            with run.timed(step), boundary(step.name):
-                sample = await step.run(sample, run)
-        except SampleError as error:
-            return sample.failed(step.name, error)
-    return sample
+    while True:  # again only while a step wants more: candidates come in waves until enough are accepted
+        for step in steps:
+            try:
+                with run.timed(step), boundary(step.name):
+                    sample = await step.run(sample, run)
+            except SampleError as error:
+                return sample.failed(step.name, error)
+        if not any(step.wants_more(sample) for step in steps):
+            return sample

@@ -53,7 +53,7 @@ def test_a_data_set_is_distilled_from_a_real_server(gguf: Path, tmp_path: Path) 
     assert result.exit_code == 0
     assert result.quality["candidates"]["generated"] == 90
     assert result.quality["samples"]["accepted"] >= 18, "about 90% of questions have a right answer among three"
-    endpoint = result.manifest["models"]["teacher"]["endpoint"]
+    endpoint = result.manifest["models"]["teacher"]["endpoints"][0]
     assert endpoint["n"] is False, "llama.cpp counts the tokens of one choice only, so it is asked one by one"
     assert endpoint["logprobs"] is True
     # Every answer has its own usage, so that the sum is right.

@@ -1,6 +1,6 @@
 """The run-level quality floor (`require:`). A rate is judged by the lower bound of its 95% interval."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,7 +21,9 @@ class Floor(BaseModel):
     accept_rate: float | None = Share
     exec_pass_rate: float | None = Share
     gold_match_rate: float | None = Share
-    pass_rate: dict[str, float] = Field(default_factory=dict, description="by the name of a gate")
+    pass_rate: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict, description="by the name of a gate"
+    )
 
     def check(self, tally: Tally) -> list[dict[str, Any]]:
         """One entry for each requirement, with what was reached and whether that is enough."""

@@ -3,6 +3,7 @@
 It can be computed again from the records and the response store, so a new start of the run begins a new one.
 """
 
+import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -12,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from fastdistill.control.writer import Statement, Writer, connect
+from fastdistill.control.writer import Statement, Writer, connect, fault
 from fastdistill.core.types import (
     Candidate,
     Completion,
@@ -33,7 +34,7 @@ CREATE INDEX IF NOT EXISTS samples_by_id ON samples (sample_id);
 CREATE TABLE IF NOT EXISTS prompts (
     digest TEXT PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS candidates (
-    idx INTEGER, place INTEGER, candidate_id TEXT, attempt INTEGER, seed INTEGER, key TEXT, prompt TEXT,
+    idx INTEGER, place INTEGER, candidate_id TEXT, step TEXT, attempt INTEGER, seed INTEGER, key TEXT, prompt TEXT,
     outcome TEXT, answer TEXT, score REAL, cuts TEXT, completion TEXT, PRIMARY KEY (idx, place)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS verdicts (
     idx INTEGER, place INTEGER, ordinal INTEGER, gate TEXT, fingerprint TEXT, outcome TEXT, reason TEXT,
@@ -96,6 +97,8 @@ def read_samples(path: Path, where: str = "1", parameters: Sequence[Any] = ()) -
         next_candidates = _Peek(candidates)
         for row in connection.execute(f"SELECT * FROM samples WHERE {where} ORDER BY idx", parameters):
             yield _sample(row, next_candidates.take(row[0]), next_verdicts.take(row[0]))
+    except sqlite3.Error as error:
+        raise fault(path, error) from error
     finally:
         connection.close()
 
@@ -123,13 +126,15 @@ def _statements(sample: Sample) -> list[Statement]:
     prompts = {c.prompt.digest: c.prompt for c in sample.candidates}
     placed = list(enumerate(sample.candidates))
     return [
+        ("DELETE FROM candidates WHERE idx = ?", [(sample.index,)]),
+        ("DELETE FROM verdicts WHERE idx = ?", [(sample.index,)]),
         ("INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [_sample_row(sample)]),
         (
             "INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, ?)",
             [(p.digest, p.provider, p.model, _json(p.messages), _json(p.parameters)) for p in prompts.values()],
         ),
         (
-            "INSERT OR REPLACE INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [_candidate_row(sample.index, place, c) for place, c in placed],
         ),
         (
@@ -160,7 +165,7 @@ def _sample_row(sample: Sample) -> tuple[Any, ...]:
 
 def _candidate_row(index: int, place: int, c: Candidate) -> tuple[Any, ...]:
     return (
-        index, place, c.candidate_id, c.attempt, c.seed, c.key, c.prompt.digest, c.outcome, c.answer, c.score,
+        index, place, c.candidate_id, c.step, c.attempt, c.seed, c.key, c.prompt.digest, c.outcome, c.answer, c.score,
         _json(c.cuts), _json(c.completion),
     )  # fmt: skip
 
@@ -186,10 +191,11 @@ def _sample(row: tuple[Any, ...], candidates: list[tuple[Any, ...]], verdicts: l
 
 
 def _candidate(row: tuple[Any, ...], verdicts: tuple[Verdict, ...]) -> Candidate:
-    _, _, candidate_id, attempt, seed, key, _, _, answer, score, cuts, completion, *asked = row
+    _, _, candidate_id, step, attempt, seed, key, _, _, answer, score, cuts, completion, *asked = row
     provider, model, messages, parameters = asked
     return Candidate(
         candidate_id=candidate_id,
+        step=step,
         attempt=attempt,
         seed=seed,
         key=key,

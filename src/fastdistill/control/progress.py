@@ -113,7 +113,7 @@ def log_line(run: "ActiveRun", recent: "Recent") -> str:
     parts = [f"fastdistill {_elapsed(run)}  {done}, {speed.samples:.1f}/s{left}: {counts}"]
     for name, model in run.models.items():
         meter = model.meter
-        slots = f"{name} {meter.in_flight}/{model.config.concurrency} in flight"
+        slots = f"{name} {meter.in_flight}/{model.router.capacity} in flight"
         retries = f", {sum(dict(meter.retries).values())} retries" if meter.retries else ""
         cost = "" if meter.cost is None else f", {dollars(meter.cost)}"
         parts.append(f"{slots}, {speed.tokens.get(name, 0.0):,.0f} tok/s{retries}{cost}")
@@ -209,7 +209,7 @@ def _models_now(models: "Mapping[str, ModelClient]", speed: Speed) -> "Text":
     rows = [["model", "in flight", "paid", "stored", "tok/s", *(["cost"] if priced else []), "retries"]]
     for name, model in models.items():
         meter = model.meter
-        row = [name, f"{meter.in_flight}/{model.config.concurrency}", f"{meter.answers:,}", f"{meter.stored:,}"]
+        row = [name, f"{meter.in_flight}/{model.router.capacity}", f"{meter.answers:,}", f"{meter.stored:,}"]
         row += [f"{speed.tokens.get(name, 0.0):,.0f}", *([dollars(meter.cost)] if priced else [])]
         rows.append([*row, _tallied(dict(meter.retries)) or "–"])
     return _columns(rows)

@@ -59,6 +59,8 @@ class Proofs:
         missed = [check["requirement"] for check in floor if not check["met"]]
         if missed:
             status, code, message = "below_floor", ExitCode.FLOOR, f"below the floor: {', '.join(missed)}"
+        elif enough := run.exhausted() or run.enough:
+            status, code, message = "complete", enough.exit_code, enough.message
         elif self._tally.failed:
             status, code = "complete", ExitCode.PARTIAL
             message = failures_message(self._tally)
@@ -135,7 +137,7 @@ class Proofs:
                 name: {"busy": times.busy.summary(), "queued": times.queued.summary()}
                 for name, times in run.step_times.items()
             },
-            "models": {name: model.meter.report(model.config.concurrency) for name, model in run.models.items()},
+            "models": {name: model.meter.report(model.router.capacity) for name, model in run.models.items()},
         }
 
     def _manifest(self, run: ActiveRun | None, status: str, code: ExitCode | None, message: str) -> dict[str, Any]:
@@ -164,7 +166,7 @@ class Proofs:
                     "provider": config.provider,
                     "model": config.model,
                     "parameters": config.parameters(),
-                    "endpoint": asdict(found) if run and (found := run.models[name].endpoint) else None,
+                    "endpoints": [asdict(found) for found in run.models[name].endpoints] if run else [],
                     "served": [
                         {"model": model, "build": build, "answers": count}
                         for (provider, asked, model, build), count in sorted(tally.served.items())

@@ -3,12 +3,14 @@
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from time import perf_counter
 
+from fastdistill.control.budget import Budget, Enough, Progress, Target, first_accepted
 from fastdistill.control.ledger import Ledger
 from fastdistill.control.tally import Tally
-from fastdistill.core.errors import FatalError, TooManyErrors
+from fastdistill.core.errors import ExitCode, FatalError, NotAsked, TooManyErrors
 from fastdistill.core.stats import Histogram
 from fastdistill.core.step import KeyIndex, Step
 from fastdistill.core.timing import timed
@@ -37,50 +39,75 @@ class ActiveRun:
         models: Mapping[str, ModelClient],
         tally: Tally,
         max_error_rate: float,
-        open_samples: int,
+        target: Target | None,
+        budget: Budget,
     ) -> None:
         self.dist = dist
-        self.open_samples = open_samples
         self.tally = tally
         self.models = models
         self.step_times: dict[str, StepTime] = {}
         self.begun = perf_counter()
         self._ledger = ledger
         self._max_error_rate = max_error_rate
+        self._target = target
+        self._budget = budget
+        self._progress = Progress()
+        self.enough: Enough | None = None
         self._indexes = Indexes()
+        self._numbers = count()
         self._reason: FatalError | None = None
 
     def model(self, name: str) -> ModelClient:
         return self.models[name]
 
+    def next_index(self) -> int:
+        return next(self._numbers)
+
     def index(self, name: str) -> KeyIndex:
         return self._indexes.open(name)
 
+    @property
+    def open_samples(self) -> int:
+        return max(64, 2 * sum(model.router.capacity for model in self.models.values()))
+
     def discard(self, sample: Sample) -> None:
-        self.tally.add(sample)
         self._ledger.submit(sample)
-        self._check_error_rate()
+        self._count(sample)
 
     async def finished(self, sample: Sample) -> None:
         await self._ledger.save(sample)
-        self.tally.add(sample)
-        self._check_error_rate()
+        self._count(sample)
 
     def read_back(self) -> Iterator[Sample]:
-        return self._ledger.samples()
+        return first_accepted(self._ledger.samples(), self._target.accepted if self._target else None)
 
     @property
     def stopping(self) -> bool:
-        return self._reason is not None
+        return self._reason is not None or self.enough is not None
 
     def stop(self, reason: FatalError) -> None:
         """Winds the run down: nothing new is begun, what is in flight comes home. The first reason stays."""
         self._reason = self._reason or reason
 
-    def check(self) -> None:
-        """Raises the reason if the run is winding down (`model.client.Brake`)."""
+    def check(self, tokens: int, dollars: float) -> None:
+        """Whether a request of up to so many tokens and dollars may go out (`model.client.Brake`)."""
         if self._reason is not None:
             raise self._reason
+        if self.enough is None:
+            meters = [model.meter for model in self.models.values()]
+            if reason := self._budget.exceeded(meters, tokens, dollars, self.begun):
+                self.enough = Enough(reason, ExitCode.BUDGET)
+        if self.enough is not None:
+            raise NotAsked("not_asked", self.enough.message)
+
+    def exhausted(self) -> Enough | None:
+        """Why the records did not suffice, if there was a target that says so."""
+        if self._target is None or self.enough is not None or self._target.on_exhausted == "keep":
+            return None
+        if self._progress.accepted >= self._target.accepted:
+            return None
+        reached = f"{self._progress.accepted} of {self._target.accepted}"
+        return Enough(f"target.accepted: the records are used up at {reached} accepted samples", ExitCode.PARTIAL)
 
     @contextmanager
     def timed(self, step: Step) -> Iterator[None]:
@@ -99,6 +126,13 @@ class ActiveRun:
     def check_error_rate_at_end(self) -> None:
         """Raises TooManyErrors if more samples failed than the run allows."""
         self._check_error_rate(enough=1)
+
+    def _count(self, sample: Sample) -> None:
+        self.tally.add(sample)
+        self._progress.finished(sample)
+        if self._target is not None and self._progress.accepted >= self._target.accepted:
+            self.enough = self.enough or Enough(f"target: {self._target.accepted} samples are accepted", ExitCode.OK)
+        self._check_error_rate()
 
     def _check_error_rate(self, enough: int = _ENOUGH_TO_JUDGE) -> None:
         failed, total = self.tally.failed, self.tally.samples

@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
+from fastdistill.control.budget import Budget, Target
 from fastdistill.control.floor import Floor
 from fastdistill.control.folder import RunFolder, artifacts_root
 from fastdistill.control.ledger import Ledger
@@ -26,7 +28,7 @@ from fastdistill.core.errors import EnvironmentFault, ExitCode, FatalError
 from fastdistill.core.files import atomic
 from fastdistill.core.step import Gate, SampleStep, Step
 from fastdistill.model.client import ModelClient
-from fastdistill.model.provider import ModelConfig
+from fastdistill.model.provider import ModelConfig, Provider
 from fastdistill.pipeline import run_pipeline
 
 Watch: TypeAlias = Callable[[ActiveRun], AbstractContextManager[None]]
@@ -64,6 +66,8 @@ class Pipeline(BaseModel):
     models: dict[str, SerializeAsAny[ModelConfig]] = Field(default_factory=dict)
     steps: tuple[SerializeAsAny[Step], ...] = Field(min_length=1)
     require: Floor = Floor()
+    target: Target | None = None
+    budget: Budget = Budget()
     max_error_rate: float = Field(0.1, ge=0, le=1, description="share of samples that may fail before the run stops")
 
     @field_validator("models", mode="before")
@@ -101,6 +105,12 @@ class Pipeline(BaseModel):
             for gate in self.require.pass_rate
             if gate not in gates
         ]
+        unpriced = [name for name, config in self.models.items() if config.price is None]
+        if self.budget.max_cost_usd is not None and unpriced:
+            problems.append(f"budget.max_cost_usd: needs a price at models.{', models.'.join(unpriced)}")
+        groups = [sample_step for sample_step, _ in groupby(self.steps, lambda step: isinstance(step, SampleStep))]
+        if self.target is not None and groups.count(True) > 1:
+            problems.append("target: needs the steps that work on samples one after the other, without others between")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -119,6 +129,8 @@ class Pipeline(BaseModel):
             "models": {name: config.model_dump(mode="json") for name, config in self.models.items()},
             "steps": [{type(step).__name__: step.model_dump(mode="json")} for step in self.steps],
             "require": self.require.model_dump(mode="json", exclude_defaults=True),
+            "target": self.target and self.target.model_dump(mode="json"),
+            "budget": self.budget.model_dump(mode="json", exclude_defaults=True),
             "max_error_rate": self.max_error_rate,
         }
 
@@ -155,7 +167,7 @@ async def execute(pipeline: Pipeline, folder: RunFolder, watch: Watch) -> RunRes
                 ledger = await stack.enter_async_context(Ledger(folder.ledger))
                 brake = _Brake()
                 models = {
-                    name: ModelClient(name, config, provider_class(config.provider)(config), store, brake)
+                    name: ModelClient(name, config, _providers(config), store, brake)
                     for name, config in pipeline.models.items()
                 }
                 for model in models.values():
@@ -166,7 +178,8 @@ async def execute(pipeline: Pipeline, folder: RunFolder, watch: Watch) -> RunRes
                     models=models,
                     tally=tally,
                     max_error_rate=pipeline.max_error_rate,
-                    open_samples=max(64, 2 * sum(config.concurrency for config in pipeline.models.values())),
+                    target=pipeline.target,
+                    budget=pipeline.budget,
                 )
                 stack.callback(run.close)
                 with watch(run), stops_on_signals(run, folder):
@@ -188,9 +201,9 @@ class _Brake:
 
     run: ActiveRun | None = None
 
-    def check(self) -> None:
+    def check(self, tokens: int, dollars: float) -> None:
         if self.run is not None:
-            self.run.check()
+            self.run.check(tokens, dollars)
 
 
 @contextmanager
@@ -251,6 +264,10 @@ def _run(work: Coroutine[Any, Any, RunResult]) -> RunResult:
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(work)
+
+
+def _providers(config: ModelConfig) -> list[Provider]:
+    return [provider_class(endpoint.provider)(endpoint) for endpoint in config.endpoints()]
 
 
 def _named(steps: tuple[Step, ...]) -> Iterator[Step]:

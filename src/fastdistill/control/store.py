@@ -45,9 +45,9 @@ class ResponseStore:
     def get(self, key: str) -> Completion | None:
         try:
             row = self._reader.execute("SELECT completion FROM responses WHERE key = ?", (key,)).fetchone()
-        except sqlite3.Error as error:
+            return None if row is None else self._decode(row[0])
+        except (sqlite3.Error, msgspec.DecodeError) as error:
             raise fault(self.path, error) from error
-        return None if row is None else self._decode(row[0])
 
     def count(self) -> int:
         """Answers in the store, of all runs."""

@@ -98,7 +98,7 @@ class Writer:
                 connection.execute("BEGIN IMMEDIATE")
                 for sql, rows in statements:
                     connection.executemany(sql, rows)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError, UnicodeError) as error:  # uncaught, the thread would end and all wait
             return fault(self.path, error)
         return None
 
@@ -118,12 +118,12 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
         raise fault(path, error) from error
 
 
-def fault(path: Path, error: sqlite3.Error) -> EnvironmentFault:
+def fault(path: Path, error: Exception) -> EnvironmentFault:
     """What SQLite said, with the remedy where there is one."""
     text = str(error)
     if "full" in text or "I/O" in text:
         remedy = "free some space and run the same command again; what was stored before is kept"
-    elif "not a database" in text or "malformed" in text:
+    elif any(sign in text for sign in ("not a database", "malformed", "truncated")):
         remedy = "the file is damaged or is something else: move it away, or choose another --output-dir"
     elif "locked" in text:
         remedy = "another process holds it; wait for it to end"

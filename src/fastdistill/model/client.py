@@ -1,10 +1,11 @@
-"""The one way to a model: store → limit → provider → meter. What is stored is never asked for again.
+"""The one way to a model: store → budget → slot → provider → meter. What is stored is never asked for again.
 
 The client retries, tops up choices that a server left out, and lets two samples that ask the same thing share one
 answer. It knows no wire protocol (providers do) and no file format (the store does).
 """
 
 import asyncio
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,12 +13,14 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import FatalError, SampleError, TeacherError
+from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError
 from fastdistill.core.timing import observe
 from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt
+from fastdistill.model.limits import AdaptiveLimit, FixedLimit, Limit, Pace
 from fastdistill.model.meter import Meter
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
 from fastdistill.model.retry import GiveUp, Retry, Stop, decide
+from fastdistill.model.router import LONGEST_COOLING, Endpoint, Router
 
 
 class ResponseStore(Protocol):
@@ -31,27 +34,28 @@ class ResponseStore(Protocol):
 
 
 class Brake(Protocol):
-    """Says whether the run is winding down: then no new request goes out, while those in flight come home."""
+    """Says whether one more request may go out; those in flight come home in any case."""
 
-    def check(self) -> None:
-        """Raises FatalError if it is."""
+    def check(self, tokens: int, dollars: float) -> None:
+        """Raises NotAsked if the run has enough or could exceed its budget by so much, FatalError if it must stop."""
         ...
 
 
 class ModelClient:
-    """Implements `core.step.Model` for one configured model."""
+    """Implements `core.step.Model` for one configured model, with one endpoint or several."""
 
-    def __init__(self, name: str, config: ModelConfig, provider: Provider, store: ResponseStore, brake: Brake) -> None:
+    def __init__(
+        self, name: str, config: ModelConfig, providers: Sequence[Provider], store: ResponseStore, brake: Brake
+    ) -> None:
         self.name = name
         self.config = config
         self.meter = Meter(config.price)
-        self.capabilities: Capabilities | None = None  # once the endpoint was contacted
-        self._provider = provider
+        self.router = Router([Endpoint(provider, _limit(config)) for provider in providers])
         self._store = store
         self._brake = brake
-        self._slots = asyncio.Semaphore(config.concurrency)
+        self._pace = Pace(config.requests_per_minute, config.tokens_per_minute)
         self._probing = asyncio.Lock()
-        self._asks_n = False  # several choices in one request, once the server has shown that it can
+        self._probed = False
         self._asking: dict[str, asyncio.Event] = {}
 
     def prompt(self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any]) -> Prompt:
@@ -75,42 +79,51 @@ class ModelClient:
                 await others[0].wait()  # another sample asks the very same; then look again
         return [results[key] for key in draw_by_key]
 
-    async def ready(self) -> Capabilities:
-        """Contacts the endpoint, once, and learns what it honours.
+    async def ready(self) -> None:
+        """Contacts the endpoints, once, and learns what they honour.
 
         Raises:
-            TeacherError: it can't be used; the message says what to do.
+            TeacherError: none can be used, or one refuses for good; the message says what to do.
         """
         async with self._probing:
-            if self.capabilities is None:
-                self.capabilities = await self._probe()
-                self._asks_n = self.capabilities.n is True
-        return self.capabilities
+            if not self._probed:
+                found = await asyncio.gather(*(self._probe(endpoint) for endpoint in self.router.endpoints))
+                errors = [error for error in found if error is not None]
+                hopeless = [error for error in errors if error.kind in (ErrorKind.AUTH, ErrorKind.NO_MODEL)]
+                if hopeless or len(errors) == len(found):
+                    raise TeacherError(f"{self.name}: {(hopeless or errors)[0]}")
+                self._probed = True
 
     @property
-    def endpoint(self) -> Capabilities | None:
-        """What was learnt of the endpoint, at first contact and since; None before it."""
-        if self.capabilities is None:
-            return None
-        notes = dict.fromkeys((*self.capabilities.notes, *self._provider.notes))
-        return replace(self.capabilities, notes=tuple(notes))
+    def endpoints(self) -> list[Capabilities]:
+        """What was learnt of each endpoint, at first contact and since."""
+        return [
+            replace(found, notes=tuple(dict.fromkeys((*found.notes, *endpoint.provider.notes))))
+            for endpoint in self.router.endpoints
+            if (found := endpoint.capabilities) is not None
+        ]
 
     async def aclose(self) -> None:
-        await self._provider.aclose()
+        for endpoint in self.router.endpoints:
+            await endpoint.provider.aclose()
 
-    async def _probe(self) -> Capabilities:
+    async def _probe(self, endpoint: Endpoint) -> ProviderError | None:
         failures: list[ErrorKind] = []
         while True:
             try:
-                return await self._provider.probe()
+                endpoint.capabilities = await endpoint.provider.probe()
             except ProviderError as error:
                 # Nobody there at the very start is a mistake to fix, not an outage to wait out.
                 waits = error.kind is not ErrorKind.REFUSED and len(failures) < 3
                 decision = decide(error, failures, self.config.max_retries, random.random())
                 if not (waits and isinstance(decision, Retry)):
-                    raise TeacherError(f"{self.name}: {error}") from error
+                    endpoint.cool(asyncio.get_running_loop().time(), LONGEST_COOLING)
+                    return error
                 failures.append(error.kind)
                 await asyncio.sleep(decision.delay)
+            else:
+                endpoint.asks_n = endpoint.capabilities.n is True
+                return None
 
     async def _ask_once(self, prompt: Prompt, draws: dict[str, Draw]) -> dict[str, Answer | SampleError]:
         done = asyncio.Event()
@@ -125,10 +138,10 @@ class ModelClient:
         return {draw.key(prompt): answer for draw, answer in zip(draws.values(), answers, strict=True)}
 
     async def _ask(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
-        """One answer for each draw: in one request where the server brings several choices, else side by side."""
+        """One answer for each draw: in one request where the servers bring several choices, else side by side."""
         if len(draws) == 1:
             return await self._request(prompt, draws)
-        if self._asks_n:
+        if all(endpoint.asks_n for endpoint in self.router.endpoints):
             answers = await self._request(prompt, draws)
             rest = draws[len(answers) :]
             return [*answers, *(await self._ask(prompt, rest) if rest else ())]
@@ -149,44 +162,154 @@ class ModelClient:
         return answer
 
     async def _request(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
-        """Answers for the first draws, at least one; fewer than asked for where the server does not honour `n`."""
+        """Answers for the first draws, at least one; none if the server takes no `n`, and must be asked one by one."""
         failures: list[ErrorKind] = []
         while True:
             try:
                 completions = await self._in_slot(prompt, draws)
+            except NotAsked as enough:
+                return [enough for _ in draws]
+            except _NoChoices:
+                return []
             except ProviderError as error:
-                if len(draws) > 1 and error.kind is ErrorKind.BAD_REQUEST:
-                    self._asks_n = False  # llama.cpp refuses n beyond its slots, some refuse any
-                    return []
-                decision = decide(error, failures, self.config.max_retries, random.random())
-                match decision:
+                match decide(error, failures, self.config.max_retries, random.random()):
                     case Retry(delay):
                         self.meter.retries[error.kind] += 1
                         failures.append(error.kind)
-                        await asyncio.sleep(delay)
+                        # With several endpoints the next one is asked at once: this one cools.
+                        await asyncio.sleep(delay if len(self.router.endpoints) == 1 else 0)
                     case GiveUp(reason):
                         return [SampleError(reason, f"{self.name}: {error}") for _ in draws]
                     case Stop():
                         raise TeacherError(f"{self.name}: {error}") from error
             else:
-                self._asks_n = self._asks_n and len(completions) >= len(draws)
                 got = list(zip(draws, completions, strict=False))
                 answers = [Answer(draw, draw.key(prompt), completion, stored=False) for draw, completion in got]
                 await self._store.put(prompt, answers)
                 for answer in answers:
-                    self.meter.answered(answer.completion)
+                    self.meter.answered(answer.completion, _characters(prompt))
                 return [*answers]
 
     async def _in_slot(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
+        """One request, once the budget, the pace and a slot allow it; asked a second time if it straggles.
+
+        Raises:
+            NotAsked: the run has enough.
+            ProviderError: it failed.
+            _NoChoices: the server does not take `n`.
+        """
         begun = perf_counter()
-        async with self._slots:
-            self._brake.check()
+        worst = self._worst_tokens(prompt, len(draws))
+        if delay := self._pace.delay(begun, worst):
+            await asyncio.sleep(delay)
+        async with self.router.slot(prompt) as endpoint:
+            self._brake.check(worst, self.meter.worst_cost(worst))
             queued = perf_counter() - begun
-            with self.meter.request(queued):
+            try:
+                with self.meter.request(queued, worst):
+                    completions = await self._hedged(endpoint, prompt, draws)
+            finally:
+                observe(queued=queued, busy=perf_counter() - begun - queued)
+        tokens = sum(c.usage.prompt_tokens + c.usage.completion_tokens for c in completions)
+        self._pace.correct(tokens - worst)
+        await self._measure(endpoint)
+        return completions
+
+    async def _hedged(self, endpoint: Endpoint, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
+        """The answer of the first of two: the second is asked where the first takes longer than 99% do."""
+        wanted = self.config.hedges if self.config.hedge is None else self.config.hedge
+        if not wanted or self.meter.busy.count < _ENOUGH_TO_HEDGE:
+            return await self._complete(endpoint, prompt, draws)
+        first = asyncio.ensure_future(self._complete(endpoint, prompt, draws))
+        racing = [first]
+        try:
+            await asyncio.wait(racing, timeout=self.meter.busy.quantile(0.99))
+            if not first.done() and self.router.idle:
+                self.meter.hedged += 1
+                racing.append(asyncio.ensure_future(self._again(prompt, draws)))
+            for answer in asyncio.as_completed(racing):
                 try:
-                    completions = await self._provider.complete(prompt, seed=draws[0].seed, n=len(draws))
-                finally:
-                    observe(queued=queued, busy=perf_counter() - begun - queued)
+                    return await answer
+                except ProviderError as error:
+                    failed = error
+            raise failed
+        finally:
+            for task in racing:
+                task.cancel()
+            await asyncio.gather(*racing, return_exceptions=True)
+
+    async def _again(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
+        async with self.router.slot(prompt) as endpoint:
+            return await self._complete(endpoint, prompt, draws)
+
+    async def _complete(self, endpoint: Endpoint, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
+        """One request to one endpoint; what it shows of the endpoint is noted there."""
+        clock = asyncio.get_running_loop().time
+        begun = clock()
+        busy = endpoint.free <= 0
+        try:
+            completions = await endpoint.provider.complete(prompt, seed=draws[0].seed, n=len(draws))
+        except ProviderError as error:
+            self._note_failure(endpoint, error, begun, clock())
+            if len(draws) > 1 and error.kind is ErrorKind.BAD_REQUEST:
+                endpoint.asks_n = False  # llama.cpp refuses n beyond its slots, some refuse any
+                raise _NoChoices from error
+            raise
+        endpoint.answered()
+        tokens = sum(completion.usage.completion_tokens for completion in completions)
+        endpoint.limit.answered(begun, clock(), tokens, busy=busy)
+        endpoint.asks_n = endpoint.asks_n and len(completions) >= len(draws)
         if not completions:
             raise ProviderError(ErrorKind.GARBLED, "the response has no choices")
         return completions
+
+    def _note_failure(self, endpoint: Endpoint, error: ProviderError, begun: float, now: float) -> None:
+        several = len(self.router.endpoints) > 1
+        match error.kind:
+            case ErrorKind.RATE_LIMITED:
+                endpoint.limit.rate_limited(begun, now)
+                if several:
+                    endpoint.cool(now, error.retry_after)
+            case ErrorKind.REFUSED | ErrorKind.RESET | ErrorKind.OVERLOADED | ErrorKind.TIMEOUT:
+                endpoint.limit.broke()
+                if several:
+                    endpoint.cool(now, error.retry_after)
+            case ErrorKind.SERVER | ErrorKind.GARBLED:
+                endpoint.limit.broke()
+
+    async def _measure(self, endpoint: Endpoint) -> None:
+        """Asks the server how busy it is, where it tells."""
+        now = asyncio.get_running_loop().time()
+        if self.config.max_concurrency is not None or now - endpoint.measured_at < _MEASURED_EVERY:
+            return
+        endpoint.measured_at = now
+        load = await endpoint.provider.load()
+        if load is None:
+            endpoint.measured_at = float("inf")  # it does not tell
+        else:
+            endpoint.limit.measured(load, busy=endpoint.free <= 0)
+
+    def _worst_tokens(self, prompt: Prompt, n: int) -> int:
+        """Tokens that a request may cost at most: a prompt has no more tokens than bytes, nor than seen so far."""
+        prompt_tokens = math.ceil(_characters(prompt) * self.meter.tokens_per_character)
+        return prompt_tokens + n * int(prompt.parameters.get("max_tokens", 0))
+
+
+class _NoChoices(Exception):
+    """The server refuses a request for several choices."""
+
+
+_MEASURED_EVERY = 0.5  # seconds
+_ENOUGH_TO_HEDGE = 100  # answers, before the 99th percentile means anything
+
+
+def _characters(prompt: Prompt) -> int:
+    return sum(len(message["content"]) for message in prompt.messages)
+
+
+def _limit(config: ModelConfig) -> Limit:
+    if config.max_concurrency is not None:
+        return FixedLimit(config.max_concurrency)
+    if not config.finds_itself:
+        return FixedLimit(config.first_concurrency)
+    return AdaptiveLimit(config.first_concurrency, patience=config.timeout / 4)

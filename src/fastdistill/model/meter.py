@@ -24,28 +24,41 @@ class Meter:
     usage: Usage = field(default_factory=Usage)
     busy: Histogram = field(default_factory=Histogram)
     queued: Histogram = field(default_factory=Histogram)
+    hedged: int = 0  # requests asked a second time
     in_flight: int = 0
     peak: int = 0
+    reserved_tokens: int = 0  # that the requests in flight may cost at most
+    reserved_cost: float = 0.0  # US dollars, likewise
     first: float | None = None
     last: float | None = None
+    _densest: float | None = None  # tokens for a character of a prompt, the most that was seen
     _integral: float = 0.0  # in-flight requests times seconds
     _changed: float = 0.0
 
     @contextmanager
-    def request(self, queued: float) -> Iterator[None]:
-        """Holds one request in flight; `queued` is how long it waited for its slot, in seconds."""
+    def request(self, queued: float, tokens: int) -> Iterator[None]:
+        """Holds one request in flight, which waited `queued` seconds and may cost up to `tokens`."""
         begun = self._move(+1)
+        dollars = self.worst_cost(tokens)
+        self.reserved_tokens += tokens
+        self.reserved_cost += dollars
         self.first = self.first or begun
         self.requests += 1
         try:
             yield
         finally:
             self.last = self._move(-1)
+            self.reserved_tokens -= tokens
+            self.reserved_cost -= dollars
             self.busy.add(self.last - begun)
             self.queued.add(queued)
 
-    def answered(self, completion: Completion) -> None:
+    def answered(self, completion: Completion, characters: int) -> None:
+        """An answer was paid for; its prompt has so many characters."""
         self.answers += 1
+        if completion.usage.prompt_tokens and characters:
+            ratio = completion.usage.prompt_tokens / characters
+            self._densest = max(self._densest or 0.0, ratio)
         used, new = self.usage, completion.usage
         self.usage = Usage(
             used.prompt_tokens + new.prompt_tokens,
@@ -53,6 +66,20 @@ class Meter:
             used.cached_tokens + new.cached_tokens,
             used.reasoning_tokens + new.reasoning_tokens,
         )
+
+    @property
+    def tokens_per_character(self) -> float:
+        """Of a prompt, at most: before the first answer 1, for text of any language has hardly more."""
+        return 1.0 if self._densest is None else 1.1 * self._densest
+
+    @property
+    def tokens(self) -> int:
+        """Tokens paid for in this run, prompts and answers."""
+        return self.usage.prompt_tokens + self.usage.completion_tokens
+
+    def worst_cost(self, tokens: int) -> float:
+        """US dollars for that many tokens, at the dearer of the two prices; 0 without a price."""
+        return tokens * max(self.price.prompt, self.price.completion) / 1e6 if self.price else 0.0
 
     @property
     def cost(self) -> float | None:
@@ -73,6 +100,10 @@ class Meter:
             "answers_paid": self.answers,
             "answers_from_store": self.stored,
             "retries": dict(sorted(self.retries.items())),
+            "hedged": self.hedged,
+            "prompt_tokens": self.usage.prompt_tokens,
+            "completion_tokens": self.usage.completion_tokens,
+            "cached_tokens": self.usage.cached_tokens,
             "window_s": round(window, 3),
             "requests_per_s": round(self.requests / window, 3) if window else None,
             "completion_tokens_per_s": round(self.usage.completion_tokens / window, 1) if window else None,

@@ -3,6 +3,7 @@
 It does not retry, limit, store or count: the client around it does. A provider is one file in `providers/`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol
@@ -46,6 +47,14 @@ class ProviderError(Exception):
         self.retry_after = retry_after  # seconds
         self.parameter = parameter
         super().__init__(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a server's own metrics say of it, at one moment: requests worked on, and requests that wait."""
+
+    running: int
+    waiting: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +104,53 @@ class ModelConfig(BaseModel):
     max_retries: int = Field(8, ge=0, description="for faults that pass: resets, timeouts, 408, 429, 502, 503, 504")
     price: Price | None = None
 
-    default_concurrency: ClassVar[int] = 32
+    hedge: bool | None = Field(
+        None, description="ask a straggler a second time when slots are idle; by default only where tokens are free"
+    )
+    requests_per_minute: int | None = Field(None, gt=0)
+    tokens_per_minute: int | None = Field(None, gt=0, description="prompt and completion tokens")
+
+    first_concurrency: ClassVar[int] = 16
+    """Requests in flight at first, where `max_concurrency` is not set: the limit then finds itself."""
+    finds_itself: ClassVar[bool] = True
+    """False: `first_concurrency` is right for good."""
+
+    @property
+    def hedges(self) -> bool:
+        """What `hedge` is by default."""
+        return False
 
     def parameters(self) -> dict[str, Any]:
         """Fields of this config that would change an answer; they become part of every prompt."""
         return {} if self.revision is None else {"revision": self.revision}
 
+    def endpoints(self) -> "Sequence[ModelConfig]":
+        """One config for each server of the model."""
+        return (self,)
+
+
+class ServedConfig(ModelConfig):
+    """A model behind one base URL or several, which share the work."""
+
+    base_url: str | tuple[str, ...] = Field("", description="one, or a list for several servers of the same model")
+
     @property
-    def concurrency(self) -> int:
-        return self.max_concurrency or self.default_concurrency
+    def url(self) -> str:
+        """The one base URL of a config that `endpoints` gave."""
+        assert isinstance(self.base_url, str), "a provider is made for each of `endpoints`"
+        return self.base_url
+
+    def endpoints(self) -> "Sequence[ServedConfig]":
+        if isinstance(self.base_url, str):
+            return (self,)
+        return [self.model_copy(update={"base_url": url}) for url in self.base_url]
+
+
+def each_url(given: str | Sequence[str], normal: Callable[[str], str]) -> str | tuple[str, ...]:
+    """The URLs of `base_url`, or of a variable that lists them with commas, each made normal; a single one bare."""
+    texts = given.split(",") if isinstance(given, str) else list(given)
+    urls = tuple(dict.fromkeys(normal(text.strip()) for text in texts))
+    return urls[0] if len(urls) == 1 else urls
 
 
 class Provider(Protocol):
@@ -131,6 +178,10 @@ class Provider(Protocol):
         Raises:
             ProviderError: it can't be used at all (nobody there, wrong key, unknown model).
         """
+        ...
+
+    async def load(self) -> Load | None:
+        """How busy the server says it is; None where it does not say."""
         ...
 
     async def aclose(self) -> None: ...

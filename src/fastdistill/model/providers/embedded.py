@@ -14,7 +14,7 @@ import msgspec
 from pydantic import Field
 
 from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
-from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, ProviderError
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError
 
 _LINE_LIMIT = 1 << 24  # bytes; an answer with all its log-probabilities is one line
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "logprobs", "top_logprobs")
@@ -24,6 +24,9 @@ _NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty":
 class EmbeddedConfig(ModelConfig):
     provider: Literal["embedded"] = "embedded"
     model: str = Field("text2sql", min_length=1, description="a label; there is one model")
+
+    first_concurrency: ClassVar[int] = 32
+    finds_itself: ClassVar[bool] = False
 
 
 class EmbeddedProvider:
@@ -80,6 +83,9 @@ class EmbeddedProvider:
             json_schema=False,
             seed=True,
         )
+
+    async def load(self) -> Load | None:
+        return None
 
     async def aclose(self) -> None:
         process, reader = self._process, self._reader

@@ -15,7 +15,15 @@ from msgspec import Struct
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
-from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, ProviderError
+from fastdistill.model.provider import (
+    Capabilities,
+    ErrorKind,
+    Load,
+    ModelConfig,
+    ProviderError,
+    ServedConfig,
+    each_url,
+)
 from fastdistill.model.transport import (
     AiohttpTransport,
     Response,
@@ -53,13 +61,12 @@ _LOAD_TIMEOUT = 330.0
 """Seconds; Ollama itself gives a model 5 minutes to load (OLLAMA_LOAD_TIMEOUT)."""
 
 
-class OllamaConfig(ModelConfig):
-    """One model of one Ollama server. The key is never dumped."""
+class OllamaConfig(ServedConfig):
+    """One model of an Ollama server or several; `base_url` may be `host:port`. The key is never dumped."""
 
-    default_concurrency: ClassVar[int] = 4  # OLLAMA_NUM_PARALLEL is 1; what goes beyond waits in the server
+    first_concurrency: ClassVar[int] = 4  # OLLAMA_NUM_PARALLEL is 1; what goes beyond waits in the server
 
     provider: Literal["ollama"] = "ollama"
-    base_url: str = Field("", description="by default OLLAMA_HOST, or http://localhost:11434; `host:port` will do")
     api_key: SecretStr | None = Field(None, exclude=True, description="by default OLLAMA_API_KEY")
     timeout: float = Field(240.0, gt=0, description="seconds for one request; by default OLLAMA_TIMEOUT, or 240")
     num_ctx: int = Field(4096, gt=0, description="tokens of context; another value makes the server load anew")
@@ -83,8 +90,8 @@ class OllamaConfig(ModelConfig):
 
     @field_validator("base_url")
     @classmethod
-    def _normal(cls, url: str) -> str:
-        return _normal_url(url)
+    def _normal(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return each_url(given, _normal_url)
 
     def parameters(self) -> dict[str, Any]:
         return super().parameters() | {"num_ctx": self.num_ctx, "think": self.think}
@@ -116,6 +123,9 @@ class OllamaProvider:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
+
+    async def load(self) -> Load | None:
+        return None
 
     async def aclose(self) -> None:
         await self._transport.aclose()
@@ -154,7 +164,7 @@ class OllamaProvider:
         lengths = (value for name, value in show.model_info.items() if name.endswith(".context_length"))
         trained = next((value for value in lengths if isinstance(value, int)), None)
         return Capabilities(
-            endpoint=self._config.base_url,
+            endpoint=self._config.url,
             server=f"ollama {version}",
             served_model=self._config.model,
             build=self._digest,
@@ -218,7 +228,7 @@ class OllamaProvider:
         try:
             response = await self._transport.request(
                 method,
-                self._config.base_url + path,
+                self._config.url + path,
                 headers=self._headers,
                 body=None if body is None else msgspec.json.encode(body),
                 timeout=max(self._config.timeout, _LOAD_TIMEOUT) if loads else self._config.timeout,
@@ -277,7 +287,7 @@ class OllamaProvider:
         text = response.body[:200].decode(errors="replace").strip()
         return ProviderError(
             ErrorKind.GARBLED,
-            f"ollama: {self._config.base_url}: not what Ollama answers ({why}): {text!r}; is `base_url` right?",
+            f"ollama: {self._config.url}: not what Ollama answers ({why}): {text!r}; is `base_url` right?",
             status=response.status,
         )
 
@@ -311,7 +321,7 @@ class OllamaProvider:
             message += "; set `think: false`" if named == "think" else f"; change or remove {named}"
         return ProviderError(
             kind,
-            f"ollama: {self._config.base_url}: {status}: {message}",
+            f"ollama: {self._config.url}: {status}: {message}",
             status=status,
             retry_after=retry_after(response.headers, datetime.now(UTC)),
             parameter=parameter,

@@ -20,7 +20,15 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_va
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
-from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, ProviderError
+from fastdistill.model.provider import (
+    Capabilities,
+    ErrorKind,
+    Load,
+    ModelConfig,
+    ProviderError,
+    ServedConfig,
+    each_url,
+)
 from fastdistill.model.transport import (
     AiohttpTransport,
     Fault,
@@ -98,15 +106,18 @@ _FINISH = {
     "content_filter": FinishReason.CONTENT_FILTER,
 }
 
+_METRIC = re.compile(rb"^([a-z_]+:[a-z_]+)(?:\{[^}]*\})? ([0-9.e+]+)\s*$", re.M)
+_RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs", b"llamacpp:requests_processing")
+_WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs", b"llamacpp:requests_deferred")
+
 _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT}
 """Errors of a probe's request that say something about the endpoint, not about what the request tried."""
 
 
-class OpenAIConfig(ModelConfig):
-    """One model at one endpoint. Keys and headers are never dumped."""
+class OpenAIConfig(ServedConfig):
+    """One model at one endpoint or several; `base_url` gets `/v1` where it has no path. Keys are never dumped."""
 
     provider: Kind = "openai"
-    base_url: str = Field("", description="by default the server's own; `/v1` is added where there is no path")
     api_key: SecretStr | None = Field(None, exclude=True, description="by default from the server's own variable")
     headers: dict[str, SecretStr] = Field({}, exclude=True, description="sent with every request")
 
@@ -121,8 +132,13 @@ class OpenAIConfig(ModelConfig):
 
     @field_validator("base_url")
     @classmethod
-    def _normal(cls, url: str, info: ValidationInfo) -> str:
-        return _normal_url(url, _HABITS[info.data.get("provider", "openai")].base_url)
+    def _normal(cls, given: str | tuple[str, ...], info: ValidationInfo) -> str | tuple[str, ...]:
+        official = _HABITS[info.data.get("provider", "openai")].base_url
+        return each_url(given, lambda url: _normal_url(url, official))
+
+    @property
+    def hedges(self) -> bool:
+        return self.provider in ("vllm", "sglang")  # one's own: a second answer costs no money
 
 
 class OpenAIProvider:
@@ -144,7 +160,7 @@ class OpenAIProvider:
             **({"Authorization": f"Bearer {config.api_key.get_secret_value()}"} if config.api_key else {}),
             **{name: value.get_secret_value() for name, value in config.headers.items()},
         }
-        self._official = urlsplit(config.base_url).hostname == _OFFICIAL
+        self._official = urlsplit(config.url).hostname == _OFFICIAL
         self._refused: dict[str, str] = dict.fromkeys(_OFFICIAL_LACKS if self._official else (), "not in the API")
         self._limit_name = "max_tokens"
         self._models: tuple[_Model, ...] | None = None
@@ -158,6 +174,19 @@ class OpenAIProvider:
 
     async def aclose(self) -> None:
         await self._transport.aclose()
+
+    async def load(self) -> Load | None:
+        """From the Prometheus metrics of vLLM, SGLang or llama.cpp."""
+        if self._official or self._config.provider == "openrouter":
+            return None
+        try:
+            response = await self._request("GET", self._config.url.removesuffix("/v1") + "/metrics")
+        except ProviderError:
+            return None
+        found = dict(_METRIC.findall(response.body)) if response.status == 200 else {}
+        running = next((float(found[name]) for name in _RUNNING if name in found), None)
+        waiting = next((float(found[name]) for name in _WAITING if name in found), None)
+        return None if running is None or waiting is None else Load(int(running), int(waiting))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -174,7 +203,7 @@ class OpenAIProvider:
         while True:
             body = self._body(prompt, seed, n)
             try:
-                response = await self._request("POST", f"{self._config.base_url}/chat/completions", body)
+                response = await self._request("POST", f"{self._config.url}/chat/completions", body)
                 return self._completions(response, body, n)
             except ProviderError as error:
                 # Each turn takes one more parameter out of the body, so this ends.
@@ -205,7 +234,7 @@ class OpenAIProvider:
             notes.append(f"asked for {self._config.model!r}, answers come from {answer.model!r}")
         works = isinstance(two, list)
         return Capabilities(
-            endpoint=self._config.base_url,
+            endpoint=self._config.url,
             server=server,
             served_model=answer.model if answer else None,
             build=answer.build if answer else None,
@@ -359,7 +388,7 @@ class OpenAIProvider:
 
     @property
     def _where(self) -> str:
-        return f"{self._config.provider}: {self._config.base_url}"
+        return f"{self._config.provider}: {self._config.url}"
 
     # --- what the endpoint is ---
 
@@ -371,7 +400,7 @@ class OpenAIProvider:
         """
         async with self._listing:
             if self._models is None:
-                response = await self._request("GET", f"{self._config.base_url}/models")
+                response = await self._request("GET", f"{self._config.url}/models")
                 if error_kind(response.status) is ErrorKind.AUTH:
                     raise self._error(response.status, response, {})
                 try:
@@ -401,7 +430,7 @@ class OpenAIProvider:
             notes.append("logprobs are of the distribution after temperature and penalties")
         if provider == "openrouter" or self._official:
             return None, notes
-        root = self._config.base_url.removesuffix("/v1")
+        root = self._config.url.removesuffix("/v1")
         # Only Ollama answers /api/version; behind its /v1 num_ctx can't be set, and prompts are cut in silence.
         response = await self._request("GET", root + (self._habits.version_path or "/api/version"))
         try:

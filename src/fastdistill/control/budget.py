@@ -1,0 +1,94 @@
+"""When a run has enough: a target of accepted samples, and a budget that it may not exceed. Both end it cleanly."""
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fastdistill.core.errors import ExitCode
+from fastdistill.core.types import Sample
+from fastdistill.model.meter import Meter
+
+
+class Target(BaseModel):
+    """Stop at exactly `accepted` accepted samples: the first ones in input order, whichever were finished first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    accepted: int = Field(ge=1)
+    on_exhausted: Literal["keep", "fail"] = Field(
+        "keep", description="fail: a run that uses up its records before the target ends with exit code 5"
+    )
+
+
+class Budget(BaseModel):
+    """What the whole run may spend, answers from the store not counted. Checked before every request.
+
+    A request in flight counts with all it could still cost: its prompt and every token that it may generate.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_tokens: int | None = Field(None, ge=1, description="prompt and completion tokens, over all models")
+    max_cost_usd: float | None = Field(None, gt=0, description="needs a `price` at every model")
+    max_wall_s: float | None = Field(None, gt=0)
+
+    def exceeded(self, meters: Iterable[Meter], tokens: int, dollars: float, begun: float) -> str | None:
+        """Why a further request, of up to `tokens` and `dollars`, may not be sent; None if it may.
+
+        `begun` is when the run began, by `perf_counter`.
+        """
+        if self.max_wall_s is not None and perf_counter() - begun >= self.max_wall_s:
+            return f"budget.max_wall_s: {self.max_wall_s:g} s have passed"
+        if self.max_tokens is not None or self.max_cost_usd is not None:
+            meters = list(meters)
+            if self.max_tokens is not None:
+                spent = sum(meter.tokens + meter.reserved_tokens for meter in meters)
+                if spent + tokens > self.max_tokens:
+                    return f"budget.max_tokens: the next request could exceed {self.max_tokens:,} tokens"
+            if self.max_cost_usd is not None:
+                cost = sum((meter.cost or 0.0) + meter.reserved_cost for meter in meters)
+                if cost + dollars > self.max_cost_usd:
+                    return f"budget.max_cost_usd: the next request could exceed ${self.max_cost_usd:g}"
+        return None
+
+
+class Progress:
+    """Knows, while samples finish in any order, how many are accepted among those before the first unfinished one.
+
+    Only these count towards a target: counting whatever finished first would favour samples with fast answers.
+    Memory is bounded by the samples that are open at a time.
+    """
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self._next = 0  # the first index that has not finished
+        self._ahead: list[tuple[int, bool]] = []
+
+    def finished(self, sample: Sample) -> None:
+        heapq.heappush(self._ahead, (sample.index, bool(sample.accepted)))
+        while self._ahead and self._ahead[0][0] == self._next:
+            _, accepted = heapq.heappop(self._ahead)
+            self.accepted += accepted
+            self._next += 1
+
+
+def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sample]:
+    """The samples up to the one that makes the target full; all of them without a target."""
+    accepted = 0
+    for sample in samples:
+        yield sample
+        accepted += bool(sample.accepted)
+        if accepted == target:
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class Enough:
+    """Why a run ends before its records do, and the exit code of that."""
+
+    message: str
+    exit_code: ExitCode

@@ -1,0 +1,213 @@
+"""How many requests to one endpoint are in flight: a fixed number, or one that finds itself. Pure: no clock, no tasks.
+
+Self-hosted servers queue instead of refusing, so 429 never comes: what shows too many requests is time spent in the
+server's queue. By Little's law a server of S slots with L > S requests in flight answers each L / S times slower than
+it could. So the limit grows while answers take about as long as at their best, rests while a queue of a quarter to
+one and a half slots' worth keeps the slots busy, and shrinks beyond that. Now and then it tries more and less, and
+keeps what the throughput says: a batch that slows every answer down and still answers more in all is worth it.
+
+Latency is per token, so that longer answers are not taken for a longer queue.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastdistill.model.provider import Load
+
+HEADROOM = 1.25  # requests in flight for each slot: an answer that leaves finds the next one waiting
+CROWDED = 2.5
+BURST = 2.0  # seconds
+CUT = 0.7  # after a 429; one cut for each burst
+RAMP = 2  # more in flight for each answer, at first
+SMALLEST_WINDOW = 16  # answers
+PROBE_EVERY = 8  # windows
+OLD = 1.02  # the best latency is forgotten by this much a window, in case the work has changed
+
+
+class Limit(Protocol):
+    """`capacity` is how many requests may be in flight now. All times are seconds of one monotonic clock."""
+
+    capacity: int
+
+    def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None:
+        """A request brought an answer. `busy`: as many requests were in flight as were allowed."""
+        ...
+
+    def rate_limited(self, begun: float, now: float) -> None: ...
+
+    def broke(self) -> None:
+        """A 5xx or a broken connection: says nothing about how many requests are right."""
+        ...
+
+    def measured(self, load: Load, *, busy: bool) -> None: ...
+
+
+class FixedLimit:
+    """What the user said."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+
+    def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None: ...
+
+    def rate_limited(self, begun: float, now: float) -> None: ...
+
+    def broke(self) -> None: ...
+
+    def measured(self, load: Load, *, busy: bool) -> None: ...
+
+
+@dataclass(slots=True)
+class _Window:
+    """Answers since some moment, and what they say of the capacity that was in force."""
+
+    begun: float
+    wanted: int
+    answers: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    was_busy: bool = False
+    broke: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Another capacity, tried for one window; `capacity` and `throughput` are what it is compared with."""
+
+    capacity: int
+    throughput: float
+
+
+class AdaptiveLimit:
+    """Starts small and finds the knee. `capacity` stays within [1, ceiling].
+
+    `patience` is how many seconds an answer may take at the rate seen so far: a slow server is not buried in requests
+    that would end in time-outs.
+    """
+
+    def __init__(self, start: int = 8, ceiling: int = 8192, patience: float = 60.0) -> None:
+        self.capacity = start
+        self._start = start
+        self._patience = patience
+        self._ceiling = ceiling
+        self._ramping = True
+        self._window: _Window | None = None
+        self._settling = 0  # answers still to come of requests sent under an earlier capacity
+        self._quiet = 0  # windows since the last trial
+        self._best = float("inf")  # seconds a token, without a queue as far as is known
+        self._latency = 0.0  # of the last window
+        self._trial: _Trial | None = None
+        self._last_cut = float("-inf")
+        self._refused_at: float | None = None  # a capacity at which a 429 came; approached slowly
+        self._measured = False  # the server's metrics rule
+
+    def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None:
+        if self._window is None:
+            self._window = _Window(begun, self.capacity)
+        if self._settling > 0:
+            self._settling -= 1
+            self._window.begun = now
+            return
+        window = self._window
+        window.answers += 1
+        window.tokens += max(tokens, 1)
+        window.seconds += now - begun
+        window.was_busy |= busy
+        if self._ramping and busy:
+            bearable = self._patience * window.answers / max(now - window.begun, 1e-3)
+            self._move(min(self.capacity + RAMP, max(bearable, self._start)))
+        if window.answers >= window.wanted and now > window.begun:
+            self._window = None
+            self._close(window, now)
+            wanted = self.capacity // 2 if self._ramping else 2 * self.capacity
+            self._window = _Window(now, max(SMALLEST_WINDOW, wanted))
+
+    def rate_limited(self, begun: float, now: float) -> None:
+        if begun < self._last_cut:
+            return  # sent before the last cut: of the same burst
+        self._last_cut = now
+        self._refused_at = self.capacity
+        self._ramping = False
+        self._trial = None
+        self._change(self.capacity * CUT)
+
+    def broke(self) -> None:
+        if self._window is not None:
+            self._window.broke = True
+
+    def measured(self, load: Load, *, busy: bool) -> None:
+        """The server says itself how many it works on and how many wait: that beats any inference."""
+        self._measured = True
+        if load.waiting > (HEADROOM - 1) * load.running:
+            self._ramping = False
+            self._move(load.running * HEADROOM)
+        elif load.waiting == 0 and busy:
+            self._move(min(self.capacity * 2, self._reach()))
+
+    def _close(self, window: _Window, now: float) -> None:
+        if window.broke or not window.was_busy or (self._measured and not self._ramping):
+            self._trial = None
+            return
+        throughput = window.tokens / (now - window.begun)
+        latency = window.seconds / window.tokens
+        sped_up = latency < max(0.8 * self._latency, HEADROOM * self._best)  # a queue has gone: capacity was added
+        self._latency = latency
+        self._best = min(self._best * OLD, latency)
+        slots = throughput * self._best
+        if self._ramping:
+            if latency > CROWDED * self._best:
+                self._ramping = False
+                self._change(slots * CROWDED / HEADROOM)
+        elif self._trial is not None:
+            self._judge(self._trial, throughput)
+        elif sped_up or self._quiet >= PROBE_EVERY:
+            crowded = self.capacity > CROWDED * HEADROOM * slots
+            self._trial = _Trial(self.capacity, throughput)
+            self._change(slots * CROWDED / HEADROOM if crowded else min(self.capacity * 1.5, self._reach()))
+        self._quiet += 1
+
+    def _judge(self, trial: _Trial, throughput: float) -> None:
+        """Keeps what was tried if more is clearly more, or less is as good."""
+        self._trial = None
+        more = self.capacity > trial.capacity
+        if throughput > trial.throughput * (1.08 if more else 0.97):
+            self._quiet = PROBE_EVERY  # it paid: look further
+            return
+        self._quiet = 0
+        if not more:
+            self._best *= CROWDED / HEADROOM  # it was not a queue that made the answers slow
+        self._change(trial.capacity)
+
+    def _reach(self) -> float:
+        """How far the limit may grow: slowly where a 429 came before."""
+        if self._refused_at is None:
+            return self._ceiling
+        self._refused_at *= OLD
+        return max(self._refused_at, self.capacity)
+
+    def _change(self, capacity: float) -> None:
+        self._settling = self.capacity
+        self._move(capacity)
+
+    def _move(self, capacity: float) -> None:
+        self.capacity = min(max(1, round(capacity)), self._ceiling)
+
+
+class Pace:
+    """Keeps requests and tokens a minute below what a provider allows, spread evenly, with `BURST` seconds at once."""
+
+    def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
+        self._second_per_request = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._second_per_token = 60 / tokens_per_minute if tokens_per_minute else 0.0
+        self._requests_until = 0.0
+        self._tokens_until = 0.0
+
+    def delay(self, now: float, tokens: int) -> float:
+        """Takes the next place in line for a request of so many tokens; the seconds to wait for it."""
+        self._requests_until = max(self._requests_until, now - BURST) + self._second_per_request
+        self._tokens_until = max(self._tokens_until, now - BURST) + self._second_per_token * tokens
+        return max(0.0, self._requests_until - now, self._tokens_until - now)
+
+    def correct(self, tokens: int) -> None:
+        """A request took so many tokens more than it was said to (fewer, if negative)."""
+        self._tokens_until += self._second_per_token * tokens
