@@ -33,11 +33,11 @@ class Run(Context, Protocol):
 
     def timed(self, step: Step) -> AbstractContextManager[None]: ...
 
-    async def finished(self, sample: Sample) -> None:
-        """Writes a sample to the ledger; it can be read back from then on."""
+    async def finished(self, sample: Sample, *, last: bool) -> None:
+        """Writes a sample to the ledger, to be read back; `last`: it has gone through the last sample step."""
         ...
 
-    def read_back(self) -> Iterator[Sample]:
+    def read_back(self, *, last: bool) -> Iterator[Sample]:
         """The finished samples that are still in the stream, in input order."""
         ...
 
@@ -52,21 +52,25 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
         for step in steps:
             await stack.enter_async_context(step.opened(run))
         samples: Iterator[Sample] = iter(())
-        for is_sample_step, group in groupby(steps, lambda step: isinstance(step, SampleStep)):
-            if is_sample_step:
-                await run_samples([step for step in group if isinstance(step, SampleStep)], samples, run)
-                samples = run.read_back()
+        groups = [list(group) for _, group in groupby(steps, lambda step: isinstance(step, SampleStep))]
+        left = sum(isinstance(group[0], SampleStep) for group in groups)
+        in_ledger = left > 0
+        for group in groups:
+            if isinstance(group[0], SampleStep):
+                left -= 1
+                fused = [step for step in group if isinstance(step, SampleStep)]
+                await run_samples(fused, samples, run, last=left == 0)
+                samples = run.read_back(last=left == 0)
             else:
                 for step in group:
                     assert isinstance(step, StreamStep)
                     samples = step.run(samples, run)
-        in_ledger = any(isinstance(step, SampleStep) for step in steps)
         for sample in samples:  # the exports write as this loop pulls
             if not in_ledger:
-                await run.finished(sample)
+                await run.finished(sample, last=True)
 
 
-async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run) -> None:
+async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run, *, last: bool) -> None:
     """Takes samples through the fused sample steps, `run.open_samples` at a time."""
     stopped_for: list[FatalError] = []
 
@@ -81,7 +85,7 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], ru
             while not run.stopping and (sample := next(samples, None)) is not None:
                 if workers < run.open_samples:
                     group.create_task(work())
-                await run.finished(await run_sample(steps, sample, run))
+                await run.finished(await run_sample(steps, sample, run), last=last)
                 await asyncio.sleep(0)  # a sample that never waited lets the others have their turn
         except FatalError as error:
             stopped_for.append(error)

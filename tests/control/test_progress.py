@@ -14,6 +14,7 @@ from typing import ClassVar
 import pytest
 from rich.console import Console
 
+from fastdistill.control.budget import Budget
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.ledger import Ledger
 from fastdistill.control.progress import Recent, board, clock, display, dollars, live, log_line, log_lines, summary
@@ -43,7 +44,7 @@ from fastdistill.data.load import LoadJsonl
 from fastdistill.data.prepare import CanonicalizeFields
 from fastdistill.data.rules import RuleFilter
 from fastdistill.model.client import ModelClient
-from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Price
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, Price
 
 HOSTILE = "<script>alert('x')</script> [bold]\x1b[2J"
 
@@ -63,6 +64,9 @@ class ScriptedTeacher:
     async def probe(self) -> Capabilities:
         return Capabilities("http://127.0.0.1:1/v1", server=HOSTILE, served_model="served-7b", notes=("a note",))
 
+    async def load(self) -> Load | None:
+        return None
+
     async def aclose(self) -> None:
         pass
 
@@ -76,7 +80,10 @@ class EmptyStore:
 
 
 class NoBrake:
-    def check(self) -> None:
+    def check(self, tokens: int, dollars: float) -> None:
+        pass
+
+    async def pause(self, seconds: float) -> None:
         pass
 
 
@@ -138,7 +145,7 @@ async def work(plan: Pipeline, folder: RunFolder) -> tuple[ActiveRun, RunResult]
     """What a run does, with samples made by hand in place of the steps."""
     tally = Tally(plan.steps)
     proofs = Proofs(plan, folder, tally)
-    teacher = ModelClient("teacher", plan.models["teacher"], ScriptedTeacher(), EmptyStore(), NoBrake())
+    teacher = ModelClient("teacher", plan.models["teacher"], [ScriptedTeacher()], EmptyStore(), NoBrake())
     await teacher.ready()
     async with Ledger(folder.ledger) as ledger:
         run = ActiveRun(
@@ -147,13 +154,14 @@ async def work(plan: Pipeline, folder: RunFolder) -> tuple[ActiveRun, RunResult]
             models={"teacher": teacher},
             tally=tally,
             max_error_rate=1,
-            open_samples=64,
+            target=None,
+            budget=Budget(),
         )
         for sample in SAMPLES:
             with run.timed(plan.steps[2]):
                 if sample.candidates:
                     await teacher.generate(PROMPT, [Draw(0, sample.index)])
-            await run.finished(sample)
+            await run.finished(sample, last=True)
         teacher.meter.retries[ErrorKind.RATE_LIMITED] += 3
         run.close()
     (folder.dist_in_work / "train.jsonl").write_text("{}\n")

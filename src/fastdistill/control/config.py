@@ -6,10 +6,10 @@ steps changes the steps it names: `steps: {TextGeneration: {num_generations: 4}}
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -22,7 +22,9 @@ from fastdistill.model.provider import ModelConfig
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
-_VARIABLE = re.compile(r"\$(\$)?\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
+_NAME_AND_DEFAULT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-([^{]*))?")
+_SECRET = {"api_key", "headers"}
 
 
 def load_pipeline(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Pipeline:
@@ -46,7 +48,10 @@ def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) 
         ConfigError: with every problem found, each with its path.
     """
     problems: list[str] = []
-    config = interpolate(config, environment, problems)
+    try:
+        config = interpolate(config, environment, problems)
+    except RecursionError as error:
+        raise ConfigError("the config holds an alias of itself, or is nested too deeply") from error
     if not isinstance(config, dict):
         raise ConfigError("the config must be a mapping with name, models and steps")
     known = dict(config)
@@ -94,9 +99,9 @@ def merge(base: Any, over: Any) -> Any:
         for name, value in over.items():
             at = _place(changed, str(name))
             item = changed[at]
-            body = item if str(name).isdigit() else (item[name] if isinstance(item, dict) else None)
+            body = item if str(name).isdecimal() else (item[name] if isinstance(item, dict) else None)
             new = merge({} if body is None else body, value)
-            changed[at] = new if str(name).isdigit() else {name: new}
+            changed[at] = new if str(name).isdecimal() else {name: new}
         return changed
     return deepcopy(over)
 
@@ -111,14 +116,17 @@ def interpolate(value: Any, environment: Mapping[str, str], problems: list[str],
         return value
 
     def replacement(match: "re.Match[str]") -> str:
-        escaped, name, default = match.groups()
-        if escaped:
-            return match[0][1:]
+        if match[1] is None:
+            return "${"
+        parts = _NAME_AND_DEFAULT.fullmatch(match[1]) if match[0].endswith("}") else None
+        if parts is None:
+            problems.append(f"{path}: {match[0]!r} is no variable; write ${{NAME}} or ${{NAME:-default}}")
+            return ""
+        name, default = parts.groups()
         found = environment.get(name) or default
         if found is None:
-            problems.append(
-                f"{path}: the environment variable {name} is not set; set it, or write ${{{name}:-default}}"
-            )
+            state = "empty" if name in environment else "not set"
+            problems.append(f"{path}: the environment variable {name} is {state}: set it, or use ${{{name}:-default}}")
             return ""
         return found
 
@@ -134,13 +142,31 @@ def describe(error: ValidationError, path: str, model: type[BaseModel]) -> list[
             place = f"{place}[{part}]" if isinstance(part, int) else _join(place, str(part))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key; {suggest(str(problem['loc'][-1]), list(model.model_fields))}"
+            message = f"unknown key; {suggest(str(problem['loc'][-1]), _fields_at(model, problem['loc'][:-1]))}"
         elif problem["type"] == "missing":
             message = "required, but not given"
-        elif isinstance(given := problem["input"], str | int | float | bool) or given is None:
+        elif _SECRET.isdisjoint(problem["loc"]) and isinstance(given := problem["input"], str | int | float | None):
             message = f"{message} (given: {given!r})"
         problems.append(f"{place}: {message}" if place else message)
     return problems
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Names of the fields that a place within a model may have."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        inner = [kind for kind in _parts(field.annotation) if hasattr(kind, "model_fields")] if field else []
+        if not inner:
+            break
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """A type and all the types that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
 
 
 def _models(given: Any, problems: list[str]) -> dict[str, ModelConfig]:
@@ -217,7 +243,7 @@ def _nested(override: str) -> Any:
 
 def _place(items: list[Any], name: str) -> int:
     """Where in a list the item called `name` is: by number, or by a step's name."""
-    if name.isdigit() and int(name) < len(items):
+    if name.isdecimal() and int(name) < len(items):
         return int(name)
     named = [at for at, item in enumerate(items) if item == name or (isinstance(item, dict) and name in item)]
     if len(named) == 1:

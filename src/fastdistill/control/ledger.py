@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from fastdistill.control.store import prompt_row
 from fastdistill.control.writer import Statement, Writer, connect, fault
 from fastdistill.core.types import (
     Candidate,
@@ -32,7 +33,7 @@ CREATE TABLE IF NOT EXISTS samples (
     record TEXT, input TEXT, selection TEXT, failures TEXT);
 CREATE INDEX IF NOT EXISTS samples_by_id ON samples (sample_id);
 CREATE TABLE IF NOT EXISTS prompts (
-    digest TEXT PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT) WITHOUT ROWID;
+    id TEXT PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS candidates (
     idx INTEGER, place INTEGER, candidate_id TEXT, step TEXT, attempt INTEGER, seed INTEGER, key TEXT, prompt TEXT,
     outcome TEXT, answer TEXT, score REAL, cuts TEXT, completion TEXT, PRIMARY KEY (idx, place)) WITHOUT ROWID;
@@ -88,7 +89,7 @@ def read_samples(path: Path, where: str = "1", parameters: Sequence[Any] = ()) -
         candidates = groupby(
             connection.execute(
                 "SELECT c.*, p.provider, p.model, p.messages, p.parameters FROM candidates c JOIN prompts p"
-                f" ON p.digest = c.prompt WHERE c.idx IN ({chosen}) ORDER BY c.idx, c.place",
+                f" ON p.id = c.prompt WHERE c.idx IN ({chosen}) ORDER BY c.idx, c.place",
                 parameters,
             ),
             key=lambda row: row[0],
@@ -123,7 +124,10 @@ class _Peek:
 
 
 def _statements(sample: Sample) -> list[Statement]:
-    prompts = {c.prompt.digest: c.prompt for c in sample.candidates}
+    prompts: dict[int, tuple[str, ...]] = {}  # by identity: the candidates of a wave share their prompt
+    for candidate in sample.candidates:
+        if id(candidate.prompt) not in prompts:
+            prompts[id(candidate.prompt)] = prompt_row(candidate.prompt)
     placed = list(enumerate(sample.candidates))
     return [
         ("DELETE FROM candidates WHERE idx = ?", [(sample.index,)]),
@@ -131,11 +135,11 @@ def _statements(sample: Sample) -> list[Statement]:
         ("INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [_sample_row(sample)]),
         (
             "INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, ?)",
-            [(p.digest, p.provider, p.model, _json(p.messages), _json(p.parameters)) for p in prompts.values()],
+            list(prompts.values()),
         ),
         (
             "INSERT OR REPLACE INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [_candidate_row(sample.index, place, c) for place, c in placed],
+            [_candidate_row(sample.index, place, c, prompts[id(c.prompt)][0]) for place, c in placed],
         ),
         (
             "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -163,9 +167,9 @@ def _sample_row(sample: Sample) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _candidate_row(index: int, place: int, c: Candidate) -> tuple[Any, ...]:
+def _candidate_row(index: int, place: int, c: Candidate, prompt: str) -> tuple[Any, ...]:
     return (
-        index, place, c.candidate_id, c.step, c.attempt, c.seed, c.key, c.prompt.digest, c.outcome, c.answer, c.score,
+        index, place, c.candidate_id, c.step, c.attempt, c.seed, c.key, prompt, c.outcome, c.answer, c.score,
         _json(c.cuts), _json(c.completion),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.control.card import dataset_card
-from fastdistill.control.folder import RunFolder, write_json
+from fastdistill.control.folder import RunFolder, read_json, write_json
 from fastdistill.control.report_html import render_html
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.tally import Tally, interval
@@ -36,6 +36,9 @@ class Proofs:
         self._tally = tally
         self._started = datetime.now(UTC)
         self._begun = perf_counter()
+        # A run that finds every answer in the store contacts nobody: what an earlier one learnt still holds.
+        earlier = read_json(folder.manifest)["models"] if folder.manifest.exists() else {}
+        self._endpoints_before = {name: model.get("endpoints", []) for name, model in earlier.items()}
 
     def begin(self) -> None:
         write_json(self._folder.manifest, self._manifest(None, "running", None, ""))
@@ -166,7 +169,8 @@ class Proofs:
                     "provider": config.provider,
                     "model": config.model,
                     "parameters": config.parameters(),
-                    "endpoints": [asdict(found) for found in run.models[name].endpoints] if run else [],
+                    "endpoints": ([asdict(found) for found in run.models[name].endpoints] if run else [])
+                    or self._endpoints_before.get(name, []),
                     "served": [
                         {"model": model, "build": build, "answers": count}
                         for (provider, asked, model, build), count in sorted(tally.served.items())

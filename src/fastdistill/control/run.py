@@ -1,8 +1,9 @@
 """One run at work: what the main path and the steps are given (`pipeline.Run`), made of the real parts."""
 
+import asyncio
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +15,7 @@ from fastdistill.core.errors import ExitCode, FatalError, NotAsked, TooManyError
 from fastdistill.core.stats import Histogram
 from fastdistill.core.step import KeyIndex, Step
 from fastdistill.core.timing import timed
-from fastdistill.core.types import Sample
+from fastdistill.core.types import Sample, Status
 from fastdistill.model.client import ModelClient
 
 _ENOUGH_TO_JUDGE = 50  # samples before `max_error_rate` can stop a run midway
@@ -52,6 +53,8 @@ class ActiveRun:
         self._target = target
         self._budget = budget
         self._progress = Progress()
+        self._counted = False  # every sample that is still in the stream is in the tally
+        self._stopped = asyncio.Event()
         self.enough: Enough | None = None
         self._indexes = Indexes()
         self._numbers = count()
@@ -72,13 +75,19 @@ class ActiveRun:
 
     def discard(self, sample: Sample) -> None:
         self._ledger.submit(sample)
-        self._count(sample)
+        if self._counted:
+            self.tally.leave(sample)
+        else:
+            self._count(sample)
 
-    async def finished(self, sample: Sample) -> None:
+    async def finished(self, sample: Sample, *, last: bool) -> None:
         await self._ledger.save(sample)
-        self._count(sample)
+        # What fails early does not come again; all else counts once, when no more can happen to it.
+        if last or sample.status is not Status.OPEN:
+            self._count(sample)
 
-    def read_back(self) -> Iterator[Sample]:
+    def read_back(self, *, last: bool) -> Iterator[Sample]:
+        self._counted = last
         return first_accepted(self._ledger.samples(), self._target.accepted if self._target else None)
 
     @property
@@ -88,6 +97,12 @@ class ActiveRun:
     def stop(self, reason: FatalError) -> None:
         """Winds the run down: nothing new is begun, what is in flight comes home. The first reason stays."""
         self._reason = self._reason or reason
+        self._stopped.set()
+
+    async def pause(self, seconds: float) -> None:
+        """Sleeps, but not on when the run begins to wind down (`model.client.Brake`)."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), seconds)
 
     def check(self, tokens: int, dollars: float) -> None:
         """Whether a request of up to so many tokens and dollars may go out (`model.client.Brake`)."""
@@ -96,7 +111,7 @@ class ActiveRun:
         if self.enough is None:
             meters = [model.meter for model in self.models.values()]
             if reason := self._budget.exceeded(meters, tokens, dollars, self.begun):
-                self.enough = Enough(reason, ExitCode.BUDGET)
+                self._end(Enough(reason, ExitCode.BUDGET))
         if self.enough is not None:
             raise NotAsked("not_asked", self.enough.message)
 
@@ -127,11 +142,15 @@ class ActiveRun:
         """Raises TooManyErrors if more samples failed than the run allows."""
         self._check_error_rate(enough=1)
 
+    def _end(self, enough: Enough) -> None:
+        self.enough = self.enough or enough
+        self._stopped.set()
+
     def _count(self, sample: Sample) -> None:
         self.tally.add(sample)
         self._progress.finished(sample)
         if self._target is not None and self._progress.accepted >= self._target.accepted:
-            self.enough = self.enough or Enough(f"target: {self._target.accepted} samples are accepted", ExitCode.OK)
+            self._end(Enough(f"target: {self._target.accepted} samples are accepted", ExitCode.OK))
         self._check_error_rate()
 
     def _check_error_rate(self, enough: int = _ENOUGH_TO_JUDGE) -> None:

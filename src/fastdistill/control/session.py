@@ -1,6 +1,7 @@
 """A pipeline and its runs: checks what must fit together, runs it in its folder, leaves the proofs."""
 
 import asyncio
+import re
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ from fastdistill.control.run import ActiveRun
 from fastdistill.control.store import ResponseStore
 from fastdistill.control.tally import Tally
 from fastdistill.core.canonical import digest
-from fastdistill.core.errors import EnvironmentFault, ExitCode, FatalError
+from fastdistill.core.errors import ConfigError, EnvironmentFault, ExitCode, FatalError
 from fastdistill.core.files import atomic
 from fastdistill.core.step import Gate, SampleStep, Step
 from fastdistill.model.client import ModelClient
@@ -33,6 +34,9 @@ from fastdistill.pipeline import run_pipeline
 
 Watch: TypeAlias = Callable[[ActiveRun], AbstractContextManager[None]]
 """Something that looks on while a run is at work, like the progress display."""
+
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Interrupted(FatalError):
@@ -62,7 +66,7 @@ class Pipeline(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
+    name: str = Field(pattern=_NAME, max_length=64)
     models: dict[str, SerializeAsAny[ModelConfig]] = Field(default_factory=dict)
     steps: tuple[SerializeAsAny[Step], ...] = Field(min_length=1)
     require: Floor = Floor()
@@ -92,6 +96,10 @@ class Pipeline(BaseModel):
                 for model in step.models()
                 if model not in self.models
             ]
+        names = [step.name for step in self.steps]
+        problems += [
+            f"steps: two are named {name!r}; a name is given once" for name in {*names} if names.count(name) > 1
+        ]
         kinds = [type(step).__name__ for step in self.steps]
         first_sample_step = next((at for at, step in enumerate(self.steps) if isinstance(step, SampleStep)), None)
         if first_sample_step is not None and "CanonicalizeFields" not in kinds[:first_sample_step]:
@@ -100,9 +108,13 @@ class Pipeline(BaseModel):
                 " for it gives each sample its id"
             )
         gates = [step.name for step in self.steps if isinstance(step, Gate)]
+        named = [(f"require.pass_rate.{gate}", gate) for gate in self.require.pass_rate]
+        named += [
+            (f"steps[{at}].{step.name}.gate", gate) for at, step in enumerate(self.steps) for gate in step.gates()
+        ]
         problems += [
-            f"require.pass_rate.{gate}: no such gate; there are: {', '.join(gates) or 'none'}"
-            for gate in self.require.pass_rate
+            f"{place}: there is no gate {gate!r}; there are: {', '.join(gates) or 'none'}"
+            for place, gate in named
             if gate not in gates
         ]
         unpriced = [name for name, config in self.models.items() if config.price is None]
@@ -119,7 +131,7 @@ class Pipeline(BaseModel):
     def run_id(self) -> str:
         """Name and hash of all that makes the data set: the same pipeline runs in the same folder, and so resumes."""
         models = {name: [config.provider, config.model, config.parameters()] for name, config in self.models.items()}
-        steps = [[type(step).__name__, step.model_dump(mode="json")] for step in self.steps]
+        steps = [[step.name, step.fingerprint] for step in self.steps]
         return f"{self.name}-{digest([self.name, models, steps])[:8]}"
 
     def resolved(self) -> dict[str, Any]:
@@ -146,6 +158,8 @@ class Pipeline(BaseModel):
         Raises:
             FatalError: the run could not be finished; everything that was paid for is stored.
         """
+        if run_id is not None and not re.fullmatch(_NAME, run_id):
+            raise ConfigError(f"run_id: {run_id!r} can't name a folder; use letters, digits, '.', '_' and '-'")
         root = artifacts_root(Path(output_dir) if output_dir is not None else None)
         folder = RunFolder(root, run_id or self.run_id)
         return run_in_loop(execute(self, folder, watch or (lambda _: nullcontext())))
@@ -202,8 +216,12 @@ class _Brake:
     run: ActiveRun | None = None
 
     def check(self, tokens: int, dollars: float) -> None:
-        if self.run is not None:
-            self.run.check(tokens, dollars)
+        assert self.run is not None
+        self.run.check(tokens, dollars)
+
+    async def pause(self, seconds: float) -> None:
+        assert self.run is not None
+        await self.run.pause(seconds)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 The key is made of what would change the answer (see `core.types.Draw.key`), so resuming is running again.
 """
 
+import hashlib
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastdistill.core.types import Answer, Completion, Prompt
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS prompts (
-    digest TEXT PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT) WITHOUT ROWID;
+    id TEXT PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS responses (
     key TEXT PRIMARY KEY, prompt TEXT, seed INTEGER, attempt INTEGER, completion TEXT);
 PRAGMA user_version = 1;
@@ -56,15 +57,25 @@ class ResponseStore:
 
     async def put(self, prompt: Prompt, answers: Sequence[Answer]) -> None:
         encode = self._encode
-        prompt_row = (
-            prompt.digest, prompt.provider, prompt.model,
-            encode(prompt.messages).decode(), encode(prompt.parameters).decode(),
-        )  # fmt: skip
-        rows = [(a.key, prompt.digest, a.draw.seed, a.draw.attempt, encode(a.completion).decode()) for a in answers]
+        asked = prompt_row(prompt)
+        rows = [(a.key, asked[0], a.draw.seed, a.draw.attempt, encode(a.completion).decode()) for a in answers]
         await self._writer.write(
             [
-                ("INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, ?)", [prompt_row]),
+                ("INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, ?)", [asked]),
                 # The first answer under a key stays: whoever comes later asked for something that was there.
                 ("INSERT OR IGNORE INTO responses VALUES (?, ?, ?, ?, ?)", rows),
             ]
         )
+
+
+def prompt_row(prompt: Prompt) -> tuple[str, str, str, str, str]:
+    """A prompt as the table `prompts` has it. Its id is of the very bytes: a prompt's digest takes equal text in
+    another Unicode form for the same, and does not tell providers apart.
+    """
+    content = (
+        prompt.provider,
+        prompt.model,
+        msgspec.json.encode(prompt.messages).decode(),
+        msgspec.json.encode(prompt.parameters).decode(),
+    )
+    return (hashlib.sha256("\x1f".join(content).encode()).hexdigest(), *content)

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastdistill.core.stats import Rate, wilson
 from fastdistill.core.step import Step
-from fastdistill.core.types import Candidate, FinishReason, Outcome, Sample, Status
+from fastdistill.core.types import Candidate, Failure, FinishReason, Outcome, Sample, Status
 
 EXAMPLES = 3
 
@@ -53,15 +53,21 @@ class ContentHash:
         self._sum = 0
 
     def add(self, *parts: str) -> None:
-        item = sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).digest()
-        self._sum = (self._sum + int.from_bytes(item)) % 2**256
+        self._sum = (self._sum + _number(parts)) % 2**256
+
+    def remove(self, *parts: str) -> None:
+        self._sum = (self._sum - _number(parts)) % 2**256
 
     def __str__(self) -> str:
         return f"{self._sum:064x}"
 
 
+def _number(parts: Sequence[str]) -> int:
+    return int.from_bytes(sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).digest())
+
+
 class Tally:
-    """Takes every sample once, when it has finished or left the stream."""
+    """Takes every sample once, when it has gone through all gates or has left the stream before."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = steps
@@ -89,12 +95,10 @@ class Tally:
         self.statuses[sample.status] += 1
         if sample.status is not Status.OPEN:
             self.left_at.setdefault(sample.failures[-1].step, Counter())[sample.status] += 1
-        if sample.status is not Status.DUPLICATE:
+        if sample.status not in (Status.DUPLICATE, Status.SKIPPED):
             for failure in sample.failures:
-                count = self.failures.setdefault((failure.step, failure.reason), FailureCount())
-                count.count += 1
-                _keep(count.examples, failure.message)
-        self._hash("samples", sample.sample_id, sample.status)
+                self._fail(failure)
+        self._hash("samples", sample.sample_id, sample.source)
         for candidate in sample.candidates:
             self._candidate(candidate)
         if sample.status is Status.OPEN:
@@ -104,6 +108,18 @@ class Tally:
             for rank, candidate in enumerate(sample.chosen):
                 self.selected += 1
                 self._hash("selected", candidate.candidate_id, str(rank), candidate.answer)
+
+    def leave(self, sample: Sample) -> None:
+        """A sample that was added while it was open leaves the stream after all: an export can't take it."""
+        failure = sample.failures[-1]
+        self.statuses[Status.OPEN] -= 1
+        self.statuses[sample.status] += 1
+        self.left_at.setdefault(failure.step, Counter())[sample.status] += 1
+        self._fail(failure)
+        self.accepted_samples -= bool(sample.accepted)
+        for rank, candidate in enumerate(sample.chosen):
+            self.selected -= 1
+            self.hashes["selected"].remove(candidate.candidate_id, str(rank), candidate.answer)
 
     @property
     def failed(self) -> int:
@@ -167,6 +183,11 @@ class Tally:
                 gate.errors[group] += 1
                 _keep(gate.error_examples.setdefault(group, []), str(error))
             self._hash(verdict.gate, candidate.candidate_id, verdict.outcome, verdict.reason)
+
+    def _fail(self, failure: Failure) -> None:
+        count = self.failures.setdefault((failure.step, failure.reason), FailureCount())
+        count.count += 1
+        _keep(count.examples, failure.message)
 
     def _hash(self, stage: str, *parts: str) -> None:
         self.hashes.setdefault(stage, ContentHash()).add(*parts)

@@ -73,16 +73,23 @@ class Step(BaseModel):
     version: ClassVar[int] = 1
     """Raised when the code changes what the step does, so that its fingerprint changes too."""
 
+    machine_only: ClassVar[frozenset[str]] = frozenset({"name"})
+    """Fields that change nothing but how the work is done: not part of the fingerprint."""
+
     name: str = Field("", description="what reports call this step; the class's name by default")
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change whenever the step may judge or write otherwise."""
-        config = self.model_dump(mode="json", exclude={"name"})
+        config = self.model_dump(mode="json", exclude=set(self.machine_only))
         return digest([type(self).__name__, self.version, config])[:16]
 
     def inputs(self) -> Sequence[Path]:
         """Files that this step reads; the manifest records their hashes."""
+        return ()
+
+    def gates(self) -> Sequence[str]:
+        """Names of the gates whose verdicts this step reads; checked before anything is spent."""
         return ()
 
     def models(self) -> Sequence[str]:

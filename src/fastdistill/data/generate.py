@@ -65,6 +65,13 @@ class TextGeneration(SampleStep):
             compile_template(text)
         return text
 
+    @field_validator("generation_kwargs")
+    @classmethod
+    def _leaves_ours_alone(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        if ours := sorted(fields.keys() & {"model", "messages", "n", "seed", "stream"}):
+            raise ValueError(f"{', '.join(ours)} can't be set here: the pipeline says it in its own fields")
+        return fields
+
     @model_validator(mode="after")
     def _draws_differ(self) -> Self:
         options = self.generation_kwargs.get("options")

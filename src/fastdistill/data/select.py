@@ -1,5 +1,6 @@
 """Scores candidates from what the gates found, and picks the best. Judges nothing itself."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pydantic import Field, model_validator
@@ -18,6 +19,9 @@ class ScoreFromExecEval(SampleStep):
     gate: str = Field("SQLiteExecEval", description="name of the gate whose verdict counts")
     exec_pass: float = Field(0.5, ge=0, description="weight of: the answer runs")
     gold_match: float = Field(0.5, ge=0, description="weight of: its result is the gold's")
+
+    def gates(self) -> Sequence[str]:
+        return (self.gate,)
 
     @model_validator(mode="after")
     def _weighs(self) -> "ScoreFromExecEval":

@@ -40,6 +40,10 @@ class Brake(Protocol):
         """Raises NotAsked if the run has enough or could exceed its budget by so much, FatalError if it must stop."""
         ...
 
+    async def pause(self, seconds: float) -> None:
+        """Sleeps, but not on when the run begins to wind down."""
+        ...
+
 
 class ModelClient:
     """Implements `core.step.Model` for one configured model, with one endpoint or several."""
@@ -56,6 +60,7 @@ class ModelClient:
         self._pace = Pace(config.requests_per_minute, config.tokens_per_minute)
         self._probing = asyncio.Lock()
         self._probed = False
+        self._refusal: TeacherError | None = None
         self._asking: dict[str, asyncio.Event] = {}
 
     def prompt(self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any]) -> Prompt:
@@ -86,12 +91,15 @@ class ModelClient:
             TeacherError: none can be used, or one refuses for good; the message says what to do.
         """
         async with self._probing:
+            if self._refusal is not None:
+                raise self._refusal
             if not self._probed:
                 found = await asyncio.gather(*(self._probe(endpoint) for endpoint in self.router.endpoints))
                 errors = [error for error in found if error is not None]
                 hopeless = [error for error in errors if error.kind in (ErrorKind.AUTH, ErrorKind.NO_MODEL)]
                 if hopeless or len(errors) == len(found):
-                    raise TeacherError(f"{self.name}: {(hopeless or errors)[0]}")
+                    self._refusal = TeacherError(f"{self.name}: {(hopeless or errors)[0]}")
+                    raise self._refusal
                 self._probed = True
 
     @property
@@ -142,9 +150,18 @@ class ModelClient:
         if len(draws) == 1:
             return await self._request(prompt, draws)
         if all(endpoint.asks_n for endpoint in self.router.endpoints):
-            answers = await self._request(prompt, draws)
-            rest = draws[len(answers) :]
-            return [*answers, *(await self._ask(prompt, rest) if rest else ())]
+            together = await self._request(prompt, draws)
+            if rest := draws[len(together) :]:
+                alone = await self._ask_alone(prompt, rest)
+                # A refused request says nothing of `n` unless its draws are answered one by one.
+                if any(isinstance(answer, Answer) for answer in alone):
+                    for endpoint in self.router.endpoints:
+                        endpoint.asks_n = False
+                return [*together, *alone]
+            return together
+        return await self._ask_alone(prompt, draws)
+
+    async def _ask_alone(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._settled(prompt, draw)) for draw in draws]
         settled = [task.result() for task in tasks]
@@ -162,22 +179,25 @@ class ModelClient:
         return answer
 
     async def _request(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
-        """Answers for the first draws, at least one; none if the server takes no `n`, and must be asked one by one."""
+        """Answers for the first of the draws; of several, the others are to be asked for one by one."""
         failures: list[ErrorKind] = []
         while True:
             try:
                 completions = await self._in_slot(prompt, draws)
             except NotAsked as enough:
                 return [enough for _ in draws]
-            except _NoChoices:
-                return []
             except ProviderError as error:
+                # Several choices may be what is wrong with it; and one bad choice must not cost the others.
+                if len(draws) > 1 and (
+                    error.kind is ErrorKind.BAD_REQUEST or (error.kind is ErrorKind.SERVER and error.kind in failures)
+                ):
+                    return []
                 match decide(error, failures, self.config.max_retries, random.random()):
                     case Retry(delay):
                         self.meter.retries[error.kind] += 1
                         failures.append(error.kind)
                         # With several endpoints the next one is asked at once: this one cools.
-                        await asyncio.sleep(delay if len(self.router.endpoints) == 1 else 0)
+                        await self._brake.pause(delay if len(self.router.endpoints) == 1 else 0)
                     case GiveUp(reason):
                         return [SampleError(reason, f"{self.name}: {error}") for _ in draws]
                     case Stop():
@@ -196,12 +216,11 @@ class ModelClient:
         Raises:
             NotAsked: the run has enough.
             ProviderError: it failed.
-            _NoChoices: the server does not take `n`.
         """
         begun = perf_counter()
         worst = self._worst_tokens(prompt, len(draws))
         if delay := self._pace.delay(begun, worst):
-            await asyncio.sleep(delay)
+            await self._brake.pause(delay)
         async with self.router.slot(prompt) as endpoint:
             self._brake.check(worst, self.meter.worst_cost(worst))
             queued = perf_counter() - begun
@@ -251,9 +270,6 @@ class ModelClient:
             completions = await endpoint.provider.complete(prompt, seed=draws[0].seed, n=len(draws))
         except ProviderError as error:
             self._note_failure(endpoint, error, begun, clock())
-            if len(draws) > 1 and error.kind is ErrorKind.BAD_REQUEST:
-                endpoint.asks_n = False  # llama.cpp refuses n beyond its slots, some refuse any
-                raise _NoChoices from error
             raise
         endpoint.answered()
         tokens = sum(completion.usage.completion_tokens for completion in completions)
@@ -293,10 +309,6 @@ class ModelClient:
         """Tokens that a request may cost at most: a prompt has no more tokens than bytes, nor than seen so far."""
         prompt_tokens = math.ceil(_characters(prompt) * self.meter.tokens_per_character)
         return prompt_tokens + n * int(prompt.parameters.get("max_tokens", 0))
-
-
-class _NoChoices(Exception):
-    """The server refuses a request for several choices."""
 
 
 _MEASURED_EVERY = 0.5  # seconds

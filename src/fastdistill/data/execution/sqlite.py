@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -31,6 +31,8 @@ class SQLiteExecEval(Gate):
     A verdict's detail has `exec_pass`, `exec_error`, `gold_match`, `result_signature`, `row_count` and `weak_gold`.
     A gold query that can't judge is an `error`, never held against the candidate.
     """
+
+    machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
 
     db_path: str = Field(description='a SQLite file; may be a template over the record: "dbs/{{ db_id }}.sqlite"')
     gold_field: str | None = Field("gold_sql", description="the record's field with the gold query; null: none")

@@ -33,6 +33,7 @@ from fastdistill.model.transport import (
     retry_after,
     says_too_long,
     split_thinking,
+    without_secrets,
 )
 
 _DEFAULT_URL = "http://localhost:11434"
@@ -235,6 +236,7 @@ class OllamaProvider:
             )
         except ProviderError as error:
             raise ProviderError(error.kind, f"ollama: {error}{_remedy(error.kind)}") from error
+        response = without_secrets(response, self._headers)
         if response.status != 200:
             raise await self._error(response)
         return response

@@ -40,6 +40,7 @@ from fastdistill.model.transport import (
     retry_after,
     says_too_long,
     split_thinking,
+    without_secrets,
 )
 
 Kind = Literal["openai", "openrouter", "vllm", "sglang"]
@@ -296,7 +297,7 @@ class OpenAIProvider:
 
     async def _request(self, method: str, url: str, body: object = None) -> Response:
         try:
-            return await self._transport.request(
+            response = await self._transport.request(
                 method,
                 url,
                 headers=self._headers,
@@ -305,6 +306,7 @@ class OpenAIProvider:
             )
         except ProviderError as error:
             raise ProviderError(error.kind, f"{self._config.provider}: {error}{self._remedy(error.kind)}") from error
+        return without_secrets(response, self._headers)
 
     def _remedy(self, kind: ErrorKind) -> str:
         if kind is ErrorKind.REFUSED:

@@ -1,0 +1,345 @@
+"""Layers, overrides, variables and secrets of a config, and what gives a run its id."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastdistill.control.config import load_pipeline, merge, parse_pipeline, read_yaml
+from fastdistill.control.session import Pipeline
+from fastdistill.core.errors import ConfigError, FatalError, TeacherError
+from tests.servers import openai_server, status
+from tests.world import RECORDS, write_records
+
+BASE: dict[str, Any] = {
+    "name": "base",
+    "models": {"teacher": {"provider": "vllm", "model": "m", "base_url": "http://localhost:1/v1"}},
+    "steps": [
+        {"LoadJsonl": {"path": "train.jsonl"}},
+        {"CanonicalizeFields": {"fields": ["instruction"]}},
+        "Deduplicate",
+        {"TextGeneration": {"template": "{{ instruction }}", "num_generations": 2}},
+        {"RuleFilter": {"max_chars": 100}},
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "VLLM_API_KEY", "VLLM_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def layer(folder: Path, name: str, content: object) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def changed(**changes: Any) -> Pipeline:
+    """The base with some dotted paths set (`__` for a dot)."""
+    config = copy.deepcopy(BASE)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place: Any = config
+        for part in parents:
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        place[last] = value
+    return parse_pipeline(config, {})
+
+
+def problems(config: object, environment: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_pipeline(config, environment or {})
+    return caught.value.problems
+
+
+# --- layers ---
+
+
+def test_later_layers_win_and_the_command_line_wins_over_all(tmp_path: Path) -> None:
+    layers = [
+        layer(tmp_path, "base", BASE),
+        layer(tmp_path, "env", {"models": {"teacher": {"model": "of-env", "max_concurrency": 5}}}),
+        layer(tmp_path, "run", {"models": {"teacher": {"model": "of-run"}}, "name": "run"}),
+    ]
+    pipeline = load_pipeline(layers, ["models.teacher.max_concurrency=7"])
+    assert (pipeline.name, pipeline.models["teacher"].model) == ("run", "of-run")
+    assert pipeline.models["teacher"].max_concurrency == 7
+    assert len(pipeline.steps) == 5
+
+
+def test_a_layer_changes_steps_by_name_and_by_number(tmp_path: Path) -> None:
+    over = {
+        "steps": {
+            "TextGeneration": {"num_generations": 9},
+            "Deduplicate": {"fields": ["instruction"]},
+            4: {"RuleFilter": {"min_chars": 3}},
+        }
+    }
+    pipeline = load_pipeline([layer(tmp_path, "base", BASE), layer(tmp_path, "over", over)])
+    resolved = [next(iter(step.values())) for step in pipeline.resolved()["steps"]]
+    assert resolved[3]["num_generations"] == 9 and resolved[3]["template"] == "{{ instruction }}"
+    assert resolved[2]["fields"] == ["instruction"]
+    assert (resolved[4]["min_chars"], resolved[4]["max_chars"]) == (3, 100)
+
+
+def test_a_list_replaces_the_steps_whole() -> None:
+    assert merge(BASE, {"steps": ["Deduplicate"]})["steps"] == ["Deduplicate"]
+
+
+def test_merging_leaves_its_layers_as_they_were() -> None:
+    before = copy.deepcopy(BASE)
+    merged = merge(BASE, {"steps": {"TextGeneration": {"num_generations": 9}}})
+    merged["models"]["teacher"]["model"] = "other"
+    assert before == BASE
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps.TextGenerations.seed=1", "steps.TextGenerations: is not there; did you mean TextGeneration?"),
+        ("steps.99.seed=1", "steps.99: is not there"),
+        ("models.teacher.model", "write it as path=value"),
+        ("=1", "write it as path=value"),
+        ("name=[a", "the value is not YAML"),
+    ],
+)
+def test_an_override_that_fits_nowhere_is_told(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match="(?s)" + message.replace("?", r"\?")):
+        load_pipeline([layer(tmp_path, "base", BASE)], [override])
+
+
+def test_a_step_that_is_there_twice_is_changed_by_its_number_only(tmp_path: Path) -> None:
+    twice = {**BASE, "steps": [*BASE["steps"], {"RuleFilter": {"max_chars": 50}}]}
+    base = layer(tmp_path, "base", twice)
+    with pytest.raises(ConfigError, match="is there several times: use its number"):
+        load_pipeline([base], ["steps.RuleFilter.max_chars=1"])
+    assert load_pipeline([base], ["steps.5.RuleFilter.max_chars=1"]).steps[5].model_dump()["max_chars"] == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("steps.TextGeneration.num_generations=4", (3, "num_generations"), 4),
+        ("steps[3].TextGeneration.seed=null", (3, "seed"), None),
+        ("steps.3.TextGeneration.decode_profile.temperature=0.5", (3, "decode_profile"), 0.5),
+        ("steps.TextGeneration.decode_profile={temperature: 0.5}", (3, "decode_profile"), 0.5),
+        ("steps.TextGeneration.template=a = {{ instruction }}", (3, "template"), "a = {{ instruction }}"),
+        ("steps.Deduplicate.fields=[a, b]", (2, "fields"), ["a", "b"]),
+    ],
+)
+def test_set_takes_dots_and_brackets_and_yaml(
+    tmp_path: Path, override: str, path: tuple[int, str], value: object
+) -> None:
+    (step,) = load_pipeline([layer(tmp_path, "base", BASE)], [override]).resolved()["steps"][path[0]].values()
+    found = step[path[1]]
+    assert (found["temperature"] if path[1] == "decode_profile" else found) == value
+
+
+def test_an_override_under_a_step_that_does_not_exist_names_the_model_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'juge' is not under models: \\(teacher\\)"):
+        load_pipeline([layer(tmp_path, "base", BASE)], ["steps.TextGeneration.model=juge"])
+
+
+# --- YAML ---
+
+
+def test_a_key_given_twice_is_refused_with_its_place(tmp_path: Path) -> None:
+    path = layer(tmp_path, "twice", "name: x\nmodels:\n  teacher: {model: a}\n  teacher: {model: b}\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml:4:3: the key 'teacher' is given twice"):
+        read_yaml(path)
+
+
+def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
+    text = "a: &a {model: m, timeout: 5}\nb:\n  <<: *a\n  timeout: 9\n"
+    assert read_yaml(layer(tmp_path, "anchors", text))["b"] == {"model": "m", "timeout": 9}
+
+
+def test_a_file_that_is_missing_or_not_utf8_is_told_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
+        read_yaml(tmp_path / "none.yaml")
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: not UTF-8 at byte 9"):
+        read_yaml(path)
+
+
+# --- variables ---
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("${MODEL}", "llama"),
+        ("a-${MODEL}-${MODEL}", "a-llama-llama"),
+        ("${MODEL:-other}", "llama"),
+        ("${NONE:-other}", "other"),
+        ("${EMPTY:-other}", "other"),
+        ("${NONE:-http://h:1/v1}", "http://h:1/v1"),
+        ("$${MODEL}", "${MODEL}"),
+        ("$MODEL", "$MODEL"),
+        ("$$5", "$$5"),
+    ],
+)
+def test_variables(text: str, meant: str) -> None:
+    config = {**BASE, "models": {"teacher": {**BASE["models"]["teacher"], "model": text}}}
+    assert parse_pipeline(config, {"MODEL": "llama", "EMPTY": ""}).models["teacher"].model == meant
+
+
+def test_a_variable_may_stand_for_a_number() -> None:
+    config = {**BASE, "models": {"teacher": {**BASE["models"]["teacher"], "timeout": "${SECONDS:-90}"}}}
+    assert parse_pipeline(config, {}).models["teacher"].timeout == 90
+
+
+def test_every_missing_variable_is_told_with_its_path() -> None:
+    config = {**BASE, "name": "${A_NAME}", "steps": [{"LoadJsonl": {"path": "${A_PATH}"}}]}
+    told = "\n".join(problems(config))
+    assert "name: the environment variable A_NAME is not set: set it, or use ${A_NAME:-default}" in told
+    assert "steps[0].LoadJsonl.path: the environment variable A_PATH is not set" in told
+
+
+def test_templates_are_left_alone() -> None:
+    template = "{{ instruction }} costs $5 {% if a %}b{% endif %}"
+    step = changed(steps__3__TextGeneration__template=template).resolved()["steps"][3]
+    assert step["TextGeneration"]["template"] == template
+
+
+# --- problems ---
+
+
+def test_an_unknown_key_deep_in_a_step_is_told_with_the_names_that_are_there() -> None:
+    config = copy.deepcopy(BASE)
+    config["steps"][3]["TextGeneration"]["decode_profile"] = {"temprature": 0.5}
+    config["require"] = {"exec_pas_rate": 0.5}
+    told = "\n".join(problems(config))
+    assert "decode_profile.temprature: unknown key; did you mean temperature?" in told
+    assert "require.exec_pas_rate: unknown key; did you mean exec_pass_rate?" in told
+
+
+def test_two_steps_of_one_name_are_refused() -> None:
+    config = copy.deepcopy(BASE)
+    config["steps"] += [{"RuleFilter": {"name": "short", "max_chars": 10}}, {"RuleFilter": {"name": "short"}}]
+    assert any("short" in problem for problem in problems(config))
+
+
+@pytest.mark.parametrize("own", ["model", "messages", "n", "seed", "stream"])
+def test_fields_that_are_the_clients_own_are_no_generation_kwargs(own: str) -> None:
+    config = copy.deepcopy(BASE)
+    config["steps"][3]["TextGeneration"]["generation_kwargs"] = {own: 1}
+    assert any(own in problem for problem in problems(config))
+
+
+def test_a_score_of_a_gate_that_is_not_there_is_refused() -> None:
+    config = copy.deepcopy(BASE)
+    config["steps"].append({"ScoreFromExecEval": {"gate": "SQLiteExecEvil"}})
+    assert any("SQLiteExecEvil" in problem for problem in problems(config))
+
+
+@pytest.mark.parametrize("text", ["${A-b}", "${ A }", "${A:-${B}}", "${A:?no}"])
+def test_a_variable_that_is_misspelt_is_told(text: str) -> None:
+    config = {**BASE, "models": {"teacher": {**BASE["models"]["teacher"], "model": text}}}
+    assert any("models.teacher.model" in problem for problem in problems(config))
+
+
+def test_a_key_that_is_a_number_is_not_repeated_in_the_message() -> None:
+    config = {**BASE, "models": {"teacher": {**BASE["models"]["teacher"], "api_key": 123456789}}}
+    assert "123456789" not in "\n".join(problems(config))
+
+
+# --- secrets ---
+
+SECRET = "sk-0123456789-never-on-disk"
+
+
+@pytest.mark.parametrize("given", ["literal", "interpolated", "environment", "header"])
+def test_a_secret_reaches_the_server_and_no_file(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = write_records(tmp_path, RECORDS[:4])
+    ways: dict[str, dict[str, Any]] = {
+        "literal": {"api_key": SECRET},
+        "interpolated": {"api_key": "${TEACHER_KEY}"},
+        "environment": {},
+        "header": {"headers": {"Authorization": f"Bearer {SECRET}"}},
+    }
+    if given == "environment":
+        monkeypatch.setenv("VLLM_API_KEY", SECRET)
+    with openai_server(api_key=SECRET) as server:
+        config = copy.deepcopy(BASE)
+        config["models"]["teacher"] |= {"base_url": server.url, "model": "teacher", **ways[given]}
+        config["steps"][0]["LoadJsonl"]["path"] = str(records)
+        pipeline = parse_pipeline(config, {"TEACHER_KEY": SECRET})
+        result = pipeline.run(output_dir=tmp_path / "artifacts")
+    assert result.exit_code == 0 and server.counters.answered > 0
+    assert SECRET not in repr(pipeline) + str(pipeline.resolved())
+    assert files_with(SECRET, tmp_path / "artifacts") == []
+
+
+def test_a_key_that_the_server_repeats_in_its_error_reaches_no_file(tmp_path: Path) -> None:
+    records = write_records(tmp_path, RECORDS[:4])
+    with openai_server(faults={"": status(401, f"Incorrect API key provided: {SECRET}.", times=None)}) as server:
+        config = copy.deepcopy(BASE)
+        config["models"]["teacher"] |= {"base_url": server.url, "model": "teacher", "api_key": SECRET}
+        config["steps"][0]["LoadJsonl"]["path"] = str(records)
+        with pytest.raises(TeacherError, match="401"):
+            parse_pipeline(config).run(output_dir=tmp_path / "artifacts")
+    assert files_with(SECRET, tmp_path / "artifacts") == []
+
+
+def files_with(text: str, folder: Path) -> list[Path]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    return [path for path in files if text.encode() in path.read_bytes()]
+
+
+# --- run ids ---
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"models__teacher__base_url": "http://elsewhere:9/v1"},
+        {"models__teacher__timeout": 5},
+        {"models__teacher__max_concurrency": 99},
+        {"models__teacher__max_retries": 1},
+        {"models__teacher__api_key": "k"},
+        {"models__teacher__price": {"prompt": 1.0}},
+        {"max_error_rate": 0.5},
+        {"require": {"min_total": 3}},
+    ],
+)
+def test_what_changes_no_answer_and_no_row_leaves_the_run_where_it_is(change: dict[str, Any]) -> None:
+    assert changed(**change).run_id == changed().run_id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"},
+        {"models__teacher__model": "m2"},
+        {"models__teacher__provider": "sglang"},
+        {"models__teacher__revision": "2026-01"},
+        {"steps__0__LoadJsonl__path": "other.jsonl"},
+        {"steps__3__TextGeneration__template": "Q: {{ instruction }}"},
+        {"steps__3__TextGeneration__system_prompt": "SQL only."},
+        {"steps__3__TextGeneration__num_generations": 3},
+        {"steps__3__TextGeneration__seed": 5},
+        {"steps__3__TextGeneration__decode_profile": {"temperature": 0.5}},
+        {"steps__3__TextGeneration__generation_kwargs": {"guided_regex": "a"}},
+        {"steps__4__RuleFilter__max_chars": 99},
+    ],
+)
+def test_what_changes_the_data_set_gets_a_run_of_its_own(change: dict[str, Any]) -> None:
+    assert changed(**change).run_id != changed().run_id
+
+
+def test_a_resolved_config_is_the_same_pipeline_again(tmp_path: Path) -> None:
+    pipeline = changed()
+    resolved = yaml.safe_dump(pipeline.resolved())
+    assert load_pipeline([layer(tmp_path, "resolved", resolved)]).run_id == pipeline.run_id
+
+
+def test_a_config_error_is_a_fatal_error() -> None:
+    with pytest.raises(FatalError):
+        parse_pipeline([], {})

@@ -1,0 +1,507 @@
+"""Whole runs over a small world, from Python and from the command line, and what they leave behind."""
+
+import asyncio
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from fastdistill import CanonicalizeFields, Deduplicate, LoadJsonl, Pipeline, RuleFilter, RunResult, TextGeneration
+from fastdistill.control.cli import main
+from fastdistill.control.config import parse_pipeline
+from tests.servers import Call, Server, openai_server, status
+from tests.world import ANSWERS, RECORDS, config, make_database, write_records
+
+
+def teacher(call: Call, index: int) -> str:
+    """An answer that depends on the prompt and on seed + index: the same draw, asked for in whatever way."""
+    answers = next((texts for key, texts in ANSWERS.items() if key in call.prompt), ["red"])
+    drawn = hashlib.sha256(f"{call.prompt} {(call.seed or 0) + index}".encode()).digest()
+    return answers[drawn[0] % len(answers)]
+
+
+def asked(server: Server) -> int:
+    """Requests that were answered, without the probe's."""
+    return sum(count for prompt, count in server.counters.prompts.items() if "Question:" in prompt)
+
+
+def data_set(result: RunResult) -> dict[str, str]:
+    files = sorted(path for path in result.dataset.rglob("*") if path.is_file())
+    return {str(path.relative_to(result.dataset)): sha256(path) for path in files}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class World:
+    folder: Path
+    records: Path
+    database: Path
+
+    def config(self, server: Server, **teacher: Any) -> dict[str, Any]:
+        made = config(server.url, self.records, self.database)
+        made["models"]["teacher"] |= teacher
+        return made
+
+    def run(self, server: Server, output: str, **teacher: Any) -> RunResult:
+        return parse_pipeline(self.config(server, **teacher)).run(output_dir=self.folder / output)
+
+
+@dataclass(frozen=True)
+class Finished(World):
+    """A run that is done, and the server that it asked."""
+
+    server: Server
+    result: RunResult
+    config_file: Path
+
+    @property
+    def artifacts(self) -> Path:
+        return self.folder / "artifacts"
+
+
+def world_in(folder: Path) -> World:
+    return World(folder, write_records(folder, [*RECORDS, {**RECORDS[7], "task_id": "again"}]), make_database(folder))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return world_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    world = world_in(tmp_path_factory.mktemp("finished"))
+    with openai_server(teacher) as server:
+        made = world.config(server, max_concurrency=1)
+        path = world.folder / "pipeline.yaml"
+        path.write_text(yaml.safe_dump(made))
+        result = parse_pipeline(made).run(output_dir=world.folder / "artifacts")
+        yield Finished(world.folder, world.records, world.database, server, result, path)
+
+
+# --- the same data set, however it was made ---
+
+
+@pytest.mark.parametrize(
+    ("habit", "teacher_config"),
+    [({}, {"max_concurrency": 32}), ({"honours_n": False}, {}), ({"honours_n": 2}, {})],
+    ids=["32 at a time", "n ignored", "n refused"],
+)
+def test_the_same_draws_give_the_same_bytes(
+    finished: Finished, tmp_path: Path, habit: dict[str, Any], teacher_config: dict[str, Any]
+) -> None:
+    jitter: Callable[[Call], float] = lambda call: call.digest(0) % 7 / 500  # noqa: E731
+    with openai_server(teacher, latency=jitter, **habit) as server:
+        again = parse_pipeline(finished.config(server, **teacher_config)).run(output_dir=tmp_path / "again")
+    assert data_set(again) == data_set(finished.result)
+    assert again.run_id == finished.result.run_id
+    assert again.manifest["content_sha256"] == finished.result.manifest["content_sha256"]
+
+
+def test_a_second_run_pays_nothing_and_changes_nothing(finished: Finished, tmp_path: Path) -> None:
+    shutil.copy(finished.artifacts / "responses.sqlite", tmp_path)
+    requests = finished.server.counters.requests
+    for _ in range(2):
+        again = parse_pipeline(finished.config(finished.server)).run(output_dir=tmp_path)
+        assert finished.server.counters.requests == requests, "not even a probe"
+        assert data_set(again) == data_set(finished.result)
+        (model,) = again.timing["models"].values()
+        assert (model["requests"], model["answers_paid"], model["answers_from_store"]) == (0, 0, 180)
+
+
+def test_a_changed_threshold_costs_no_request_and_has_a_run_of_its_own(finished: Finished, tmp_path: Path) -> None:
+    shutil.copy(finished.artifacts / "responses.sqlite", tmp_path)
+    requests = finished.server.counters.requests
+    stricter = finished.config(finished.server)
+    stricter["steps"][5]["RuleFilter"]["max_chars"] = 64
+    result = parse_pipeline(stricter).run(output_dir=tmp_path)
+    assert finished.server.counters.requests == requests
+    assert result.run_id != finished.result.run_id
+    assert 0 < result.quality["samples"]["accepted"] < finished.result.quality["samples"]["accepted"]
+
+
+# --- the proofs ---
+
+
+def test_the_manifest_tells_the_truth_about_every_file(finished: Finished) -> None:
+    manifest = json.loads((finished.result.path / "manifest.json").read_text())
+    assert manifest["status"] == "complete" and manifest["exit_code"] == 0
+    assert manifest == json.loads(json.dumps(finished.result.manifest))
+    on_disk = {path.relative_to(finished.result.path).as_posix() for path in finished.result.dataset.rglob("*.*")}
+    assert {entry["path"] for entry in manifest["outputs"]} == on_disk
+    for entry in manifest["outputs"] + manifest["inputs"]:
+        path = finished.result.path / entry["path"]
+        assert (entry["bytes"], entry["sha256"]) == (path.stat().st_size, sha256(path))
+    assert {Path(entry["path"]).name for entry in manifest["inputs"]} == {"train.jsonl", "city.db"}
+    (served,) = manifest["models"]["teacher"]["served"]
+    assert (served["model"], served["answers"]) == ("teacher", 180)
+
+
+def test_the_checksums_are_those_of_the_files(finished: Finished) -> None:
+    lines = (finished.result.dataset / "checksums.txt").read_text().splitlines()
+    listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    assert listed == {name: digest for name, digest in data_set(finished.result).items() if name != "checksums.txt"}
+
+
+def test_the_quality_report_adds_up(finished: Finished) -> None:
+    quality = json.loads((finished.result.path / "quality_report.json").read_text())
+    samples, candidates = quality["samples"], quality["candidates"]
+    assert samples["read"] == 61
+    assert samples["read"] == samples["duplicates"] + samples["failed"] + samples["completed"]
+    assert (samples["duplicates"], samples["failed"]) == (1, 0)
+    assert candidates["generated"] == 180 == sum(candidates.get(outcome, 0) for outcome in ("pass", "fail", "error"))
+    assert candidates["selected"] == samples["accepted"] == len(rows(finished.result))
+    stages = {stage["step"]: stage for stage in quality["stages"]}
+    assert [stage["step"] for stage in quality["stages"]] == [
+        next(iter(step)) for step in finished.config(finished.server)["steps"]
+    ]
+    rules, execution = stages["RuleFilter"]["candidates"], stages["SQLiteExecEval"]["candidates"]
+    assert rules["judged"] == 180
+    assert execution["judged"] == rules["pass"] + rules["error"]
+    assert execution["pass"] == candidates["pass"]
+    for before, after in zip(quality["stages"], quality["stages"][1:], strict=False):
+        assert before["samples_kept"] == after["samples_in"]
+    for stage in quality["stages"]:
+        assert stage["samples_in"] - stage["samples_kept"] == sum(stage["samples_rejected"].values())
+
+
+def test_the_timing_report_counts_what_was_sent(finished: Finished) -> None:
+    timing = json.loads((finished.result.path / "timing_report.json").read_text())
+    generation = timing["steps"]["TextGeneration"]
+    assert set(generation["busy"]) == {"count", "total_s", "p50_s", "p90_s", "p95_s", "p99_s", "max_s"}
+    assert set(timing["steps"]) == {
+        "TextGeneration", "CleanSqlOutput", "RuleFilter", "SQLiteExecEval", "ScoreFromExecEval", "SelectBest",
+    }  # fmt: skip
+
+
+def test_every_row_is_an_answer_that_the_gates_passed(finished: Finished) -> None:
+    gold = {record["task_id"]: record["gold_sql"] for record in RECORDS}
+    assert rows(finished.result)
+    for row in rows(finished.result):
+        assert row["messages"][-1] == {"role": "assistant", "content": gold[row["fd_task_id"]]}
+        assert {gate["outcome"] for gate in row["fd_gates"]} == {"pass"}
+
+
+def rows(result: RunResult) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (result.dataset / "sft" / "train.jsonl").read_text().splitlines()]
+
+
+def test_one_prompt_that_breaks_the_server_is_counted_apart(world: World) -> None:
+    poison = {RECORDS[5]["instruction"]: status(500, times=None)}
+    with openai_server(teacher, faults=poison) as server:
+        result = world.run(server, "artifacts")
+    assert result.exit_code == 5
+    samples = result.quality["samples"]
+    assert (samples["read"], samples["failed"], samples["completed"]) == (61, 1, 59)
+    (failure,) = result.quality["failures"]
+    assert (failure["step"], failure["reason"], failure["count"]) == ("TextGeneration", "server_error", 1)
+    assert "CUDA" in failure["examples"][0] or "500" in failure["examples"][0]
+
+
+def test_a_stream_step_among_the_gates_leaves_the_counts_right(world: World) -> None:
+    with openai_server(teacher) as server:
+        made = world.config(server)
+        made["steps"][6:6] = [{"Deduplicate": {"fields": ["gold_sql"]}}]
+        result = parse_pipeline(made).run(output_dir=world.folder / "artifacts")
+    assert result.quality["samples"]["read"] == 61
+    assert result.quality["candidates"]["generated"] == 180
+
+
+def test_a_sample_that_the_export_leaves_out_is_counted_once(world: World) -> None:
+    write_records(world.folder, [{k: v for k, v in record.items() if k != "db_id"} for record in RECORDS[:20]])
+    with openai_server(teacher) as server:
+        made = world.config(server)
+        made["max_error_rate"] = 1
+        made["steps"][-1] = {"ExportSFT": {"validation": 0.2, "group_by": "db_id"}}
+        result = parse_pipeline(made).run(output_dir=world.folder / "artifacts")
+    samples = result.quality["samples"]
+    assert samples["failed"] > 0
+    assert (samples["read"], samples["failed"] + samples["completed"], samples["accepted"]) == (20, 20, 0)
+
+
+# --- Pipeline, from Python ---
+
+
+def quick(server: Server, records: Path, *more: Any, **fields: Any) -> Pipeline:
+    """A pipeline without a database."""
+    return Pipeline(
+        name="quick",
+        models={"teacher": {"provider": "vllm", "model": "teacher", "base_url": server.url}},
+        steps=(
+            LoadJsonl(path=records),
+            CanonicalizeFields(fields=("schema", "instruction")),
+            Deduplicate(),
+            TextGeneration(template="Question: {{ instruction }}"),
+            *more,
+        ),
+        **fields,
+    )
+
+
+def test_a_pipeline_runs_inside_a_running_event_loop(world: World) -> None:
+    async def cell(server: Server) -> RunResult:
+        await asyncio.sleep(0)
+        return quick(server, world.records, RuleFilter()).run(output_dir=world.folder / "artifacts")
+
+    with openai_server(teacher) as server:
+        assert asyncio.run(cell(server)).exit_code == 0
+
+
+def test_an_error_inside_a_running_event_loop_is_the_same_error(world: World) -> None:
+    world.records.unlink()
+
+    async def cell(server: Server) -> None:
+        with pytest.raises(Exception, match="there is no such file"):
+            quick(server, world.records).run(output_dir=world.folder / "artifacts")
+
+    with openai_server() as server:
+        asyncio.run(cell(server))
+
+
+def test_repeated_steps_are_numbered_and_names_of_your_own_stay() -> None:
+    steps = (RuleFilter(), RuleFilter(name="short", max_chars=9), RuleFilter(), RuleFilter(name="RuleFilter#2"))
+    pipeline = Pipeline(name="names", steps=(CanonicalizeFields(fields=("a",)), *steps))
+    assert [step.name for step in pipeline.steps] == [
+        "CanonicalizeFields", "RuleFilter", "short", "RuleFilter#3", "RuleFilter#2",
+    ]  # fmt: skip
+
+
+def test_repeated_gates_all_judge_and_are_reported_apart(world: World) -> None:
+    with openai_server(teacher) as server:
+        gates = (RuleFilter(max_chars=200), RuleFilter(max_chars=70), RuleFilter(name="tiny", max_chars=20))
+        floor = {"pass_rate": {"RuleFilter#2": 0.0}}
+        result = quick(server, world.records, *gates, require=floor).run(output_dir=world.folder / "artifacts")
+    judged = [stage["candidates"] for stage in result.quality["stages"] if "candidates" in stage]
+    assert [gate["judged"] for gate in judged] == [60, judged[0]["pass"], judged[1]["pass"]]
+    assert judged[0]["pass"] > judged[1]["pass"] > judged[2]["pass"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "a/b"}, "name"),
+        ({"steps": ()}, "steps"),
+        ({"models": {}}, r"steps\[1\]\.TextGeneration\.model: 'teacher' is not under models: \(none\)"),
+        ({"models": {"teacher": {"provider": "vlm", "model": "m"}}}, "did you mean vllm"),
+        ({"models": {"teacher": {"provider": "vllm", "model": "m", "timeout": -1}}}, "timeout"),
+        (
+            {"require": {"pass_rate": {"Rules": 0.5}}},
+            r"require\.pass_rate\.Rules: there is no gate 'Rules'; there are: none",
+        ),
+        ({"max_error_rate": 2}, "max_error_rate"),
+        ({"step": ()}, "step"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_when_the_pipeline_is_built(change: Mapping[str, Any], message: str) -> None:
+    right: dict[str, Any] = {
+        "name": "right",
+        "models": {"teacher": {"provider": "vllm", "model": "m"}},
+        "steps": (CanonicalizeFields(fields=("a",)), TextGeneration(template="{{ a }}")),
+    }
+    Pipeline(**right)
+    with pytest.raises(ValidationError, match=message):
+        Pipeline(**{**right, **change})
+
+
+def test_a_sample_step_needs_samples_with_an_id() -> None:
+    with pytest.raises(ValidationError, match="RuleFilter: CanonicalizeFields must come before it"):
+        Pipeline(name="a", steps=(LoadJsonl(path=Path("a.jsonl")), RuleFilter()))
+
+
+@pytest.mark.parametrize("run_id", ["../outside", "a/b", "", "."])
+def test_a_run_id_that_leaves_the_folder_of_runs_is_refused(world: World, run_id: str) -> None:
+    with openai_server() as server, pytest.raises(Exception, match="run_id"):
+        quick(server, world.records).run(output_dir=world.folder / "artifacts", run_id=run_id)
+
+
+THIRD_PARTY = '''
+from fastdistill import Gate
+from fastdistill.core.types import Outcome
+
+class NoStar(Gate):
+    """Fails answers that select everything."""
+
+    word: str = "*"
+
+    async def judge(self, candidate, sample, ctx):
+        found = self.word in candidate.answer
+        return self.verdict(Outcome.FAIL if found else Outcome.PASS, "star" if found else "ok")
+'''
+
+
+def test_a_third_party_step_comes_by_entry_point(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = world.folder / "site"
+    info = site / "nostar-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "nostar_plugin.py").write_text(THIRD_PARTY)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nostar\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fastdistill.steps]\nNoStar = nostar_plugin:NoStar\n")
+    monkeypatch.syspath_prepend(str(site))
+    with openai_server(teacher) as server:
+        made = world.config(server)
+        made["steps"][5:] = [{"NoStar": {"word": "name"}}]
+        result = parse_pipeline(made).run(output_dir=world.folder / "artifacts")
+        stage = result.quality["stages"][-1]
+        assert (stage["type"], stage["candidates"]["judged"]) == ("NoStar", 180)
+        assert stage["candidates"]["reasons"]["star"] == stage["candidates"]["fail"] > 0
+        made["steps"][5] = {"NoStars": {}}
+        with pytest.raises(Exception, match="NoStars is not known; did you mean NoStar"):
+            parse_pipeline(made)
+
+
+# --- the command line ---
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["fastdistill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return Ended(int(ended.value.code or 0), out, err)
+
+    return run
+
+
+def test_validate_says_what_would_run(finished: Finished, command: Callable[..., Ended]) -> None:
+    ended = command("pipeline", "validate", "-c", finished.config_file)
+    assert (ended.code, ended.out) == (
+        0, f"{finished.config_file}: valid; 10 steps, run id {finished.result.run_id}\n",
+    )  # fmt: skip
+
+
+def test_info_shows_the_resolved_pipeline_and_its_folder(finished: Finished, command: Callable[..., Ended]) -> None:
+    ended = command("pipeline", "info", "-c", finished.config_file, "-o", finished.artifacts)
+    assert ended.code == 0
+    shown = yaml.safe_load(ended.out.split("max_error_rate: ")[0])
+    assert shown["models"]["teacher"]["model"] == "teacher"
+    assert shown["steps"][3]["TextGeneration"]["num_generations"] == 3
+    for step in parse_pipeline(finished.config(finished.server)).steps:
+        assert step.fingerprint in ended.out
+    assert f"run folder: {finished.result.path} (exists: the run goes on there)" in ended.out
+    elsewhere = command("pipeline", "info", "-c", finished.config_file, "-o", finished.folder / "elsewhere")
+    assert "does not exist yet" in elsewhere.out
+
+
+def test_a_preview_stores_its_answers_and_leaves_no_run(
+    finished: Finished, tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    before = asked(finished.server)
+    ended = command("pipeline", "preview", "-c", finished.config_file, "-o", tmp_path, "-n", 2)
+    assert ended.code == 0
+    assert asked(finished.server) - before == 2
+    assert RECORDS[0]["instruction"] in ended.out and RECORDS[1]["instruction"] in ended.out
+    assert RECORDS[2]["instruction"] not in ended.out
+    assert "RuleFilter: " in ended.out and "Return SQL only." in ended.out
+    assert not (tmp_path / "runs").exists()
+    again = command("pipeline", "preview", "-c", finished.config_file, "-o", tmp_path, "-n", 2)
+    assert asked(finished.server) - before == 2
+    assert again.out == ended.out
+
+
+def test_runs_are_listed_and_shown(finished: Finished, command: Callable[..., Ended]) -> None:
+    listed = command("runs", "list", "-o", finished.artifacts)
+    assert listed.code == 0
+    (line,) = [line for line in listed.out.splitlines() if finished.result.run_id in line]
+    assert line.split()[1] == "complete"
+    accepted = finished.result.quality["samples"]["accepted"]
+    assert line.split()[3:] == ["61", str(accepted), "teacher"]
+    shown = command("runs", "show", finished.result.run_id[:9], "-o", finished.artifacts)
+    assert shown.code == 0
+    assert f"{finished.result.run_id}: complete" in shown.out
+    for word in ("SQLiteExecEval", "RuleFilter", str(finished.result.dataset)):
+        assert word in shown.out
+
+
+def test_a_row_is_explained_from_any_of_its_names(finished: Finished, command: Callable[..., Ended]) -> None:
+    row = rows(finished.result)[0]
+    names = [row["fd_id"], row["fd_sample_id"], row["fd_sample_id"][:12], row["fd_task_id"]]
+    outputs = [command("explain", finished.result.run_id, name, "-o", finished.artifacts) for name in names]
+    assert {ended.code for ended in outputs} == {0}
+    assert len({ended.out for ended in outputs}) == 1
+    told = outputs[0].out
+    record = next(record for record in RECORDS if record["task_id"] == row["fd_task_id"])
+    for word in (record["instruction"], row["fd_candidate_id"], "Return SQL only.", "temperature=1.0", "selected as 1"):
+        assert word in told
+    assert told.count("RuleFilter: ") == 3, "every candidate, with its verdicts"
+    assert "train.jsonl:" in told
+
+
+def test_the_candidates_of_a_sample_are_told_apart(finished: Finished, command: Callable[..., Ended]) -> None:
+    told = command("explain", finished.result.run_id, "city-0000", "-o", finished.artifacts).out
+    assert [f"attempt {n} (seed " in told for n in range(3)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("explain", "RUN", "no-such-sample"), 3, "no sample 'no-such-sample'"),
+        (("explain", "RUN", ""), 3, "give a sample id, 6 digits or more of it, or a task id"),
+        (("explain", "no-such-run", "city-0000"), 3, "no run 'no-such-run'; there are: cities-"),
+        (("runs", "show", "no-such-run"), 3, "no run 'no-such-run'"),
+    ],
+)
+def test_what_is_not_there_is_told(
+    finished: Finished, command: Callable[..., Ended], arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    given = [finished.result.run_id if argument == "RUN" else argument for argument in arguments]
+    ended = command(*given, "-o", finished.artifacts)
+    assert ended.code == code
+    assert message in ended.err
+
+
+def test_no_runs_at_all(tmp_path: Path, command: Callable[..., Ended]) -> None:
+    ended = command("runs", "list", "-o", tmp_path)
+    assert (ended.code, ended.out) == (3, "")
+    assert "no runs here; is --output-dir right?" in ended.err
+
+
+def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(
+    finished: Finished, tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    healthy = command("doctor", "-c", finished.config_file, "-o", tmp_path)
+    assert healthy.code == 0
+    assert "teacher: teacher: ready" in healthy.out
+    assert "n: yes" in healthy.out and f"endpoint: {finished.server.url}" in healthy.out
+    sick = command("doctor", "-c", finished.config_file, "--set", "models.teacher.model=other", "-o", tmp_path)
+    assert sick.code == 4
+    assert "can't be used" in sick.out and "teacher" in sick.out
+
+
+def test_the_command_ends_like_the_run(finished: Finished, tmp_path: Path, command: Callable[..., Ended]) -> None:
+    shutil.copy(finished.artifacts / "responses.sqlite", tmp_path)
+    run = ["pipeline", "run", "-c", finished.config_file, "-o", tmp_path]
+    good = command(*run)
+    assert good.code == 0
+    assert str(tmp_path / "runs" / finished.result.run_id / "dist") in good.out
+    below = command(*run, "-q", "--set", "require.accept_rate=0.99", "--run-id", "demanding")
+    assert (below.code, below.out) == (6, "")
+    assert "below the floor: accept_rate" in below.err
+    assert json.loads((tmp_path / "runs" / "demanding" / "manifest.json").read_text())["status"] == "below_floor"
+    wrong = command(*run, "--set", "steps.TextGeneration.num_generation=3")
+    assert wrong.code == 2
+    assert "unknown key; did you mean num_generations?" in wrong.err

@@ -1,0 +1,217 @@
+"""The response store as several processes see it: what `put` returned for is there, whatever happens next."""
+
+import asyncio
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdistill.control.store import ResponseStore
+from fastdistill.core.errors import EnvironmentFault
+from fastdistill.core.types import Answer, Completion, Draw, FinishReason, Prompt, TokenLogprob, Usage
+
+PROMPT = Prompt("vllm", "m", ({"role": "user", "content": "How many?"},), {"temperature": 1.0})
+
+
+def answer(text: str, attempt: int = 0, prompt: Prompt = PROMPT) -> Answer:
+    draw = Draw(attempt, attempt)
+    return Answer(draw, draw.key(prompt), Completion(text, FinishReason.STOP), stored=False)
+
+
+def put(path: Path, answers: Sequence[Answer]) -> None:
+    async def go() -> None:
+        async with ResponseStore(path) as store:
+            await store.put(PROMPT, answers)
+
+    asyncio.run(go())
+
+
+def stored(path: Path, keys: Sequence[str]) -> list[Completion | None]:
+    async def go() -> list[Completion | None]:
+        async with ResponseStore(path) as store:
+            return [store.get(key) for key in keys]
+
+    return asyncio.run(go())
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]))
+counts = st.integers(0, 2**40)
+logprobs = st.floats(max_value=0, allow_infinity=False, allow_nan=False)
+completions = st.builds(
+    Completion,
+    text=text,
+    finish_reason=st.sampled_from(FinishReason),
+    usage=st.builds(Usage, counts, counts, counts, counts),
+    thinking=st.none() | text,
+    model=st.none() | text,
+    build=st.none() | text,
+    logprobs=st.none()
+    | st.lists(
+        st.builds(TokenLogprob, text, logprobs, st.lists(st.tuples(text, logprobs), max_size=2).map(tuple)), max_size=3
+    ).map(tuple),
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(completions, min_size=1, max_size=20))
+def test_an_answer_comes_back_as_it_was_put(given: list[Completion]) -> None:
+    draws = [Draw(attempt, None if attempt % 2 else attempt) for attempt in range(len(given))]
+    answers = [Answer(draw, draw.key(PROMPT), each, stored=False) for draw, each in zip(draws, given, strict=True)]
+    with TemporaryDirectory() as folder:
+        put(Path(folder) / "responses.sqlite", answers)
+        assert stored(Path(folder) / "responses.sqlite", [each.key for each in answers]) == given
+
+
+def test_what_is_not_there_is_none(tmp_path: Path) -> None:
+    put(tmp_path / "responses.sqlite", [answer("a")])
+    assert stored(tmp_path / "responses.sqlite", ["no such key"]) == [None]
+
+
+def test_the_first_answer_under_a_key_stays(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    put(path, [answer("first")])
+    put(path, [answer("second"), answer("another", 1)])
+    assert [each.text for each in stored(path, [answer("").key, answer("", 1).key]) if each] == ["first", "another"]
+
+
+def test_what_was_asked_lies_beside_the_answer(tmp_path: Path) -> None:
+    put(tmp_path / "responses.sqlite", [answer("a")])
+    connection = sqlite3.connect(tmp_path / "responses.sqlite")
+    row = connection.execute(
+        "SELECT p.provider, p.model, p.messages, p.parameters, r.seed, r.attempt FROM responses r"
+        " JOIN prompts p ON p.id = r.prompt"
+    ).fetchone()
+    connection.close()
+    assert row[:2] == ("vllm", "m") and row[4:] == (0, 0)
+    assert (json.loads(row[2]), json.loads(row[3])) == ([*PROMPT.messages], PROMPT.parameters)
+
+
+PUTS_AND_WAITS = """
+import asyncio, sys, time
+from pathlib import Path
+from tests.control.test_store import PROMPT, answer
+from fastdistill.control.store import ResponseStore
+
+async def main():
+    async with ResponseStore(Path(sys.argv[1])) as store:
+        for attempt in range(3):
+            await store.put(PROMPT, [answer(f"text {attempt}", attempt)])
+        print("put", flush=True)
+        time.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_what_put_returned_for_is_seen_by_another_process_and_survives_kill_9(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    with subprocess.Popen([sys.executable, "-c", PUTS_AND_WAITS, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"put\n"
+        keys = [answer("", attempt).key for attempt in range(3)]
+        expected = [Completion(f"text {attempt}", FinishReason.STOP) for attempt in range(3)]
+        assert stored(path, keys) == expected
+        os.kill(process.pid, signal.SIGKILL)
+    assert stored(path, keys) == expected
+
+
+WRITES = """
+import asyncio, sys
+from pathlib import Path
+from tests.control.test_store import PROMPT, answer
+from fastdistill.control.store import ResponseStore
+
+async def main():
+    async with ResponseStore(Path(sys.argv[1])) as store:
+        for first in range(0, 200, 20):
+            await asyncio.gather(*(store.put(PROMPT, [answer(sys.argv[2], n)]) for n in range(first, first + 20)))
+            assert all(store.get(answer("", n).key) for n in range(first, first + 20))
+
+asyncio.run(main())
+"""
+
+
+def test_two_processes_fill_one_store(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITES, str(path), name]) for name in ("left", "right")]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    found = stored(path, [answer("", n).key for n in range(200)])
+    assert {each.text if each else None for each in found} <= {"left", "right"}
+    assert count(path) == 200
+
+
+def test_an_answer_is_stored_though_who_put_it_is_cancelled(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with ResponseStore(tmp_path / "responses.sqlite") as store:
+            tasks = [asyncio.create_task(store.put(PROMPT, [answer("paid", n)])) for n in range(50)]
+            await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            assert all(isinstance(end, asyncio.CancelledError | None) for end in await asyncio.gather(
+                *tasks, return_exceptions=True))  # fmt: skip
+
+    asyncio.run(go())
+    assert count(tmp_path / "responses.sqlite") == 50
+
+
+def test_a_file_that_is_no_database_is_told_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    path.write_bytes(b"this was once a text file\n" * 400)
+    with pytest.raises(EnvironmentFault, match=r"responses\.sqlite: file is not a database; .*move it away"):
+        stored(path, ["a"])
+    assert path.read_bytes().startswith(b"this was once")
+
+
+def test_a_damaged_page_is_told_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    put(path, [answer("long " * 500, n) for n in range(100)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
+    with pytest.raises(EnvironmentFault, match=r"responses\.sqlite: .*malformed; .*move it away"):
+        stored(path, [answer("", n).key for n in range(100)])
+
+
+def test_an_entry_that_cannot_be_read_is_told_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    put(path, [answer("a")])
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("""UPDATE responses SET completion = '{"text": "a"'""")
+    connection.close()
+    with pytest.raises(EnvironmentFault, match=r"responses\.sqlite: .*move it away"):
+        stored(path, [answer("").key])
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match="check that the folder exists"):
+        stored(tmp_path / "none" / "responses.sqlite", ["a"])
+
+
+def test_what_sqlite_cannot_hold_fails_its_put_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+
+    async def go() -> None:
+        async with ResponseStore(path) as store:
+            draw = Draw(0, 2**70)
+            huge = Answer(draw, draw.key(PROMPT), Completion("huge seed", FinishReason.STOP), stored=False)
+            with pytest.raises(EnvironmentFault):
+                await asyncio.wait_for(store.put(PROMPT, [huge]), 5)
+            await asyncio.wait_for(store.put(PROMPT, [answer("fine", 1)]), 5)
+
+    asyncio.run(go())
+    assert count(path) == 1
+
+
+def count(path: Path) -> int:
+    connection = sqlite3.connect(path)
+    (found,) = connection.execute("SELECT count(*) FROM responses").fetchone()
+    connection.close()
+    return int(found)

@@ -1,0 +1,121 @@
+"""The examples, run as their users run them: as processes, told by the environment and the command line."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.servers import Call, ollama_server, openai_server
+from tests.world import ANSWERS, RECORDS, make_database, write_records
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "fastdistill"
+
+
+def teacher(call: Call, index: int) -> str:
+    """An answer that depends on the prompt and on seed + index only."""
+    answers = next((texts for key, texts in ANSWERS.items() if key in call.prompt), ["red"])
+    drawn = hashlib.sha256(f"{call.prompt} {(call.seed or 0) + index}".encode()).digest()
+    return answers[drawn[0] % len(answers)]
+
+
+def run(command: Sequence[object], folder: Path, environment: Mapping[str, object]) -> str:
+    """What a command printed, with no more of our environment than a shell needs."""
+    own = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "PYTHONPATH")}
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=own | {name: str(value) for name, value in environment.items()},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def environment(folder: Path) -> dict[str, object]:
+    return {
+        "FASTDISTILL_DATA_PATH": write_records(folder),
+        "FASTDISTILL_DB_PATH": make_database(folder),
+        "FASTDISTILL_ARTIFACTS_DIR": folder / "artifacts",
+    }
+
+
+def check(folder: Path, provider: str, samples: int) -> None:
+    """The one run under the folder: whole, by this provider, and all its rows right."""
+    (manifest_file,) = (folder / "artifacts").glob("runs/*/manifest.json")
+    manifest = json.loads(manifest_file.read_text())
+    assert manifest["status"] == "complete"
+    assert (manifest["models"]["teacher"]["provider"], manifest["models"]["teacher"]["model"]) == (
+        provider,
+        "teacher:8b",
+    )
+    quality = json.loads((manifest_file.parent / "quality_report.json").read_text())
+    assert quality["samples"]["read"] == quality["samples"]["completed"] == samples
+    assert quality["candidates"]["generated"] == 4 * samples
+    gold = {record["task_id"]: record["gold_sql"] for record in RECORDS}
+    lines = (manifest_file.parent / "dist" / "sft" / "train.jsonl").read_text().splitlines()
+    assert len(lines) == quality["samples"]["accepted"] > samples / 2
+    for row in map(json.loads, lines):
+        assert row["messages"][-1]["content"] == gold[row["fd_task_id"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("provider", ["openai", "vllm", "sglang"])
+def test_the_python_example_with_an_openai_compatible_teacher(tmp_path: Path, provider: str) -> None:
+    prefix = provider.upper()
+    with openai_server(teacher, models=["teacher:8b"], api_key="the-key") as server:
+        variables = {
+            "FASTDISTILL_PROVIDER": provider,
+            f"{prefix}_MODEL": "teacher:8b",
+            f"{prefix}_BASE_URL": server.url,
+            f"{prefix}_API_KEY": "the-key",
+            f"{prefix}_TIMEOUT": 60,
+            "FASTDISTILL_LIMIT": 15,
+        }
+        command = [sys.executable, EXAMPLES / "fastdistill_pipeline.py"]
+        printed = run(command, tmp_path, environment(tmp_path) | variables)
+    check(tmp_path, provider, 15)
+    assert "SQLiteExecEval" in printed
+
+
+@pytest.mark.slow
+def test_the_python_example_with_ollama(tmp_path: Path) -> None:
+    with ollama_server(teacher, models=["teacher:8b"]) as server:
+        variables = {
+            "FASTDISTILL_PROVIDER": "ollama",
+            "OLLAMA_MODEL": "teacher:8b",
+            "OLLAMA_HOST": server.url,
+            "OLLAMA_TIMEOUT": 240,
+            "FASTDISTILL_LIMIT": 15,
+        }
+        run([sys.executable, EXAMPLES / "fastdistill_pipeline.py"], tmp_path, environment(tmp_path) | variables)
+    check(tmp_path, "ollama", 15)
+
+
+@pytest.mark.slow
+def test_the_python_example_says_what_is_missing(tmp_path: Path) -> None:
+    own = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "PYTHONPATH")}
+    command = [sys.executable, str(EXAMPLES / "fastdistill_pipeline.py")]
+    done = subprocess.run(command, env=own, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "set OLLAMA_MODEL to the name of the teacher model" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_ollama_config_through_the_command_line(tmp_path: Path) -> None:
+    cli = [sys.executable, "-m", "fastdistill.control.cli", "pipeline"]
+    config = ["--config", EXAMPLES / "fastdistill_pipeline_ollama.yaml", "--set", "models.teacher.model=teacher:8b"]
+    with ollama_server(teacher, models=["teacher:8b"]) as server:
+        variables = environment(tmp_path) | {"OLLAMA_HOST": server.url}
+        printed = run([*cli, "validate", *config], tmp_path, variables)
+        assert "valid; 10 steps" in printed
+        printed = run([*cli, "run", *config], tmp_path, variables)
+    assert "SQLiteExecEval" in printed
+    check(tmp_path, "ollama", 60)
