@@ -126,6 +126,21 @@ def preview(
     show_preview(_load(config, config_env, config_run, set_), output_dir, n)
 
 
+@pipeline_app.command()
+def estimate(
+    config: Config,
+    config_env: ConfigEnv = None,
+    config_run: ConfigRun = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    n: Annotated[int, typer.Option("-n", min=2, help="How many samples to probe with.")] = 30,
+) -> None:
+    """Project tokens, time, cost and accepted samples from a random few, which are run and stored for real."""
+    from fastdistill.control.show import show_estimate
+
+    show_estimate(_load(config, config_env, config_run, set_), output_dir, n)
+
+
 @runs_app.command("list")
 def list_runs(output_dir: OutputDir = None) -> None:
     """All runs, the latest first."""

@@ -2,11 +2,9 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -14,11 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastdistill.control.estimate import estimate, run_shortened
 from fastdistill.control.folder import RunFolder, artifacts_root, read_json
 from fastdistill.control.ledger import read_samples
-from fastdistill.control.progress import summary
-from fastdistill.control.session import Pipeline, RunResult, execute, run_in_loop
+from fastdistill.control.progress import clock, dollars, summary
+from fastdistill.control.session import Pipeline, RunResult
 from fastdistill.core.errors import ExitCode, InputError
+from fastdistill.core.stats import Total
 from fastdistill.core.step import Context, SampleStep, StreamStep
 from fastdistill.core.types import Candidate, Outcome, Sample
 
@@ -51,19 +51,30 @@ def show_info(pipeline: Pipeline, output_dir: Path | None) -> None:
 
 def show_preview(pipeline: Pipeline, output_dir: Path | None, n: int) -> None:
     """Takes the first `n` samples through all steps up to the last that works on samples."""
-    kinds = [isinstance(step, SampleStep) for step in pipeline.steps]
-    first = kinds.index(True) if True in kinds else len(kinds)
-    end = len(kinds) - kinds[::-1].index(True) if True in kinds else len(kinds)
-    steps = (*pipeline.steps[:first], FirstSamples(n=n), *pipeline.steps[first:end])
-    short = Pipeline(name=pipeline.name, models=pipeline.models, steps=steps, max_error_rate=1)
-    root = artifacts_root(output_dir)
     console = Console()
-    with TemporaryDirectory(prefix="fastdistill-preview-") as scratch:
-        folder = RunFolder(root, "preview", Path(scratch) / "run")
-        run_in_loop(execute(short, folder, lambda _: nullcontext()))
-        for sample in read_samples(folder.ledger):
-            print_sample(sample, console)
-    console.print(f"the answers are kept in {folder.responses}", markup=False, soft_wrap=True)
+    samples, _ = run_shortened(pipeline, FirstSamples(n=n), output_dir)
+    for sample in samples:
+        print_sample(sample, console)
+    kept = artifacts_root(output_dir) / "responses.sqlite"
+    console.print(f"the answers are kept in {kept}", markup=False, soft_wrap=True)
+
+
+def show_estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> None:
+    found = estimate(pipeline, output_dir, n)
+    table = Table("", "estimate", "95% interval", box=None)
+    lines: list[tuple[str, Total | None, Callable[[float], str]]] = [
+        ("prompt tokens", found.prompt_tokens, "{:,.0f}".format),
+        ("completion tokens", found.completion_tokens, "{:,.0f}".format),
+        ("accepted samples", found.accepted, "{:,.0f}".format),
+        (f"time, {found.concurrency} requests in flight", found.seconds, clock),
+        ("cost", found.cost_usd, dollars),
+    ]
+    for name, total, words in lines:
+        known = () if total is None else (words(total.estimate), f"{words(total.low)} to {words(total.high)}")
+        table.add_row(name, *(known or ("not known", "no price" if name == "cost" else "all answers were stored")))
+    console = Console()
+    console.print(f"projected from {found.drawn} of {found.samples:,} samples, drawn at random")
+    console.print(table)
 
 
 def show_runs(output_dir: Path | None) -> None:

@@ -84,12 +84,7 @@ class Meter:
     @property
     def cost(self) -> float | None:
         """US dollars paid in this run; None where no price is configured."""
-        if self.price is None:
-            return None
-        cached_price = self.price.prompt if self.price.cached is None else self.price.cached
-        fresh = self.usage.prompt_tokens - self.usage.cached_tokens
-        tokens_price = fresh * self.price.prompt + self.usage.cached_tokens * cached_price
-        return (tokens_price + self.usage.completion_tokens * self.price.completion) / 1e6
+        return None if self.price is None else self.price.cost(self.usage)
 
     def report(self, concurrency: int) -> dict[str, Any]:
         """The timing report's entry; `slot_utilisation` is mean requests in flight over `concurrency`."""

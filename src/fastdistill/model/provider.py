@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fastdistill.core.types import Completion, Prompt
+from fastdistill.core.types import Completion, Prompt, Usage
 
 
 class ErrorKind(StrEnum):
@@ -86,6 +86,12 @@ class Price(BaseModel):
     prompt: float = Field(0.0, ge=0)
     completion: float = Field(0.0, ge=0)
     cached: float | None = Field(None, ge=0, description="cached prompt tokens; as `prompt` if not given")
+
+    def cost(self, usage: Usage) -> float:
+        """US dollars."""
+        cached = self.prompt if self.cached is None else self.cached
+        fresh = usage.prompt_tokens - usage.cached_tokens
+        return (fresh * self.prompt + usage.cached_tokens * cached + usage.completion_tokens * self.completion) / 1e6
 
 
 class ModelConfig(BaseModel):

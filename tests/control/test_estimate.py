@@ -1,0 +1,97 @@
+"""Estimates: their intervals cover the truth as often as they say, and what was probed is not paid for again."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdistill.control.config import parse_pipeline
+from fastdistill.control.estimate import estimate
+from fastdistill.core.errors import InputError
+from fastdistill.core.stats import project_mean, project_share, student95
+from tests.servers import choose, openai_server
+from tests.world import ANSWERS, RECORDS, config, make_database, write_records
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(3, 3.182), (5, 2.571), (10, 2.228), (29, 2.045), (100, 1.984), (10_000, 1.960)]
+)
+def test_students_t_is_as_in_the_tables(freedom: int, t: float) -> None:
+    assert student95(freedom) == pytest.approx(t, rel=0.01)
+
+
+@pytest.mark.parametrize("drawn", [30, 100])
+def test_the_interval_of_a_total_covers_the_truth_as_often_as_it_says(drawn: int) -> None:
+    dice = random.Random(1)
+    tokens = [dice.lognormvariate(4, 0.6) for _ in range(1000)]
+    truth = sum(tokens)
+    covered = 0
+    for _ in range(2000):
+        found = project_mean(dice.sample(tokens, drawn), len(tokens))
+        covered += found.low <= truth <= found.high
+    assert 0.92 <= covered / 2000 <= 0.98
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
+def test_the_interval_of_accepted_samples_covers_the_truth_as_often_as_it_says(rate: float) -> None:
+    dice = random.Random(2)
+    accepted = [number < rate * 400 for number in range(400)]
+    covered = 0
+    for _ in range(2000):
+        found = project_share(sum(dice.sample(accepted, 30)), 30, 400)
+        covered += found.low <= sum(accepted) <= found.high
+    assert covered / 2000 >= 0.92
+
+
+def test_what_was_seen_bounds_what_is_projected() -> None:
+    assert project_share(30, 30, 30).low == project_share(30, 30, 30).high == 30
+    assert project_share(0, 30, 400).low == 0
+    assert project_share(29, 30, 400).high <= 399
+
+
+def plan(folder: Path, url: str, **model: Any) -> dict[str, Any]:
+    made = config(url, write_records(folder), make_database(folder))
+    made["models"]["teacher"] |= model
+    return made
+
+
+def test_an_estimate_probes_through_the_gates_and_the_run_does_not_pay_again(tmp_path: Path) -> None:
+    with openai_server(choose(ANSWERS), latency=0.01) as server:
+        pipeline = parse_pipeline(plan(tmp_path, server.url, price={"prompt": 1.0, "completion": 2.0}))
+        found = estimate(pipeline, tmp_path / "artifacts", 20)
+        assert (found.samples, found.drawn) == (len(RECORDS), 20)
+        probed = sum(count for prompt, count in server.counters.prompts.items() if "Question:" in prompt)
+        assert probed == 20
+        assert not (tmp_path / "artifacts" / "runs").exists()
+
+        result = pipeline.run(output_dir=tmp_path / "artifacts")
+        asked = sum(count for prompt, count in server.counters.prompts.items() if "Question:" in prompt)
+        assert asked == len(RECORDS)
+    tokens = result.quality["tokens"]
+    # The interval is wide, and the world is scripted: it holds the truth here, or one of the two is broken.
+    assert found.prompt_tokens.low <= tokens["prompt"] <= found.prompt_tokens.high
+    assert found.completion_tokens.low <= tokens["completion"] <= found.completion_tokens.high
+    assert found.accepted.low <= result.quality["samples"]["accepted"] <= found.accepted.high
+    assert found.cost_usd is not None
+    assert found.cost_usd.estimate == pytest.approx(
+        (found.prompt_tokens.estimate + 2 * found.completion_tokens.estimate) / 1e6
+    )
+
+
+def test_the_same_samples_are_drawn_again(tmp_path: Path) -> None:
+    with openai_server(choose(ANSWERS)) as server:
+        pipeline = parse_pipeline(plan(tmp_path, server.url))
+        first = estimate(pipeline, tmp_path / "artifacts", 10)
+        again = estimate(pipeline, tmp_path / "artifacts", 10)
+    assert again.seconds is None, "every answer was stored"
+    assert (first.prompt_tokens, first.accepted) == (again.prompt_tokens, again.accepted)
+    assert first.cost_usd is None, "no price is known"
+
+
+def test_nothing_to_draw_from_is_told(tmp_path: Path) -> None:
+    records = write_records(tmp_path, RECORDS[:1])
+    with openai_server(choose(ANSWERS)) as server:
+        pipeline = parse_pipeline(config(server.url, records, make_database(tmp_path)))
+        with pytest.raises(InputError, match="two samples"):
+            estimate(pipeline, tmp_path / "artifacts", 10)
