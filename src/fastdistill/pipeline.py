@@ -7,39 +7,14 @@ any order; the ledger gives them back in input order to the stream steps that fo
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from itertools import groupby
-from typing import Protocol
 
 from fastdistill.core.errors import FatalError, SampleError, boundary
-from fastdistill.core.step import Context, SampleStep, Step, StreamStep
-from fastdistill.core.types import Sample
-
-
-class Run(Context, Protocol):
-    """What the main path needs of a run, beyond what it hands to the steps."""
-
-    @property
-    def open_samples(self) -> int:
-        """How many samples are worked on at a time; not how many requests are in flight."""
-        ...
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the run is winding down: open samples come home, no new one is begun."""
-        ...
-
-    def stop(self, reason: FatalError) -> None: ...
-
-    def timed(self, step: Step) -> AbstractContextManager[None]: ...
-
-    async def finished(self, sample: Sample, *, last: bool) -> None:
-        """Writes a sample to the ledger, to be read back; `last`: it has gone through the last sample step."""
-        ...
-
-    def read_back(self, *, last: bool) -> Iterator[Sample]:
-        """The finished samples that are still in the stream, in input order."""
-        ...
+from fastdistill.core.run import Run
+from fastdistill.core.step import SampleStep, Step, StreamStep
+from fastdistill.core.types import Sample, Status
 
 
 async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
@@ -68,6 +43,7 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
         for sample in samples:  # the exports write as this loop pulls
             if not in_ledger:
                 await run.finished(sample, last=True)
+            await asyncio.sleep(0)
 
 
 async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run, *, last: bool) -> None:
@@ -102,11 +78,42 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], ru
 async def run_sample(steps: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
     """One sample through all steps; what breaks is recorded with the sample and costs no other."""
     while True:  # again only while a step wants more: candidates come in waves until enough are accepted
-        for step in steps:
-            try:
-                with run.timed(step), boundary(step.name):
-                    sample = await step.run(sample, run)
-            except SampleError as error:
-                return sample.failed(step.name, error)
-        if not any(step.wants_more(sample) for step in steps):
+        sample = await run_steps(steps, sample, run)
+        if sample.status is not Status.OPEN or not any(step.wants_more(sample) for step in steps):
             return sample
+
+
+async def run_steps(steps: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
+    for at, step in enumerate(steps):
+        try:
+            if draws := step.race(sample):
+                sample = await run_race(draws, steps[at + 1 :], sample, run)
+                continue
+            with run.timed(step), boundary(step.name):
+                sample = await step.run(sample, run)
+        except SampleError as error:
+            return sample.failed(step.name, error)
+    return sample
+
+
+async def run_race(draws: Sequence[SampleStep], gates: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
+    """Draws of one sample side by side through the gates, until enough are accepted; those behind are called off.
+
+    They are looked at in the order of attempts: a fast answer has no better chance than a slow one.
+    """
+    bare = replace(sample, candidates=(), failures=())
+    tasks = [asyncio.create_task(run_steps([draw, *gates], bare, run)) for draw in draws]
+    try:
+        for draw, task in zip(draws, tasks, strict=True):
+            done = await task
+            candidates = (*sample.candidates, *done.candidates)
+            sample = replace(sample, candidates=candidates, failures=(*sample.failures, *done.failures))
+            if done.status is Status.FAILED or (done.status is Status.SKIPPED and not candidates):
+                return replace(sample, status=done.status)
+            if not draw.wants_more(sample):
+                break
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return sample

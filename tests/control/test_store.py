@@ -73,7 +73,7 @@ def test_an_answer_comes_back_as_it_was_put(given: list[Completion]) -> None:
 
 def test_what_is_not_there_is_none(tmp_path: Path) -> None:
     put(tmp_path / "responses.sqlite", [answer("a")])
-    assert stored(tmp_path / "responses.sqlite", ["no such key"]) == [None]
+    assert stored(tmp_path / "responses.sqlite", ["0" * 64]) == [None]
 
 
 def test_the_first_answer_under_a_key_stays(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line: parses arguments, calls what does the work, and turns every ending into its exit code."""
 
 import asyncio
+import gc
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -79,9 +80,9 @@ def run(
     """Distil the data set. After a crash or Ctrl-C, run the same command again: it goes on where it was."""
     from fastdistill.control.progress import live, summary
 
-    result = _load(config, config_env, config_run, set_).run(
-        output_dir=output_dir, run_id=run_id, watch=None if quiet else live
-    )
+    pipeline = _load(config, config_env, config_run, set_)
+    gc.freeze()  # what is imported by now stays: no pause of the event loop for looking through it
+    result = pipeline.run(output_dir=output_dir, run_id=run_id, watch=None if quiet else live)
     if not quiet:
         from rich.console import Console
 

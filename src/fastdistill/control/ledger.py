@@ -5,8 +5,6 @@ It can be computed again from the records and the response store, so a new start
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,17 +29,19 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS samples (
     idx INTEGER PRIMARY KEY, sample_id TEXT, task_id TEXT, source TEXT, status TEXT,
     record TEXT, input TEXT, selection TEXT, failures TEXT);
-CREATE INDEX IF NOT EXISTS samples_by_id ON samples (sample_id);
 CREATE TABLE IF NOT EXISTS prompts (
-    id TEXT PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT) WITHOUT ROWID;
+    id BLOB PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT);
 CREATE TABLE IF NOT EXISTS candidates (
-    idx INTEGER, place INTEGER, candidate_id TEXT, step TEXT, attempt INTEGER, seed INTEGER, key TEXT, prompt TEXT,
-    outcome TEXT, answer TEXT, score REAL, cuts TEXT, completion TEXT, PRIMARY KEY (idx, place)) WITHOUT ROWID;
+    id INTEGER PRIMARY KEY, idx INTEGER, place INTEGER, candidate_id TEXT, step TEXT, attempt INTEGER, seed INTEGER,
+    key TEXT, prompt BLOB, outcome TEXT, answer TEXT, score REAL, cuts TEXT, completion TEXT);
 CREATE TABLE IF NOT EXISTS verdicts (
-    idx INTEGER, place INTEGER, ordinal INTEGER, gate TEXT, fingerprint TEXT, outcome TEXT, reason TEXT,
-    score REAL, detail TEXT, PRIMARY KEY (idx, place, ordinal)) WITHOUT ROWID;
+    id INTEGER PRIMARY KEY, idx INTEGER, place INTEGER, ordinal INTEGER, gate TEXT, fingerprint TEXT, outcome TEXT,
+    reason TEXT, score REAL, detail TEXT);
 PRAGMA user_version = 1;
 """
+# The ids keep what belongs to a sample together, and in order: `idx`, then `place`, then `ordinal`.
+_PLACES = 1 << 16  # candidates of a sample
+_ORDINALS = 1 << 8  # verdicts on a candidate
 
 
 class Ledger:
@@ -76,83 +76,57 @@ class Ledger:
 
 
 def read_samples(path: Path, where: str = "1", parameters: Sequence[Any] = ()) -> Iterator[Sample]:
-    """Samples of a ledger in input order, lazily; `where` is an SQL condition on the table `samples`."""
+    """Samples of a ledger in input order, lazily; `where` is an SQL condition of ours on the table `samples`."""
     connection = connect(path, readonly=True)
     try:
-        chosen = f"SELECT idx FROM samples WHERE {where}"  # our own conditions only
-        verdicts = groupby(
-            connection.execute(
-                f"SELECT * FROM verdicts WHERE idx IN ({chosen}) ORDER BY idx, place, ordinal", parameters
-            ),
-            key=lambda row: row[0],
-        )
-        candidates = groupby(
-            connection.execute(
-                "SELECT c.*, p.provider, p.model, p.messages, p.parameters FROM candidates c JOIN prompts p"
-                f" ON p.id = c.prompt WHERE c.idx IN ({chosen}) ORDER BY c.idx, c.place",
-                parameters,
-            ),
-            key=lambda row: row[0],
-        )
-        next_verdicts = _Peek(verdicts)
-        next_candidates = _Peek(candidates)
         for row in connection.execute(f"SELECT * FROM samples WHERE {where} ORDER BY idx", parameters):
-            yield _sample(row, next_candidates.take(row[0]), next_verdicts.take(row[0]))
+            first = row[0] * _PLACES
+            candidates = connection.execute(
+                "SELECT c.*, p.provider, p.model, p.messages, p.parameters FROM candidates c"
+                " JOIN prompts p ON p.id = c.prompt WHERE c.id BETWEEN ? AND ? ORDER BY c.id",
+                (first, first + _PLACES - 1),
+            ).fetchall()
+            verdicts = connection.execute(
+                "SELECT place, gate, fingerprint, outcome, reason, score, detail FROM verdicts"
+                " WHERE id BETWEEN ? AND ? ORDER BY id",
+                (first * _ORDINALS, (first + _PLACES) * _ORDINALS - 1),
+            ).fetchall()
+            yield _sample(row, candidates, verdicts)
     except sqlite3.Error as error:
         raise fault(path, error) from error
     finally:
         connection.close()
 
 
-class _Peek:
-    """Walks groups keyed by rising index; `take(index)` gives that index's rows, or none."""
-
-    def __init__(self, groups: "groupby[int, tuple[Any, ...]]") -> None:
-        self._groups = groups
-        self._next: tuple[int, list[tuple[Any, ...]]] | None = None
-
-    def take(self, index: int) -> list[tuple[Any, ...]]:
-        if self._next is None:
-            for key, rows in self._groups:
-                self._next = (key, list(rows))
-                break
-        if self._next is None or self._next[0] != index:
-            return []
-        rows_of_index = self._next[1]
-        self._next = None
-        return rows_of_index
-
-
 def _statements(sample: Sample) -> list[Statement]:
-    prompts: dict[int, tuple[str, ...]] = {}  # by identity: the candidates of a wave share their prompt
-    for candidate in sample.candidates:
-        if id(candidate.prompt) not in prompts:
-            prompts[id(candidate.prompt)] = prompt_row(candidate.prompt)
-    placed = list(enumerate(sample.candidates))
+    prompts = {id(c.prompt): c.prompt for c in sample.candidates}  # the candidates of a wave share theirs
+    prompt_rows = {key: prompt_row(prompt) for key, prompt in prompts.items()}
+    first = sample.index * _PLACES
+    placed = [(first + place, place, c) for place, c in enumerate(sample.candidates)]
     return [
-        ("DELETE FROM candidates WHERE idx = ?", [(sample.index,)]),
-        ("DELETE FROM verdicts WHERE idx = ?", [(sample.index,)]),
         ("INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [_sample_row(sample)]),
+        ("DELETE FROM candidates WHERE id BETWEEN ? AND ?", [(first, first + _PLACES - 1)]),
+        ("DELETE FROM verdicts WHERE id BETWEEN ? AND ?", [(first * _ORDINALS, (first + _PLACES) * _ORDINALS - 1)]),
+        ("INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, ?)", list(prompt_rows.values())),
         (
-            "INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, ?)",
-            list(prompts.values()),
+            "INSERT OR REPLACE INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [(id_, sample.index, *_candidate_row(place, c, prompt_rows[id(c.prompt)][0])) for id_, place, c in placed],
         ),
         (
-            "INSERT OR REPLACE INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [_candidate_row(sample.index, place, c, prompts[id(c.prompt)][0]) for place, c in placed],
-        ),
-        (
-            "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
-                (sample.index, place, ordinal, v.gate, v.fingerprint, v.outcome, v.reason, v.score, _json(v.detail))
-                for place, c in placed
-                for ordinal, v in enumerate(c.verdicts)
+                (id_ * _ORDINALS + ordinal, sample.index, place, ordinal, *_verdict_row(verdict))
+                for id_, place, c in placed
+                for ordinal, verdict in enumerate(c.verdicts)
             ],
         ),
     ]
 
 
 _json_encoder = msgspec.json.Encoder()
+_decode_completion = msgspec.json.Decoder(Completion).decode
+_decode_cuts = msgspec.json.Decoder(tuple[Cut, ...]).decode
+_decode_failures = msgspec.json.Decoder(tuple[Failure, ...]).decode
 
 
 def _json(value: object) -> str:
@@ -160,16 +134,22 @@ def _json(value: object) -> str:
 
 
 def _sample_row(sample: Sample) -> tuple[Any, ...]:
-    failures = [asdict(failure) for failure in sample.failures]
+    taken = all(sample.record.get(field) is value for field, value in sample.input.items())
+    # An input that is fields of the record is written as their names.
     return (
         sample.index, sample.sample_id, sample.task_id, sample.source, sample.status, _json(sample.record),
-        _json(sample.input), None if sample.selection is None else _json(sample.selection), _json(failures),
+        _json(list(sample.input) if taken else sample.input),
+        None if sample.selection is None else _json(sample.selection), _json(sample.failures),
     )  # fmt: skip
 
 
-def _candidate_row(index: int, place: int, c: Candidate, prompt: str) -> tuple[Any, ...]:
+def _verdict_row(v: Verdict) -> tuple[Any, ...]:
+    return v.gate, v.fingerprint, v.outcome, v.reason, v.score, _json(v.detail)
+
+
+def _candidate_row(place: int, c: Candidate, prompt: bytes) -> tuple[Any, ...]:
     return (
-        index, place, c.candidate_id, c.step, c.attempt, c.seed, c.key, prompt, c.outcome, c.answer, c.score,
+        place, c.candidate_id, c.step, c.attempt, c.seed, c.key, prompt, c.outcome, c.answer, c.score,
         _json(c.cuts), _json(c.completion),
     )  # fmt: skip
 
@@ -177,25 +157,27 @@ def _candidate_row(index: int, place: int, c: Candidate, prompt: str) -> tuple[A
 def _sample(row: tuple[Any, ...], candidates: list[tuple[Any, ...]], verdicts: list[tuple[Any, ...]]) -> Sample:
     index, sample_id, task_id, source, status, record, input_, selection, failures = row
     by_place: dict[int, list[Verdict]] = {}
-    for _, place, _, gate, fingerprint, outcome, reason, score, detail in verdicts:
+    for place, gate, fingerprint, outcome, reason, score, detail in verdicts:
         verdict = Verdict(gate, fingerprint, Outcome(outcome), reason, score, msgspec.json.decode(detail))
         by_place.setdefault(place, []).append(verdict)
+    fields = msgspec.json.decode(record)
+    taken = msgspec.json.decode(input_)
     return Sample(
         index=index,
         source=source,
-        record=msgspec.json.decode(record),
+        record=fields,
         task_id=task_id,
         sample_id=sample_id,
-        input=msgspec.json.decode(input_),
-        candidates=tuple(_candidate(row, tuple(by_place.get(row[1], ()))) for row in candidates),
+        input={name: fields[name] for name in taken} if isinstance(taken, list) else taken,
+        candidates=tuple(_candidate(row, tuple(by_place.get(row[2], ()))) for row in candidates),
         selection=None if selection is None else tuple(msgspec.json.decode(selection)),
-        failures=tuple(msgspec.json.decode(failures, type=list[Failure])),
+        failures=_decode_failures(failures),
         status=Status(status),
     )
 
 
 def _candidate(row: tuple[Any, ...], verdicts: tuple[Verdict, ...]) -> Candidate:
-    _, _, candidate_id, step, attempt, seed, key, _, _, answer, score, cuts, completion, *asked = row
+    _, _, _, candidate_id, step, attempt, seed, key, _, _, answer, score, cuts, completion, *asked = row
     provider, model, messages, parameters = asked
     return Candidate(
         candidate_id=candidate_id,
@@ -204,9 +186,9 @@ def _candidate(row: tuple[Any, ...], verdicts: tuple[Verdict, ...]) -> Candidate
         seed=seed,
         key=key,
         prompt=Prompt(provider, model, tuple(msgspec.json.decode(messages)), msgspec.json.decode(parameters)),
-        completion=msgspec.json.decode(completion, type=Completion),
+        completion=_decode_completion(completion),
         answer=answer,
-        cuts=tuple(msgspec.json.decode(cuts, type=list[Cut])),
+        cuts=_decode_cuts(cuts),
         verdicts=verdicts,
         score=score,
     )

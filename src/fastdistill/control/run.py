@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -12,21 +12,13 @@ from fastdistill.control.budget import Budget, Enough, Progress, Target, first_a
 from fastdistill.control.ledger import Ledger
 from fastdistill.control.tally import Tally
 from fastdistill.core.errors import ExitCode, FatalError, NotAsked, TooManyErrors
-from fastdistill.core.stats import Histogram
 from fastdistill.core.step import KeyIndex, Step
-from fastdistill.core.timing import timed
+from fastdistill.core.timing import StepTime, Timer
 from fastdistill.core.types import Sample, Status
 from fastdistill.model.client import ModelClient
 
+_KEYS_IN_MEMORY = 10_000  # of each index
 _ENOUGH_TO_JUDGE = 50  # samples before `max_error_rate` can stop a run midway
-
-
-class StepTime:
-    """Busy and queueing time of one step, in seconds."""
-
-    def __init__(self) -> None:
-        self.busy = Histogram()
-        self.queued = Histogram()
 
 
 class ActiveRun:
@@ -124,16 +116,11 @@ class ActiveRun:
         reached = f"{self._progress.accepted} of {self._target.accepted}"
         return Enough(f"target.accepted: the records are used up at {reached} accepted samples", ExitCode.PARTIAL)
 
-    @contextmanager
-    def timed(self, step: Step) -> Iterator[None]:
-        times = self.step_times.setdefault(step.name, StepTime())
-        try:
-            with timed() as timer:
-                yield
-        finally:
-            for unit in timer.units:
-                times.busy.add(unit.busy)
-                times.queued.add(unit.queued)
+    def timed(self, step: Step) -> Timer:
+        times = self.step_times.get(step.name)
+        if times is None:
+            times = self.step_times[step.name] = StepTime()
+        return Timer(times)
 
     def close(self) -> None:
         self._indexes.close()
@@ -166,7 +153,7 @@ class ActiveRun:
 
 
 class Indexes:
-    """Keys on disk, so that memory stays flat: one temporary SQLite file, gone when the run ends."""
+    """Keys seen so far, in bounded memory: the latest in dicts, the others in one temporary SQLite file."""
 
     def __init__(self) -> None:
         # An empty name is SQLite's own temporary file: it spills to disk and is never seen by anybody else.
@@ -188,12 +175,22 @@ class _Index:
     def __init__(self, connection: sqlite3.Connection, table: str) -> None:
         quoted = '"' + table.replace('"', '""') + '"'
         connection.execute(f"CREATE TABLE {quoted} (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
-        self._insert = f"INSERT OR IGNORE INTO {quoted} VALUES (?, ?)"
+        self._insert = f"INSERT INTO {quoted} VALUES (?, ?)"
         self._select = f"SELECT value FROM {quoted} WHERE key = ?"
         self._connection = connection
+        self._latest: dict[str, str] = {}
+        self._spilled = False
 
     def first(self, key: str, value: str) -> str | None:
-        if self._connection.execute(self._insert, (key, value)).rowcount:
-            return None
-        (first,) = self._connection.execute(self._select, (key,)).fetchone()
-        return str(first)
+        if (first := self._latest.get(key)) is not None:
+            return first
+        if self._spilled and (row := self._connection.execute(self._select, (key,)).fetchone()):
+            return str(row[0])
+        self._latest[key] = value
+        if len(self._latest) >= _KEYS_IN_MEMORY:
+            self._connection.execute("BEGIN")
+            self._connection.executemany(self._insert, sorted(self._latest.items()))
+            self._connection.execute("COMMIT")
+            self._latest.clear()
+            self._spilled = True
+        return None

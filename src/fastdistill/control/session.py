@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -181,7 +182,7 @@ async def execute(pipeline: Pipeline, folder: RunFolder, watch: Watch) -> RunRes
                 ledger = await stack.enter_async_context(Ledger(folder.ledger))
                 brake = _Brake()
                 models = {
-                    name: ModelClient(name, config, _providers(config), store, brake)
+                    name: ModelClient(name, config, _providers(config, folder, brake), store, brake)
                     for name, config in pipeline.models.items()
                 }
                 for model in models.values():
@@ -284,8 +285,11 @@ def _run(work: Coroutine[Any, Any, RunResult]) -> RunResult:
         return runner.run(work)
 
 
-def _providers(config: ModelConfig) -> list[Provider]:
-    return [provider_class(endpoint.provider)(endpoint) for endpoint in config.endpoints()]
+def _providers(config: ModelConfig, folder: RunFolder, brake: _Brake) -> list[Provider]:
+    kind = provider_class(config.provider)
+    # A provider whose requests outlive a run keeps them under the root, and wants to know when the run winds down.
+    make = partial(kind.in_run, root=folder.root, brake=brake) if hasattr(kind, "in_run") else kind
+    return [make(endpoint) for endpoint in config.endpoints()]
 
 
 def _named(steps: tuple[Step, ...]) -> Iterator[Step]:

@@ -16,9 +16,9 @@ from fastdistill.core.types import Answer, Completion, Prompt
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS prompts (
-    id TEXT PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT) WITHOUT ROWID;
+    id BLOB PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT);
 CREATE TABLE IF NOT EXISTS responses (
-    key TEXT PRIMARY KEY, prompt TEXT, seed INTEGER, attempt INTEGER, completion TEXT);
+    key BLOB PRIMARY KEY, prompt BLOB, seed INTEGER, attempt INTEGER, completion TEXT);
 PRAGMA user_version = 1;
 """
 
@@ -45,7 +45,9 @@ class ResponseStore:
 
     def get(self, key: str) -> Completion | None:
         try:
-            row = self._reader.execute("SELECT completion FROM responses WHERE key = ?", (key,)).fetchone()
+            row = self._reader.execute(
+                "SELECT completion FROM responses WHERE key = ?", (bytes.fromhex(key),)
+            ).fetchone()
             return None if row is None else self._decode(row[0])
         except (sqlite3.Error, msgspec.DecodeError) as error:
             raise fault(self.path, error) from error
@@ -58,7 +60,10 @@ class ResponseStore:
     async def put(self, prompt: Prompt, answers: Sequence[Answer]) -> None:
         encode = self._encode
         asked = prompt_row(prompt)
-        rows = [(a.key, asked[0], a.draw.seed, a.draw.attempt, encode(a.completion).decode()) for a in answers]
+        rows = [
+            (bytes.fromhex(a.key), asked[0], a.draw.seed, a.draw.attempt, encode(a.completion).decode())
+            for a in answers
+        ]
         await self._writer.write(
             [
                 ("INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, ?)", [asked]),
@@ -68,7 +73,7 @@ class ResponseStore:
         )
 
 
-def prompt_row(prompt: Prompt) -> tuple[str, str, str, str, str]:
+def prompt_row(prompt: Prompt) -> tuple[bytes, str, str, str, str]:
     """A prompt as the table `prompts` has it. Its id is of the very bytes: a prompt's digest takes equal text in
     another Unicode form for the same, and does not tell providers apart.
     """
@@ -78,4 +83,4 @@ def prompt_row(prompt: Prompt) -> tuple[str, str, str, str, str]:
         msgspec.json.encode(prompt.messages).decode(),
         msgspec.json.encode(prompt.parameters).decode(),
     )
-    return (hashlib.sha256("\x1f".join(content).encode()).hexdigest(), *content)
+    return (hashlib.sha256("\x1f".join(content).encode()).digest(), *content)

@@ -60,6 +60,9 @@ class Writer:
     async def write(self, statements: Sequence[Statement]) -> None:
         """Returns once the statements are committed, all or none of them.
 
+        Writes that come together are committed together, statement by statement: of two for the same row the later
+        one must win whatever stands between them.
+
         Raises:
             EnvironmentFault: the disk is full, or the file can't be written.
         """
@@ -96,8 +99,12 @@ class Writer:
         try:
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
+                # One call for all rows of a statement, whoever wrote them; the statements in their first order.
+                merged: dict[str, list[Sequence[Any]]] = {}
                 for sql, rows in statements:
-                    connection.executemany(sql, rows)
+                    merged.setdefault(sql, []).extend(rows)
+                for sql, all_rows in merged.items():
+                    connection.executemany(sql, all_rows)
         except (sqlite3.Error, OverflowError, UnicodeError) as error:  # uncaught, the thread would end and all wait
             return fault(self.path, error)
         return None

@@ -4,9 +4,8 @@
 keeps all that was paid for, and says what to do. Everything else is a bug of ours or of a plug-in.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import IntEnum
+from types import TracebackType
 
 
 class ExitCode(IntEnum):
@@ -76,16 +75,22 @@ class NotAsked(SampleError):
     """A sample is left out because the run has enough, or may spend no more: nothing is wrong with it."""
 
 
-@contextmanager
-def boundary(step: str) -> Iterator[None]:
+class boundary:  # noqa: N801  used like a function, in a `with`
     """The one place that catches everything: a step that breaks costs its sample and no other.
 
     Raises:
         SampleError: `unexpected`, in place of any exception that is not one of ours.
     """
-    try:
-        yield
-    except (SampleError, FatalError):
-        raise
-    except Exception as error:
-        raise SampleError("unexpected", f"{step}: {type(error).__name__}: {error}") from error
+
+    __slots__ = ("_step",)
+
+    def __init__(self, step: str) -> None:
+        self._step = step
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, SampleError | FatalError):
+            raise SampleError("unexpected", f"{self._step}: {type(error).__name__}: {error}") from error

@@ -121,6 +121,10 @@ class SampleStep(Step):
             SampleError: this sample can't go on.
         """
 
+    def race(self, sample: Sample) -> "Sequence[SampleStep]":
+        """Steps to run side by side in place of this one, each for one candidate; none, as a rule."""
+        return ()
+
     def wants_more(self, sample: Sample) -> bool:
         """Whether a sample that has gone through all steps should go through them again."""
         return False

@@ -4,44 +4,53 @@ A step is timed as a whole; code below it that knows better (a model client, a w
 with `observe`, and then those are what counts.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from contextvars import ContextVar, Token
 from time import perf_counter
+from types import TracebackType
+from typing import Self
+
+from fastdistill.core.stats import Histogram
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """One piece of work, in seconds: time spent waiting for a slot, and time spent being worked on."""
+class StepTime:
+    """Busy and queueing time of one step over all samples, in seconds."""
 
-    queued: float
-    busy: float
+    def __init__(self) -> None:
+        self.busy = Histogram()
+        self.queued = Histogram()
 
 
-@dataclass(slots=True)
 class Timer:
-    units: list[Unit] = field(default_factory=list)
+    """Times a block for its step: the units observed within it, or the whole block as one busy unit."""
+
+    __slots__ = ("_begun", "_observed", "_step", "_token")
+
+    def __init__(self, step: StepTime) -> None:
+        self._step = step
+        self._observed = False
+
+    def __enter__(self) -> Self:
+        self._token: Token[Timer | None] = _timer.set(self)
+        self._begun = perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _timer.reset(self._token)
+        if not self._observed:
+            self._step.busy.add(perf_counter() - self._begun)
+
+    def observe(self, queued: float, busy: float) -> None:
+        self._observed = True
+        self._step.busy.add(busy)
+        self._step.queued.add(queued)
 
 
 _timer: ContextVar[Timer | None] = ContextVar("timer", default=None)
 
 
-@contextmanager
-def timed() -> Iterator[Timer]:
-    """Times a block; holds the units observed within it, or the whole block as one busy unit."""
-    timer = Timer()
-    token = _timer.set(timer)
-    begun = perf_counter()
-    try:
-        yield timer
-    finally:
-        _timer.reset(token)
-        if not timer.units:
-            timer.units.append(Unit(0.0, perf_counter() - begun))
-
-
 def observe(*, queued: float, busy: float) -> None:
-    """Reports one unit of work to the step that is being timed, if any."""
+    """Reports one unit of work to the step that is being timed, if any: seconds waited for, and worked on."""
     if timer := _timer.get():
-        timer.units.append(Unit(queued, busy))
+        timer.observe(queued, busy)

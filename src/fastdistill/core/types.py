@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
-from fastdistill.core.canonical import digest
+from fastdistill.core.canonical import digest, joined_digest
 from fastdistill.core.errors import NotAsked, SampleError
 
 Role = Literal["system", "user", "assistant"]
@@ -86,10 +86,14 @@ class Prompt:
     model: str
     messages: tuple[Message, ...]
     parameters: Mapping[str, Any]
-    digest: str = field(init=False, compare=False)
+    _digest: str = field(default="", init=False, compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", digest([self.model, self.messages, self.parameters]))
+    @property
+    def digest(self) -> str:
+        """Of model, messages and parameters."""
+        if not self._digest:
+            object.__setattr__(self, "_digest", digest([self.model, self.messages, self.parameters]))
+        return self._digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +105,10 @@ class Draw:
 
     def key(self, prompt: Prompt) -> str:
         """The key of the answer in the response store."""
-        return digest([prompt.provider, prompt.digest, self.seed, self.attempt])
+        return joined_digest(prompt.provider, prompt.digest, str(self.seed), str(self.attempt))
 
     def candidate_id(self, sample_id: str, prompt: Prompt) -> str:
-        return digest([sample_id, prompt.digest, self.seed, self.attempt])
+        return joined_digest(sample_id, prompt.digest, str(self.seed), str(self.attempt))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import SampleError
+from fastdistill.core.errors import NotAsked, SampleError
 from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.types import Answer, Candidate, Draw, Failure, Message, Prompt, Sample
 from fastdistill.data.template import compile_template, render
@@ -28,6 +28,9 @@ class Until(BaseModel):
 
     accepted: int = Field(1, ge=1, description="accepted candidates that are enough for a sample")
     wave: int = Field(1, ge=1, description="candidates asked for at a time")
+    siblings: Literal["keep", "cancel"] = Field(
+        "keep", description="cancel: call off the rest of a wave once enough of its first ones are accepted"
+    )
 
 
 class TextGeneration(SampleStep):
@@ -57,6 +60,8 @@ class TextGeneration(SampleStep):
         description="passed on to the server as they are: `options` for Ollama, any field of the body elsewhere",
     )
     seed: int | None = Field(0, ge=0, lt=2**31)
+
+    _only: int | None = PrivateAttr(None)  # the one attempt of a step that races
 
     @field_validator("template", "system_prompt")
     @classmethod
@@ -92,13 +97,21 @@ class TextGeneration(SampleStep):
         enough = self.until is None or len(sample.accepted) >= self.until.accepted
         return not enough and _asked(sample, self.name) < self.num_generations
 
+    def race(self, sample: Sample) -> "Sequence[TextGeneration]":
+        if self.until is None or self.until.siblings == "keep" or self._only is not None:
+            return ()
+        if not self.wants_more(sample):
+            return ()
+        draws = [self.model_copy() for _ in self._attempts(sample)]
+        for draw, attempt in zip(draws, self._attempts(sample), strict=True):
+            draw._only = attempt
+        return draws
+
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        first = _asked(sample, self.name)
-        if first and not self.wants_more(sample):
+        attempts = self._attempts(sample)
+        if not attempts or (attempts[0] and not self.wants_more(sample) and self._only is None):
             return sample  # another step wanted more
-        wave = self.num_generations if self.until is None else self.until.wave
-        attempts = range(first, min(first + wave, self.num_generations))
-        model = ctx.model(self._teacher(first // wave))
+        model = ctx.model(self._teacher(attempts[0]))
         prompt = model.prompt(self.messages(sample), self._profile(sample), self.generation_kwargs)
         draws = [self._draw(prompt, attempt) for attempt in attempts]
         answers = await model.generate(prompt, draws)
@@ -109,7 +122,9 @@ class TextGeneration(SampleStep):
             if isinstance(answer, SampleError)
         ]
         if not candidates and not sample.candidates:
-            raise next(answer for answer in answers if isinstance(answer, SampleError))
+            error = next(answer for answer in answers if isinstance(answer, SampleError))
+            if self._only is None or isinstance(error, NotAsked):
+                raise error
         return replace(sample, candidates=(*sample.candidates, *candidates), failures=(*sample.failures, *failures))
 
     def messages(self, sample: Sample) -> list[Message]:
@@ -120,7 +135,8 @@ class TextGeneration(SampleStep):
         """
         messages: list[Message] = []
         if self._system is not None:
-            messages.append({"role": "system", "content": render(self._system, sample)})
+            system = self._system if isinstance(self._system, str) else render(self._system, sample)
+            messages.append({"role": "system", "content": system})
         messages.append({"role": "user", "content": render(self._user, sample)})
         return messages
 
@@ -136,7 +152,16 @@ class TextGeneration(SampleStep):
             answer=answer.completion.text,
         )
 
-    def _teacher(self, wave: int) -> str:
+    def _attempts(self, sample: Sample) -> range:
+        """The attempts of the next wave."""
+        if self._only is not None:
+            return range(self._only, self._only + 1)
+        first = _asked(sample, self.name)
+        wave = self.num_generations if self.until is None else self.until.wave
+        return range(first, min(first + wave, self.num_generations))
+
+    def _teacher(self, attempt: int) -> str:
+        wave = 0 if self.until is None else attempt // self.until.wave
         models = self.models()
         return models[min(wave // self.escalate_after, len(models) - 1)]
 
@@ -164,8 +189,9 @@ class TextGeneration(SampleStep):
         return compile_template(self.template)
 
     @cached_property
-    def _system(self) -> "Template | None":
-        return None if self.system_prompt is None else compile_template(self.system_prompt)
+    def _system(self) -> "Template | str | None":
+        text = self.system_prompt
+        return text if text is None or "{" not in text else compile_template(text)
 
 
 def _asked(sample: Sample, step: str) -> int:

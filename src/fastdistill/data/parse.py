@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fastdistill.core.step import Context, SampleStep
-from fastdistill.core.types import Cut, Sample
+from fastdistill.core.types import Candidate, Cut, Sample
 
 LONGEST = 200_000
 """Characters. A longer answer is not a query; it is left alone, for a length rule to fail."""
@@ -23,11 +23,14 @@ class CleanSqlOutput(SampleStep):
     """
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        cleaned = []
-        for candidate in sample.candidates:
-            answer, cuts = clean_sql(candidate.answer)
-            cleaned.append(replace(candidate, answer=answer, cuts=(*candidate.cuts, *cuts)))
-        return replace(sample, candidates=tuple(cleaned))
+        return replace(sample, candidates=tuple(map(_cleaned, sample.candidates)))
+
+
+def _cleaned(candidate: Candidate) -> Candidate:
+    answer, cuts = clean_sql(candidate.answer)
+    if answer == candidate.answer:
+        return candidate
+    return replace(candidate, answer=answer, cuts=(*candidate.cuts, *cuts))
 
 
 def clean_sql(text: str) -> tuple[str, tuple[Cut, ...]]:

@@ -1,0 +1,93 @@
+"""A teacher that fails: 2 % 500, 2 % 429, 1 % resets, 1 % broken JSON, 0.5 % hangs, and an outage of 10 s.
+
+Beside the clean run: how much longer it takes, whether every record is accounted for, and what was asked twice.
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import workload
+from benchmarks.bound import bound, latencies
+from benchmarks.process import measured, save, table
+from benchmarks.teacher import Options, serving
+
+CLEAN = Options(slots=64, median=0.2, sigma=0.6)
+MIXED = replace(
+    CLEAN, fail_429=0.02, fail_500=0.02, fail_reset=0.01, fail_truncated=0.01, fail_hang=0.005, retry_after=1.0
+)
+CASES = {"clean": CLEAN, "faults": MIXED, "faults and outage": replace(MIXED, outage="4:10")}
+TIMEOUT = 5.0  # seconds for one request; ends the hangs
+COLUMNS = {
+    "case": "",
+    "exit": "d",
+    "wall s": ".1f",
+    "window s": ".1f",
+    "bound s": ".1f",
+    "read": ",d",
+    "completed": ",d",
+    "failed": ",d",
+    "lost": "d",
+    "requests": ",d",
+    "resent": "d",
+    "util": ".3f",
+    "CPU ms": ".2f",
+    "load": ".1f",
+}
+
+
+def run(name: str, options: Options, count: int, folder: Path) -> dict[str, Any]:
+    records = workload.write_records(folder / "records.jsonl", count)
+    database = folder / "city.db"
+    if not database.exists():
+        workload.make_database(database)
+    with serving(options) as teacher:
+        config = folder / "config.yaml"
+        config.write_text(
+            json.dumps(workload.pipeline(teacher.url, records, database, concurrency=80, timeout=TIMEOUT))
+        )
+        said = measured("client", config, folder / f"artifacts {name}", timeout=900)
+        seen = teacher.stats()
+    samples = said["quality"]["samples"] if "quality" in said else dict.fromkeys(("read", "completed", "failed"), 0)
+    return {
+        "case": name,
+        "exit": said["exit_code"],
+        "wall s": said["wall_s"],
+        "window s": seen["window_s"],
+        "bound s": bound(latencies(options, count), options.slots).wall_s,
+        "read": samples["read"],
+        "completed": samples["completed"],
+        "failed": samples["failed"],
+        "lost": count - samples["completed"] - samples["failed"],
+        "requests": seen["requests"],
+        "resent": seen["resent_completed"],
+        "util": seen["utilisation"],
+        "CPU ms": 1000 * said["cpu_s"] / count,
+        "load": said["load"],
+        "faults": seen["faults"],
+        "failures": said.get("quality", {}).get("failures"),
+        "message": said.get("message"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=4_000)
+    parser.add_argument("--output", default="faults", help="name of the JSON file in benchmarks/results")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fastdistill-bench-") as folder:
+        lines = [run(name, options, arguments.count, Path(folder)) for name, options in CASES.items()]
+    print(table(lines, COLUMNS))
+    for line in lines:
+        for failure in line["failures"] or ():
+            print(f"{line['case']}: {failure['reason']} at {failure['step']}: {failure['count']}")
+        if line["message"]:
+            print(f"{line['case']}: {line['message']}")
+    print(f"-> {save(arguments.output, lines)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What the main path needs of a run."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from fastdistill.core.errors import FatalError
+from fastdistill.core.step import Context, Step
+from fastdistill.core.types import Sample
+
+
+class Run(Context, Protocol):
+    """A run at work: more than the `Context` that its steps see."""
+
+    @property
+    def open_samples(self) -> int:
+        """How many samples are worked on at a time; not how many requests are in flight."""
+        ...
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run is winding down: open samples come home, no new one is begun."""
+        ...
+
+    def stop(self, reason: FatalError) -> None: ...
+
+    def timed(self, step: Step) -> AbstractContextManager[object]: ...
+
+    async def finished(self, sample: Sample, *, last: bool) -> None:
+        """Writes a sample to the ledger, to be read back; `last`: it has gone through the last sample step."""
+        ...
+
+    def read_back(self, *, last: bool) -> Iterator[Sample]:
+        """The finished samples that are still in the stream, in input order."""
+        ...

@@ -1,0 +1,393 @@
+"""What a run may spend and when it has enough, in whole runs against a teacher that counts what it was asked for."""
+
+import hashlib
+import json
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdistill import RunResult
+from fastdistill.control.budget import Progress, first_accepted
+from fastdistill.control.config import parse_pipeline
+from fastdistill.control.ledger import read_samples
+from fastdistill.core.errors import ConfigError, ExitCode
+from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample
+from tests.servers import Call, Fault, openai_server, status
+
+MOST = 40  # tokens of an answer, as the run's decode profile has it
+LENGTH = 30  # tokens of an answer, as the teacher gives it
+PRICE = {"prompt": 1.0, "completion": 1.0}  # US dollars for a million
+
+
+class Teacher:
+    """Right answers at a rate; which draws are right depends on the prompt and the seed only. Counts every draw."""
+
+    def __init__(self, rate: float = 0.3, right: Callable[[str, int], bool] | None = None) -> None:
+        self.rate = rate
+        self.draws: list[tuple[str, int]] = []
+        self.requests = 0
+        self.prompt_tokens = 0
+        self._right = right
+        self._lock = threading.Lock()
+
+    def right(self, prompt: str, seed: int) -> bool:
+        if self._right is not None:
+            return self._right(prompt, seed)
+        return int.from_bytes(hashlib.sha256(f"{prompt} {seed}".encode()).digest()[:4], "big") / 2**32 < self.rate
+
+    def script(self, call: Call, index: int) -> str:
+        if not call.prompt.startswith("Question"):
+            return "red"  # the probe
+        seed = (call.seed or 0) + index
+        with self._lock:
+            self.draws.append((call.prompt, seed))
+            if index == 0:
+                self.requests += 1
+                self.prompt_tokens += len(call.prompt.split())
+        word = "right" if self.right(call.prompt, seed) else "wrong"
+        return " ".join([word, str(seed), *["word"] * (LENGTH - 2)])
+
+    @property
+    def completion_tokens(self) -> int:
+        return LENGTH * len(self.draws)
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+def question(number: int) -> str:
+    return f"Question {number:04}"
+
+
+def seeds_of(result: RunResult) -> dict[str, list[int]]:
+    """The seeds of each sample's candidates, by prompt, in order of attempt."""
+    found: dict[str, list[int]] = {}
+    for sample in read_samples(result.path / "ledger.sqlite"):
+        for candidate in sample.candidates:
+            found.setdefault(candidate.prompt.messages[-1]["content"], []).append(candidate.seed or 0)
+    return found
+
+
+def pipeline(
+    url: str, folder: Path, records: int, *, models: Mapping[str, Any] | None = None, n: int = 1, **parts: Any
+) -> dict[str, Any]:
+    """A pipeline with one cheap gate. `until`, `teachers` and `escalate_after` are the generator's."""
+    path = folder / f"records{records}.jsonl"
+    path.write_text(
+        "".join(json.dumps({"task_id": f"q{at}", "question": question(at)}) + "\n" for at in range(records))
+    )
+    teacher = {"provider": "vllm", "model": "teacher", "base_url": url, "max_concurrency": 8, "hedge": False}
+    generation = {key: parts.pop(key) for key in ("until", "teachers", "escalate_after") if key in parts}
+    return {
+        "name": "questions",
+        "models": models or {"teacher": teacher | parts.pop("teacher", {})},
+        "steps": [
+            {"LoadJsonl": {"path": str(path)}},
+            {"CanonicalizeFields": {"fields": ["question"]}},
+            {
+                "TextGeneration": {
+                    "template": "{{ question }}",
+                    "num_generations": n,
+                    "decode_profile": {"max_tokens": MOST},
+                    **generation,
+                }
+            },
+            {"RuleFilter": {"required": ["^right"]}},
+            {"SelectBest": {"k": 1}},
+            {"ExportSFT": {"formats": ["jsonl"]}},
+        ],
+        **parts,
+    }
+
+
+def run(made: dict[str, Any], output: Path) -> RunResult:
+    return parse_pipeline(made).run(output_dir=output)
+
+
+def rows(result: RunResult) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (result.dataset / "sft" / "train.jsonl").read_text().splitlines()]
+
+
+def data_set(result: RunResult) -> dict[str, str]:
+    files = sorted(path for path in result.dataset.rglob("*") if path.is_file())
+    return {str(path.relative_to(result.dataset)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def assert_whole(result: RunResult) -> None:
+    """The data set, its checksums and the reports are there and fit together."""
+    manifest = json.loads((result.path / "manifest.json").read_text())
+    assert (manifest["status"], manifest["exit_code"]) == ("complete", result.exit_code)
+    lines = (result.dataset / "checksums.txt").read_text().splitlines()
+    listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    assert listed == {name: digest for name, digest in data_set(result).items() if name != "checksums.txt"}
+    quality = json.loads((result.path / "quality_report.json").read_text())
+    assert quality["samples"]["accepted"] >= len(rows(result)), "what finished beyond a target is counted too"
+    assert quality["samples"]["failed"] == 0
+    assert (result.path / "timing_report.json").exists()
+
+
+def jittered(seed: int, most: float = 0.02) -> Callable[[Call], float]:
+    return lambda call: random.Random(f"{seed} {call.prompt} {call.seed}").uniform(0, most)
+
+
+# --- budgets ---
+
+
+@pytest.mark.parametrize(("n", "habit"), [(1, {}), (4, {}), (4, {"honours_n": False})], ids=["1", "4", "4 one by one"])
+@pytest.mark.parametrize("limit", ["max_tokens", "max_cost_usd"])
+def test_a_budget_is_not_exceeded_and_used_up_to_what_the_next_request_could_cost(
+    tmp_path: Path, limit: str, n: int, habit: dict[str, Any]
+) -> None:
+    teacher, allowed = Teacher(), 4_000
+    with openai_server(teacher.script, latency=jittered(0), **habit) as server:
+        budget = {limit: allowed if limit == "max_tokens" else allowed / 1e6}
+        result = run(pipeline(server.url, tmp_path, 400, n=n, budget=budget, teacher={"price": PRICE}), tmp_path / "a")
+    assert result.exit_code == ExitCode.BUDGET
+    assert teacher.tokens <= allowed
+    # A prompt counts a token for each character before anything is known of it.
+    worst_in_flight = 8 * (len(question(0)) + n * MOST)
+    assert teacher.tokens > allowed - worst_in_flight - (len(question(0)) + n * MOST)
+    assert f"budget.{limit}" in json.loads((result.path / "manifest.json").read_text())["message"]
+    assert_whole(result)
+    assert 0 < result.quality["samples"]["accepted"] == len(rows(result)) < 400
+
+
+def test_a_budget_of_time_ends_the_run_and_what_is_in_flight_comes_home(tmp_path: Path) -> None:
+    teacher = Teacher()
+    with openai_server(teacher.script, latency=0.05) as server:
+        made = pipeline(server.url, tmp_path, 2_000, budget={"max_wall_s": 1.0})
+        result = run(made, tmp_path / "a")
+        assert server.counters.in_flight == 0
+    assert result.exit_code == ExitCode.BUDGET
+    assert 0 < len(teacher.draws) < 2_000
+    assert sum(len(seeds) for seeds in seeds_of(result).values()) == len(teacher.draws), "every answer was used"
+    assert_whole(result)
+
+
+def test_with_a_raised_budget_the_run_goes_on_and_pays_only_the_rest(tmp_path: Path) -> None:
+    teacher = Teacher()
+    with openai_server(teacher.script, latency=jittered(0)) as server:
+        made = [
+            pipeline(server.url, tmp_path, 150, n=2, **({"budget": {"max_tokens": tokens}} if tokens else {}))
+            for tokens in (3_000, 3_000, 0)
+        ]
+        results = [run(each, tmp_path / "a") for each in made]
+        assert max(Counter(teacher.draws).values()) == 1
+        assert len(teacher.draws) == 300
+        whole = run(made[-1], tmp_path / "b")
+    assert [result.exit_code for result in results] == [7, 7, 0]
+    assert len({result.run_id for result in results}) == 1, "a budget makes no other data set"
+    read = [result.quality["samples"]["accepted"] for result in results]
+    assert read == sorted(read) and read[0] < read[1] < read[2]
+    assert data_set(results[-1]) == data_set(whole)
+
+
+def test_what_is_stored_is_free(tmp_path: Path) -> None:
+    teacher = Teacher()
+    with openai_server(teacher.script) as server:
+        first = run(pipeline(server.url, tmp_path, 50), tmp_path / "a")
+        paid = len(teacher.draws)
+        budget = {"max_tokens": 1, "max_cost_usd": 1e-9}
+        again = run(pipeline(server.url, tmp_path, 50, budget=budget, teacher={"price": PRICE}), tmp_path / "a")
+        assert len(teacher.draws) == paid
+    assert again.exit_code == 0
+    assert data_set(again) == data_set(first)
+
+
+def test_a_budget_of_money_needs_prices(tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, ValueError), match=r"needs a price at models\.teacher"):
+        parse_pipeline(pipeline("http://127.0.0.1:1", tmp_path, 1, budget={"max_cost_usd": 1}))
+
+
+# --- targets ---
+
+
+def test_a_target_is_met_exactly_with_the_same_data_set_at_any_concurrency_and_order(tmp_path: Path) -> None:
+    made = []
+    for number, (concurrency, habit) in enumerate([(1, {}), (32, {}), (32, {"honours_n": False})]):
+        teacher = Teacher()
+        with openai_server(teacher.script, latency=jittered(number), **habit) as server:
+            config = {"max_concurrency": concurrency}
+            parts: dict[str, Any] = {"target": {"accepted": 25}, "until": {"accepted": 1}, "teacher": config}
+            made.append(run(pipeline(server.url, tmp_path, 120, n=4, **parts), tmp_path / str(number)))
+    assert {result.exit_code for result in made} == {0}
+    assert [len(rows(result)) for result in made] == [25] * 3
+    assert all(data_set(result) == data_set(made[0]) for result in made)
+    expected = [at for at in range(120) if any(map(right_of(made[0], at), range(4)))][:25]
+    assert [row["fd_task_id"] for row in rows(made[0])] == [f"q{at}" for at in expected]
+    assert_whole(made[0])
+
+
+def right_of(result: RunResult, number: int) -> Callable[[int], bool]:
+    """Whether the attempt-th draw of a question is right, for the seeds that a run's first draw shows."""
+    seeds = seeds_of(result).get(question(number))
+    teacher = Teacher()
+    return lambda attempt: seeds is not None and teacher.right(question(number), seeds[0] + attempt)
+
+
+def test_beyond_a_target_no_more_is_asked_for_than_was_open(tmp_path: Path) -> None:
+    teacher = Teacher(rate=0.5)
+    with openai_server(teacher.script, latency=jittered(0)) as server:
+        result = run(pipeline(server.url, tmp_path, 2_000, target={"accepted": 50}), tmp_path / "a")
+    last = int(rows(result)[-1]["fd_task_id"][1:])
+    assert len(rows(result)) == 50
+    assert last + 1 <= len(teacher.draws) <= last + 1 + 64, "64 samples are open at a time"
+
+
+@pytest.mark.parametrize(("on_exhausted", "code"), [("keep", 0), ("fail", 5)])
+def test_records_that_do_not_suffice_for_a_target_give_what_there_is(
+    tmp_path: Path, on_exhausted: str, code: int
+) -> None:
+    teacher = Teacher()
+    target = {"accepted": 60, "on_exhausted": on_exhausted}
+    with openai_server(teacher.script) as server:
+        result = run(pipeline(server.url, tmp_path, 60, target=target), tmp_path / "a")
+    assert result.exit_code == code
+    assert len(rows(result)) == sum(teacher.right(*draw) for draw in teacher.draws) < 60
+    assert_whole(result)
+
+
+def test_a_target_and_a_budget_end_at_whichever_comes_first(tmp_path: Path) -> None:
+    for target, tokens, code in ((10, 10**6, 0), (10**3, 2_000, 7)):
+        teacher = Teacher()
+        with openai_server(teacher.script) as server:
+            parts: dict[str, Any] = {"target": {"accepted": target}, "budget": {"max_tokens": tokens}}
+            result = run(pipeline(server.url, tmp_path, 300, **parts), tmp_path / str(code))
+        assert result.exit_code == code
+        assert len(rows(result)) <= target
+        assert_whole(result)
+
+
+def _sample(index: int, accepted: bool) -> Sample:
+    prompt = Prompt("vllm", "teacher", (), {})
+    candidate = Candidate("c", 0, 0, "k", prompt, Completion("", FinishReason.STOP), "")
+    return Sample(index, "s", {}, candidates=(candidate,) if accepted else ())
+
+
+@given(st.lists(st.booleans(), max_size=60), st.randoms(use_true_random=False), st.integers(1, 20))
+def test_only_what_is_accepted_before_the_first_unfinished_sample_counts(
+    accepted: list[bool], dice: random.Random, target: int
+) -> None:
+    order = list(range(len(accepted)))
+    dice.shuffle(order)
+    progress, finished = Progress(), set[int]()
+    for index in order:
+        progress.finished(_sample(index, accepted[index]))
+        finished.add(index)
+        done = next((at for at in range(len(accepted)) if at not in finished), len(accepted))
+        assert progress.accepted == sum(accepted[:done])
+    kept = list(first_accepted((_sample(at, yes) for at, yes in enumerate(accepted)), target))
+    assert sum(bool(sample.accepted) for sample in kept) == min(target, sum(accepted))
+    assert [sample.index for sample in kept] == list(range(len(kept)))
+    assert len(kept) == len(accepted) or kept[-1].accepted
+
+
+# --- waves ---
+
+
+def draws_in_theory(teacher: Teacher, result: RunResult, *, n: int, wave: int, accepted: int = 1) -> int:
+    """Draws of all samples if each stops after the first wave with enough accepted ones."""
+    total = 0
+    for prompt, seeds in seeds_of(result).items():
+        asked = found = 0
+        while asked < n and found < accepted:
+            step = range(asked, min(asked + wave, n))
+            found += sum(teacher.right(prompt, seeds[0] + attempt) for attempt in step)
+            asked += len(step)
+        total += asked
+    return total
+
+
+@pytest.mark.parametrize(("wave", "accepted"), [(1, 1), (3, 1), (2, 2)])
+def test_as_many_draws_are_asked_for_as_the_passes_say(tmp_path: Path, wave: int, accepted: int) -> None:
+    teacher = Teacher()
+    with openai_server(teacher.script, latency=jittered(1)) as server:
+        until = {"wave": wave, "accepted": accepted}
+        result = run(pipeline(server.url, tmp_path, 60, n=8, until=until), tmp_path / "a")
+    assert max(Counter(teacher.draws).values()) == 1
+    assert len(teacher.draws) == draws_in_theory(teacher, result, n=8, wave=wave, accepted=accepted)
+    for seeds in seeds_of(result).values():
+        assert seeds == list(range(seeds[0], seeds[0] + len(seeds)))
+
+
+def test_which_attempts_are_made_and_kept_does_not_depend_on_which_answer_is_fast(tmp_path: Path) -> None:
+    made = []
+    for number in range(2):
+        teacher = Teacher()
+        with openai_server(teacher.script, latency=jittered(number, 0.05), honours_n=False) as server:
+            parts: dict[str, Any] = {"until": {"accepted": 2, "wave": 3}, "teacher": {"max_concurrency": 32}}
+            result = run(pipeline(server.url, tmp_path, 40, n=8, **parts), tmp_path / str(number))
+        made.append((data_set(result), sorted(teacher.draws), seeds_of(result)))
+    assert made[0] == made[1]
+
+
+def test_at_a_pass_rate_of_three_in_ten_until_takes_less_than_half_of_the_tokens(tmp_path: Path) -> None:
+    results, teachers = [], []
+    for until in (None, {"accepted": 1}):
+        teacher = Teacher(rate=0.3)
+        with openai_server(teacher.script) as server:
+            parts: dict[str, Any] = {} if until is None else {"until": until}
+            results.append(run(pipeline(server.url, tmp_path, 120, n=8, **parts), tmp_path / str(until is None)))
+        teachers.append(teacher)
+    fixed, waves = teachers
+    accepted = [result.quality["samples"]["accepted"] for result in results]
+    assert accepted[0] == accepted[1] > 100
+    # With k = 1 and no score, the first accepted attempt is the best one: the very same rows.
+    assert rows(results[0]) == rows(results[1])
+    assert fixed.tokens / waves.tokens >= 2.0, "prompts included, though each wave sends the prompt again"
+    assert fixed.completion_tokens / waves.completion_tokens >= 2.3
+
+
+def test_the_next_teacher_is_asked_after_so_many_waves_and_the_rows_say_who_answered(tmp_path: Path) -> None:
+    weak = Teacher(right=lambda prompt, seed: int(prompt[-4:]) % 2 == 0)
+    strong = Teacher(right=lambda prompt, seed: int(prompt[-4:]) % 4 != 3)
+    with (
+        openai_server(weak.script, models=["weak"]) as small,
+        openai_server(strong.script, models=["strong"]) as large,
+    ):
+        models = {
+            name: {"provider": "vllm", "model": name, "base_url": server.url, "hedge": False}
+            for name, server in (("weak", small), ("strong", large))
+        }
+        parts: dict[str, Any] = {
+            "teachers": ["weak", "strong"],
+            "escalate_after": 2,
+            "until": {"accepted": 1, "wave": 1},
+        }
+        result = run(pipeline("", tmp_path, 40, n=5, models=models, **parts), tmp_path / "a")
+    asked = {at: (prompts(weak)[question(at)], prompts(strong)[question(at)]) for at in range(40)}
+    assert {asked[at] for at in range(0, 40, 2)} == {(1, 0)}
+    assert {asked[at] for at in range(1, 40, 4)} == {(2, 1)}
+    assert {asked[at] for at in range(3, 40, 4)} == {(2, 3)}, "the last one has all waves that are left"
+    assert [(row["fd_task_id"], row["fd_model"]) for row in rows(result)] == [
+        (f"q{at}", "weak" if at % 2 == 0 else "strong") for at in range(40) if at % 4 != 3
+    ]
+
+
+def prompts(teacher: Teacher) -> Counter[str]:
+    return Counter(prompt for prompt, _ in teacher.draws)
+
+
+@pytest.mark.parametrize("wave", [1, 3])
+def test_a_draw_that_breaks_the_server_does_not_keep_the_waves_going(tmp_path: Path, wave: int) -> None:
+    def poisoned(call: Call) -> Fault | None:
+        # The last draw but one, of a prompt that has no right answer.
+        broken = call.prompt == question(3) and call.seed is not None and call.seed % 3 == 1
+        return status(500, "CUDA error", times=None) if broken else None
+
+    teacher = Teacher(right=lambda prompt, seed: prompt != question(3))
+    with openai_server(teacher.script, faults=poisoned, honours_n=False) as server:
+        result = run(pipeline(server.url, tmp_path, 20, n=6, until={"wave": wave}), tmp_path / "a")
+    assert [row["fd_task_id"] for row in rows(result)] == [f"q{at}" for at in range(20) if at != 3]
+    answered = {seed for prompt, seed in teacher.draws if prompt == question(3)}
+    assert len(answered) <= 4
+    others: Sequence[int] = [count for prompt, count in prompts(teacher).items() if prompt != question(3)]
+    assert set(others) == {wave}
