@@ -16,12 +16,13 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from aiohttp import web
 
@@ -175,6 +176,21 @@ class Options:
     port: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """How a batch goes: it ends as `ends` once `seconds` have passed, with the first `answered` lines answered.
+
+    `breaks` breaks the connection that makes it, before it is made or after.
+    """
+
+    seconds: float = 0.0
+    ends: Literal["completed", "failed", "expired", "cancelled"] = "completed"
+    answered: int | None = None
+    code: str = "invalid_request"  # of a failure
+    breaks: Literal["before", "after"] | None = None
+    unseen: int = 0  # looks at it that are answered 503
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpenAIOptions(Options):
     """The habits of OpenAI-compatible servers."""
@@ -187,6 +203,7 @@ class OpenAIOptions(Options):
     refuses: Sequence[str] = ()  # parameters answered with OpenAI's 400
     unknown_model: Literal["404", "400", "any"] = "404"
     lists_models: bool = True
+    batches: Mapping[int, Batch] = field(default_factory=dict)  # by number from 1
     paths: Mapping[str, Any] = field(default_factory=dict)  # further GET paths and their JSON
     extra: Mapping[str, Any] = field(default_factory=dict)  # fields of every answer
 
@@ -336,8 +353,19 @@ class Server:
 class OpenAIServer(Server):
     options: OpenAIOptions
 
+    def __init__(self, options: OpenAIOptions) -> None:
+        super().__init__(options)
+        self.files: dict[str, bytes] = {}
+        self.batches: list[dict[str, Any]] = []
+        self.asked_for_batches = 0  # those that were not made among them
+
     def add_routes(self, router: web.UrlDispatcher) -> None:
         router.add_post("/v1/chat/completions", self._chat)
+        router.add_post("/v1/files", self._upload)
+        router.add_get("/v1/files/{id}/content", self._content)
+        router.add_post("/v1/batches", self._create_batch)
+        router.add_get("/v1/batches", self._list_batches)
+        router.add_get("/v1/batches/{id}", self._batch)
         router.add_get("/v1/models", self._models)
         for path, value in self.options.paths.items():
             router.add_get(path, _constant(value))
@@ -352,13 +380,94 @@ class OpenAIServer(Server):
         return web.json_response({"object": "list", "data": data})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        body = json.loads(await request.read())
+        call = self._call(json.loads(await request.read()))
+        return await self.answer(request, call, lambda: self._respond(call))
+
+    def _call(self, body: Mapping[str, Any]) -> Call:
         limit = body.get("max_tokens", body.get("max_completion_tokens"))
         number = self.counters.requests + 1
-        call = Call(number, body["model"], body["messages"], body.get("seed"), body.get("n", 1), limit, body)
-        if self.options.honours_n is False:
-            call = replace(call, n=1)
-        return await self.answer(request, call, lambda: self._respond(call))
+        n = 1 if self.options.honours_n is False else body.get("n", 1)
+        return Call(number, body["model"], body["messages"], body.get("seed"), n, limit, body)
+
+    # https://platform.openai.com/docs/api-reference/batch
+
+    async def _upload(self, request: web.Request) -> web.Response:
+        form = await request.post()
+        sent = form["file"]
+        assert isinstance(sent, web.FileField) and form["purpose"] == "batch"
+        return web.json_response({"id": self._keep(sent.file.read()), "object": "file", "purpose": "batch"})
+
+    async def _content(self, request: web.Request) -> web.Response:
+        return web.Response(body=self.files[request.match_info["id"]])
+
+    async def _create_batch(self, request: web.Request) -> web.Response:
+        self.asked_for_batches += 1
+        script = self.options.batches.get(self.asked_for_batches, Batch())
+        if script.breaks == "before":
+            _abort(request)
+        asked = json.loads(await request.read())
+        batch = {
+            "id": f"batch_{len(self.batches) + 1}",
+            "status": "in_progress",
+            "created_at": int(time.time()),
+            **asked,
+        }
+        self.batches.append(batch)
+        lines = [json.loads(line) for line in self.files[asked["input_file_id"]].splitlines()]
+        asyncio.get_running_loop().call_later(script.seconds, self._end_batch, batch, script, lines)
+        if script.breaks == "after":
+            _abort(request)
+        return web.json_response(batch)
+
+    async def _list_batches(self, request: web.Request) -> web.Response:
+        newest_first = self.batches[::-1]
+        after = [at + 1 for at, batch in enumerate(newest_first) if batch["id"] == request.query.get("after")]
+        rest = newest_first[after[0] if after else 0 :]
+        page = rest[:2]  # small, so that there are several
+        return web.json_response({"object": "list", "data": page, "has_more": len(rest) > len(page)})
+
+    async def _batch(self, request: web.Request) -> web.Response:
+        name = request.match_info["id"]
+        number = next((at for at, batch in enumerate(self.batches, 1) if batch["id"] == name), None)
+        if number is None:
+            return self.error(404, f"No batch found with id '{name}'.")
+        if self.counters.paths[request.path] <= self.options.batches.get(number, Batch()).unseen:
+            return self.error(503, "try again")
+        return web.json_response(self.batches[number - 1])
+
+    def _end_batch(self, batch: dict[str, Any], script: Batch, lines: Sequence[Mapping[str, Any]]) -> None:
+        if script.ends == "failed":
+            problems = {"data": [{"code": script.code, "message": f"scripted: {script.code}", "line": 1}]}
+            batch.update(status="failed", errors=problems)
+            return
+        output: list[str] = []
+        errors: list[str] = []
+        for at, line in enumerate(lines):
+            answered = script.answered is None or at < script.answered
+            response = self._respond_to_line(line["body"]) if answered else None
+            error = None if answered else {"code": f"batch_{script.ends}", "message": "not executed"}
+            result = json.dumps({"custom_id": line["custom_id"], "response": response, "error": error})
+            (output if response is not None and response["status_code"] == 200 else errors).append(result)
+        batch.update(
+            status=script.ends,
+            output_file_id=self._keep("\n".join(output).encode()) if output else None,
+            error_file_id=self._keep("\n".join(errors).encode()) if errors else None,
+        )
+
+    def _respond_to_line(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        call = self._call(body)
+        self.counters.requests += 1
+        self.counters.bodies.append(dict(body))
+        if fault := self._fault(call):
+            return {"status_code": fault.status, "body": json.loads(fault.body)}
+        response = self._respond(call)
+        if response.status == 200:
+            self._count_answer(call)
+        return {"status_code": response.status, "body": json.loads(response.text or "")}
+
+    def _keep(self, content: bytes) -> str:
+        self.files[f"file-{len(self.files) + 1}"] = content
+        return f"file-{len(self.files)}"
 
     def _respond(self, call: Call) -> web.Response:
         options = self.options
@@ -508,22 +617,25 @@ class OllamaServer(Server):
         return _tagged(model) in map(_tagged, self.options.models)
 
 
+S = TypeVar("S", bound=Server)
+
+
 @contextmanager
-def openai_server(script: Script = echo, **options: Any) -> Iterator[Server]:
+def openai_server(script: Script = echo, **options: Any) -> Iterator[OpenAIServer]:
     """An OpenAI-compatible server while the block lasts; `options` are `OpenAIOptions`. `url` ends in /v1."""
     with _running(OpenAIServer(OpenAIOptions(script=script, **options)), "/v1") as server:
         yield server
 
 
 @contextmanager
-def ollama_server(script: Script = echo, **options: Any) -> Iterator[Server]:
+def ollama_server(script: Script = echo, **options: Any) -> Iterator[OllamaServer]:
     """An Ollama server while the block lasts; `options` are `OllamaOptions`."""
     with _running(OllamaServer(OllamaOptions(script=script, **options)), "") as server:
         yield server
 
 
 @contextmanager
-def _running(server: Server, suffix: str) -> Iterator[Server]:
+def _running(server: S, suffix: str) -> Iterator[S]:
     started, loops = threading.Event(), []
 
     async def main() -> None:

@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
-from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
+from fastdistill.model.client import Brake
 from fastdistill.model.provider import (
     Capabilities,
     ErrorKind,
@@ -115,12 +117,26 @@ _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKin
 """Errors of a probe's request that say something about the endpoint, not about what the request tried."""
 
 
+class BatchOptions(BaseModel):
+    """How requests go through the Batch API: `openai_batch.py`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(10_000, gt=0, le=50_000, description="requests in one batch, at most")
+    quiet_s: float = Field(1.0, gt=0, description="seconds without a new request, after which a batch goes out")
+    completion_window: str = Field("24h", description="in which the server promises to be done")
+    poll_s: float = Field(30.0, gt=0, description="seconds between two looks at a batch, growing tenfold")
+
+
 class OpenAIConfig(ServedConfig):
     """One model at one endpoint or several; `base_url` gets `/v1` where it has no path. Keys are never dumped."""
 
     provider: Kind = "openai"
     api_key: SecretStr | None = Field(None, exclude=True, description="by default from the server's own variable")
     headers: dict[str, SecretStr] = Field({}, exclude=True, description="sent with every request")
+    batch: BatchOptions | None = Field(
+        None, description="true, or its options: use the Batch API; `max_concurrency` is then `size` by default"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -137,9 +153,25 @@ class OpenAIConfig(ServedConfig):
         official = _HABITS[info.data.get("provider", "openai")].base_url
         return each_url(given, lambda url: _normal_url(url, official))
 
+    @field_validator("batch", mode="before")
+    @classmethod
+    def _switched(cls, given: Any) -> Any:
+        return ({} if given else None) if isinstance(given, bool) else given
+
+    @model_validator(mode="after")
+    def _fits_batches(self) -> Self:
+        if self.batch is not None and self.hedge:
+            raise ValueError("hedge: not with batch, where a second request would only cost twice; remove it")
+        if self.batch is not None and not isinstance(self.base_url, str):
+            raise ValueError("batch: takes one base_url, for a later run must find its batches at the same server")
+        if self.batch is not None and self.max_concurrency is None:
+            object.__setattr__(self, "max_concurrency", self.batch.size)
+        return self
+
     @property
     def hedges(self) -> bool:
-        return self.provider in ("vllm", "sglang")  # one's own: a second answer costs no money
+        # One's own: a second answer costs no money.
+        return self.provider in ("vllm", "sglang") and self.batch is None
 
 
 class OpenAIProvider:
@@ -157,7 +189,6 @@ class OpenAIProvider:
         self._habits = _HABITS[config.provider]
         self._transport = transport or AiohttpTransport()
         self._headers = {
-            "Content-Type": "application/json",
             **({"Authorization": f"Bearer {config.api_key.get_secret_value()}"} if config.api_key else {}),
             **{name: value.get_secret_value() for name, value in config.headers.items()},
         }
@@ -166,6 +197,15 @@ class OpenAIProvider:
         self._limit_name = "max_tokens"
         self._models: tuple[_Model, ...] | None = None
         self._listing = asyncio.Lock()
+
+    @classmethod
+    def in_run(cls, config: OpenAIConfig, root: Path, brake: Brake) -> "OpenAIProvider":
+        """The provider that a run uses, which may keep something under the artifacts root for the next run."""
+        if config.batch is None:
+            return cls(config)
+        from fastdistill.model.providers.openai_batch import BatchProvider  # which is made of this one
+
+        return BatchProvider(config, config.batch, root / "batches", brake)
 
     async def __aenter__(self) -> Self:
         return self
@@ -204,8 +244,7 @@ class OpenAIProvider:
         while True:
             body = self._body(prompt, seed, n)
             try:
-                response = await self._request("POST", f"{self._config.url}/chat/completions", body)
-                return self._completions(response, body, n)
+                return self._completions(await self._chat(body), body, n)
             except ProviderError as error:
                 # Each turn takes one more parameter out of the body, so this ends.
                 if self._learn(error, body):
@@ -217,6 +256,8 @@ class OpenAIProvider:
     async def probe(self) -> Capabilities:
         """Lists the models, then asks for a token with n=2, for one with logprobs, and for four with a JSON schema.
 
+        With `batch` it asks for none: that would take a batch.
+
         Raises:
             ProviderError: nobody there, wrong key, unknown model.
         """
@@ -224,6 +265,14 @@ class OpenAIProvider:
         # llama.cpp answers to any name, and lists one model under its own.
         entry = next((model for model in models if model.id == self._config.model or len(models) == 1), None)
         server, notes = await self._identify()
+        listed = Capabilities(
+            endpoint=self._config.url,
+            server=server,
+            models=tuple(model.id for model in models),
+            context_length=entry.context if entry else None,
+        )
+        if self._config.batch is not None:
+            return replace(listed, notes=tuple(notes))
         two = await self._try(n=2)
         scored = await self._try(logprobs=True)
         shaped = await self._try(max_tokens=4, response_format=_PROBE_SCHEMA)  # the first may be blank
@@ -234,13 +283,10 @@ class OpenAIProvider:
         if answer and answer.model and answer.model != self._config.model:
             notes.append(f"asked for {self._config.model!r}, answers come from {answer.model!r}")
         works = isinstance(two, list)
-        return Capabilities(
-            endpoint=self._config.url,
-            server=server,
+        return replace(
+            listed,
             served_model=answer.model if answer else None,
             build=answer.build if answer else None,
-            models=tuple(model.id for model in models),
-            context_length=entry.context if entry else None,
             n=_counts_both(two) if isinstance(two, list) else None,
             logprobs=bool(scored[0].logprobs) if isinstance(scored, list) else (False if works else None),
             json_schema=_begins_an_object(shaped[0].text) if isinstance(shaped, list) else (False if works else None),
@@ -295,13 +341,19 @@ class OpenAIProvider:
         self._refused.setdefault(name, f"refused with status {error.status}")
         return True
 
-    async def _request(self, method: str, url: str, body: object = None) -> Response:
+    async def _chat(self, body: Mapping[str, Any]) -> Response:
+        """The answer to one request, whatever its status."""
+        return await self._request("POST", f"{self._config.url}/chat/completions", msgspec.json.encode(body))
+
+    async def _request(
+        self, method: str, url: str, body: bytes | None = None, content_type: str = "application/json"
+    ) -> Response:
         try:
             response = await self._transport.request(
                 method,
                 url,
-                headers=self._headers,
-                body=None if body is None else msgspec.json.encode(body),
+                headers={**self._headers, "Content-Type": content_type},
+                body=body,
                 timeout=self._config.timeout,
             )
         except ProviderError as error:

@@ -1,0 +1,380 @@
+"""OpenAI's Batch API: the requests and answers of `openai.py`, at the server's leisure and for less money.
+
+Requests are gathered until none has come for a while or the batch is full, go out as one file, and each gets its
+line of the answers. A batch is put on record before it is made: a run that finds records of an earlier one goes on
+with those batches, so none is paid for twice. Wire: https://platform.openai.com/docs/api-reference/batch
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from time import time_ns
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from fastdistill.core.canonical import digest
+from fastdistill.core.errors import FatalError, NotAsked, TeacherError
+from fastdistill.core.files import atomic
+from fastdistill.model.client import Brake
+from fastdistill.model.provider import ErrorKind, ProviderError
+from fastdistill.model.providers.openai import BatchOptions, OpenAIConfig, OpenAIProvider
+from fastdistill.model.transport import AiohttpTransport, Response
+
+LARGEST = 100 * 10**6  # bytes of one batch: half of what OpenAI takes
+KEPT = 30 * 86_400 * 10**9  # nanoseconds; OpenAI deletes the answers of a batch after 30 days
+CLOCKS_DIFFER = 3600  # seconds, at most, between the server's clock and ours
+SLOWEST = 10  # times `poll_s`
+
+_ENDPOINT = "/v1/chat/completions"
+_ENDED = {"completed", "failed", "expired", "cancelled"}
+
+_LASTS = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.BAD_REQUEST, ErrorKind.TOO_LONG, ErrorKind.UNSUPPORTED}
+
+T = TypeVar("T")
+_Answers: TypeAlias = dict[str, Response | Exception]
+"""By custom id, each until it is asked for."""
+_Lines: TypeAlias = "dict[str, list[tuple[_Batch, str]]]"
+"""Batches and custom ids, by the digest of the request's body, the oldest first."""
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """Requests that go out together. `path` is its record, and `path.stem` its name: the time when it was begun."""
+
+    path: Path
+    requests: list[str] = field(default_factory=list)  # custom ids: the digest of a body, and a number
+    id: str | None = None  # the server's; None: not known to have been made
+    was_read: bool = False  # by an earlier run, which may have stored any of its answers
+    lines: list[bytes] = field(default_factory=list)  # what is to be uploaded
+    size: int = 0  # bytes of them
+    answers: "asyncio.Task[_Answers] | None" = None
+
+
+class BatchProvider(OpenAIProvider):
+    """Implements `Provider`; a request returns when its batch has ended, and a request that failed joins the next.
+
+    What keeps a whole batch from being answered is a FatalError: the records stay, and the next run goes on. It also
+    ends the wait when the run winds down for a reason other than having enough.
+    """
+
+    def __init__(self, config: OpenAIConfig, options: BatchOptions, records: Path, brake: Brake) -> None:
+        super().__init__(config, _FreshConnections())
+        self._options = options
+        self._records = records
+        self._brake = brake
+        self._recalled: asyncio.Task[_Lines] | None = None
+        self._gathering: _Batch | None = None
+        self._at_server: set[_Batch] = set()
+        self._tasks: list[asyncio.Task[Any]] = []  # ended by aclose
+        if self._official:
+            self._limit_name = "max_completion_tokens"  # every model takes it; to learn it would cost a batch
+
+    async def aclose(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await super().aclose()
+
+    async def _chat(self, body: Mapping[str, Any]) -> Response:
+        key = digest(body)[:32]
+        if self._recalled is None:
+            self._recalled = self._start(self._recall())
+        earlier = (await asyncio.shield(self._recalled)).get(key, [])
+        while earlier:
+            batch, custom_id = earlier.pop()
+            if batch.was_read and "seed" not in body:
+                continue  # without a seed, draws of one prompt look the same: this may be the answer to another
+            answer = await self._answer(batch, custom_id)
+            if isinstance(answer, Response) and answer.status == 200:
+                return answer
+        answer = await self._answer(*self._join(key, body))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _join(self, key: str, body: Mapping[str, Any]) -> tuple[_Batch, str]:
+        """Adds a request to the batch that is being gathered, or to a new one where it does not fit."""
+        request = msgspec.json.encode(body)
+        batch = self._gathering
+        if batch is None or len(batch.requests) >= self._options.size or batch.size + len(request) > LARGEST:
+            batch = self._gathering = _Batch(self._records / f"{time_ns()}.json")
+        custom_id = f"{key}-{len(batch.requests)}"
+        line = {"custom_id": custom_id, "method": "POST", "url": _ENDPOINT, "body": msgspec.Raw(request)}
+        batch.requests.append(custom_id)
+        batch.lines.append(msgspec.json.encode(line) + b"\n")
+        batch.size += len(batch.lines[-1])
+        return batch, custom_id
+
+    async def _answer(self, batch: _Batch, custom_id: str) -> Response | Exception:
+        if batch.answers is None:
+            batch.answers = self._start(self._carry(batch))
+        return (await asyncio.shield(batch.answers)).pop(custom_id)
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        return task
+
+    # --- one batch, from its first request to its answers ---
+
+    async def _carry(self, batch: _Batch) -> _Answers:
+        if batch.id is None:
+            await self._gather(batch)
+            await self._create(batch, await self._upload(batch))
+        while (state := await self._end(batch)).status == "failed":
+            full = any(problem.code == "token_limit_exceeded" for problem in state.problems)
+            if not (full and self._at_server):
+                batch.path.unlink(missing_ok=True)  # nothing of it was worked on
+                words = "; ".join(problem.message for problem in state.problems[:3]) or "no reason given"
+                remedy = "; lower `batch.size`, or wait until other batches are done" if full else ""
+                raise TeacherError(f"{self._where}: batch {state.id} failed: {words}{remedy}")
+            await self._wait(self._options.poll_s)
+            await self._create(batch, state.input_file_id)
+        return await self._read(batch, state)
+
+    async def _gather(self, batch: _Batch) -> None:
+        """Returns when a batch is full, or has not grown for a while."""
+        while self._gathering is batch:
+            size = len(batch.requests)
+            await asyncio.sleep(self._options.quiet_s)
+            if self._gathering is batch and len(batch.requests) == size:
+                self._gathering = None
+        with suppress(NotAsked):  # these requests were let through before the run had enough
+            self._brake.check(0, 0.0)
+
+    async def _upload(self, batch: _Batch) -> str:
+        content_type, form = _form(batch)
+        batch.lines.clear()
+        upload = partial(self._call, _decode_file, "POST", "/files", form, content_type)
+        return (await self._patiently(upload)).id
+
+    async def _create(self, batch: _Batch, file_id: str) -> None:
+        batch.id = None
+        self._record(batch)
+        request = msgspec.json.encode(
+            {
+                "input_file_id": file_id,
+                "endpoint": _ENDPOINT,
+                "completion_window": self._options.completion_window,
+                "metadata": {"fastdistill": batch.path.stem},
+            }
+        )
+
+        async def create() -> _State:
+            if (found := await self._find(batch)) is not None:
+                return found  # by a request that broke off
+            return await self._call(_decode_state, "POST", "/batches", request)
+
+        batch.id = (await self._patiently(create)).id
+        self._record(batch)
+
+    async def _end(self, batch: _Batch) -> "_State":
+        """The state of a batch once it has ended."""
+        self._at_server.add(batch)
+        look = partial(self._call, _decode_state, "GET", f"/batches/{batch.id}")
+        delays = self._delays()
+        while (state := await self._patiently(look)).status not in _ENDED:
+            try:
+                await self._wait(next(delays))
+            except FatalError as reason:
+                goes_on = ", ".join(sorted(str(other.id) for other in self._at_server))
+                raise type(reason)(f"{reason}; still at the server, for the next run to read: {goes_on}") from reason
+        self._at_server.discard(batch)
+        return state
+
+    async def _read(self, batch: _Batch, state: "_State") -> _Answers:
+        self._record(batch, read=True)
+        answers: _Answers = {}
+        for file_id in (state.output_file_id, state.error_file_id):
+            if file_id is not None:
+                fetch = partial(self._call, _decode_lines, "GET", f"/files/{file_id}/content")
+                for line in await self._patiently(fetch):
+                    if line.response is not None:
+                        answers[line.custom_id] = Response(line.response.status_code, {}, bytes(line.response.body))
+        return {custom_id: answers.get(custom_id) or self._unanswered(state) for custom_id in batch.requests}
+
+    def _unanswered(self, state: "_State") -> Exception:
+        words = f"{self._where}: batch {state.id} is {state.status}, this request was not answered"
+        if state.status == "cancelled":
+            return TeacherError(f"{words}; run again to ask for what is missing in a new batch")
+        return ProviderError(ErrorKind.OVERLOADED, words)
+
+    # --- the records ---
+
+    def _record(self, batch: _Batch, *, read: bool = False) -> None:
+        with atomic(batch.path, "wb") as file:
+            file.write(msgspec.json.encode(_Record(self._config.url, batch.id, read, batch.requests)))
+
+    async def _recall(self) -> _Lines:
+        """The lines of earlier runs' batches."""
+        lines: _Lines = {}
+        for batch in list(self._recorded()):
+            if batch.id is None:  # the run ended while it was being made
+                found = await self._patiently(partial(self._find, batch))
+                if found is None:
+                    batch.path.unlink(missing_ok=True)
+                    continue
+                batch.id = found.id
+                self._record(batch)
+            for custom_id in batch.requests:
+                lines.setdefault(custom_id.partition("-")[0], []).append((batch, custom_id))
+        return lines
+
+    def _recorded(self) -> Iterator[_Batch]:
+        for path in sorted(self._records.glob("[0-9]*.json")):
+            record = msgspec.json.decode(path.read_bytes(), type=_Record)
+            if int(path.stem) < time_ns() - KEPT:
+                path.unlink(missing_ok=True)
+            elif record.url == self._config.url:
+                yield _Batch(path, record.requests, record.batch, record.read)
+
+    async def _find(self, batch: _Batch) -> "_State | None":
+        """The batch at the server that has this one's name, if it was made and has not failed."""
+        after, begun = "", int(batch.path.stem) / 1e9
+        while True:
+            page = await self._call(_decode_page, "GET", f"/batches?limit=100{after}")
+            for state in page.data:
+                if (state.metadata or {}).get("fastdistill") == batch.path.stem and state.status != "failed":
+                    return state
+            if not page.has_more or not page.data or page.data[-1].created_at < begun - CLOCKS_DIFFER:
+                return None  # the newest come first
+            after = f"&after={page.data[-1].id}"
+
+    # --- the wire ---
+
+    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """What `work` brings, which is tried again for as long as a batch is worth it; then the whole run stops."""
+        delays = islice(self._delays(), self._config.max_retries)
+        while True:
+            try:
+                return await work()
+            except ProviderError as error:
+                delay = next(delays, None)
+                if delay is None or error.kind in _LASTS:
+                    raise TeacherError(
+                        f"{error}; what was submitted is on record in {self._records}: run again to go on with it,"
+                        " or remove a record to ask anew"
+                    ) from error
+                await self._wait(max(delay, error.retry_after or 0.0))
+
+    def _delays(self) -> Iterator[float]:
+        delay = self._options.poll_s
+        while True:
+            yield delay
+            delay = min(1.5 * delay, SLOWEST * self._options.poll_s)
+
+    async def _wait(self, seconds: float) -> None:
+        """Sleeps, but not on when the run must stop."""
+        await self._brake.pause(seconds)
+        try:
+            self._brake.check(0, 0.0)
+        except NotAsked:
+            await asyncio.sleep(seconds)  # the run has enough: what is under way comes home all the same
+
+    async def _call(self, decode: Callable[[bytes], T], method: str, path: str, *sent: Any) -> T:
+        """What the server answers; `sent` are a body and its content type, as `_request` takes them."""
+        response = await self._request(method, self._config.url + path, *sent)
+        place = f"{method} {path.partition('?')[0]}"
+        if not 200 <= response.status < 300:
+            error = self._error(response.status, response, {})
+            raise ProviderError(error.kind, f"{error} ({place})", status=error.status, retry_after=error.retry_after)
+        try:
+            return decode(response.body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ProviderError(ErrorKind.GARBLED, f"{self._where}: not what {place} should bring: {error}") from error
+
+
+class _FreshConnections:
+    """Implements `Transport` for requests that come minutes apart, with a connection for each.
+
+    A kept connection that turns out to be dead has its request sent again, which could make a batch twice.
+    """
+
+    async def request(
+        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, timeout: float
+    ) -> Response:
+        transport = AiohttpTransport()
+        transport.max_body = 2**30
+        try:
+            return await transport.request(method, url, headers=headers, body=body, timeout=timeout)
+        finally:
+            await transport.aclose()
+
+    async def aclose(self) -> None: ...
+
+
+class _Record(Struct):
+    url: str
+    batch: str | None
+    read: bool
+    requests: list[str]
+
+
+class _File(Struct):
+    id: str
+
+
+class _Problem(Struct):
+    message: str = ""
+    code: str | None = None
+
+
+class _Problems(Struct):
+    data: list[_Problem] | None = None
+
+
+class _State(Struct):
+    """A batch as the server has it."""
+
+    id: str
+    status: str
+    created_at: int = 0
+    input_file_id: str = ""
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    errors: _Problems | None = None
+    metadata: dict[str, str] | None = None
+
+    @property
+    def problems(self) -> list[_Problem]:
+        return (self.errors and self.errors.data) or []
+
+
+class _Page(Struct):
+    data: list[_State]
+    has_more: bool = False
+
+
+class _Reply(Struct):
+    status_code: int
+    body: msgspec.Raw
+
+
+class _Line(Struct):
+    custom_id: str
+    response: _Reply | None = None
+
+
+_decode_file = msgspec.json.Decoder(_File).decode
+_decode_state = msgspec.json.Decoder(_State).decode
+_decode_page = msgspec.json.Decoder(_Page).decode
+_decode_lines = msgspec.json.Decoder(_Line).decode_lines
+
+
+def _form(batch: _Batch) -> tuple[str, bytes]:
+    """The content type and the body of an upload (RFC 7578). JSON has no bare line ends, so the boundary is unique."""
+    boundary = f"fastdistill-{batch.path.stem}"
+    head = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{batch.path.stem}.jsonl"\r\n'
+        "Content-Type: application/jsonl\r\n\r\n"
+    )
+    return f"multipart/form-data; boundary={boundary}", b"".join(
+        [head.encode(), *batch.lines, f"\r\n--{boundary}--\r\n".encode()]
+    )
