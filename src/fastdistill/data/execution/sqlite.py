@@ -105,6 +105,8 @@ class SQLiteExecEval(Gate):
         reason = seen.reason
         if self.require == "exec_pass" and seen.exec_pass:
             reason = SqlReason.EXECUTED  # whatever gold says
+        elif self.require == "exec_pass" and seen.exec_pass is False and reason.outcome == "error":
+            reason = SqlReason.SQL_ERROR
         hidden = {"reason", "sqlite_version"} | (set() if seen.near_limit else {"near_limit"})
         shown = {name: value for name, value in asdict(seen).items() if value not in (None, ()) and name not in hidden}
         return self.verdict(Outcome(reason.outcome), reason, **shown)

@@ -1,0 +1,395 @@
+"""Judges Python programs in sandboxed processes from asyncio: one bad program costs no other anything.
+
+Each lane has a zygote (`python_worker`), which forks fresh processes for every case and outlives them all. Code and
+tests travel to these directly; the verdict comes from the tester, from the kernel's account of how each process ended,
+or, for programs that read and print, from a comparison made here. CPU time decides. The wall clock is a backstop that
+never blames the program: what it stops runs once more, and then is an error.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Literal, Self
+
+import fastdistill
+from fastdistill.core.errors import EnvironmentFault
+from fastdistill.core.timing import observe
+from fastdistill.data.execution import sandbox
+from fastdistill.data.execution.python_worker import EXIT_STATUS, HEADER, KILL, READY, PythonReason, Role, frame
+
+_START_S = 30.0
+"""Wall seconds for a zygote to start; it needs about 0.2 on an idle core."""
+_REAP_S = 10.0
+"""Wall seconds for a killed case to be gone."""
+_REPORT_BYTES = 1 << 16
+_NEAR_LIMIT = 0.8
+_PACKAGE = Path(fastdistill.__file__).parent
+_INHERITED = ("LD_LIBRARY_PATH", "PYTHONHOME")
+"""All that a zygote inherits, where it is set: what an interpreter may need in order to start."""
+
+
+class PoolClosedError(Exception):
+    """The pool was closed before it could answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class PythonLimits:
+    """What one case may cost: `cpu_s` and `memory_bytes` hold for each of its processes."""
+
+    cpu_s: int = 3
+    wall_s: float = 30.0
+    """A backstop, ten times the CPU time, so that a busy machine changes no verdict."""
+    memory_bytes: int = 512 << 20
+    """Address space; an interpreter takes about 30 MB of it."""
+    code_bytes: int = 100_000
+    output_bytes: int = 64 << 10
+    """What a program may print, or twice the expected output if that is more."""
+    result_bytes: int = 4 << 20
+    """One returned value, as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputOutput:
+    """A test of a program that reads standard input and prints."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class PythonJob:
+    """One candidate to judge by its tests: pieces of Python, or pairs of input and output."""
+
+    code: str
+    tests: tuple[str, ...] | tuple[InputOutput, ...]
+    setup: str = ""
+    """Put before the candidate, and given to the tests: imports, helpers, a prompt that the candidate continues."""
+    entry_point: str | None = None
+    """The function that `check(candidate)` is called with."""
+    mode: Literal["split", "solo"] = "split"
+
+
+@dataclass(frozen=True, slots=True)
+class PythonEvaluation:
+    reason: PythonReason
+    detail: str | None = None
+    near_limit: bool = False
+    """It took 80% or more of its CPU time: another machine may judge it differently."""
+
+
+class PythonPool:
+    """An async context manager over `workers` lanes (one a core and one more), each started when it first gets a job.
+
+    Any number of tasks may call `evaluate`; each waits for a free lane.
+
+    Raises:
+        EnvironmentFault: this machine does not offer `level`, or no sandbox at all.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        limits: PythonLimits | None = None,
+        level: sandbox.IsolationLevel | None = None,
+    ) -> None:
+        available = sandbox.available_isolation()
+        found = level or available.level
+        if found is None or found not in available.levels:
+            raise EnvironmentFault(f"python sandbox: {level or 'isolation'} is not available here: {available}")
+        self.level = found
+        self._limits = limits or PythonLimits()
+        self._workers = workers or 1 + (os.cpu_count() or 1)  # one more, for a lane waits at times
+        self._closed = True
+
+    async def __aenter__(self) -> Self:
+        self._lanes = [_Lane(self._limits, self.level) for _ in range(self._workers)]
+        self._idle: asyncio.LifoQueue[_Lane] = asyncio.LifoQueue()
+        for lane in self._lanes:
+            self._idle.put_nowait(lane)
+        self._closed = False
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._closed = True
+        for lane in self._lanes:
+            lane.kill()
+        for _lane in self._lanes:  # each comes back from whoever has it, and those who wait for one give up
+            (await self._idle.get()).stop()
+
+    async def evaluate(self, job: PythonJob) -> PythonEvaluation:
+        """Raises `PoolClosedError`, or `EnvironmentFault` if no process starts; all else is a reason."""
+        if not job.code.strip():
+            return PythonEvaluation(PythonReason.EMPTY)
+        if len(job.code) > self._limits.code_bytes:
+            return PythonEvaluation(PythonReason.LIMIT_CODE, f"{len(job.code)} characters")
+        if not job.tests:
+            return PythonEvaluation(PythonReason.TESTS_INVALID, "no tests")
+        self._check_open()
+        called = perf_counter()
+        lane = await self._idle.get()
+        begun = perf_counter()
+        try:
+            self._check_open()
+            evaluation = await lane.judge(job)
+            if evaluation.reason in (PythonReason.WALL_TIMEOUT, PythonReason.SANDBOX_DIED):
+                self._check_open()
+                evaluation = await lane.judge(job)
+            return evaluation
+        finally:
+            self._idle.put_nowait(lane)
+            observe(queued=begun - called, busy=perf_counter() - begun)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PoolClosedError("python pool: closed before it could answer")
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a process ended, by the kernel's account."""
+
+    status: int
+    cpu_s: float
+    killed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """All that was seen of one case."""
+
+    output: bytes
+    report: bytes
+    program: _End
+    tester: _End | None
+    overflowed: bool
+    timed_out: bool
+
+
+class _ZygoteDiedError(Exception):
+    pass
+
+
+class _Lane:
+    """One zygote at a time, replaced when it dies."""
+
+    def __init__(self, limits: PythonLimits, level: sandbox.IsolationLevel) -> None:
+        self._limits = limits
+        self._level = level
+        self._process: subprocess.Popen[bytes] | None = None
+        self._resources = ExitStack()
+
+    async def judge(self, job: PythonJob) -> PythonEvaluation:
+        """One attempt. Raises EnvironmentFault if no zygote starts."""
+        code = job.setup + ("" if not job.setup or job.setup.endswith("\n") else "\n") + job.code
+        pairs = [test for test in job.tests if isinstance(test, InputOutput)]
+        try:
+            return await (self._compare_outputs(code, pairs) if pairs else self._run_tests(job, code))
+        except _ZygoteDiedError:
+            return PythonEvaluation(PythonReason.SANDBOX_DIED, "its zygote died")
+
+    async def _run_tests(self, job: PythonJob, code: str) -> PythonEvaluation:
+        token = secrets.token_hex(16)
+        task = {"tests": job.tests, "setup": job.setup, "entry_point": job.entry_point, "token": token}
+        if job.mode == "solo":
+            run = await self._run("solo", b"", frame({**task, "code": code}))
+        else:
+            run = await self._run("split", frame(code), frame(task))
+        reason, detail = PythonReason.EXITED, "its process ended"
+        with suppress(ValueError, TypeError, AttributeError):  # half a frame, or what a candidate sprayed
+            signature, word, text = json.loads(run.report[HEADER.size :])
+            if signature == token:
+                reason, detail = PythonReason(word), text.encode(errors="backslashreplace").decode()
+        found = PythonEvaluation(reason, detail or None)
+        if reason is PythonReason.EXITED or run.overflowed:
+            found = self._fault(run) or found
+        return replace(found, near_limit=self._near_limit(run))
+
+    async def _compare_outputs(self, code: str, pairs: Sequence[InputOutput]) -> PythonEvaluation:
+        near_limit = False
+        for place, pair in enumerate(pairs, 1):
+            stdin, expected = (text.encode(errors="surrogatepass") for text in (pair.input, pair.output))
+            run = await self._run("stdio", frame(code) + stdin, None, 2 * len(expected))
+            near_limit |= self._near_limit(run)
+            found = self._fault(run)
+            if found is None and run.program.status:
+                reason = EXIT_STATUS.get(run.program.status, PythonReason.EXITED)
+                found = PythonEvaluation(reason, f"status {run.program.status}")
+            elif found is None and _lines(run.output) != _lines(expected):
+                found = PythonEvaluation(PythonReason.MISMATCH, "printed something else")
+            if found:
+                return replace(found, detail=f"test {place}: {found.detail}", near_limit=near_limit)
+        return PythonEvaluation(PythonReason.PASSED, near_limit=near_limit)
+
+    def _fault(self, run: _Run) -> PythonEvaluation | None:
+        """What the end of the processes says; None if the program's ended by itself."""
+        status = run.program.status
+        if run.overflowed:
+            return PythonEvaluation(PythonReason.LIMIT_OUTPUT, "printed too much")
+        if status == -signal.SIGXCPU or (status == -signal.SIGKILL and run.program.cpu_s > self._limits.cpu_s):
+            return PythonEvaluation(PythonReason.LIMIT_CPU, f"more than {self._limits.cpu_s} s of CPU time")
+        if run.timed_out:
+            return PythonEvaluation(PythonReason.WALL_TIMEOUT, f"no end within {self._limits.wall_s} s")
+        if run.tester and not run.report:
+            return PythonEvaluation(PythonReason.TESTS_LIMIT, f"the tester {_describe(run.tester.status)}")
+        if status == -signal.SIGKILL:
+            # Nothing in the sandbox may send this signal: it was us, or the machine (out of memory), or somebody.
+            return None if run.program.killed else PythonEvaluation(PythonReason.SANDBOX_DIED, _describe(status))
+        return PythonEvaluation(PythonReason.CRASHED, _describe(status)) if status < 0 else None
+
+    def _near_limit(self, run: _Run) -> bool:
+        return run.program.cpu_s >= _NEAR_LIMIT * self._limits.cpu_s
+
+    async def _run(self, role: Role, to_program: bytes, to_tester: bytes | None, expected_bytes: int = 0) -> _Run:
+        """Runs one case to the end of all its processes.
+
+        Raises:
+            _ZygoteDiedError: and the lane is stopped; it starts again with the next case.
+        """
+        control = await self._started()
+        try:
+            return await self._exchange(control, role, to_program, to_tester, expected_bytes)
+        except BaseException:
+            self.stop()  # the case may still be running
+            raise
+
+    async def _exchange(
+        self, control: socket.socket, role: Role, to_program: bytes, to_tester: bytes | None, expected_bytes: int
+    ) -> _Run:
+        loop = asyncio.get_running_loop()
+        limits = self._limits
+        overflowed = timed_out = False
+
+        async def feed(link: socket.socket, message: bytes) -> None:
+            with suppress(OSError):  # it ended without reading all
+                await loop.sock_sendall(link, message)
+                link.shutdown(socket.SHUT_WR)
+
+        async def drain(link: socket.socket, longest: int) -> bytes:
+            nonlocal overflowed
+            seen = bytearray()
+            with suppress(OSError):  # it ended without reading all
+                while part := await loop.sock_recv(link, 1 << 16):
+                    seen += part[: longest + 1 - len(seen)]
+                    if len(seen) > longest and not overflowed:
+                        overflowed = True
+                        control.send(KILL)
+            return bytes(seen)
+
+        async def end_of_case(seconds: float) -> bytes:
+            async with asyncio.timeout(seconds):
+                return await loop.sock_recv(control, 4096)
+
+        with ExitStack() as stack:
+            pairs = [socket.socketpair() for _ in ([to_program] if to_tester is None else [to_program, to_tester])]
+            for ours, _ in pairs:
+                ours.setblocking(False)
+                stack.enter_context(ours)
+            try:
+                socket.send_fds(control, [role.encode()], [theirs.fileno() for _, theirs in pairs])
+            except OSError as error:
+                raise _ZygoteDiedError from error
+            finally:
+                for _, theirs in pairs:
+                    theirs.close()
+            links = [ours for ours, _ in pairs]
+            async with asyncio.TaskGroup() as group:
+                feeds = [group.create_task(feed(links[0], to_program))]
+                drains = [group.create_task(drain(links[0], max(limits.output_bytes, expected_bytes)))]
+                if to_tester is not None:
+                    feeds.append(group.create_task(feed(links[1], to_tester)))
+                    drains.append(group.create_task(drain(links[1], _REPORT_BYTES)))
+                ends = b""
+                with suppress(OSError, TimeoutError):
+                    try:
+                        ends = await end_of_case(limits.wall_s)
+                    except TimeoutError:
+                        timed_out = True
+                        control.send(KILL)
+                        ends = await end_of_case(_REAP_S)
+                if not ends:
+                    self.kill()
+                for task in feeds:
+                    task.cancel()
+        if not ends:
+            raise _ZygoteDiedError
+        output, report = drains[0].result(), b"".join(task.result() for task in drains[1:])
+        program, tester = (_End(*end) if end else None for end in map(json.loads(ends).get, ("program", "tester")))
+        assert program is not None
+        return _Run(output, report, program, tester, overflowed, timed_out)
+
+    def kill(self) -> None:
+        """Ends the zygote and all that it runs; whoever listens to it learns that it is gone."""
+        if self._process is not None:
+            self._process.kill()
+
+    def stop(self) -> None:
+        """Kills, waits until it is gone, and gives back what it used. Nobody may be listening."""
+        self.kill()
+        if self._process is not None:
+            self._process.wait()
+        self._process = None
+        self._resources.close()
+
+    async def _started(self) -> socket.socket:
+        if self._process is not None:
+            return self._control
+        try:
+            self._start()
+            async with asyncio.timeout(_START_S):
+                ready = await asyncio.get_running_loop().sock_recv(self._control, 64)
+            if ready != READY:
+                raise EnvironmentFault("python sandbox: its process ended before it was ready; see its stderr")
+        except (OSError, TimeoutError) as error:
+            self.stop()
+            raise EnvironmentFault(f"python sandbox: can't start: {error or type(error).__name__}") from error
+        except BaseException:
+            self.stop()
+            raise
+        return self._control
+
+    def _start(self) -> None:
+        limits = sandbox.ProcessLimits(self._limits.cpu_s, self._limits.memory_bytes)
+        readable = [*sandbox.readable_paths(), str(_PACKAGE)]
+        settings = {
+            "level": self._level,
+            "limits": asdict(limits),
+            "result_bytes": self._limits.result_bytes,
+            "readable": readable,
+            "hidden": [str(_PACKAGE.parent)],
+        }
+        worker = ("-m", "fastdistill.data.execution.python_worker", json.dumps(settings))
+        # The interpreter's own isolated mode would ignore PYTHONHASHSEED, on which the order of sets depends.
+        command = [sandbox.interpreter(), "-B", "-P", "-S", "-s", "-X", "utf8", *worker]
+        environment = {"PYTHONPATH": str(_PACKAGE.parent), "PYTHONHASHSEED": "0", "TZ": "UTC"}
+        environment |= {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        self._resources.enter_context(self._control)
+        with theirs:
+            self._process = subprocess.Popen(
+                sandbox.wrapped(command, self._level, readable),
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env=environment,
+                cwd=self._resources.enter_context(tempfile.TemporaryDirectory(prefix="fastdistill-")),
+                start_new_session=True,  # Ctrl-C in the terminal is not for it
+            )
+
+
+def _lines(output: bytes) -> list[bytes]:
+    """What counts of an output: its lines without space at their ends, up to the last that is not blank."""
+    return [line.rstrip() for line in output.rstrip().split(b"\n")]
+
+
+def _describe(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

@@ -1,0 +1,78 @@
+"""Taking code out of answers: every piece is accounted for, and clean code is left alone."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdistill.data.parse_python import LONGEST, clean_python
+
+CODE = "def f(x):\n    return x * 2"
+
+ANSWERS = [
+    CODE,
+    f"\n\n{CODE}\n\n",
+    f"```python\n{CODE}\n```",
+    f"```\n{CODE}\n```",
+    f"```py\n{CODE}",
+    f"Sure! Here is the solution:\n\n```python\n{CODE}\n```\n\nIt doubles x.",
+    f"First install it:\n```bash\npip install nothing\n```\nThen:\n```python\n{CODE}\n```\nUse:\n```python\nf(2)\n```",
+    f"<think>Doubling? ```python\nno\n``` no.</think>\n{CODE}",
+    f"so I double it\n</think>\n\n```python\n{CODE}\n```",
+    f"Here is it:\n{CODE}",
+    f"Sure!\n\n{CODE}\n\nThis function doubles its argument.",
+    f"{CODE}\n\n**Note** that this works for text too.",
+    f"{CODE}\n\nExplanation: it doubles x.",
+]
+
+CLEAN = [
+    CODE,
+    "    return x * 2",
+    "def f():\n    '''\nThis is no prose\nNeither is this:\n'''\n    return 1",
+    "a, b = 1, 2\nx: int = 3\nnot a\nlambda q: q\nfor i in range(3): pass\nmatch a:\n    case 1: pass",
+    "print 'Python 2 stays'",
+    "I can't help with that.",
+    "fn f(x: i64) -> i64 { x * 2 }",
+    "",
+    "x = 1\n" * LONGEST,
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_the_code_is_found_in_what_is_around_it(answer: str) -> None:
+    assert clean_python(answer)[0] == CODE
+
+
+@pytest.mark.parametrize("answer", CLEAN)
+def test_what_needs_no_cleaning_is_left_alone(answer: str) -> None:
+    assert clean_python(answer) == (answer, ())
+
+
+def test_the_indentation_of_a_continued_prompt_is_kept() -> None:
+    assert clean_python("```python\n\n    y = 1\n    return y\n```")[0] == "    y = 1\n    return y"
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_the_cuts_account_for_all_that_is_gone(answer: str) -> None:
+    code, cuts = clean_python(answer)
+    rest = answer
+    for cut in cuts:
+        assert cut.text in rest
+        rest = rest.replace(cut.text, "", 1)
+    assert rest.strip() == code
+
+
+PIECES = st.sampled_from(
+    ["```", "python", "\n", "<think>", "</think>", "def f():", " return 1", "It is so.", "'", '"', "#"]
+)
+
+
+@given(st.lists(PIECES).map("".join) | st.text())
+def test_the_code_is_one_piece_of_the_answer(answer: str) -> None:
+    assert clean_python(answer)[0] in answer
+
+
+@pytest.mark.parametrize(
+    "piece", ["'", "'''", "a ", '"\\', "```\n", "``` \n", "<think>", "def ", "a\n", "\n", "x!", "`"]
+)
+def test_hostile_answers_take_no_time(piece: str) -> None:
+    clean_python(piece * (LONGEST // len(piece)))
