@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from fastdistill.core.step import Gate as Gate
     from fastdistill.core.step import SampleStep as SampleStep
     from fastdistill.core.step import StreamStep as StreamStep
+    from fastdistill.data.execution.python import PythonExecEval as PythonExecEval
     from fastdistill.data.execution.sqlite import SQLiteExecEval as SQLiteExecEval
     from fastdistill.data.export.sft import ExportSFT as ExportSFT
     from fastdistill.data.generate import TextGeneration as TextGeneration
     from fastdistill.data.load import LoadJsonl as LoadJsonl
     from fastdistill.data.parse import CleanSqlOutput as CleanSqlOutput
+    from fastdistill.data.parse_python import CleanPythonOutput as CleanPythonOutput
     from fastdistill.data.prepare import CanonicalizeFields as CanonicalizeFields
     from fastdistill.data.prepare import Deduplicate as Deduplicate
     from fastdistill.data.rules import RuleFilter as RuleFilter
@@ -38,10 +40,12 @@ _HOMES = {
     "SampleStep": "fastdistill.core.step",
     "StreamStep": "fastdistill.core.step",
     "SQLiteExecEval": "fastdistill.data.execution.sqlite",
+    "PythonExecEval": "fastdistill.data.execution.python",
     "ExportSFT": "fastdistill.data.export.sft",
     "TextGeneration": "fastdistill.data.generate",
     "LoadJsonl": "fastdistill.data.load",
     "CleanSqlOutput": "fastdistill.data.parse",
+    "CleanPythonOutput": "fastdistill.data.parse_python",
     "CanonicalizeFields": "fastdistill.data.prepare",
     "Deduplicate": "fastdistill.data.prepare",
     "RuleFilter": "fastdistill.data.rules",

@@ -220,10 +220,26 @@ def test_a_target_is_met_exactly_with_the_same_data_set_at_any_concurrency_and_o
             made.append(run(pipeline(server.url, tmp_path, 120, n=4, **parts), tmp_path / str(number)))
     assert {result.exit_code for result in made} == {0}
     assert [len(rows(result)) for result in made] == [25] * 3
-    assert all(data_set(result) == data_set(made[0]) for result in made)
+    assert all(rows_as_written(result) == rows_as_written(made[0]) for result in made)
     expected = [at for at in range(120) if any(map(right_of(made[0], at), range(4)))][:25]
     assert [row["fd_task_id"] for row in rows(made[0])] == [f"q{at}" for at in expected]
     assert_whole(made[0])
+
+
+def test_what_finishes_beyond_a_target_is_in_no_report(tmp_path: Path) -> None:
+    made = []
+    for concurrency in (1, 32):
+        teacher = Teacher()
+        with openai_server(teacher.script, latency=jittered(concurrency)) as server:
+            parts: dict[str, Any] = {"target": {"accepted": 10}, "teacher": {"max_concurrency": concurrency}}
+            made.append(run(pipeline(server.url, tmp_path, 120, **parts), tmp_path / str(concurrency)))
+    assert [result.quality["samples"]["accepted"] for result in made] == [10, 10]
+    assert data_set(made[0]) == data_set(made[1])
+    assert made[0].manifest["content_sha256"] == made[1].manifest["content_sha256"]
+
+
+def rows_as_written(result: RunResult) -> dict[str, str]:
+    return {name: digest for name, digest in data_set(result).items() if name.startswith("sft")}
 
 
 def right_of(result: RunResult, number: int) -> Callable[[int], bool]:
@@ -278,16 +294,21 @@ def test_only_what_is_accepted_before_the_first_unfinished_sample_counts(
 ) -> None:
     order = list(range(len(accepted)))
     dice.shuffle(order)
-    progress, finished = Progress(), set[int]()
+    progress, up_to, finished = Progress(), Progress(target), set[int]()
+    counted: list[int] = []
     for index in order:
         progress.finished(_sample(index, accepted[index]))
+        counted += [sample.index for sample in up_to.finished(_sample(index, accepted[index]))]
         finished.add(index)
         done = next((at for at in range(len(accepted)) if at not in finished), len(accepted))
         assert progress.accepted == sum(accepted[:done])
+        assert up_to.accepted == min(target, progress.accepted)
+        assert up_to.reached == (up_to.accepted == target)
     kept = list(first_accepted((_sample(at, yes) for at, yes in enumerate(accepted)), target))
     assert sum(bool(sample.accepted) for sample in kept) == min(target, sum(accepted))
     assert [sample.index for sample in kept] == list(range(len(kept)))
     assert len(kept) == len(accepted) or kept[-1].accepted
+    assert counted == [sample.index for sample in kept], "what counts is what is kept"
 
 
 # --- waves ---

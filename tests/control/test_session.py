@@ -432,7 +432,7 @@ def test_runs_are_listed_and_shown(finished: Finished, command: Callable[..., En
     assert line.split()[3:] == ["61", str(accepted), "teacher"]
     shown = command("runs", "show", finished.result.run_id[:9], "-o", finished.artifacts)
     assert shown.code == 0
-    assert f"{finished.result.run_id}: complete" in shown.out
+    assert f"{finished.result.run_id}  complete" in shown.out
     for word in ("SQLiteExecEval", "RuleFilter", str(finished.result.dataset)):
         assert word in shown.out
 

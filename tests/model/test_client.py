@@ -45,7 +45,7 @@ class Brake:
 
     async def pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while self.reason is None and (left := end - time.monotonic()) > 0:
+        while self.reason is None and (left := end - time.monotonic()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(min(left, 0.01))
 
 

@@ -25,7 +25,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab.grammar import Example, examples
 from fastdistill.model.embedded import worker
 from fastdistill.model.embedded.bpe import Tokenizer
 from fastdistill.model.embedded.inference import (
@@ -39,6 +38,7 @@ from fastdistill.model.embedded.inference import (
     sample,
 )
 from fastdistill.model.embedded.network import Cache, Decoder, load_weights, save_weights
+from lab.grammar import Example, examples
 
 WEIGHTS = load_weights(worker.HERE)
 GOLDEN = json.loads(Path(__file__).with_name("embedded_golden.json").read_text(encoding="utf-8"))

@@ -63,17 +63,28 @@ class Progress:
     Memory is bounded by the samples that are open at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, target: int | None = None) -> None:
         self.accepted = 0
+        self._target = target
         self._next = 0  # the first index that has not finished
-        self._ahead: list[tuple[int, bool]] = []
+        self._ahead: list[tuple[int, Sample]] = []
 
-    def finished(self, sample: Sample) -> None:
-        heapq.heappush(self._ahead, (sample.index, bool(sample.accepted)))
+    def finished(self, sample: Sample) -> list[Sample]:
+        """The samples that count now, in input order: none that is ahead of an unfinished one or beyond the target."""
+        counted = []
+        heapq.heappush(self._ahead, (sample.index, sample))
         while self._ahead and self._ahead[0][0] == self._next:
-            _, accepted = heapq.heappop(self._ahead)
-            self.accepted += accepted
+            _, done = heapq.heappop(self._ahead)
+            if not self.reached:
+                counted.append(done)
+                self.accepted += bool(done.accepted)
             self._next += 1
+        return counted
+
+    @property
+    def reached(self) -> bool:
+        """Whether there is a target, and it is met."""
+        return self._target is not None and self.accepted >= self._target
 
 
 def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sample]:

@@ -34,7 +34,10 @@ ConfigEnv = Annotated[Path | None, typer.Option(help="A second layer: what diffe
 ConfigRun = Annotated[Path | None, typer.Option(help="A third layer: what differs in this run.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="One value: models.teacher.model=llama3", metavar="A.B=C")]
 OutputDir = Annotated[
-    Path | None, typer.Option("--output-dir", "-o", help="The artifacts root [FASTDISTILL_ARTIFACTS_DIR or artifacts].")
+    Path | None,
+    typer.Option(
+        "--output-dir", "-o", help="The artifacts root; by default FASTDISTILL_ARTIFACTS_DIR, or ./artifacts."
+    ),
 ]
 
 
@@ -187,15 +190,24 @@ def doctor(
 
 @prepare_app.command()
 def wikisql(
-    source: Annotated[str | None, typer.Option(help="data.tar.bz2, its folder, or a URL [the official one].")] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(help="data.tar.bz2, or its unpacked folder; by default the official one is downloaded."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Training records.")] = 1000,
     seed: Annotated[int, typer.Option(help="Which records are drawn.")] = 13,
-    output: Annotated[Path | None, typer.Option(help="Folder to write [~/.cache/fastdistill/datasets/...].")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write; by default ~/.cache/fastdistill/datasets/wikisql/wikisql_1k.")
+    ] = None,
 ) -> None:
     """WikiSQL: questions, schemas and gold SQL that really run on the databases written beside them."""
     from fastdistill.data.wikisql import prepare_wikisql
 
-    print(prepare_wikisql(source, samples=samples, seed=seed, output=output))
+    prepared = prepare_wikisql(source, samples=samples, seed=seed, output=output)
+    for name, split in (("train", prepared.train), ("eval", prepared.eval)):
+        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(split.left_out.items())) or "none"
+        print(f"{name}: {split.records:,} records over {split.tables:,} tables; left out: {left_out}")
+    print(f"written to {prepared.folder}")
 
 
 def _load(config: Path, config_env: Path | None, config_run: Path | None, set_: list[str] | None) -> "Pipeline":

@@ -63,7 +63,9 @@ def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) 
     except ValidationError as error:
         problems += describe(error, "", Pipeline)
     if problems or pipeline is None:
-        raise ConfigError(list(dict.fromkeys(problems)))
+        # A model that could not be read is not also missing.
+        unread = [f"{name!r} is not under models" for name in config.get("models") or () if name not in models]
+        raise ConfigError([p for p in dict.fromkeys(problems) if not any(words in p for words in unread)])
     return pipeline
 
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from fastdistill.control.folder import artifacts_root
 from fastdistill.control.registry import provider_class
 from fastdistill.control.session import Pipeline
+from fastdistill.data.execution.python import PythonExecEval
+from fastdistill.data.execution.sandbox import available_isolation
 from fastdistill.model.provider import Capabilities, ModelConfig, Provider, ProviderError
 
 _WORDS = {True: "yes", False: "no", None: "not known"}
@@ -29,6 +31,8 @@ def examine(pipeline: Pipeline, output_dir: Path | None) -> bool:
         markup=False,
         soft_wrap=True,
     )
+    if any(isinstance(step, PythonExecEval) for step in pipeline.steps):
+        console.print(f"python sandbox: {available_isolation()}", markup=False, soft_wrap=True)
     found = asyncio.run(_probe_all(pipeline.models))
     for name, result in found.items():
         config = pipeline.models[name]

@@ -70,6 +70,10 @@ class Ledger:
         """As `save`, without waiting for it."""
         self._writer.submit(_statements(sample))
 
+    def leave_out_after(self, index: int) -> None:
+        """Samples beyond this one are not part of the data set: the run had enough."""
+        self._writer.submit([("UPDATE samples SET status = 'skipped' WHERE idx > ? AND status = 'open'", [(index,)])])
+
     def samples(self) -> Iterator[Sample]:
         """The samples that are still in the stream, in input order, lazily."""
         return read_samples(self.path, "status = 'open'")
@@ -134,7 +138,8 @@ def _json(value: object) -> str:
 
 
 def _sample_row(sample: Sample) -> tuple[Any, ...]:
-    taken = all(sample.record.get(field) is value for field, value in sample.input.items())
+    record = sample.record
+    taken = all(field in record and record[field] is value for field, value in sample.input.items())
     # An input that is fields of the record is written as their names.
     return (
         sample.index, sample.sample_id, sample.task_id, sample.source, sample.status, _json(sample.record),

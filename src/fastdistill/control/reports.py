@@ -62,7 +62,7 @@ class Proofs:
         missed = [check["requirement"] for check in floor if not check["met"]]
         if missed:
             status, code, message = "below_floor", ExitCode.FLOOR, f"below the floor: {', '.join(missed)}"
-        elif enough := run.exhausted() or run.enough:
+        elif (enough := run.exhausted() or run.enough) and (enough.exit_code or not self._tally.failed):
             status, code, message = "complete", enough.exit_code, enough.message
         elif self._tally.failed:
             status, code = "complete", ExitCode.PARTIAL

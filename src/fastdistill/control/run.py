@@ -44,7 +44,8 @@ class ActiveRun:
         self._max_error_rate = max_error_rate
         self._target = target
         self._budget = budget
-        self._progress = Progress()
+        self._progress = Progress(target.accepted if target else None)
+        self._cutoff: int | None = None  # index of the sample that made the target full
         self._counted = False  # every sample that is still in the stream is in the tally
         self._stopped = asyncio.Event()
         self.enough: Enough | None = None
@@ -80,6 +81,8 @@ class ActiveRun:
 
     def read_back(self, *, last: bool) -> Iterator[Sample]:
         self._counted = last
+        if self._progress.reached and self._cutoff is not None:
+            self._ledger.leave_out_after(self._cutoff)
         return first_accepted(self._ledger.samples(), self._target.accepted if self._target else None)
 
     @property
@@ -111,7 +114,7 @@ class ActiveRun:
         """Why the records did not suffice, if there was a target that says so."""
         if self._target is None or self.enough is not None or self._target.on_exhausted == "keep":
             return None
-        if self._progress.accepted >= self._target.accepted:
+        if self._progress.reached:
             return None
         reached = f"{self._progress.accepted} of {self._target.accepted}"
         return Enough(f"target.accepted: the records are used up at {reached} accepted samples", ExitCode.PARTIAL)
@@ -134,10 +137,14 @@ class ActiveRun:
         self._stopped.set()
 
     def _count(self, sample: Sample) -> None:
-        self.tally.add(sample)
-        self._progress.finished(sample)
-        if self._target is not None and self._progress.accepted >= self._target.accepted:
-            self._end(Enough(f"target: {self._target.accepted} samples are accepted", ExitCode.OK))
+        if self._target is None:
+            self.tally.add(sample)
+        else:
+            for counted in self._progress.finished(sample):
+                self.tally.add(counted)
+                self._cutoff = counted.index
+            if self._progress.reached:
+                self._end(Enough(f"target: {self._target.accepted} samples are accepted", ExitCode.OK))
         self._check_error_rate()
 
     def _check_error_rate(self, enough: int = _ENOUGH_TO_JUDGE) -> None:

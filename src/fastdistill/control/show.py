@@ -99,7 +99,8 @@ def show_run(run: str, output_dir: Path | None) -> None:
     folder = RunFolder.find(artifacts_root(output_dir), run)
     manifest = read_json(folder.manifest)
     console = Console()
-    console.print(f"{folder.run_id}: {status(folder, manifest)} {manifest['message']}", markup=False, soft_wrap=True)
+    if manifest["message"] or status(folder, manifest) == "killed":
+        console.print(f"{status(folder, manifest)}: {manifest['message']}", markup=False, soft_wrap=True)
     if not folder.quality_report.exists():
         return
     result = RunResult(

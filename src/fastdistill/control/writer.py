@@ -5,6 +5,7 @@ way goes into the next, so nothing waits for a timer and the event loop never wa
 import asyncio
 import sqlite3
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
@@ -93,6 +94,9 @@ class Writer:
             if waiting:
                 self._loop.call_soon_threadsafe(_resolve, waiting, self._unreported)
                 self._unreported = None
+        if not self._durable:
+            with suppress(sqlite3.Error):  # a reader holds it
+                connection.execute("PRAGMA journal_mode=DELETE")  # one file, for whoever reads it from now on
         connection.close()
 
     def _commit(self, connection: sqlite3.Connection, statements: Iterable[Statement]) -> EnvironmentFault | None:

@@ -75,7 +75,7 @@ class NotAsked(SampleError):
     """A sample is left out because the run has enough, or may spend no more: nothing is wrong with it."""
 
 
-class boundary:  # noqa: N801  used like a function, in a `with`
+class boundary:
     """The one place that catches everything: a step that breaks costs its sample and no other.
 
     Raises:

@@ -92,8 +92,20 @@ class Prompt:
     def digest(self) -> str:
         """Of model, messages and parameters."""
         if not self._digest:
-            object.__setattr__(self, "_digest", digest([self.model, self.messages, self.parameters]))
+            asked = digest([self.model, self.messages])
+            object.__setattr__(self, "_digest", joined_digest(asked, _digest_once(self.parameters)))
         return self._digest
+
+
+_latest: tuple[Mapping[str, Any], str] = ({}, digest({}))
+
+
+def _digest_once(parameters: Mapping[str, Any]) -> str:
+    """The digest of a mapping that mostly is the very one of the last call: a step asks with the same parameters."""
+    global _latest
+    if parameters is not _latest[0]:
+        _latest = (parameters, digest(parameters))
+    return _latest[1]
 
 
 @dataclass(frozen=True, slots=True)

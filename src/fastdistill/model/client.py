@@ -20,7 +20,7 @@ from fastdistill.model.limits import AdaptiveLimit, FixedLimit, Limit, Pace
 from fastdistill.model.meter import Meter
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
 from fastdistill.model.retry import GiveUp, Retry, Stop, decide
-from fastdistill.model.router import LONGEST_COOLING, Endpoint, Router
+from fastdistill.model.router import Endpoint, Router
 
 
 class ResponseStore(Protocol):
@@ -54,17 +54,23 @@ class ModelClient:
         self.name = name
         self.config = config
         self.meter = Meter(config.price)
-        self.router = Router([Endpoint(provider, _limit(config)) for provider in providers])
+        self.router = Router([Endpoint(provider, _limit(config)) for provider in providers], ends=self._ends)
         self._store = store
         self._brake = brake
         self._pace = Pace(config.requests_per_minute, config.tokens_per_minute)
+        self._pacing = asyncio.Lock()
         self._probing = asyncio.Lock()
         self._probed = False
         self._refusal: TeacherError | None = None
         self._asking: dict[str, asyncio.Event] = {}
+        self._asked_with: tuple[DecodeProfile | None, dict[str, Any], dict[str, Any]] = (None, {}, {})
+        self._longest = (0, 0.0)  # of how many requests, the 99th percentile in seconds
 
     def prompt(self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any]) -> Prompt:
-        parameters = decode.parameters() | self.config.parameters() | extra
+        same, same_extra, parameters = self._asked_with
+        if decode is not same or extra is not same_extra:
+            parameters = decode.parameters() | self.config.parameters() | extra
+            self._asked_with = (decode, extra, parameters)
         return Prompt(self.config.provider, self.config.model, tuple(messages), parameters)
 
     async def generate(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
@@ -117,6 +123,8 @@ class ModelClient:
 
     async def _probe(self, endpoint: Endpoint) -> ProviderError | None:
         failures: list[ErrorKind] = []
+        clock = asyncio.get_running_loop().time
+        begun = clock()
         while True:
             try:
                 endpoint.capabilities = await endpoint.provider.probe()
@@ -125,12 +133,13 @@ class ModelClient:
                 waits = error.kind is not ErrorKind.REFUSED and len(failures) < 3
                 decision = decide(error, failures, self.config.max_retries, random.random())
                 if not (waits and isinstance(decision, Retry)):
-                    endpoint.cool(asyncio.get_running_loop().time(), LONGEST_COOLING)
+                    endpoint.cool(begun, clock())
                     return error
                 failures.append(error.kind)
                 await asyncio.sleep(decision.delay)
             else:
                 endpoint.asks_n = endpoint.capabilities.n is True
+                endpoint.answered()
                 return None
 
     async def _ask_once(self, prompt: Prompt, draws: dict[str, Draw]) -> dict[str, Answer | SampleError]:
@@ -149,7 +158,7 @@ class ModelClient:
         """One answer for each draw: in one request where the servers bring several choices, else side by side."""
         if len(draws) == 1:
             return await self._request(prompt, draws)
-        if all(endpoint.asks_n for endpoint in self.router.endpoints):
+        if all(endpoint.asks_n for endpoint in self.router.endpoints if endpoint.capabilities is not None):
             together = await self._request(prompt, draws)
             if rest := draws[len(together) :]:
                 alone = await self._ask_alone(prompt, rest)
@@ -206,8 +215,6 @@ class ModelClient:
                 got = list(zip(draws, completions, strict=False))
                 answers = [Answer(draw, draw.key(prompt), completion, stored=False) for draw, completion in got]
                 await self._store.put(prompt, answers)
-                for answer in answers:
-                    self.meter.answered(answer.completion, _characters(prompt))
                 return [*answers]
 
     async def _in_slot(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
@@ -219,47 +226,92 @@ class ModelClient:
         """
         begun = perf_counter()
         worst = self._worst_tokens(prompt, len(draws))
-        if delay := self._pace.delay(begun, worst):
-            await self._brake.pause(delay)
         async with self.router.slot(prompt) as endpoint:
-            self._brake.check(worst, self.meter.worst_cost(worst))
+            if endpoint.capabilities is None:  # it was not there at first contact
+                self._brake.check(worst, self.meter.worst_cost(worst))
+                if error := await self._probe(endpoint):
+                    raise error
+            if len(draws) > 1 and not endpoint.asks_n:
+                return []
+            await self._paced(worst)
             queued = perf_counter() - begun
+            tokens = 0
             try:
                 with self.meter.request(queued, worst):
                     completions = await self._hedged(endpoint, prompt, draws)
+                    # Counted before the reservation ends, lest a budget sees neither.
+                    for completion in completions:
+                        self.meter.answered(completion, _characters(prompt))
+                tokens = sum(c.usage.prompt_tokens + c.usage.completion_tokens for c in completions)
             finally:
+                self._pace.correct(tokens - worst)
                 observe(queued=queued, busy=perf_counter() - begun - queued)
-        tokens = sum(c.usage.prompt_tokens + c.usage.completion_tokens for c in completions)
-        self._pace.correct(tokens - worst)
         await self._measure(endpoint)
         return completions
 
+    async def _paced(self, worst: int) -> None:
+        """Returns when a request of up to so many tokens may go out; one after the other where there is a pace.
+
+        Raises:
+            NotAsked: the run has enough.
+        """
+        dollars = self.meter.worst_cost(worst)
+        if not self._pace.unlimited:
+            async with self._pacing:
+                while delay := self._pace.delay(perf_counter()):
+                    self._brake.check(worst, dollars)
+                    await self._brake.pause(min(delay, 1.0))  # answers in flight may turn out shorter meanwhile
+                self._brake.check(worst, dollars)
+                self._pace.take(perf_counter(), worst)
+        self._brake.check(worst, dollars)
+
     async def _hedged(self, endpoint: Endpoint, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
         """The answer of the first of two: the second is asked where the first takes longer than 99% do."""
-        wanted = self.config.hedges if self.config.hedge is None else self.config.hedge
-        if not wanted or self.meter.busy.count < _ENOUGH_TO_HEDGE:
+        # Asked again of the same server, the same request takes as long: by default there must be another one.
+        by_default = self.config.hedges and len(self.router.endpoints) > 1
+        wanted = by_default if self.config.hedge is None else self.config.hedge
+        if not (wanted and self._pace.unlimited) or self.meter.busy.count < _ENOUGH_TO_HEDGE:
             return await self._complete(endpoint, prompt, draws)
         first = asyncio.ensure_future(self._complete(endpoint, prompt, draws))
         racing = [first]
+        failed: ProviderError | None = None
         try:
-            await asyncio.wait(racing, timeout=self.meter.busy.quantile(0.99))
+            await asyncio.wait(racing, timeout=self._straggling_after())
             if not first.done() and self.router.idle:
-                self.meter.hedged += 1
-                racing.append(asyncio.ensure_future(self._again(prompt, draws)))
+                racing.append(asyncio.ensure_future(self._again(endpoint, prompt, draws)))
             for answer in asyncio.as_completed(racing):
                 try:
                     return await answer
+                except NotAsked:
+                    continue  # there is no second
                 except ProviderError as error:
                     failed = error
+            assert failed is not None
             raise failed
         finally:
             for task in racing:
                 task.cancel()
             await asyncio.gather(*racing, return_exceptions=True)
 
-    async def _again(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
-        async with self.router.slot(prompt) as endpoint:
-            return await self._complete(endpoint, prompt, draws)
+    def _straggling_after(self) -> float:
+        """Seconds that 99% of requests take less than; worked out anew when a tenth more are known."""
+        count, seconds = self._longest
+        if self.meter.busy.count > 1.1 * count:
+            seconds = self.meter.busy.quantile(0.99)
+            self._longest = (self.meter.busy.count, seconds)
+        return seconds
+
+    async def _again(self, first: Endpoint, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
+        worst = self._worst_tokens(prompt, len(draws))
+        with self.router.spare(prompt, besides=first) as endpoint:
+            if endpoint is None:
+                raise NotAsked("not_asked", "no slot is idle any more")
+            try:
+                self._brake.check(worst, self.meter.worst_cost(worst))
+            except FatalError as error:
+                raise NotAsked("not_asked", "the run ends") from error  # the first comes home all the same
+            with self.meter.again(worst):
+                return await self._complete(endpoint, prompt, draws)
 
     async def _complete(self, endpoint: Endpoint, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
         """One request to one endpoint; what it shows of the endpoint is noted there."""
@@ -285,11 +337,15 @@ class ModelClient:
             case ErrorKind.RATE_LIMITED:
                 endpoint.limit.rate_limited(begun, now)
                 if several:
-                    endpoint.cool(now, error.retry_after)
-            case ErrorKind.REFUSED | ErrorKind.RESET | ErrorKind.OVERLOADED | ErrorKind.TIMEOUT:
+                    endpoint.cool(begun, now, error.retry_after)
+            case ErrorKind.REFUSED:
                 endpoint.limit.broke()
                 if several:
-                    endpoint.cool(now, error.retry_after)
+                    endpoint.cool(begun, now)
+            case ErrorKind.RESET | ErrorKind.OVERLOADED | ErrorKind.TIMEOUT:
+                endpoint.limit.broke()
+                if several:
+                    endpoint.broke(begun, now, error.retry_after)
             case ErrorKind.SERVER | ErrorKind.GARBLED:
                 endpoint.limit.broke()
 
@@ -300,10 +356,19 @@ class ModelClient:
             return
         endpoint.measured_at = now
         load = await endpoint.provider.load()
-        if load is None:
-            endpoint.measured_at = float("inf")  # it does not tell
-        else:
+        if load is None and not endpoint.tells:
+            endpoint.measured_at = float("inf")  # it never does
+        elif load is not None:
+            endpoint.tells = True
             endpoint.limit.measured(load, busy=endpoint.free <= 0)
+
+    def _ends(self) -> bool:
+        """Whether no further request may go out."""
+        try:
+            self._brake.check(0, 0.0)
+        except (NotAsked, FatalError):
+            return True
+        return False
 
     def _worst_tokens(self, prompt: Prompt, n: int) -> int:
         """Tokens that a request may cost at most: a prompt has no more tokens than bytes, nor than seen so far."""

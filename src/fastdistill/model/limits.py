@@ -6,6 +6,8 @@ it could. So the limit grows while answers take about as long as at their best, 
 one and a half slots' worth keeps the slots busy, and shrinks beyond that. Now and then it tries more and less, and
 keeps what the throughput says: a batch that slows every answer down and still answers more in all is worth it.
 
+A 429 cuts the limit once for each burst; it comes back to just below where the 429 came, and tries more with care.
+
 Latency is per token, so that longer answers are not taken for a longer queue.
 """
 
@@ -20,8 +22,13 @@ BURST = 2.0  # seconds
 CUT = 0.7  # after a 429; one cut for each burst
 RAMP = 2  # more in flight for each answer, at first
 SMALLEST_WINDOW = 16  # answers
+STEADY_WINDOW = 128  # answers, once the ramp is over: chance must not decide
+STEP = 1.5  # a trial is of so many times more, or less
+SPOILT = 0.1  # broken requests for each answer
+JUST_BELOW = 0.95  # of the capacity at which a 429 came: that far it comes back at once
 PROBE_EVERY = 8  # windows
-OLD = 1.02  # the best latency is forgotten by this much a window, in case the work has changed
+OLD = 1.002  # the best latency is forgotten by this much a window, in case the work has changed
+GROWTH = 1.02  # beyond a capacity where a 429 came, with the first trial after it
 
 
 class Limit(Protocol):
@@ -67,7 +74,12 @@ class _Window:
     tokens: int = 0
     seconds: float = 0.0
     was_busy: bool = False
-    broke: bool = False
+    broken: int = 0
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether so much broke that it says nothing about the capacity."""
+        return self.broken > SPOILT * self.answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +110,14 @@ class AdaptiveLimit:
         self._latency = 0.0  # of the last window
         self._trial: _Trial | None = None
         self._last_cut = float("-inf")
-        self._refused_at: float | None = None  # a capacity at which a 429 came; approached slowly
+        self._refused_at = float("inf")  # a capacity beyond which a 429 may come
+        self._care = GROWTH  # how far beyond it the next trial may go
+        self._return_to = 0.0  # after a cut
         self._measured = False  # the server's metrics rule
 
     def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None:
         if self._window is None:
-            self._window = _Window(begun, self.capacity)
+            self._window = _Window(begun, SMALLEST_WINDOW)
         if self._settling > 0:
             self._settling -= 1
             self._window.begun = now
@@ -113,13 +127,12 @@ class AdaptiveLimit:
         window.tokens += max(tokens, 1)
         window.seconds += now - begun
         window.was_busy |= busy
-        if self._ramping and busy:
-            bearable = self._patience * window.answers / max(now - window.begun, 1e-3)
-            self._move(min(self.capacity + RAMP, max(bearable, self._start)))
+        if self._ramping and busy and not window.spoilt:
+            self._move(min(self.capacity + RAMP, max(self._bearable(window, now), self._start)))
         if window.answers >= window.wanted and now > window.begun:
             self._window = None
             self._close(window, now)
-            wanted = self.capacity // 2 if self._ramping else 2 * self.capacity
+            wanted = self.capacity // 2 if self._ramping else max(STEADY_WINDOW, 2 * self.capacity)
             self._window = _Window(now, max(SMALLEST_WINDOW, wanted))
 
     def rate_limited(self, begun: float, now: float) -> None:
@@ -127,13 +140,16 @@ class AdaptiveLimit:
             return  # sent before the last cut: of the same burst
         self._last_cut = now
         self._refused_at = self.capacity
+        self._care = GROWTH
+        self._return_to = JUST_BELOW * self.capacity
         self._ramping = False
         self._trial = None
+        self._quiet = 0
         self._change(self.capacity * CUT)
 
     def broke(self) -> None:
         if self._window is not None:
-            self._window.broke = True
+            self._window.broken += 1
 
     def measured(self, load: Load, *, busy: bool) -> None:
         """The server says itself how many it works on and how many wait: that beats any inference."""
@@ -145,8 +161,10 @@ class AdaptiveLimit:
             self._move(min(self.capacity * 2, self._reach()))
 
     def _close(self, window: _Window, now: float) -> None:
-        if window.broke or not window.was_busy or (self._measured and not self._ramping):
-            self._trial = None
+        if window.spoilt or not window.was_busy or (self._measured and not self._ramping):
+            if self._trial is not None:
+                self._change(self._trial.capacity)
+                self._trial = None
             return
         throughput = window.tokens / (now - window.begun)
         latency = window.seconds / window.tokens
@@ -160,17 +178,22 @@ class AdaptiveLimit:
                 self._change(slots * CROWDED / HEADROOM)
         elif self._trial is not None:
             self._judge(self._trial, throughput)
+        elif self.capacity < round(self._return_to):
+            self._change(min(self.capacity * 1.1 + 1, self._return_to))
         elif sped_up or self._quiet >= PROBE_EVERY:
+            self._return_to = 0.0
             crowded = self.capacity > CROWDED * HEADROOM * slots
+            more = min(self.capacity * STEP, self._reach(), max(self._bearable(window, now), self.capacity))
             self._trial = _Trial(self.capacity, throughput)
-            self._change(slots * CROWDED / HEADROOM if crowded else min(self.capacity * 1.5, self._reach()))
+            self._change(slots * CROWDED / HEADROOM if crowded else more)
         self._quiet += 1
 
     def _judge(self, trial: _Trial, throughput: float) -> None:
         """Keeps what was tried if more is clearly more, or less is as good."""
         self._trial = None
         more = self.capacity > trial.capacity
-        if throughput > trial.throughput * (1.08 if more else 0.97):
+        pays = 1 + 0.16 * (self.capacity / trial.capacity - 1) if more else 0.9
+        if throughput > trial.throughput * pays:
             self._quiet = PROBE_EVERY  # it paid: look further
             return
         self._quiet = 0
@@ -178,12 +201,15 @@ class AdaptiveLimit:
             self._best *= CROWDED / HEADROOM  # it was not a queue that made the answers slow
         self._change(trial.capacity)
 
+    def _bearable(self, window: _Window, now: float) -> float:
+        """As many as are answered within `patience`, at the rate of the window."""
+        return self._patience * window.answers / max(now - window.begun, 1e-3)
+
     def _reach(self) -> float:
-        """How far the limit may grow: slowly where a 429 came before."""
-        if self._refused_at is None:
-            return self._ceiling
-        self._refused_at *= OLD
-        return max(self._refused_at, self.capacity)
+        """How far the limit may grow: beyond where a 429 came by a little, and by more each time that none comes."""
+        self._refused_at *= self._care
+        self._care = min(self._care**2, STEP)
+        return max(self._refused_at, self.capacity + 1)
 
     def _change(self, capacity: float) -> None:
         self._settling = self.capacity
@@ -194,19 +220,26 @@ class AdaptiveLimit:
 
 
 class Pace:
-    """Keeps requests and tokens a minute below what a provider allows, spread evenly, with `BURST` seconds at once."""
+    """Keeps requests and tokens a minute below what a provider allows, spread evenly, with `BURST` seconds at once.
+
+    In any minute at most one request, or its tokens, comes on top of the allowance and the burst.
+    """
 
     def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
+        self.unlimited = requests_per_minute is None and tokens_per_minute is None
         self._second_per_request = 60 / requests_per_minute if requests_per_minute else 0.0
         self._second_per_token = 60 / tokens_per_minute if tokens_per_minute else 0.0
-        self._requests_until = 0.0
-        self._tokens_until = 0.0
+        self._requests_until = float("-inf")
+        self._tokens_until = float("-inf")
 
-    def delay(self, now: float, tokens: int) -> float:
-        """Takes the next place in line for a request of so many tokens; the seconds to wait for it."""
+    def delay(self, now: float) -> float:
+        """Seconds until the next request may go out; less when an answer turns out shorter than it was said to be."""
+        return max(0.0, self._requests_until - now, self._tokens_until - now)
+
+    def take(self, now: float, tokens: int) -> None:
+        """A request goes out that may cost so many tokens."""
         self._requests_until = max(self._requests_until, now - BURST) + self._second_per_request
         self._tokens_until = max(self._tokens_until, now - BURST) + self._second_per_token * tokens
-        return max(0.0, self._requests_until - now, self._tokens_until - now)
 
     def correct(self, tokens: int) -> None:
         """A request took so many tokens more than it was said to (fewer, if negative)."""

@@ -39,19 +39,22 @@ class Meter:
     def request(self, queued: float, tokens: int) -> Iterator[None]:
         """Holds one request in flight, which waited `queued` seconds and may cost up to `tokens`."""
         begun = self._move(+1)
-        dollars = self.worst_cost(tokens)
-        self.reserved_tokens += tokens
-        self.reserved_cost += dollars
         self.first = self.first or begun
         self.requests += 1
         try:
-            yield
+            with self._reserved(tokens):
+                yield
         finally:
             self.last = self._move(-1)
-            self.reserved_tokens -= tokens
-            self.reserved_cost -= dollars
             self.busy.add(self.last - begun)
             self.queued.add(queued)
+
+    @contextmanager
+    def again(self, tokens: int) -> Iterator[None]:
+        """Holds a second request for the same answer in flight."""
+        self.hedged += 1
+        with self._reserved(tokens):
+            yield
 
     def answered(self, completion: Completion, characters: int) -> None:
         """An answer was paid for; its prompt has so many characters."""
@@ -110,6 +113,17 @@ class Meter:
             "queued": self.queued.summary(),
             "cost_usd": self.cost,
         }
+
+    @contextmanager
+    def _reserved(self, tokens: int) -> Iterator[None]:
+        dollars = self.worst_cost(tokens)
+        self.reserved_tokens += tokens
+        self.reserved_cost += dollars
+        try:
+            yield
+        finally:
+            self.reserved_tokens -= tokens
+            self.reserved_cost -= dollars
 
     def _move(self, change: int) -> float:
         now = perf_counter()

@@ -1,16 +1,17 @@
 """Which request goes to which endpoint, and when: slots are filled at once, by the request that fits them best.
 
 Endpoints of one model share one queue. A slot that comes free takes the oldest waiting request, unless one among the
-next few shares a longer prefix with what that endpoint has seen (its prefix cache is warm for it), or the oldest is
-better kept for another endpoint. The first request of a prefix leads: while it is under way, those that would follow
-let others pass, but never leave a slot idle.
+next few shares a longer prefix with what that endpoint has seen (its prefix cache is warm for it), or has used more
+recently (caches are smaller than our memory of them), or the oldest is better kept for another endpoint. The first
+request of a prefix leads: while it is under way, those that would follow let others pass, but never leave a slot idle.
 """
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 
 from fastdistill.core.types import Prompt
 from fastdistill.model.limits import Limit
@@ -20,6 +21,7 @@ LOOKAHEAD = 64  # waiting requests among which a slot chooses; also how often on
 PREFIX = 256  # characters of the shortest prefix that counts; each further one is twice as long
 REMEMBERED = 4096  # prefixes of one endpoint
 LONGEST_COOLING = 30.0  # seconds
+LOOKS = 0.5  # seconds after which those who wait for a cooling endpoint look whether the run ends
 
 
 @dataclass(slots=True, eq=False)
@@ -32,45 +34,74 @@ class Endpoint:
     asks_n: bool = False  # several choices in one request, once it has shown that it can
     in_flight: int = 0
     failures: int = 0  # since its last answer
+    coolings: int = 0  # since its last answer
     cooling_until: float = 0.0
     measured_at: float = 0.0
-    _warm: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    tells: bool = False  # how busy it is
+    latest: tuple[int, ...] = ()  # prefixes of the request that was sent here last
+    _cooled_at: float = float("-inf")
+    _warm: OrderedDict[int, int] = field(default_factory=OrderedDict)  # prefix -> the tick at which it was used last
     _led: Counter[int] = field(default_factory=Counter)
 
     @property
     def free(self) -> int:
-        return self.limit.capacity - self.in_flight
+        """Slots that a request may have; one only, as a probe, until an endpoint that failed answers again."""
+        return (1 if self.coolings else self.limit.capacity) - self.in_flight
 
     @property
     def load(self) -> float:
         return self.in_flight / max(1, self.limit.capacity)
 
     def answered(self) -> None:
-        self.failures = 0
+        self.failures = self.coolings = 0
 
-    def cool(self, now: float, seconds: float | None = None) -> None:
-        """Sends nothing more here for a while: as long as it asks for, else longer with every failure in a row."""
+    def broke(self, begun: float, now: float, seconds: float | None = None) -> None:
+        """A request that began then failed. One among answers says nothing; two in a row cool the endpoint."""
         self.failures += 1
-        backoff = min(LONGEST_COOLING, 0.5 * 2.0 ** min(self.failures, 10))
+        if self.failures > 1 or seconds is not None:
+            self.cool(begun, now, seconds)
+
+    def cool(self, begun: float, now: float, seconds: float | None = None) -> None:
+        """Sends nothing more here for a while: as long as it asks for, else longer each time until it answers.
+
+        `begun` is when the request that failed began: all that were under way when the endpoint broke count once.
+        """
+        if begun >= self._cooled_at or not self.coolings:
+            self.coolings += 1
+            self._cooled_at = now
+        backoff = min(LONGEST_COOLING, 0.5 * 2.0 ** min(self.coolings, 10))
         self.cooling_until = max(self.cooling_until, now + (backoff if seconds is None else seconds))
 
     def warmth(self, prefixes: Sequence[int]) -> int:
         """How many of the prefixes, from the shortest, it has seen."""
-        return next((at for at, prefix in enumerate(prefixes) if prefix not in self._warm), len(prefixes))
+        seen = 0
+        for prefix in prefixes:  # in a loop, as this runs some hundred times for each request
+            if prefix not in self._warm:
+                break
+            seen += 1
+        return seen
 
-    def follows(self, prefixes: Sequence[int]) -> bool:
-        """Whether a longer prefix than it has seen is being computed there now."""
-        return any(prefix in self._led for prefix in prefixes[self.warmth(prefixes) :])
+    def used(self, prefixes: Sequence[int], seen: int) -> int:
+        """The tick at which the longest of the `seen` prefixes was used last."""
+        return self._warm[prefixes[seen - 1]] if seen else 0
 
-    def begin(self, prefixes: Sequence[int]) -> None:
+    def follows(self, prefixes: Sequence[int], seen: int) -> bool:
+        """Whether a longer prefix than the `seen` ones that it has is being computed there now."""
+        # Each prefix begins with the shorter ones: if the next one is not on its way, no longer one is.
+        return seen < len(prefixes) and prefixes[seen] in self._led
+
+    def begin(self, prefixes: tuple[int, ...]) -> None:
         self.in_flight += 1
+        self.latest = prefixes
         self._led.update(prefixes)
 
-    def end(self, prefixes: Sequence[int]) -> None:
+    def end(self, prefixes: Sequence[int], tick: int) -> None:
         self.in_flight -= 1
-        self._led -= Counter(prefixes)
         for prefix in prefixes:
-            self._warm[prefix] = None
+            self._led[prefix] -= 1
+            if self._led[prefix] <= 0:
+                del self._led[prefix]
+            self._warm[prefix] = tick
             self._warm.move_to_end(prefix)
         while len(self._warm) > REMEMBERED:
             self._warm.popitem(last=False)
@@ -86,10 +117,14 @@ class _Waiting:
 class Router:
     """Gives out the slots of some endpoints. Lives in one event loop."""
 
-    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+    def __init__(self, endpoints: Sequence[Endpoint], ends: Callable[[], bool] = lambda: False) -> None:
+        """`ends` says whether the run winds down: then nobody waits for an endpoint that cools."""
         self.endpoints = tuple(endpoints)
+        self._ends = ends
+        self._ending = False
         self._waiting: deque[_Waiting] = deque()
         self._wake: asyncio.TimerHandle | None = None
+        self._ticks = 0
 
     @property
     def capacity(self) -> int:
@@ -98,7 +133,7 @@ class Router:
     @property
     def idle(self) -> bool:
         """Whether there are slots that nobody waits for."""
-        return not self._waiting and any(endpoint.free > 0 for endpoint in self.endpoints)
+        return not self._waiting and bool(self._ready(asyncio.get_running_loop().time()))
 
     @asynccontextmanager
     async def slot(self, prompt: Prompt) -> AsyncIterator[Endpoint]:
@@ -111,38 +146,66 @@ class Router:
             endpoint = await waiting.slot
         except asyncio.CancelledError:
             if waiting.slot.done() and not waiting.slot.cancelled():
-                waiting.slot.result().end(prefixes)
+                waiting.slot.result().end(prefixes, self._tick())
             else:
-                self._waiting.remove(waiting)
+                with suppress(ValueError):  # when a slot came to it after it was cancelled
+                    self._waiting.remove(waiting)
             self._fill()
             raise
         try:
             yield endpoint
         finally:
-            endpoint.end(prefixes)
+            endpoint.end(prefixes, self._tick())
             self._fill()
+
+    @contextmanager
+    def spare(self, prompt: Prompt, besides: Endpoint) -> Iterator[Endpoint | None]:
+        """Holds a slot that nobody waits for, at another endpoint if there is one; None if all are taken."""
+        ready = [] if self._waiting else self._ready(asyncio.get_running_loop().time())
+        if not ready:
+            yield None
+            return
+        endpoint = min(ready, key=lambda e: (e is besides, e.load))
+        prefixes = _prefixes(prompt)
+        endpoint.begin(prefixes)
+        try:
+            yield endpoint
+        finally:
+            endpoint.end(prefixes, self._tick())
+            self._fill()
+
+    def _tick(self) -> int:
+        self._ticks += 1
+        return self._ticks
+
+    def _ready(self, now: float) -> list[Endpoint]:
+        return [e for e in self.endpoints if e.free > 0 and (e.cooling_until <= now or self._ending)]
 
     def _fill(self) -> None:
         """Hands out every slot that is free."""
         while self._waiting:
             now = asyncio.get_running_loop().time()
-            ready = [e for e in self.endpoints if e.free > 0 and e.cooling_until <= now]
+            ready = self._ready(now)
             if not ready:
                 self._wake_when_cool(now)
                 return
             endpoint = min(ready, key=lambda e: e.load)
             waiting = self._choose(endpoint)
-            endpoint.begin(waiting.prefixes)
-            waiting.slot.set_result(endpoint)
+            if not waiting.slot.done():  # else it was cancelled, and has not noticed yet
+                endpoint.begin(waiting.prefixes)
+                waiting.slot.set_result(endpoint)
 
     def _choose(self, endpoint: Endpoint) -> _Waiting:
         """Takes the request that fits an endpoint best off the queue; of equals the oldest."""
         oldest = self._waiting[0]
-        if len(self._waiting) == 1 or not oldest.prefixes or oldest.passed >= LOOKAHEAD:
+        # What goes on where the endpoint was last, and was answered there, fits as well as anything can.
+        goes_on = oldest.prefixes == endpoint.latest and endpoint.warmth(oldest.prefixes) == len(oldest.prefixes)
+        settled = not oldest.prefixes or goes_on or oldest.passed >= LOOKAHEAD
+        if settled or len(self._waiting) == 1:
             return self._waiting.popleft()
         best, best_fit = 0, self._fit(endpoint, oldest)
-        for at in range(1, min(LOOKAHEAD, len(self._waiting))):
-            if (fit := self._fit(endpoint, self._waiting[at])) > best_fit:
+        for at, waiting in enumerate(islice(self._waiting, LOOKAHEAD)):
+            if at and (fit := self._fit(endpoint, waiting)) > best_fit:
                 best, best_fit = at, fit
         if best == 0:
             return self._waiting.popleft()
@@ -151,18 +214,32 @@ class Router:
         del self._waiting[best]
         return chosen
 
-    def _fit(self, endpoint: Endpoint, waiting: _Waiting) -> float:
-        here = endpoint.warmth(waiting.prefixes)
-        elsewhere = max((e.warmth(waiting.prefixes) for e in self.endpoints if e is not endpoint), default=0)
-        return here - max(0, elsewhere - here) - (len(waiting.prefixes) if endpoint.follows(waiting.prefixes) else 0)
+    def _fit(self, endpoint: Endpoint, waiting: _Waiting) -> tuple[int, int]:
+        prefixes = waiting.prefixes
+        here = endpoint.warmth(prefixes)
+        used = endpoint.used(prefixes, here)
+        elsewhere, used_elsewhere = here, 0
+        for other in self.endpoints:
+            if other is not endpoint and (seen := other.warmth(prefixes)) >= elsewhere and seen:
+                elsewhere = seen
+                used_elsewhere = max(used_elsewhere, other.used(prefixes, seen))
+        behind = len(prefixes) if endpoint.follows(prefixes, here) else 0
+        return (2 * here - elsewhere - behind, used - used_elsewhere)
 
     def _wake_when_cool(self, now: float) -> None:
         cooling = [e.cooling_until for e in self.endpoints if e.free > 0 and e.cooling_until > now]
-        if cooling and self._wake is None:
-            self._wake = asyncio.get_running_loop().call_at(min(cooling) + 0.001, self._woken)
+        if not cooling:
+            return
+        at = min(min(cooling) + 0.001, now + LOOKS)
+        if self._wake is not None and self._wake.when() > at:
+            self._wake.cancel()
+            self._wake = None
+        if self._wake is None:
+            self._wake = asyncio.get_running_loop().call_at(at, self._woken)
 
     def _woken(self) -> None:
         self._wake = None
+        self._ending = self._ending or self._ends()
         self._fill()
 
 

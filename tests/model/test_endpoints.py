@@ -1,0 +1,466 @@
+"""Several servers of one model: they die, come back, refuse and hang, and no answer is lost or stored twice."""
+
+import asyncio
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from random import Random
+from time import monotonic
+from typing import Any, TypeVar
+
+import pytest
+
+from fastdistill.control.store import ResponseStore
+from fastdistill.core.decode import DecodeProfile
+from fastdistill.core.errors import EnvironmentFault, FatalError, TeacherError
+from fastdistill.core.types import Answer, Draw
+from fastdistill.model.client import ModelClient
+from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
+from tests.servers import Call, Fault, Server, hang, mixed, openai_server, rate_limited
+
+T = TypeVar("T")
+PROBE = "Name three colours."
+
+
+class Brake:
+    """Lets everything go until it is pulled."""
+
+    def __init__(self) -> None:
+        self.reason: FatalError | None = None
+        self._pulled = asyncio.Event()
+
+    def pull(self, reason: FatalError) -> None:
+        self.reason = reason
+        self._pulled.set()
+
+    def check(self, tokens: int, dollars: float) -> None:
+        if self.reason is not None:
+            raise self.reason
+
+    async def pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._pulled.wait(), seconds)
+
+
+class Asker:
+    def __init__(self, client: ModelClient, store: ResponseStore, brake: Brake) -> None:
+        self.client, self.store, self.brake = client, store, brake
+
+    async def ask(self, text: str, n: int = 1) -> list[Any]:
+        prompt = self.client.prompt([{"role": "user", "content": text}], DecodeProfile(), {})
+        return await self.client.generate(prompt, [Draw(at, at) for at in range(n)])
+
+    async def ask_all(self, requests: int, at_once: int = 32, n: int = 1) -> list[Any]:
+        """Asks for `Q0`, `Q1` ... and returns the answers in that order."""
+        results: dict[int, list[Any]] = {}
+        numbers = iter(range(requests))
+
+        async def work() -> None:
+            for number in numbers:
+                results[number] = await self.ask(f"Q{number}", n)
+
+        await asyncio.gather(*(work() for _ in range(at_once)))
+        return [answer for number in range(requests) for answer in results[number]]
+
+
+@asynccontextmanager
+async def asking(urls: list[str], folder: Path, **config: Any) -> AsyncIterator[Asker]:
+    fields = {"provider": "vllm", "model": "teacher", "base_url": urls, "max_concurrency": 8, "hedge": False, **config}
+    parsed = OpenAIConfig.model_validate(fields)
+    providers = [OpenAIProvider(endpoint) for endpoint in parsed.endpoints()]  # type: ignore[arg-type]
+    brake = Brake()
+    async with ResponseStore(folder / "responses.sqlite") as store:
+        client = ModelClient("teacher", parsed, providers, store, brake)
+        try:
+            yield Asker(client, store, brake)
+        finally:
+            await client.aclose()
+
+
+class Restartable:
+    """A server that can go away and come back at the same port; `answered` counts over all its lives."""
+
+    def __init__(self, **options: Any) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._options = options | {"port": free.getsockname()[1]}
+        self.url = f"http://127.0.0.1:{self._options['port']}/v1"
+        self._lives: list[Server] = []
+        self._alive = ExitStack()
+
+    async def start(self) -> None:
+        self._lives.append(await asyncio.to_thread(self._alive.enter_context, openai_server(**self._options)))
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._alive.close)
+
+    @property
+    def answered(self) -> Counter[str]:
+        return sum((answers(server) for server in self._lives), Counter[str]())
+
+
+@contextmanager
+def restartable(**options: Any) -> Iterator[Restartable]:
+    server = Restartable(**options)
+    try:
+        yield server
+    finally:
+        server._alive.close()
+
+
+def answers(*servers: Server) -> Counter[str]:
+    """What was answered, without the probes, by prompt."""
+    found = sum((server.counters.prompts for server in servers), Counter[str]())
+    del found[PROBE]
+    return found
+
+
+def quick(call: Call) -> float:
+    return 0.0 if call.prompt == PROBE else Random(call.prompt).uniform(0.002, 0.01)
+
+
+def nowhere() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(work, 50))
+
+
+async def until(happens: Callable[[], bool]) -> None:
+    end = monotonic() + 20
+    while not happens():
+        assert monotonic() < end, "it did not happen"
+        await asyncio.sleep(0.005)
+
+
+def complete(found: list[Any], requests: int) -> bool:
+    return len(found) == requests and all(isinstance(answer, Answer) for answer in found)
+
+
+# --- endpoints that share, die and come back ---
+
+
+def test_several_servers_share_the_work(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([one.url, other.url], tmp_path) as asker:
+            assert complete(await asker.ask_all(200), 200)
+            assert asker.store.count() == 200
+            assert len(asker.client.endpoints) == 2
+
+    with openai_server(latency=quick) as one, openai_server(latency=quick) as other:
+        run(go())
+        assert set(answers(one, other).values()) == {1}
+        assert min(answers(one).total(), answers(other).total()) > 50
+        assert max(one.counters.peak, other.counters.peak) <= 8
+
+
+def test_an_endpoint_that_is_dead_from_the_start_costs_nothing_but_a_note(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([nowhere(), server.url], tmp_path) as asker:
+            assert complete(await asker.ask_all(100, n=2), 200)
+            assert asker.store.count() == 200
+
+    with openai_server(latency=quick) as server:
+        run(go())
+        assert answers(server).total() == 100, "and two choices still come in one request"
+
+
+def test_with_no_endpoint_at_all_the_run_stops_at_once(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([nowhere(), nowhere()], tmp_path) as asker:
+            with pytest.raises(TeacherError, match="teacher: "):
+                await asker.ask("Q")
+
+    run(go())
+
+
+def test_an_endpoint_that_dies_midway_loses_no_request(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([mortal.url, server.url], tmp_path) as asker:
+            await mortal.start()
+            work = asyncio.create_task(asker.ask_all(300))
+            await until(lambda: mortal.answered.total() > 40)
+            await mortal.stop()
+            assert complete(await work, 300)
+            assert asker.store.count() == 300
+            assert asker.client.meter.answers == 300
+
+    with restartable(latency=quick) as mortal, openai_server(latency=quick) as server:
+        run(go())
+        answered = mortal.answered + answers(server)
+        assert len(answered) == 300
+        assert max(answers(server).values()) == 1
+        # What an endpoint had answered when its connections broke is asked again: at most what was in flight.
+        assert answered.total() <= 300 + 8
+
+
+def test_an_endpoint_that_comes_back_is_used_again(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([mortal.url, server.url], tmp_path) as asker:
+            await mortal.start()
+            work = asyncio.create_task(asker.ask_all(1500))
+            await until(lambda: mortal.answered.total() > 20)
+            await mortal.stop()
+            before = mortal.answered.total()
+            await mortal.start()
+            await until(lambda: mortal.answered.total() > before + 20)
+            assert complete(await work, 1500)
+            assert asker.store.count() == 1500
+
+    with restartable(latency=quick) as mortal, openai_server(latency=quick) as server:
+        run(go())
+
+
+def test_an_endpoint_that_comes_up_late_is_probed_then_and_used(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([late.url, server.url], tmp_path) as asker:
+            work = asyncio.create_task(asker.ask_all(1500))
+            await until(lambda: answers(server).total() > 20)
+            assert len(asker.client.endpoints) == 1
+            await late.start()
+            await until(lambda: late.answered.total() > 20)
+            assert len(asker.client.endpoints) == 2
+            assert complete(await work, 1500)
+            assert asker.store.count() == 1500
+
+    with restartable(latency=quick) as late, openai_server(latency=quick) as server:
+        run(go())
+
+
+def test_while_all_are_down_everybody_waits_and_nothing_is_lost(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([one.url, other.url], tmp_path) as asker:
+            await asyncio.gather(one.start(), other.start())
+            work = asyncio.create_task(asker.ask_all(300, at_once=64))
+            await until(lambda: (one.answered + other.answered).total() > 50)
+            await asyncio.gather(one.stop(), other.stop())
+            await asyncio.sleep(1.5)
+            assert not work.done()
+            tries = asker.client.meter.requests
+            await asyncio.gather(one.start(), other.start())
+            assert complete(await work, 300)
+            assert asker.store.count() == 300
+            assert tries < 300, "nobody hammers at servers that are down"
+
+    with restartable(latency=quick) as one, restartable(latency=quick) as other:
+        run(go())
+
+
+def test_who_waits_for_endpoints_that_are_down_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([one.url, other.url], tmp_path) as asker:
+            work = asyncio.gather(*(asker.ask(f"Q{number}") for number in range(20)), return_exceptions=True)
+            endpoints = asker.client.router.endpoints
+            await until(lambda: min(endpoint.cooling_until for endpoint in endpoints) > 0)
+            asker.brake.pull(EnvironmentFault("stop"))
+            begun = monotonic()
+            ends = await work
+            assert monotonic() - begun < 10, "not the minute that the servers asked for"
+            assert all(isinstance(end, EnvironmentFault) for end in ends)
+
+    busy = {"Q": rate_limited("60", times=None)}
+    with openai_server(faults=busy) as one, openai_server(faults=busy) as other:
+        run(go())
+
+
+# --- endpoints that refuse ---
+
+
+def test_a_429_at_one_sends_the_others_elsewhere_for_as_long_as_it_asks(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([limited.url, server.url], tmp_path) as asker:
+            assert complete(await asker.ask_all(200), 200)
+            assert asker.store.count() == 200
+            assert 0 < asker.client.meter.retries["rate_limited"] <= 8, "those that were on their way"
+
+    def refuses(call: Call) -> Fault | None:
+        return None if call.prompt == PROBE else rate_limited("30", times=None)
+
+    with openai_server(faults=refuses, latency=quick) as limited, openai_server(latency=quick) as server:
+        run(go())
+        assert answers(server).total() == 200
+
+
+def test_a_wrong_key_at_one_is_said_at_once_and_nothing_is_paid(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([locked.url, server.url], tmp_path, api_key="mine") as asker:
+            with pytest.raises(TeacherError, match=f"401.*{locked.url}|{locked.url}.*401|Invalid API key"):
+                await asker.ask_all(10)
+
+    with openai_server(api_key="another") as locked, openai_server() as server:
+        run(go())
+        assert answers(server).total() == 0
+
+
+def test_a_few_percent_of_faults_cost_no_answer_and_cool_no_endpoint_for_long(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([one.url, other.url], tmp_path) as asker:
+            found = await asker.ask_all(400)
+            assert complete(found, 400)
+            assert asker.store.count() == 400
+            assert all(endpoint.coolings <= 1 for endpoint in asker.client.router.endpoints)
+
+    def faults() -> Callable[[Call], Fault | None]:
+        broken = mixed(0.05)
+
+        def fault(call: Call) -> Fault | None:
+            found = None if call.prompt == PROBE else broken(call)
+            return found if found is None or found.status != 500 else None  # a second 500 is the prompt's own fault
+
+        return fault
+
+    with (
+        openai_server(latency=quick, faults=faults()) as one,
+        openai_server(latency=quick, faults=faults()) as other,
+    ):
+        run(go())
+        assert min(answers(one).total(), answers(other).total()) > 100
+
+
+def test_a_server_that_can_not_bring_several_choices_makes_all_be_asked_one_by_one(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([one.url, other.url], tmp_path) as asker:
+            found = await asker.ask_all(30, n=3)
+            assert complete(found, 90)
+            assert asker.client.meter.answers == asker.store.count() == 90
+
+    with openai_server(honours_n=False) as one, openai_server() as other:
+        run(go())
+        assert answers(one, other).total() == 90
+
+
+# --- stragglers ---
+
+
+def straggles(call: Call) -> Fault | None:
+    return hang(times=None) if call.prompt == "straggler" else None
+
+
+def test_a_straggler_is_asked_again_elsewhere_and_the_first_answer_wins(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([hung.url, server.url], tmp_path, hedge=True) as asker:
+            await asker.ask_all(150)
+            # An idle client asks the first endpoint first.
+            (answer,) = await asker.ask("straggler")
+            assert isinstance(answer, Answer) and answer.completion.text.endswith("to straggler")
+            assert (answer.draw.attempt, answer.draw.seed) == (0, 0)
+            assert asker.client.meter.hedged >= 1
+            assert asker.store.count() == asker.client.meter.answers == 151
+            await until(lambda: asker.client.router.endpoints[0].in_flight == 0)
+
+    with openai_server(latency=quick, faults=straggles) as hung, openai_server(latency=quick) as server:
+        run(go())
+        assert answers(server)["straggler"] == 1
+        assert answers(hung)["straggler"] == 0
+
+
+def test_the_loser_is_called_off_and_its_slot_is_free(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([slow.url, server.url], tmp_path, hedge=True) as asker:
+            await asker.ask_all(150)
+            await asker.ask("straggler")
+            assert slow.counters.in_flight == 1, "the server would go on"
+            assert [endpoint.in_flight for endpoint in asker.client.router.endpoints] == [0, 0]
+            assert asker.client.meter.reserved_tokens == 0
+            await until(lambda: slow.counters.in_flight == 0)
+            assert answers(slow)["straggler"] == 0, "but nobody listens any more"
+
+    def slowly(call: Call) -> float:
+        return 3.0 if call.prompt == "straggler" else quick(call)
+
+    with openai_server(latency=slowly) as slow, openai_server(latency=quick) as server:
+        run(go())
+        assert answers(slow, server)["straggler"] == 1
+
+
+def test_a_straggler_brings_the_draws_that_it_was_asked_for(tmp_path: Path) -> None:
+    async def go(hedge: bool, folder: Path) -> list[Any]:
+        async with asking([slow.url if hedge else server.url, server.url], folder, hedge=hedge) as asker:
+            await asker.ask_all(150)
+            return [(answer.draw, answer.key, answer.completion.text) for answer in await asker.ask("straggler", n=3)]
+
+    def slowly(call: Call) -> float:
+        return 30.0 if call.prompt == "straggler" else quick(call)
+
+    with openai_server(latency=slowly) as slow, openai_server(latency=quick) as server:
+        folders = tmp_path / "hedged", tmp_path / "plain"
+        for folder in folders:
+            folder.mkdir()
+        hedged = run(go(True, folders[0]))
+        assert hedged == run(go(False, folders[1]))
+        assert [draw.seed for draw, _, _ in hedged] == [0, 1, 2]
+
+
+def test_with_hedging_off_nobody_is_asked_twice(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([one.url, other.url], tmp_path, hedge=False) as asker:
+            await asker.ask_all(150)
+            await asker.ask("straggler")
+            assert asker.client.meter.hedged == 0
+
+    def slowly(call: Call) -> float:
+        return 0.5 if call.prompt == "straggler" else quick(call)
+
+    with openai_server(latency=slowly) as one, openai_server(latency=slowly) as other:
+        run(go())
+        assert answers(one, other).total() == 151
+        assert one.counters.requests + other.counters.requests <= 151 + 8
+
+
+@pytest.mark.parametrize("config", [{}, {"requests_per_minute": 600_000}], ids=["others wait", "there is a pace"])
+def test_nobody_is_asked_twice_while_others_wait_or_requests_are_counted(
+    tmp_path: Path, config: dict[str, int]
+) -> None:
+    async def go() -> None:
+        async with asking([one.url, other.url], tmp_path, hedge=True, max_concurrency=1, **config) as asker:
+            await asker.ask_all(150, at_once=8)
+            hedged = asker.client.meter.hedged
+            straggler = asyncio.create_task(asker.ask("straggler"))
+            await until(lambda: one.counters.in_flight + other.counters.in_flight == 1)
+            others = [asyncio.create_task(asker.ask(f"R{number}")) for number in range(60 if not config else 0)]
+            await asyncio.gather(straggler, *others)
+            assert asker.client.meter.hedged == hedged
+
+    def slowly(call: Call) -> float:
+        return 0.4 if call.prompt == "straggler" else quick(call) + (0.05 if call.prompt.startswith("R") else 0.0)
+
+    with openai_server(latency=slowly) as one, openai_server(latency=slowly) as other:
+        run(go())
+        assert answers(one, other)["straggler"] == 1
+
+
+def test_when_the_run_ends_a_straggler_is_not_asked_again_and_still_comes_home(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([one.url, other.url], tmp_path, hedge=True) as asker:
+            await asker.ask_all(150)
+            straggler = asyncio.create_task(asker.ask("straggler"))
+            await until(lambda: one.counters.in_flight + other.counters.in_flight == 1)
+            hedged = asker.client.meter.hedged
+            asker.brake.pull(EnvironmentFault("stop"))
+            (answer,) = await straggler
+            assert isinstance(answer, Answer)
+            assert asker.client.meter.hedged == hedged
+
+    def slowly(call: Call) -> float:
+        return 1.0 if call.prompt == "straggler" else quick(call)
+
+    with openai_server(latency=slowly) as one, openai_server(latency=slowly) as other:
+        run(go())
+
+
+def test_the_metrics_of_a_server_set_how_many_are_in_flight(tmp_path: Path) -> None:
+    """See `test_limits` for what follows from them; here: they are asked for at each endpoint that has them."""
+
+    async def go() -> None:
+        async with asking([server.url], tmp_path, max_concurrency=None) as asker:
+            await asker.ask_all(50)
+            assert server.counters.paths["/metrics"] == 1, "it does not tell, so it is asked once"
+
+    with openai_server(latency=quick) as server:
+        run(go())

@@ -1,0 +1,370 @@
+"""How many requests are in flight: an adaptive limit against simulated servers in virtual time, and the pace."""
+
+import heapq
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdistill.model.limits import BURST, CUT, AdaptiveLimit, FixedLimit, Limit, Pace
+from fastdistill.model.provider import Load
+
+MEDIAN, SIGMA = 0.2, 0.6  # seconds, of a lognormal distribution
+TRIED = (16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request: how long it holds a slot, in seconds, and the length of its answer."""
+
+    seconds: float
+    tokens: int = 100
+
+
+def lognormal(requests: int, seed: int, median: float = MEDIAN, sigma: float = SIGMA) -> list[Work]:
+    dice = random.Random(seed)
+    return [Work(dice.lognormvariate(math.log(median), sigma)) for _ in range(requests)]
+
+
+@dataclass(slots=True)
+class _Sent:
+    begun: float
+    busy: bool
+    work: Work
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a simulation came to; `capacities` is the limit after each event."""
+
+    seconds: float = 0.0
+    refused: int = 0
+    cuts: int = 0
+    capacities: list[int] = field(default_factory=list)
+
+
+def simulate(
+    limit: Limit,
+    work: Sequence[Work],
+    slots: int | Callable[[float], int],
+    *,
+    slowed: Callable[[int], float] = lambda running: 1.0,
+    refuses_beyond: int | None = None,
+    tells: bool = False,
+    breaks: Callable[[int], bool] = lambda number: False,
+) -> Outcome:
+    """A client with as much work as there is, and a server with slots and one queue; all times are virtual.
+
+    Args:
+        slots: how many requests are worked on at a time, or that as a function of the time.
+        slowed: by which factor an answer takes longer with so many at work.
+        refuses_beyond: so many in flight; the next gets a 429 within 10 ms.
+        tells: the server has metrics, asked every half second.
+        breaks: whether the connection of the n-th request breaks when its answer would come.
+    """
+    todo = deque(reversed(work))
+    now, in_flight, running, sent, told = 0.0, 0, 0, 0, 0.0
+    queue: deque[_Sent] = deque()
+    events: list[tuple[float, int, str, _Sent]] = []
+    outcome = Outcome()
+
+    def free() -> bool:
+        return running < (slots if isinstance(slots, int) else slots(now))
+
+    def start(request: _Sent, number: int) -> None:
+        nonlocal running
+        running += 1
+        kind = "broken" if breaks(number) else "answer"
+        heapq.heappush(events, (now + request.work.seconds * slowed(running), number, kind, request))
+
+    while todo or in_flight:
+        while todo and in_flight < limit.capacity:
+            in_flight += 1
+            sent += 1
+            request = _Sent(now, in_flight >= limit.capacity, todo.pop())
+            if refuses_beyond is not None and in_flight > refuses_beyond:
+                heapq.heappush(events, (now + 0.01, sent, "429", request))
+            elif free():
+                start(request, sent)
+            else:
+                queue.append(request)
+        now, _, kind, request = heapq.heappop(events)
+        in_flight -= 1
+        before = limit.capacity
+        if kind == "429":
+            limit.rate_limited(request.begun, now)
+            outcome.refused += 1
+            outcome.cuts += limit.capacity < before
+            todo.append(request.work)
+        else:
+            running -= 1
+            if kind == "answer":
+                limit.answered(request.begun, now, request.work.tokens, busy=request.busy)
+            else:
+                limit.broke()
+                todo.append(request.work)
+            while queue and free():
+                sent += 1
+                start(queue.popleft(), sent)
+            if tells and now >= told + 0.5:
+                told = now
+                limit.measured(Load(running, len(queue)), busy=in_flight + 1 >= limit.capacity)
+        outcome.capacities.append(limit.capacity)
+    outcome.seconds = now
+    return outcome
+
+
+def adaptive() -> AdaptiveLimit:
+    return AdaptiveLimit(start=16)
+
+
+# --- as good as the best fixed setting ---
+
+
+@pytest.mark.parametrize(
+    ("slots", "requests", "seeds"), [(1, 2_000, 3), (8, 10_000, 3), (64, 10_000, 3), (512, 50_000, 1)]
+)
+def test_it_comes_within_a_twentieth_of_the_best_fixed_setting(slots: int, requests: int, seeds: int) -> None:
+    for seed in range(seeds):
+        work = lognormal(requests, seed)
+        # With a FIFO queue no setting beats one that never leaves the queue empty.
+        best = simulate(FixedLimit(10 * slots), work, slots).seconds
+        assert simulate(adaptive(), work, slots).seconds < 1.05 * best
+
+
+@pytest.mark.parametrize(("slots", "requests", "seeds"), [(8, 10_000, 3), (64, 10_000, 3), (512, 50_000, 1)])
+def test_it_follows_a_capacity_that_halves_and_then_doubles(slots: int, requests: int, seeds: int) -> None:
+    for seed in range(seeds):
+        work = lognormal(requests, seed)
+        steady = simulate(FixedLimit(10 * slots), work, slots).seconds
+
+        def changing(now: float, third: float = steady / 3) -> int:
+            return slots if now < third else slots // 2 if now < 2 * third else 2 * slots
+
+        best = simulate(FixedLimit(20 * slots), work, changing).seconds
+        assert simulate(adaptive(), work, changing).seconds < 1.10 * best
+
+
+@pytest.mark.parametrize(
+    ("slowed", "slots"),
+    [
+        (lambda batch: 1 + batch / 32, 256),  # a batch of 256 still answers the most
+        (lambda batch: 1 + batch / 128, 256),
+        (lambda batch: 1 + (batch / 32) ** 2, 100_000),  # 32 at a time are best, 64 answer a fifth less
+        (lambda batch: 1 + (batch / 128) ** 2, 100_000),
+    ],
+    ids=["saturates at 32", "saturates at 128", "best at 32", "best at 128"],
+)
+def test_where_answers_slow_down_as_the_batch_grows_it_finds_a_good_batch(
+    slowed: Callable[[int], float], slots: int
+) -> None:
+    work = lognormal(10_000, 0)
+    times = {tried: simulate(FixedLimit(tried), work, slots, slowed=slowed).seconds for tried in TRIED}
+    own = simulate(adaptive(), work, slots, slowed=slowed).seconds
+    assert own < 1.2 * min(times.values())
+    assert own < sorted(times.values())[len(times) // 2], "better than half of the settings that one might have chosen"
+
+
+def test_longer_answers_are_not_taken_for_a_queue() -> None:
+    dice = random.Random(0)
+    lengths = [dice.lognormvariate(math.log(50 + 500 * at / 10_000), SIGMA) for at in range(10_000)]
+    work = [Work(tokens * 0.002, round(tokens) or 1) for tokens in lengths]
+    outcome = simulate(adaptive(), work, 64)
+    assert outcome.seconds < 1.05 * simulate(FixedLimit(640), work, 64).seconds
+    grown = next(at for at, capacity in enumerate(outcome.capacities) if capacity >= 64)
+    assert min(outcome.capacities[grown:]) >= 48
+
+
+@pytest.mark.parametrize("slots", [8, 64])
+def test_a_small_server_is_not_buried_however_long_the_run(slots: int) -> None:
+    outcome = simulate(adaptive(), lognormal(40_000, 1), slots)
+    assert max(outcome.capacities) <= 20 * slots
+    assert sum(outcome.capacities) / len(outcome.capacities) <= 10 * slots
+
+
+# --- servers that refuse, break, or are slow ---
+
+
+@pytest.mark.parametrize("allowed", [20, 100])
+def test_a_server_that_refuses_beyond_a_number_costs_few_refusals_and_little_time(allowed: int) -> None:
+    work = lognormal(10_000, 0)
+    best = simulate(FixedLimit(allowed), work, 100_000).seconds
+    outcome = simulate(adaptive(), work, 100_000, refuses_beyond=allowed)
+    assert outcome.seconds < 1.25 * best
+    assert outcome.refused < 200, "in 10,000 requests"
+    assert max(outcome.capacities[len(work) // 2 :]) <= 1.1 * allowed
+
+
+def test_a_burst_of_refusals_is_one_cut() -> None:
+    limit = AdaptiveLimit(start=100)
+    for at in range(40):
+        limit.rate_limited(begun=1.0, now=1.1 + at / 1000)
+    assert limit.capacity == round(100 * CUT)
+    limit.rate_limited(begun=1.2, now=1.3)
+    assert limit.capacity == round(round(100 * CUT) * CUT), "sent after the cut: another burst"
+
+
+def test_after_a_refusal_that_does_not_come_again_the_limit_recovers() -> None:
+    limit = adaptive()
+    limit.rate_limited(0.0, 0.0)
+    outcome = simulate(limit, lognormal(20_000, 1), 64)
+    assert max(outcome.capacities) >= 64, "a 429 in the first moment does not hold it down"
+    again = limit.capacity
+    for burst in range(1, 4):
+        limit.rate_limited(1e4 + burst, 1e4 + burst)
+    assert limit.capacity < 0.5 * again
+    outcome = simulate(limit, lognormal(20_000, 2), 64)
+    assert max(outcome.capacities) >= 64
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05])
+def test_broken_connections_say_nothing_of_the_capacity(share: float) -> None:
+    work = lognormal(10_000, 0)
+    dice = random.Random(0)
+    broken = {number for number in range(1, 12_000) if dice.random() < share}
+    best = simulate(FixedLimit(640), work, 64, breaks=broken.__contains__).seconds
+    outcome = simulate(adaptive(), work, 64, breaks=broken.__contains__)
+    assert outcome.seconds < 1.05 * best
+    assert max(outcome.capacities) <= 10 * 64, "the ramp ends all the same"
+
+
+def test_while_much_breaks_the_limit_neither_grows_nor_shrinks() -> None:
+    limit = adaptive()
+    limit.answered(0.0, 0.2, 100, busy=True)
+    held = limit.capacity
+    for at in range(1000):
+        limit.broke()
+        limit.answered(0.2 + at / 1000, 0.4 + at / 1000, 100, busy=True)
+    assert limit.capacity == held
+    outcome = simulate(limit, lognormal(10_000, 0), 64)
+    assert outcome.capacities[-1] >= 64, "and it grows again afterwards"
+
+
+def test_a_trial_that_breaks_off_is_taken_back() -> None:
+    limit = adaptive()
+    outcome = simulate(limit, lognormal(20_000, 0), 64, breaks=lambda number: number > 10_000 and number % 3 == 0)
+    assert min(outcome.capacities[len(outcome.capacities) // 2 :]) >= 48
+    assert len(set(outcome.capacities[-5_000:])) == 1
+
+
+def test_a_slow_server_is_not_buried_in_requests_that_would_time_out() -> None:
+    patience = 60.0
+    for seed in range(3):
+        work = lognormal(60, seed, median=20.0, sigma=0.3)
+        limit = AdaptiveLimit(start=4, patience=patience)
+        outcome = simulate(limit, work, 1)
+        assert max(outcome.capacities) <= 8
+        assert outcome.seconds == pytest.approx(sum(each.seconds for each in work))
+
+
+# --- servers that tell, and users who say ---
+
+
+@pytest.mark.parametrize("slots", [8, 64])
+def test_a_server_that_tells_how_busy_it_is_gets_what_it_needs_and_a_quarter_more(slots: int) -> None:
+    work = lognormal(10_000, 0)
+    outcome = simulate(adaptive(), work, slots, tells=True)
+    assert outcome.seconds < 1.03 * simulate(FixedLimit(10 * slots), work, slots).seconds
+    settled = outcome.capacities[len(work) // 4 : -2 * slots]
+    assert set(settled) == {round(1.25 * slots)}
+
+
+@given(st.lists(st.sampled_from(["answered", "rate_limited", "broke", "measured"]), max_size=50))
+def test_a_fixed_limit_never_moves(events: list[str]) -> None:
+    limit = FixedLimit(7)
+    for at, event in enumerate(events):
+        match event:
+            case "answered":
+                limit.answered(at, at + 1, 10, busy=True)
+            case "rate_limited":
+                limit.rate_limited(at, at + 1)
+            case "broke":
+                limit.broke()
+            case _:
+                limit.measured(Load(1, 100), busy=True)
+    assert limit.capacity == 7
+
+
+_events = st.tuples(
+    st.sampled_from(["answered", "rate_limited", "broke", "measured"]),
+    st.floats(0, 5),
+    st.integers(0, 5000),
+    st.booleans(),
+)
+
+
+@given(st.integers(1, 50), st.integers(50, 300), st.lists(_events, max_size=300))
+def test_whatever_happens_the_limit_stays_between_one_and_its_ceiling(
+    start: int, ceiling: int, events: list[tuple[str, float, int, bool]]
+) -> None:
+    limit = AdaptiveLimit(start, ceiling)
+    now = 0.0
+    for kind, seconds, number, busy in events:
+        begun, now = now, now + seconds
+        match kind:
+            case "answered":
+                limit.answered(begun, now, number, busy=busy)
+            case "rate_limited":
+                limit.rate_limited(begun, now)
+            case "broke":
+                limit.broke()
+            case _:
+                limit.measured(Load(number % 100, number), busy=busy)
+        assert 1 <= limit.capacity <= ceiling
+
+
+# --- the pace ---
+
+_requests = st.lists(
+    st.tuples(st.floats(0, 20), st.integers(1, 2000), st.floats(0, 1)), min_size=1, max_size=150
+)  # (seconds since the last, tokens at most, share of them that it took)
+
+
+@settings(deadline=None)
+@given(_requests, st.integers(1, 600), st.integers(100, 100_000))
+def test_no_minute_has_more_requests_and_tokens_than_the_allowance_the_burst_and_one_request(
+    requests: list[tuple[float, int, float]], rpm: int, tpm: int
+) -> None:
+    pace = Pace(rpm, tpm)
+    now, sent = 0.0, list[tuple[float, int]]()
+    for gap, most, share in requests:
+        now += gap
+        now += pace.delay(now)
+        pace.take(now, most)
+        took = round(most * share)
+        pace.correct(took - most)
+        sent.append((now, took))
+    window = 60 + BURST
+    for begun, _ in sent:
+        within = [tokens for at, tokens in sent if begun <= at < begun + 60]
+        assert len(within) <= rpm * window / 60 + 1.001
+        assert sum(within) <= tpm * window / 60 + max(most for _, most, _ in requests) + 1
+
+
+def test_an_answer_that_was_shorter_than_allowed_gives_the_rest_of_its_time_back() -> None:
+    pace = Pace(None, 6000)
+    pace.take(0.0, 1000)
+    assert pace.delay(0.0) == pytest.approx(10 - BURST)
+    pace.correct(100 - 1000)
+    assert pace.delay(0.0) == 0
+
+
+def test_the_allowance_is_used_up_by_a_client_that_always_has_more() -> None:
+    pace, now = Pace(600, None), 0.0
+    for _ in range(600):
+        now += pace.delay(now)
+        pace.take(now, 0)
+    assert 60 - 2 * BURST <= now <= 60
+
+
+def test_without_an_allowance_nothing_waits() -> None:
+    pace = Pace(None, None)
+    for at in range(1000):
+        assert pace.delay(0.0) == 0
+        pace.take(0.0, at)
+    assert pace.unlimited
