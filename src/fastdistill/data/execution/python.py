@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -26,6 +26,8 @@ class PythonExecEval(Gate):
     list of `{"input": ..., "output": ...}` for programs that read and print. Only the standard library can be
     imported, and no file can be written. A verdict's detail names the isolation that was in force.
     """
+
+    machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
 
     tests_field: str = Field("tests", description="the record's field with the tests, in one of the three forms")
     entry_point_field: str | None = Field(None, description="the field with the name of the function to write")
