@@ -111,7 +111,7 @@ async def run_race(draws: Sequence[SampleStep], gates: Sequence[SampleStep], sam
             if done.status is Status.FAILED or (done.status is Status.SKIPPED and not candidates):
                 return replace(sample, status=done.status)
             if not draw.wants_more(sample):
-                break
+                return sample if sample.candidates else replace(sample, status=Status.FAILED)
     finally:
         for task in tasks:
             task.cancel()

@@ -80,8 +80,8 @@ class EmptyStore:
 
 
 class NoBrake:
-    def check(self, tokens: int, dollars: float) -> None:
-        pass
+    def check(self, tokens: int, dollars: float) -> bool:
+        return False
 
     async def pause(self, seconds: float) -> None:
         pass

@@ -39,9 +39,10 @@ class Brake:
 
     reason: FatalError | None = None
 
-    def check(self, tokens: int = 0, dollars: float = 0.0) -> None:
+    def check(self, tokens: int = 0, dollars: float = 0.0) -> bool:
         if self.reason is not None:
             raise self.reason
+        return False
 
     async def pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -35,9 +35,10 @@ class Brake:
         self.reason = reason
         self._pulled.set()
 
-    def check(self, tokens: int, dollars: float) -> None:
+    def check(self, tokens: int, dollars: float) -> bool:
         if self.reason is not None:
             raise self.reason
+        return False
 
     async def pause(self, seconds: float) -> None:
         with suppress(TimeoutError):

@@ -420,7 +420,8 @@ def cached_by_turns(texts: Sequence[str], servers: int) -> float:
 
 
 class NoBrake:
-    def check(self, tokens: int, dollars: float) -> None: ...
+    def check(self, tokens: int, dollars: float) -> bool:
+        return False
 
     async def pause(self, seconds: float) -> None:
         with suppress(TimeoutError):

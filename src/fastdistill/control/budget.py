@@ -37,23 +37,29 @@ class Budget(BaseModel):
     max_wall_s: float | None = Field(None, gt=0)
 
     def exceeded(self, meters: Iterable[Meter], tokens: int, dollars: float, begun: float) -> str | None:
-        """Why a further request, of up to `tokens` and `dollars`, may not be sent; None if it may.
-
-        `begun` is when the run began, by `perf_counter`.
+        """Why no request of up to `tokens` and `dollars` may be sent any more, not even if those in flight turn out to
+        cost nothing; None if it may, now or later. `begun` is when the run began, by `perf_counter`.
         """
         if self.max_wall_s is not None and perf_counter() - begun >= self.max_wall_s:
             return f"budget.max_wall_s: {self.max_wall_s:g} s have passed"
         if self.max_tokens is not None or self.max_cost_usd is not None:
             meters = list(meters)
-            if self.max_tokens is not None:
-                spent = sum(meter.tokens + meter.reserved_tokens for meter in meters)
-                if spent + tokens > self.max_tokens:
-                    return f"budget.max_tokens: the next request could exceed {self.max_tokens:,} tokens"
-            if self.max_cost_usd is not None:
-                cost = sum((meter.cost or 0.0) + meter.reserved_cost for meter in meters)
-                if cost + dollars > self.max_cost_usd:
-                    return f"budget.max_cost_usd: the next request could exceed ${self.max_cost_usd:g}"
+            if self.max_tokens is not None and sum(meter.tokens for meter in meters) + tokens > self.max_tokens:
+                return f"budget.max_tokens: the next request could exceed {self.max_tokens:,} tokens"
+            cost = sum(meter.cost or 0.0 for meter in meters)
+            if self.max_cost_usd is not None and cost + dollars > self.max_cost_usd:
+                return f"budget.max_cost_usd: the next request could exceed ${self.max_cost_usd:g}"
         return None
+
+    def taken(self, meters: Iterable[Meter], tokens: int, dollars: float) -> bool:
+        """Whether requests in flight could still cost what a further one would need."""
+        if self.max_tokens is None and self.max_cost_usd is None:
+            return False
+        meters = list(meters)
+        worst = tokens + sum(meter.tokens + meter.reserved_tokens for meter in meters)
+        dearest = dollars + sum((meter.cost or 0.0) + meter.reserved_cost for meter in meters)
+        too_many = self.max_tokens is not None and worst > self.max_tokens
+        return too_many or (self.max_cost_usd is not None and dearest > self.max_cost_usd)
 
 
 class Progress:

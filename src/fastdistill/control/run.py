@@ -99,16 +99,16 @@ class ActiveRun:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopped.wait(), seconds)
 
-    def check(self, tokens: int, dollars: float) -> None:
-        """Whether a request of up to so many tokens and dollars may go out (`model.client.Brake`)."""
+    def check(self, tokens: int, dollars: float) -> bool:
+        """Whether a request of up to so many tokens and dollars must wait (`model.client.Brake`)."""
         if self._reason is not None:
             raise self._reason
-        if self.enough is None:
-            meters = [model.meter for model in self.models.values()]
-            if reason := self._budget.exceeded(meters, tokens, dollars, self.begun):
-                self._end(Enough(reason, ExitCode.BUDGET))
+        meters = [model.meter for model in self.models.values()]
+        if self.enough is None and (reason := self._budget.exceeded(meters, tokens, dollars, self.begun)):
+            self._end(Enough(reason, ExitCode.BUDGET))
         if self.enough is not None:
             raise NotAsked("not_asked", self.enough.message)
+        return self._budget.taken(meters, tokens, dollars)
 
     def exhausted(self) -> Enough | None:
         """Why the records did not suffice, if there was a target that says so."""

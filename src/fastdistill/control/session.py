@@ -216,9 +216,9 @@ class _Brake:
 
     run: ActiveRun | None = None
 
-    def check(self, tokens: int, dollars: float) -> None:
+    def check(self, tokens: int, dollars: float) -> bool:
         assert self.run is not None
-        self.run.check(tokens, dollars)
+        return self.run.check(tokens, dollars)
 
     async def pause(self, seconds: float) -> None:
         assert self.run is not None

@@ -123,7 +123,8 @@ class TextGeneration(SampleStep):
         ]
         if not candidates and not sample.candidates:
             error = next(answer for answer in answers if isinstance(answer, SampleError))
-            if self._only is None or isinstance(error, NotAsked):
+            more_to_come = self._only is not None or attempts.stop < self.num_generations
+            if isinstance(error, NotAsked) or not more_to_come:
                 raise error
         return replace(sample, candidates=(*sample.candidates, *candidates), failures=(*sample.failures, *failures))
 

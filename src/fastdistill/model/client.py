@@ -36,8 +36,13 @@ class ResponseStore(Protocol):
 class Brake(Protocol):
     """Says whether one more request may go out; those in flight come home in any case."""
 
-    def check(self, tokens: int, dollars: float) -> None:
-        """Raises NotAsked if the run has enough or could exceed its budget by so much, FatalError if it must stop."""
+    def check(self, tokens: int, dollars: float) -> bool:
+        """Whether a request of up to so many tokens and dollars must wait for what those in flight turn out to cost.
+
+        Raises:
+            NotAsked: the run has enough, or the request would exceed its budget in any case.
+            FatalError: the run must stop.
+        """
         ...
 
     async def pause(self, seconds: float) -> None:
@@ -263,7 +268,8 @@ class ModelClient:
                     await self._brake.pause(min(delay, 1.0))  # answers in flight may turn out shorter meanwhile
                 self._brake.check(worst, dollars)
                 self._pace.take(perf_counter(), worst)
-        self._brake.check(worst, dollars)
+        while self._brake.check(worst, dollars):
+            await self._brake.pause(0.05)  # what is in flight may cost less than it could
 
     async def _hedged(self, endpoint: Endpoint, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
         """The answer of the first of two: the second is asked where the first takes longer than 99% do."""
@@ -307,7 +313,8 @@ class ModelClient:
             if endpoint is None:
                 raise NotAsked("not_asked", "no slot is idle any more")
             try:
-                self._brake.check(worst, self.meter.worst_cost(worst))
+                if self._brake.check(worst, self.meter.worst_cost(worst)):
+                    raise NotAsked("not_asked", "the budget is taken")
             except FatalError as error:
                 raise NotAsked("not_asked", "the run ends") from error  # the first comes home all the same
             with self.meter.again(worst):
@@ -373,7 +380,13 @@ class ModelClient:
     def _worst_tokens(self, prompt: Prompt, n: int) -> int:
         """Tokens that a request may cost at most: a prompt has no more tokens than bytes, nor than seen so far."""
         prompt_tokens = math.ceil(_characters(prompt) * self.meter.tokens_per_character)
-        return prompt_tokens + n * int(prompt.parameters.get("max_tokens", 0))
+        parameters = prompt.parameters
+        limits = (
+            parameters.get("max_tokens"),
+            parameters.get("max_completion_tokens"),
+            (parameters.get("options") or {}).get("num_predict"),
+        )
+        return prompt_tokens + n * max((limit for limit in limits if isinstance(limit, int)), default=0)
 
 
 _MEASURED_EVERY = 0.5  # seconds

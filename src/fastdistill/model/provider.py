@@ -105,7 +105,9 @@ class ModelConfig(BaseModel):
         None,
         description="your own tag for what is behind the name; another one is never answered from old entries",
     )
-    max_concurrency: int | None = Field(None, gt=0, description="requests in flight")
+    max_concurrency: int | None = Field(
+        None, gt=0, description="requests in flight at each endpoint; by default found by itself"
+    )
     timeout: float = Field(600.0, gt=0, description="seconds for one request, queueing at the server included")
     max_retries: int = Field(8, ge=0, description="for faults that pass: resets, timeouts, 408, 429, 502, 503, 504")
     price: Price | None = None
