@@ -206,7 +206,7 @@ def test_board_shows_samples_gates_and_models_at_80_columns(tmp_path: Path) -> N
 def test_time_left_is_told_only_when_the_total_is_known(tmp_path: Path) -> None:
     run, _ = ran(tmp_path)
     assert "ETA" not in log_line(run, Recent())
-    vars(run)["total"] = 22
+    run.total = 22
     console = terminal()
     console.print(board(run, Recent()))
     assert "11 of 22 samples (50%)" in shown(console)

@@ -165,3 +165,14 @@ def test_no_record_at_all_is_an_error(ctx: TestContext, step: dict[str, object])
 def test_a_wrong_config_says_what_to_do(step: dict[str, object], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         LoadJsonl.model_validate(step)
+
+
+def test_records_are_counted_for_the_time_left(tmp_path: Path) -> None:
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}')
+    assert LoadJsonl(path=lines).count() == 3
+    assert LoadJsonl(path=(lines, lines), start=1, limit=4).count() == 4
+    assert LoadJsonl(rows=({"a": 1}, {"a": 2})).count() == 2
+    empty = tmp_path / "b.jsonl"
+    empty.write_text("")
+    assert LoadJsonl(path=empty).count() == 0

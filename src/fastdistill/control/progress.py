@@ -49,6 +49,7 @@ def live(run: "ActiveRun") -> Iterator[None]:
 
     NO_COLOR and TERM=dumb ask for the lines on a terminal, too.
     """
+    Thread(target=_count, args=(run,), name="count", daemon=True).start()
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown") or not sys.stderr.isatty()
     with log_lines(run, sys.stderr) if plain else display(run):
         yield
@@ -106,7 +107,7 @@ def log_lines(run: "ActiveRun", stream: TextIO, every: float = LOG_EVERY) -> Ite
 def log_line(run: "ActiveRun", recent: "Recent") -> str:
     """`fastdistill 2:10  1,240 of 2,000 samples (62%), 12.4/s: accepted 812, rejected 401  teacher 32/32, ...`"""
     speed = recent.look(run)
-    total, tally = _total(run), run.tally
+    total, tally = run.total, run.tally
     done = f"{tally.samples:,} samples" if total is None else _share_done(tally.samples, total)
     left = "" if total is None else f", ETA {_time_left(tally.samples, total, speed)}"
     counts = ", ".join(f"{name} {count:,}" for name, count in _counts(tally).items() if count or name == "accepted")
@@ -170,7 +171,7 @@ def board(run: "ActiveRun", recent: Recent) -> "RenderableType":
     from rich.text import Text
 
     speed = recent.look(run)
-    total, tally = _total(run), run.tally
+    total, tally = run.total, run.tally
     done = f"{tally.samples:,} samples" if total is None else _share_done(tally.samples, total)
     left = "" if total is None else f"  ETA {_time_left(tally.samples, total, speed)}"
     pace = f"  {speed.samples:.1f}/s  {60 * speed.accepted:,.0f} accepted/min"
@@ -425,9 +426,10 @@ def _counts(tally: "Tally") -> dict[str, int]:
     }
 
 
-def _total(run: "ActiveRun") -> int | None:
-    total: int | None = getattr(run, "total", None)
-    return total
+def _count(run: "ActiveRun") -> None:
+    """Counts the records in a thread, for the time left; a file that can't be read is the run's own business."""
+    with suppress(Exception):
+        run.total = sum(step.count() for step in run.tally.steps) or None
 
 
 def _elapsed(run: "ActiveRun") -> str:

@@ -40,6 +40,7 @@ class ActiveRun:
         self.models = models
         self.step_times: dict[str, StepTime] = {}
         self.begun = perf_counter()
+        self.total: int | None = None  # records to come in all, once somebody has counted them
         self._ledger = ledger
         self._max_error_rate = max_error_rate
         self._target = target

@@ -88,6 +88,10 @@ class Step(BaseModel):
         """Files that this step reads; the manifest records their hashes."""
         return ()
 
+    def count(self) -> int:
+        """How many samples this step brings into the stream, for the progress display. May read files."""
+        return 0
+
     def gates(self) -> Sequence[str]:
         """Names of the gates whose verdicts this step reads; checked before anything is spent."""
         return ()

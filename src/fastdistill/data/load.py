@@ -54,6 +54,11 @@ class LoadJsonl(StreamStep):
     def inputs(self) -> Sequence[Path]:
         return [path.expanduser() for path in _paths(self.path)]
 
+    def count(self) -> int:
+        """Records at most: a blank line counts as one."""
+        total = len(self.rows or ()) + sum(_count(path) for path in self.inputs())
+        return min(max(0, total - self.start), total if self.limit is None else self.limit)
+
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
         """Raises:
         InputError: a file is missing, is not a file or can't be read, or there is no record at all.
@@ -140,6 +145,20 @@ class _File:
                         yield _Entry(f"{label}:{number}", record)
         except (ArrowException, OSError) as error:
             raise InputError(f"{self.path}: can't be read as Parquet: {error}; fetch the file again") from error
+
+
+def _count(path: Path) -> int:
+    if path.name.endswith(".parquet"):
+        from pyarrow.parquet import read_metadata
+
+        return int(read_metadata(path).num_rows)
+    last = b""
+    lines = 0
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            lines += piece.count(b"\n")
+            last = piece
+    return lines + (not last.endswith(b"\n") and last != b"")
 
 
 def _paths(path: Path | tuple[Path, ...] | None) -> tuple[Path, ...]:
