@@ -59,7 +59,7 @@ async def measure(counts: list[int], folder: Path) -> list[dict[str, Any]]:
                         "insert us": 1e6 * cpu / since,  # of those since the line before
                         "insert wall us": 1e6 * wall / since,
                         "hit us": _look_up(store, wanted, found=True),
-                        "miss us": _look_up(store, [key[::-1] + "x" for key in wanted], found=False),
+                        "miss us": _look_up(store, [key[::-1] for key in wanted], found=False),
                         "file MB": _size_mb(folder),
                         "RSS MB": account()["rss_mb"],
                         "load": os.getloadavg()[0],

@@ -69,6 +69,7 @@ class ModelClient:
         self._refusal: TeacherError | None = None
         self._asking: dict[str, asyncio.Event] = {}
         self._asked_with: tuple[DecodeProfile | None, dict[str, Any], dict[str, Any]] = (None, {}, {})
+        self._answered_at = 0.0  # when the last answer came, by perf_counter
         self._longest = (0, 0.0)  # of how many requests, the 99th percentile in seconds
 
     def prompt(self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any]) -> Prompt:
@@ -210,8 +211,7 @@ class ModelClient:
                     case Retry(delay):
                         self.meter.retries[error.kind] += 1
                         failures.append(error.kind)
-                        # With several endpoints the next one is asked at once: this one cools.
-                        await self._brake.pause(delay if len(self.router.endpoints) == 1 else 0)
+                        await self._back_off(delay, error.kind)
                     case GiveUp(reason):
                         return [SampleError(reason, f"{self.name}: {error}") for _ in draws]
                     case Stop():
@@ -221,6 +221,21 @@ class ModelClient:
                 answers = [Answer(draw, draw.key(prompt), completion, stored=False) for draw, completion in got]
                 await self._store.put(prompt, answers)
                 return [*answers]
+
+    async def _back_off(self, delay: float, kind: ErrorKind) -> None:
+        """Waits before the next try, but no longer than until the server is seen to answer others again.
+
+        With several endpoints the next one is asked at once: it is the one that failed that cools.
+        """
+        failed_at = now = perf_counter()
+        until = failed_at + (delay if len(self.router.endpoints) == 1 else 0)
+        while now < until:
+            pause = min(until - now, _LOOKS_EVERY)
+            await self._brake.pause(pause)
+            over = kind in _OVER_WHEN_ANSWERED and self._answered_at > failed_at
+            if over or perf_counter() - now < pause / 2:  # a pause that is cut short: the run winds down
+                return
+            now = perf_counter()
 
     async def _in_slot(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
         """One request, once the budget, the pace and a slot allow it; asked a second time if it straggles.
@@ -331,6 +346,7 @@ class ModelClient:
             self._note_failure(endpoint, error, begun, clock())
             raise
         endpoint.answered()
+        self._answered_at = perf_counter()
         tokens = sum(completion.usage.completion_tokens for completion in completions)
         endpoint.limit.answered(begun, clock(), tokens, busy=busy)
         endpoint.asks_n = endpoint.asks_n and len(completions) >= len(draws)
@@ -389,6 +405,9 @@ class ModelClient:
         return prompt_tokens + n * max((limit for limit in limits if isinstance(limit, int)), default=0)
 
 
+_LOOKS_EVERY = 0.25  # seconds
+_OVER_WHEN_ANSWERED = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}
+"""Faults of a server or of the network, not of its load: an answer to somebody else shows that they are over."""
 _MEASURED_EVERY = 0.5  # seconds
 _ENOUGH_TO_HEDGE = 100  # answers, before the 99th percentile means anything
 
