@@ -321,7 +321,8 @@ def test_a_few_percent_of_faults_cost_no_answer_and_cool_no_endpoint_for_long(tm
         openai_server(latency=quick, faults=faults()) as other,
     ):
         run(go())
-        assert min(answers(one).total(), answers(other).total()) > 100
+        # One may have cooled for a second of the two that this takes.
+        assert min(answers(one).total(), answers(other).total()) > 40
 
 
 def test_a_server_that_can_not_bring_several_choices_makes_all_be_asked_one_by_one(tmp_path: Path) -> None:

@@ -196,7 +196,9 @@ class ModelClient:
     async def _request(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
         """Answers for the first of the draws; of several, the others are to be asked for one by one."""
         failures: list[ErrorKind] = []
+        tries = 0
         while True:
+            tries += 1
             try:
                 completions = await self._in_slot(prompt, draws)
             except NotAsked as enough:
@@ -210,8 +212,10 @@ class ModelClient:
                 match decide(error, failures, self.config.max_retries, random.random()):
                     case Retry(delay):
                         self.meter.retries[error.kind] += 1
-                        failures.append(error.kind)
-                        await self._back_off(delay, error.kind)
+                        waited = await self._back_off(delay, error.kind)
+                        # A short wait is no full try, but a prompt that breaks a healthy server must come to an end.
+                        if waited or tries > 3 * self.config.max_retries:
+                            failures.append(error.kind)
                     case GiveUp(reason):
                         return [SampleError(reason, f"{self.name}: {error}") for _ in draws]
                     case Stop():
@@ -222,10 +226,11 @@ class ModelClient:
                 await self._store.put(prompt, answers)
                 return [*answers]
 
-    async def _back_off(self, delay: float, kind: ErrorKind) -> None:
+    async def _back_off(self, delay: float, kind: ErrorKind) -> bool:
         """Waits before the next try, but no longer than until the server is seen to answer others again.
 
-        With several endpoints the next one is asked at once: it is the one that failed that cools.
+        Whether the whole delay has passed. With several endpoints the next one is asked at once: the one that failed
+        cools.
         """
         failed_at = now = perf_counter()
         until = failed_at + (delay if len(self.router.endpoints) == 1 else 0)
@@ -234,8 +239,9 @@ class ModelClient:
             await self._brake.pause(pause)
             over = kind in _OVER_WHEN_ANSWERED and self._answered_at > failed_at
             if over or perf_counter() - now < pause / 2:  # a pause that is cut short: the run winds down
-                return
+                return not over
             now = perf_counter()
+        return True
 
     async def _in_slot(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
         """One request, once the budget, the pace and a slot allow it; asked a second time if it straggles.

@@ -12,15 +12,16 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import msgspec
+from pydantic import SecretStr
 
-from fastdistill.core.types import FinishReason
-from fastdistill.model.provider import ErrorKind, ProviderError
+from fastdistill.core.types import FinishReason, TokenLogprob
+from fastdistill.model.provider import ErrorKind, ProviderError, ServedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +102,11 @@ class AiohttpTransport:
         chunks: list[bytes] = []
         size = 0
         try:
-            opened = await session.request(
-                method,
-                url,
-                data=body,
-                headers=headers,
-                allow_redirects=False,
-                proxy=self._proxy(url),
-                trace_request_ctx=connection,
-            )
+            sent: Any = {"data": body, "headers": headers, "proxy": self._proxy(url), "trace_request_ctx": connection}
+            opened = await session.request(method, url, allow_redirects=False, **sent)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            if connection.reused and not _has_begun_to_answer(error):
+            begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.args[0], str)
+            if connection.reused and not begun:
                 raise _StaleConnection from error
             raise
         async with opened as response:
@@ -121,6 +116,93 @@ class AiohttpTransport:
                     raise ProviderError(ErrorKind.GARBLED, f"{url}: the answer is larger than {self.max_body} bytes")
                 chunks.append(chunk)
             return Response(response.status, response.headers, b"".join(chunks))
+
+
+C = TypeVar("C", bound=ServedConfig)
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class HttpProvider(Generic[C]):
+    """What the providers over HTTP share: sending a request, and errors that say where and what to do."""
+
+    _remedy: str  # what to do when nobody answers
+    _crowded = ""  # why else a request may have run out of time
+    _expected: str  # what an answer should be
+    _doubt = ""  # said of every answer that is something else
+
+    def __init__(
+        self, config: C, transport: Transport | None, key: SecretStr | None, headers: Mapping[str, SecretStr]
+    ) -> None:
+        self._config = config
+        self._transport = transport or AiohttpTransport()
+        self._headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+        self._headers |= {name: value.get_secret_value() for name, value in headers.items()}
+        self._where = f"{config.provider}: {config.url}"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+    async def _request(
+        self,
+        method: str,
+        url: str,
+        body: bytes | None = None,
+        content_type: str = "application/json",
+        timeout: float | None = None,
+    ) -> Response:
+        """The answer, whatever its status, without the secrets that were sent."""
+        headers = {**self._headers, "Content-Type": content_type}
+        timeout = timeout or self._config.timeout
+        try:
+            response = await self._transport.request(method, url, headers=headers, body=body, timeout=timeout)
+        except ProviderError as error:
+            remedies = {
+                ErrorKind.REFUSED: f"; {self._remedy}",
+                ErrorKind.TIMEOUT: f"; raise `timeout`, or lower `max_concurrency`{self._crowded}",
+            }
+            message = f"{self._config.provider}: {error}{remedies.get(error.kind, '')}"
+            raise ProviderError(error.kind, message) from error
+        return without_secrets(response, self._headers)
+
+    def _decode(self, response: Response, type_: type[S]) -> S:
+        try:
+            return msgspec.json.decode(response.body, type=type_)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise self._garbled(str(error), response) from error
+
+    def _garbled(self, why: str, response: Response) -> ProviderError:
+        text = response.body[:200].decode(errors="replace").strip()
+        hint = self._doubt or ("; correct `base_url`" if text.startswith("<") else "")
+        message = f"{self._where}: not {self._expected} ({why}): {text!r}{hint}"
+        return ProviderError(ErrorKind.GARBLED, message, status=response.status)
+
+    def _failed(
+        self, kind: ErrorKind, status: int, message: str, response: Response, parameter: str | None = None
+    ) -> ProviderError:
+        wait, message = retry_after(response.headers, datetime.now(UTC)), f"{self._where}: {status}: {message}"
+        return ProviderError(kind, message, status=status, retry_after=wait, parameter=parameter)
+
+
+class Version(msgspec.Struct):
+    version: str
+
+
+class Token(msgspec.Struct):
+    """A token and its log-probability: OpenAI's form, which is Ollama's too."""
+
+    token: str
+    logprob: float
+    top_logprobs: "list[Token] | None" = None
+
+    def scored(self) -> TokenLogprob:
+        tops = tuple((top.token, top.logprob) for top in self.top_logprobs or ())
+        return TokenLogprob(self.token, self.logprob, tops)
 
 
 def without_secrets(response: Response, headers: Mapping[str, str]) -> Response:
@@ -167,18 +249,7 @@ def read_fault(body: bytes) -> Fault:
 
 def error_kind(status: int) -> ErrorKind:
     """What a status means where the body says nothing more exact."""
-    if status in (401, 402, 403):  # 402: the account is empty; like a wrong key it ends every request
-        return ErrorKind.AUTH
-    if status == 404:
-        return ErrorKind.NO_MODEL
-    if status == 413:
-        return ErrorKind.TOO_LONG
-    if status == 429:
-        return ErrorKind.RATE_LIMITED
-    # Cloudflare says 52x where others say 502 to 504, and 529 is Anthropic's "overloaded".
-    if status in (408, 502, 503, 504, 529) or 520 <= status <= 524:
-        return ErrorKind.OVERLOADED
-    return ErrorKind.SERVER if status >= 500 else ErrorKind.BAD_REQUEST
+    return _KINDS.get(status, ErrorKind.SERVER if status >= 500 else ErrorKind.BAD_REQUEST)
 
 
 def says_too_long(fault: Fault) -> bool:
@@ -197,15 +268,13 @@ def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
     if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
         return milliseconds / 1000
     text = headers.get("retry-after")
-    if text is None or (seconds := _number(text)) is not None:
-        return None if text is None else seconds
+    if (seconds := _number(text)) is not None:
+        return seconds
     try:
-        moment = parsedate_to_datetime(text)
+        moment = parsedate_to_datetime(text or "")
     except ValueError:
         return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - now).total_seconds())
+    return max(0.0, ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - now).total_seconds())
 
 
 def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]:
@@ -228,11 +297,8 @@ class _StaleConnection(Exception):
 
 def _session(*, force_close: bool) -> aiohttp.ClientSession:
     # uvicorn, under vLLM and SGLang, closes an idle connection after 5 s; going first avoids the race.
-    connector = (
-        aiohttp.TCPConnector(limit=0, force_close=True)
-        if force_close
-        else aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0)
-    )
+    keepalive = None if force_close else 4.0
+    connector = aiohttp.TCPConnector(limit=0, force_close=force_close, keepalive_timeout=keepalive)
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(_mark_reused)
     return aiohttp.ClientSession(
@@ -256,9 +322,14 @@ async def _mark_reused(session: aiohttp.ClientSession, context: SimpleNamespace,
     context.trace_request_ctx.reused = True
 
 
-def _has_begun_to_answer(error: aiohttp.ClientError) -> bool:
-    return isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.args[0], str)
-
+_KINDS = {
+    **dict.fromkeys((401, 402, 403), ErrorKind.AUTH),  # 402: the account is empty; it ends every request too
+    404: ErrorKind.NO_MODEL,
+    413: ErrorKind.TOO_LONG,
+    429: ErrorKind.RATE_LIMITED,
+    # Cloudflare says 52x where others say 502 to 504, and 529 is Anthropic's "overloaded".
+    **dict.fromkeys((408, 502, 503, 504, *range(520, 525), 529), ErrorKind.OVERLOADED),
+}
 
 _TOO_LONG = re.compile(
     r"context.?(length|size|window|limit)|too long|too many (input )?tokens|maximum (prompt|input|model) length"

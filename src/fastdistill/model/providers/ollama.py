@@ -6,57 +6,40 @@ the model is not loaded anew between two requests. There is no `n`: one request 
 
 import os
 import re
-from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
-from fastdistill.model.provider import (
-    Capabilities,
-    ErrorKind,
-    Load,
-    ModelConfig,
-    ProviderError,
-    ServedConfig,
-    each_url,
-)
+from fastdistill.core.types import Completion, FinishReason, Prompt, Usage
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig, each_url
 from fastdistill.model.transport import (
-    AiohttpTransport,
+    HttpProvider,
     Response,
+    S,
+    Token,
     Transport,
+    Version,
     error_kind,
     read_fault,
-    retry_after,
     says_too_long,
     split_thinking,
-    without_secrets,
 )
 
 _DEFAULT_URL = "http://localhost:11434"
 
-_OPTIONS = {
-    "num_ctx": "num_ctx",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "max_tokens": "num_predict",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "repetition_penalty": "repeat_penalty",
-}
+_SAME = ("num_ctx", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+_OPTIONS = {**{name: name for name in _SAME}, "max_tokens": "num_predict", "repetition_penalty": "repeat_penalty"}
 """Decode parameters that travel in `options`, under Ollama's names."""
+
+_FIXED = {"stream": False, "truncate": False, "shift": False}
 
 _EXPLICIT = {"repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """Sent where the decode profile has none: a Modelfile's own would apply in silence."""
 
 _DECODE_ONLY = {*_OPTIONS, "stop", "logprobs", "top_logprobs", "response_format", "options", "revision"}
-
-_T = TypeVar("_T", bound=Struct)
 
 _LOAD_TIMEOUT = 330.0
 """Seconds; Ollama itself gives a model 5 minutes to load (OLLAMA_LOAD_TIMEOUT)."""
@@ -98,7 +81,7 @@ class OllamaConfig(ServedConfig):
         return super().parameters() | {"num_ctx": self.num_ctx, "think": self.think}
 
 
-class OllamaProvider:
+class OllamaProvider(HttpProvider[OllamaConfig]):
     """Speaks /api/chat.
 
     `options` among a prompt's parameters win over the decode profile, but not over the draw's seed, and `num_ctx`
@@ -108,28 +91,19 @@ class OllamaProvider:
     kind: ClassVar[str] = "ollama"
     notes: tuple[str, ...] = ()
     Config: ClassVar[type[ModelConfig]] = OllamaConfig
+    _remedy = "start it with `ollama serve`, or correct `base_url`"
+    _crowded = ": one model answers OLLAMA_NUM_PARALLEL (1) at a time"
+    _expected = "what Ollama answers"
+    _doubt = "; is `base_url` right?"
 
     def __init__(self, config: OllamaConfig, transport: Transport | None = None) -> None:
-        self._config = config
-        self._transport = transport or AiohttpTransport()
-        self._headers = {"Content-Type": "application/json"}
-        if config.api_key:
-            self._headers["Authorization"] = f"Bearer {config.api_key.get_secret_value()}"
+        super().__init__(config, transport, config.api_key, {})
         self._takes_think = True
         self._digest: str | None = None
         self._installed: tuple[str, ...] | None = None
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose()
-
     async def load(self) -> Load | None:
         return None
-
-    async def aclose(self) -> None:
-        await self._transport.aclose()
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         """One completion, whatever `n`.
@@ -153,14 +127,14 @@ class OllamaProvider:
             ProviderError: nobody there, unknown model, or one that can't be loaded.
         """
         num_ctx = self._config.num_ctx
-        version = self._decode(await self._request("GET", "/api/version"), _Version).version
-        tags = self._decode(await self._request("GET", "/api/tags"), _Tags).models
+        version = (await self._ask("GET", "/api/version", Version)).version
+        tags = (await self._ask("GET", "/api/tags", _List)).models
         self._installed = tuple(tag.name for tag in tags)
-        show = self._decode(await self._request("POST", "/api/show", {"model": self._config.model}), _Show)
+        show = await self._ask("POST", "/api/show", _Show, {"model": self._config.model})
         name = _tagged(self._config.model)
         self._digest = next((tag.digest for tag in tags if _tagged(tag.name) == name), None)
-        await self._request("POST", "/api/chat", {**self._envelope(), "messages": [], "options": {"num_ctx": num_ctx}})
-        running = self._decode(await self._request("GET", "/api/ps"), _Running).models
+        await self._whole("POST", "/api/chat", {**self._envelope(), "messages": [], "options": {"num_ctx": num_ctx}})
+        running = (await self._ask("GET", "/api/ps", _List)).models
         loaded = next((model for model in running if _tagged(model.name) == name), None)
         lengths = (value for name, value in show.model_info.items() if name.endswith(".context_length"))
         trained = next((value for value in lengths if isinstance(value, int)), None)
@@ -172,7 +146,7 @@ class OllamaProvider:
             models=self._installed,
             context_length=num_ctx if trained is None else min(num_ctx, trained),
             n=False,
-            notes=(*self._notes(show, trained), *_placement(loaded)),
+            notes=tuple(self._notes(show, trained, loaded)),
         )
 
     # --- the request ---
@@ -210,33 +184,24 @@ class OllamaProvider:
         return body
 
     def _envelope(self) -> dict[str, Any]:
-        return {
-            "model": self._config.model,
-            "stream": False,
-            "truncate": False,
-            "shift": False,
-            "keep_alive": self._config.keep_alive,
-        }
+        return {"model": self._config.model, "keep_alive": self._config.keep_alive, **_FIXED}
 
     async def _chat(self, prompt: Prompt, seed: int | None) -> Completion:
         body = self._body(prompt, seed)
-        response = await self._request("POST", "/api/chat", body)
-        return self._completion(response, body["options"]["num_ctx"])
+        return self._completion(await self._whole("POST", "/api/chat", body), body["options"]["num_ctx"])
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Response:
+    async def _ask(self, method: str, path: str, type_: type[S], body: dict[str, Any] | None = None) -> S:
+        return self._decode(await self._whole(method, path, body), type_)
+
+    async def _whole(self, method: str, path: str, body: dict[str, Any] | None = None) -> Response:
         """The answer, if its status is 200."""
         loads = body is not None and body.get("messages") == []
-        try:
-            response = await self._transport.request(
-                method,
-                self._config.url + path,
-                headers=self._headers,
-                body=None if body is None else msgspec.json.encode(body),
-                timeout=max(self._config.timeout, _LOAD_TIMEOUT) if loads else self._config.timeout,
-            )
-        except ProviderError as error:
-            raise ProviderError(error.kind, f"ollama: {error}{_remedy(error.kind)}") from error
-        response = without_secrets(response, self._headers)
+        response = await self._request(
+            method,
+            self._config.url + path,
+            None if body is None else msgspec.json.encode(body),
+            timeout=max(self._config.timeout, _LOAD_TIMEOUT) if loads else None,
+        )
         if response.status != 200:
             raise await self._error(response)
         return response
@@ -259,12 +224,9 @@ class OllamaProvider:
         if last.done_reason in ("load", "unload"):
             raise self._garbled(f"the model was only {last.done_reason}ed", response)
         if last.prompt_eval_count >= num_ctx:
-            raise ProviderError(
-                ErrorKind.TOO_LONG,
-                f"ollama: the prompt has {last.prompt_eval_count} tokens, num_ctx is {num_ctx}: it may have been cut; "
-                "raise `num_ctx`",
-                status=200,
-            )
+            size = f"the prompt has {last.prompt_eval_count} tokens, num_ctx is {num_ctx}"
+            words = f"ollama: {size}: it may have been cut; raise `num_ctx`"
+            raise ProviderError(ErrorKind.TOO_LONG, words, status=200)
         finish = _FINISH.get(last.done_reason, FinishReason.OTHER)
         if thinking is None:
             thinking, text = split_thinking(text, finish)
@@ -276,21 +238,7 @@ class OllamaProvider:
             thinking=thinking,
             model=last.model,
             build=self._digest,
-            logprobs=tuple(map(_token, tokens)) or None,
-        )
-
-    def _decode(self, response: Response, type_: type[_T]) -> _T:
-        try:
-            return msgspec.json.decode(response.body, type=type_)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise self._garbled(str(error), response) from error
-
-    def _garbled(self, why: str, response: Response) -> ProviderError:
-        text = response.body[:200].decode(errors="replace").strip()
-        return ProviderError(
-            ErrorKind.GARBLED,
-            f"ollama: {self._config.url}: not what Ollama answers ({why}): {text!r}; is `base_url` right?",
-            status=response.status,
+            logprobs=tuple(map(Token.scored, tokens)) or None,
         )
 
     async def _error(self, response: Response) -> ProviderError:
@@ -298,8 +246,9 @@ class OllamaProvider:
         if error.kind is not ErrorKind.NO_MODEL:
             return error
         if self._installed is None:
+            self._installed = ()  # asked once: where this is not Ollama, the list is not there either
             try:
-                tags = self._decode(await self._request("GET", "/api/tags"), _Tags)
+                tags = await self._ask("GET", "/api/tags", _List)
             except ProviderError:
                 return error
             self._installed = tuple(tag.name for tag in tags.models)
@@ -310,9 +259,8 @@ class OllamaProvider:
         fault = read_fault(body)
         kind, message, parameter = error_kind(status), fault.message, None
         if kind is ErrorKind.NO_MODEL:
-            message += (
-                f"; get it with `ollama pull {self._config.model}`" if "model" in message else "; correct `base_url`"
-            )
+            pull = f"get it with `ollama pull {self._config.model}`"
+            message += f"; {pull}" if "model" in message else "; correct `base_url`"
         elif kind is ErrorKind.AUTH:
             message += "; set OLLAMA_API_KEY" if self._config.api_key is None else "; the key is refused"
         elif status in (400, 500) and says_too_long(fault):
@@ -321,25 +269,21 @@ class OllamaProvider:
         elif status == 400 and (named := _refused(message)) is not None:
             kind, parameter = ErrorKind.UNSUPPORTED, named
             message += "; set `think: false`" if named == "think" else f"; change or remove {named}"
-        return ProviderError(
-            kind,
-            f"ollama: {self._config.url}: {status}: {message}",
-            status=status,
-            retry_after=retry_after(response.headers, datetime.now(UTC)),
-            parameter=parameter,
-        )
+        return self._failed(kind, status, message, response, parameter)
 
-    def _notes(self, show: "_Show", trained: int | None) -> list[str]:
+    def _notes(self, show: "_Show", trained: int | None, loaded: "_Listed | None") -> list[str]:
         notes = []
         if trained is not None and self._config.num_ctx > trained:
             notes.append(f"num_ctx is {self._config.num_ctx}, but the model was made for {trained}")
         if self._config.think and show.capabilities and "thinking" not in show.capabilities:
             notes.append("`think` is set, but the model can't think")
-        overridden = {*_OPTIONS.values()}
         own = [" ".join(line.split()) for line in show.parameters.splitlines() if line.strip()]
-        applied = [line for line in own if line.split(" ")[0] not in overridden]
+        applied = [line for line in own if line.split(" ")[0] not in _OPTIONS.values()]
         if applied:
             notes.append(f"the Modelfile's own parameters apply: {', '.join(applied)}")
+        if loaded is not None and loaded.size_vram < loaded.size:
+            off_gpu = 100 - 100 * loaded.size_vram // loaded.size
+            notes.append(f"{off_gpu} % of the model is not on the GPU but runs on the CPU")
         return notes
 
 
@@ -349,17 +293,15 @@ _FINISH = {"stop": FinishReason.STOP, "": FinishReason.STOP, "length": FinishRea
 # --- the wire; Go leaves out what is zero ---
 
 
-class _Version(Struct):
-    version: str
-
-
-class _Tag(Struct):
+class _Listed(Struct):
     name: str
     digest: str | None = None
+    size: int = 0  # bytes
+    size_vram: int = 0  # of a model that is loaded
 
 
-class _Tags(Struct):
-    models: list[_Tag] = []
+class _List(Struct):
+    models: list[_Listed] = []
 
 
 class _Show(Struct):
@@ -368,31 +310,9 @@ class _Show(Struct):
     capabilities: list[str] = []
 
 
-class _Loaded(Struct):
-    name: str
-    size: int = 0
-    size_vram: int = 0
-    context_length: int = 0
-
-
-class _Running(Struct):
-    models: list[_Loaded] = []
-
-
 class _Message(Struct):
     content: str = ""
     thinking: str = ""
-
-
-class _Top(Struct):
-    token: str
-    logprob: float
-
-
-class _Token(Struct):
-    token: str
-    logprob: float
-    top_logprobs: list[_Top] | None = None
 
 
 class _Chunk(Struct):
@@ -402,19 +322,8 @@ class _Chunk(Struct):
     done_reason: str = ""
     prompt_eval_count: int = 0
     eval_count: int = 0
-    logprobs: list[_Token] | None = None
+    logprobs: list[Token] | None = None
     error: Any = None
-
-
-def _token(token: _Token) -> TokenLogprob:
-    return TokenLogprob(token.token, token.logprob, tuple((top.token, top.logprob) for top in token.top_logprobs or ()))
-
-
-def _placement(loaded: _Loaded | None) -> list[str]:
-    if loaded is None or loaded.size_vram >= loaded.size:
-        return []
-    on_gpu = 100 * loaded.size_vram // loaded.size
-    return [f"{100 - on_gpu} % of the model is not on the GPU but runs on the CPU"]
 
 
 def _refused(message: str) -> str | None:
@@ -425,24 +334,12 @@ def _refused(message: str) -> str | None:
     return next((name for name in option.groups() if name), None) if option else None
 
 
-def _remedy(kind: ErrorKind) -> str:
-    if kind is ErrorKind.REFUSED:
-        return "; start it with `ollama serve`, or correct `base_url`"
-    if kind is ErrorKind.TIMEOUT:
-        return "; raise `timeout`, or lower `max_concurrency`: one model answers OLLAMA_NUM_PARALLEL (1) at a time"
-    return ""
-
-
 def _tagged(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 def _normal_url(url: str) -> str:
-    """A URL from what OLLAMA_HOST may hold: `host`, `host:port`, `:port`, or a URL; a server's 0.0.0.0 is us.
-
-    Raises:
-        ValueError: not an address, or one with a secret in it.
-    """
+    """A URL from what OLLAMA_HOST may hold: `host`, `host:port`, `:port`, or a URL; a server's 0.0.0.0 is us."""
     text = url.strip()
     bare = "://" not in text
     parts = urlsplit(f"http://{text}" if bare else text)

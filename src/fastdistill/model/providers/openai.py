@@ -8,11 +8,11 @@ import asyncio
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from contextlib import suppress
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import msgspec
@@ -20,86 +20,53 @@ from msgspec import Struct
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
+from fastdistill.core.types import Completion, FinishReason, Prompt, Usage
 from fastdistill.model.client import Brake
-from fastdistill.model.provider import (
-    Capabilities,
-    ErrorKind,
-    Load,
-    ModelConfig,
-    ProviderError,
-    ServedConfig,
-    each_url,
-)
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig, each_url
 from fastdistill.model.transport import (
-    AiohttpTransport,
     Fault,
+    HttpProvider,
     Response,
+    Token,
     Transport,
+    Version,
     error_kind,
     read_fault,
     refused_names,
-    retry_after,
     says_too_long,
     split_thinking,
-    without_secrets,
 )
 
 Kind = Literal["openai", "openrouter", "vllm", "sglang"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Habits:
-    """What differs between the servers behind one protocol."""
+class _Habits(NamedTuple):
+    """What differs between the servers behind one protocol, which also have a variable each: `VLLM_API_KEY` …"""
 
     base_url: str
-    base_url_variable: str | None
-    key_variable: str
     start: str  # what to do when nobody answers
-    no_limit: int = 0  # top_k that means "no limit"
-    explicit: tuple[tuple[str, Any], ...] = ()  # sent unless set: else the model's generation_config would apply
     version_path: str | None = None  # under the host, not under /v1
 
 
 _HABITS: Mapping[Kind, _Habits] = {
-    "openai": _Habits(
-        "https://api.openai.com/v1", "OPENAI_BASE_URL", "OPENAI_API_KEY", "start the server, or correct `base_url`"
-    ),
-    "openrouter": _Habits(
-        "https://openrouter.ai/api/v1", None, "OPENROUTER_API_KEY", "check the network, or correct `base_url`"
-    ),
-    # vLLM before 0.8 and SGLang refuse top_k 0; both take -1.
-    "vllm": _Habits(
-        "http://localhost:8000/v1",
-        "VLLM_BASE_URL",
-        "VLLM_API_KEY",
-        "start it with `vllm serve {model}`, or correct `base_url`",
-        no_limit=-1,
-        explicit=(("repetition_penalty", 1.0),),
-        version_path="/version",
-    ),
+    "openai": _Habits("https://api.openai.com/v1", "start the server"),
+    "openrouter": _Habits("https://openrouter.ai/api/v1", "check the network"),
+    "vllm": _Habits("http://localhost:8000/v1", "start it with `vllm serve {model}`", "/version"),
     "sglang": _Habits(
         "http://localhost:30000/v1",
-        "SGLANG_BASE_URL",
-        "SGLANG_API_KEY",
-        "start it with `python -m sglang.launch_server --model-path {model}`, or correct `base_url`",
-        no_limit=-1,
-        explicit=(("repetition_penalty", 1.0),),
-        version_path="/get_server_info",
+        "start it with `python -m sglang.launch_server --model-path {model}`",
+        "/get_server_info",
     ),
 }
 
-_OFFICIAL = "api.openai.com"
+_OWN = ("vllm", "sglang")  # servers of one's own
+
 _OFFICIAL_LACKS = ("top_k", "min_p", "repetition_penalty")  # https://platform.openai.com/docs/api-reference/chat
 
 _NEUTRAL: Mapping[str, tuple[float, ...]] = {
-    "temperature": (1,),
-    "top_p": (1,),
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (1,)),
+    **dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty"), (0,)),
     "top_k": (0, -1),
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
 }
 
 _FINISH = {
@@ -141,11 +108,11 @@ class OpenAIConfig(ServedConfig):
     @model_validator(mode="before")
     @classmethod
     def _from_environment(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict) or (habits := _HABITS.get(fields.get("provider", "openai"))) is None:
+        if not isinstance(fields, dict) or (provider := fields.get("provider", "openai")) not in _HABITS:
             return fields
-        url = fields.get("base_url") or os.environ.get(habits.base_url_variable or "") or habits.base_url
-        key = fields.get("api_key") or os.environ.get(habits.key_variable) or None
-        return {**fields, "base_url": url, "api_key": key}
+        url = None if provider == "openrouter" else os.environ.get(f"{provider.upper()}_BASE_URL")
+        key = fields.get("api_key") or os.environ.get(f"{provider.upper()}_API_KEY") or None
+        return {**fields, "base_url": fields.get("base_url") or url or _HABITS[provider].base_url, "api_key": key}
 
     @field_validator("base_url")
     @classmethod
@@ -171,10 +138,10 @@ class OpenAIConfig(ServedConfig):
     @property
     def hedges(self) -> bool:
         # One's own: a second answer costs no money.
-        return self.provider in ("vllm", "sglang") and self.batch is None
+        return self.provider in _OWN and self.batch is None
 
 
-class OpenAIProvider:
+class OpenAIProvider(HttpProvider[OpenAIConfig]):
     """Speaks to all four kinds of `OpenAIConfig.provider`, which differ in defaults and a few habits.
 
     `prompt.parameters` are sent under their own names, those it does not know as they are; the draw's seed wins
@@ -183,16 +150,13 @@ class OpenAIProvider:
 
     kind: ClassVar[str] = "openai"
     Config: ClassVar[type[ModelConfig]] = OpenAIConfig
+    _expected = "a chat completion"
 
     def __init__(self, config: OpenAIConfig, transport: Transport | None = None) -> None:
-        self._config = config
+        super().__init__(config, transport, config.api_key, config.headers)
         self._habits = _HABITS[config.provider]
-        self._transport = transport or AiohttpTransport()
-        self._headers = {
-            **({"Authorization": f"Bearer {config.api_key.get_secret_value()}"} if config.api_key else {}),
-            **{name: value.get_secret_value() for name, value in config.headers.items()},
-        }
-        self._official = urlsplit(config.url).hostname == _OFFICIAL
+        self._remedy = self._habits.start.format(model=config.model) + ", or correct `base_url`"
+        self._official = urlsplit(config.url).hostname == "api.openai.com"
         self._refused: dict[str, str] = dict.fromkeys(_OFFICIAL_LACKS if self._official else (), "not in the API")
         self._limit_name = "max_tokens"
         self._models: tuple[_Model, ...] | None = None
@@ -206,15 +170,6 @@ class OpenAIProvider:
         from fastdistill.model.providers.openai_batch import BatchProvider  # which is made of this one
 
         return BatchProvider(config, config.batch, root / "batches", brake)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        await self._transport.aclose()
 
     async def load(self) -> Load | None:
         """From the Prometheus metrics of vLLM, SGLang or llama.cpp."""
@@ -282,14 +237,14 @@ class OpenAIProvider:
                 notes.append(f"{feature} failed: {answers}")
         if answer and answer.model and answer.model != self._config.model:
             notes.append(f"asked for {self._config.model!r}, answers come from {answer.model!r}")
-        works = isinstance(two, list)
+        refused = False if isinstance(two, list) else None  # known only where a plain request works
         return replace(
             listed,
             served_model=answer.model if answer else None,
             build=answer.build if answer else None,
-            n=_counts_both(two) if isinstance(two, list) else None,
-            logprobs=bool(scored[0].logprobs) if isinstance(scored, list) else (False if works else None),
-            json_schema=_begins_an_object(shaped[0].text) if isinstance(shaped, list) else (False if works else None),
+            n=len(two) == 2 and sum(one.usage.completion_tokens for one in two) >= 2 if isinstance(two, list) else None,
+            logprobs=bool(scored[0].logprobs) if isinstance(scored, list) else refused,
+            json_schema=_begins_an_object(shaped[0].text) if isinstance(shaped, list) else refused,
             seed=False if "seed" in self._refused else None,
             notes=(*notes, *self.notes),
         )
@@ -297,23 +252,18 @@ class OpenAIProvider:
     # --- the request ---
 
     def _body(self, prompt: Prompt, seed: int | None, n: int) -> dict[str, Any]:
-        """The request's JSON.
-
-        Raises:
-            ProviderError: UNSUPPORTED, a parameter that the endpoint is known to refuse is not neutral.
-        """
+        """The request's JSON; ProviderError UNSUPPORTED if a parameter known to be refused is not neutral."""
+        own = self._config.provider in _OWN
         body: dict[str, Any] = {"model": prompt.model, "messages": prompt.messages}
-        body |= dict(self._habits.explicit)
+        if own:
+            body["repetition_penalty"] = 1.0  # unless set: else the model's generation_config would apply
         body |= prompt.parameters
         body.pop("revision", None)
-        if not body.get("stop"):
-            body.pop("stop", None)
-        if not body.get("logprobs"):
-            body.pop("logprobs", None)
-        if not body.get("top_logprobs"):
-            body.pop("top_logprobs", None)
-        if body.get("top_k") == 0:
-            body["top_k"] = self._habits.no_limit
+        for name in ("stop", "logprobs", "top_logprobs"):
+            if not body.get(name):
+                body.pop(name, None)
+        if body.get("top_k") == 0 and own:
+            body["top_k"] = -1  # vLLM before 0.8 and SGLang refuse 0
         if "response_format" in body:
             body["response_format"] = _response_format(body["response_format"])
         if seed is not None:
@@ -345,37 +295,12 @@ class OpenAIProvider:
         """The answer to one request, whatever its status."""
         return await self._request("POST", f"{self._config.url}/chat/completions", msgspec.json.encode(body))
 
-    async def _request(
-        self, method: str, url: str, body: bytes | None = None, content_type: str = "application/json"
-    ) -> Response:
-        try:
-            response = await self._transport.request(
-                method,
-                url,
-                headers={**self._headers, "Content-Type": content_type},
-                body=body,
-                timeout=self._config.timeout,
-            )
-        except ProviderError as error:
-            raise ProviderError(error.kind, f"{self._config.provider}: {error}{self._remedy(error.kind)}") from error
-        return without_secrets(response, self._headers)
-
-    def _remedy(self, kind: ErrorKind) -> str:
-        if kind is ErrorKind.REFUSED:
-            return f"; {self._habits.start.format(model=self._config.model)}"
-        if kind is ErrorKind.TIMEOUT:
-            return "; raise `timeout`, or lower `max_concurrency`"
-        return ""
-
     # --- the answer ---
 
     def _completions(self, response: Response, body: Mapping[str, Any], n: int) -> list[Completion]:
         if response.status != 200:
             raise self._error(response.status, response, body)
-        try:
-            answer = msgspec.json.decode(response.body, type=_Answer)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise self._garbled(f"{error}", response) from error
+        answer = self._decode(response, _Answer)
         if answer.error is not None:
             raise self._error(None, response, body)
         choices = sorted(answer.choices or (), key=lambda choice: choice.index)
@@ -387,13 +312,6 @@ class OpenAIProvider:
             raise self._error(None, replace(response, body=msgspec.json.encode({"error": fault})), body)
         usages = _share(answer.usage or _Usage(), whole)
         return [_completion(answer, choice, usage) for choice, usage in zip(whole, usages, strict=True)]
-
-    def _garbled(self, why: str, response: Response) -> ProviderError:
-        text = response.body[:200].decode(errors="replace").strip()
-        hint = "; correct `base_url`" if text.startswith("<") else ""
-        return ProviderError(
-            ErrorKind.GARBLED, f"{self._where}: not a chat completion ({why}): {text!r}{hint}", status=response.status
-        )
 
     def _error(self, status: int | None, response: Response, body: Mapping[str, Any]) -> ProviderError:
         """The error that an answer stands for; `status` is None for one that came under 200."""
@@ -411,11 +329,12 @@ class OpenAIProvider:
             kind = ErrorKind.NO_MODEL
         elif status in (400, 422):
             sent = body.keys() - {"model", "messages"}
-            parameter = next((name for name in map(_wire_name, refused_names(fault)) if name in sent), None)
+            names = ("n" if name == "n_cmpl" else name for name in refused_names(fault))  # llama.cpp's word for n
+            parameter = next((name for name in names if name in sent), None)
         if parameter is not None:
             return self._unsupported(parameter, body[parameter], fault.message, status=status)
         if kind is ErrorKind.AUTH and status == 401:
-            variable = self._habits.key_variable
+            variable = f"{self._config.provider.upper()}_API_KEY"
             message += f"; set {variable}" if self._config.api_key is None else f"; the key in {variable} is refused"
         elif kind is ErrorKind.AUTH and status in (402, 429):
             message += "; the account has no credit left"
@@ -423,52 +342,33 @@ class OpenAIProvider:
             message += _numbers(fault) + "; shorten the prompt, or serve the model with a larger context"
         elif 300 <= status < 400:
             message = f"redirected to {response.headers.get('location')}; set `base_url` to where it leads"
-        return ProviderError(
-            kind,
-            f"{self._where}: {status}: {message}",
-            status=status,
-            retry_after=retry_after(response.headers, datetime.now(UTC)),
-        )
+        return self._failed(kind, status, message, response)
 
     def _unsupported(self, name: str, value: object, why: str, *, status: int | None = None) -> ProviderError:
         neutral = f"set it to {_NEUTRAL[name][0]:g}" if name in _NEUTRAL else "change or remove it"
         shown = str(value) if len(str(value)) <= 60 else f"{str(value)[:60]} …"
-        return ProviderError(
-            ErrorKind.UNSUPPORTED,
-            f"{self._where}: does not take {name}={shown} ({why}); {neutral}",
-            status=status,
-            parameter=name,
-        )
-
-    @property
-    def _where(self) -> str:
-        return f"{self._config.provider}: {self._config.url}"
+        message = f"{self._where}: does not take {name}={shown} ({why}); {neutral}"
+        return ProviderError(ErrorKind.UNSUPPORTED, message, status=status, parameter=name)
 
     # --- what the endpoint is ---
 
     async def _list_models(self) -> tuple["_Model", ...]:
-        """What /models lists, asked once; empty where the server has no such list.
-
-        Raises:
-            ProviderError: AUTH, or nobody answers.
-        """
+        """What /models lists, asked once; empty where the server has no such list. Raises AUTH, or nobody answers."""
         async with self._listing:
             if self._models is None:
                 response = await self._request("GET", f"{self._config.url}/models")
                 if error_kind(response.status) is ErrorKind.AUTH:
                     raise self._error(response.status, response, {})
-                try:
-                    self._models = tuple(msgspec.json.decode(response.body, type=_Models).data)
-                except (msgspec.DecodeError, UnicodeDecodeError):
-                    self._models = ()
+                self._models = ()
+                with suppress(ProviderError):
+                    self._models = tuple(self._decode(response, _Models).data)
             return self._models
 
     async def _with_models(self, error: ProviderError) -> ProviderError:
         """`error`, about the model's name, with the models to choose from."""
-        try:
+        names: list[str] = []
+        with suppress(ProviderError):
             names = [model.id for model in await self._list_models()]
-        except ProviderError:
-            names = []
         model = self._config.model
         if model in names or not names:
             remedy = "; correct `base_url` or `model`"
@@ -487,10 +387,9 @@ class OpenAIProvider:
         root = self._config.url.removesuffix("/v1")
         # Only Ollama answers /api/version; behind its /v1 num_ctx can't be set, and prompts are cut in silence.
         response = await self._request("GET", root + (self._habits.version_path or "/api/version"))
-        try:
-            version = msgspec.json.decode(response.body, type=_Version).version
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            version = None
+        version = None
+        with suppress(ProviderError):
+            version = self._decode(response, Version).version
         if response.status != 200 or version is None:
             return response.headers.get("server"), notes
         if provider == "openai":
@@ -499,11 +398,7 @@ class OpenAIProvider:
         return f"{provider} {version}", notes
 
     async def _try(self, *, n: int = 1, max_tokens: int = 1, **parameters: Any) -> list[Completion] | ProviderError:
-        """The completions of a tiny request, or why there are none.
-
-        Raises:
-            ProviderError: the endpoint can't be used at all.
-        """
+        """The completions of a tiny request, or why there are none; raises if the endpoint can't be used at all."""
         decode = DecodeProfile(max_tokens=max_tokens, **parameters)
         prompt = Prompt(self._config.provider, self._config.model, _PROBE_MESSAGES, decode.parameters())
         try:
@@ -531,34 +426,20 @@ def share(total: int, weights: Sequence[int]) -> list[int]:
 # --- the wire ---
 
 
-class _Cached(Struct):
-    cached_tokens: int | None = None
-
-
-class _Reasoning(Struct):
-    reasoning_tokens: int | None = None
+class _Details(Struct):
+    cached_tokens: int | None = None  # of the prompt
+    reasoning_tokens: int | None = None  # of the completion
 
 
 class _Usage(Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    prompt_tokens_details: _Cached | None = None
-    completion_tokens_details: _Reasoning | None = None
-
-
-class _Top(Struct):
-    token: str
-    logprob: float
-
-
-class _Token(Struct):
-    token: str
-    logprob: float
-    top_logprobs: list[_Top] | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
 
 
 class _Logprobs(Struct):
-    content: list[_Token] | None = None
+    content: list[Token] | None = None
 
 
 class _Message(Struct):
@@ -567,6 +448,10 @@ class _Message(Struct):
     reasoning: str | None = None  # OpenRouter, vLLM
     refusal: str | None = None
 
+    @property
+    def thinking(self) -> str | None:
+        return self.reasoning_content or self.reasoning or None
+
 
 class _Choice(Struct):
     index: int = 0
@@ -574,6 +459,10 @@ class _Choice(Struct):
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
     error: Any = None
+
+    @property
+    def tokens(self) -> list[Token] | None:
+        return self.logprobs.content if self.logprobs else None
 
 
 class _Answer(Struct):
@@ -584,30 +473,20 @@ class _Answer(Struct):
     error: Any = None
 
 
-class _Meta(Struct):
-    n_ctx: int | None = None
-
-
 class _Model(Struct):
     id: str
     max_model_len: int | None = None  # vLLM, SGLang
     context_length: int | None = None  # OpenRouter
     context_window: int | None = None  # Groq
-    meta: _Meta | None = None  # llama.cpp; the context of one slot
+    meta: dict[str, Any] | None = None  # llama.cpp; `n_ctx` is the context of one slot
 
     @property
     def context(self) -> int | None:
-        return (
-            self.max_model_len or self.context_length or self.context_window or (self.meta.n_ctx if self.meta else None)
-        )
+        return self.max_model_len or self.context_length or self.context_window or (self.meta or {}).get("n_ctx")
 
 
 class _Models(Struct):
     data: list[_Model]
-
-
-class _Version(Struct):
-    version: str | None = None
 
 
 _PROBE_MESSAGES = ({"role": "user", "content": "Name three colours."},)
@@ -622,7 +501,7 @@ _PROBE_SCHEMA = {
 def _completion(answer: _Answer, choice: _Choice, usage: Usage) -> Completion:
     message = choice.message or _Message()
     finish = _FINISH.get(choice.finish_reason or "", FinishReason.OTHER)
-    thinking, text = message.reasoning_content or message.reasoning or None, message.content or ""
+    thinking, text = message.thinking, message.content or ""
     if thinking is None:
         thinking, text = split_thinking(text, finish)
     return Completion(
@@ -632,16 +511,8 @@ def _completion(answer: _Answer, choice: _Choice, usage: Usage) -> Completion:
         thinking=thinking,
         model=answer.model,
         build=answer.system_fingerprint,
-        logprobs=None if (tokens := _tokens(choice)) is None else tuple(map(_token, tokens)),
+        logprobs=None if (tokens := choice.tokens) is None else tuple(map(Token.scored, tokens)),
     )
-
-
-def _tokens(choice: _Choice) -> list[_Token] | None:
-    return choice.logprobs.content if choice.logprobs else None
-
-
-def _token(token: _Token) -> TokenLogprob:
-    return TokenLogprob(token.token, token.logprob, tuple((top.token, top.logprob) for top in token.top_logprobs or ()))
 
 
 def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
@@ -649,24 +520,19 @@ def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
 
     Completion tokens go by the number of tokens with logprobs, or else by length; the prompt goes with the first.
     """
-    counted = [_tokens(choice) for choice in choices]
-    written = [_length(choice.message) for choice in choices]
+    counted = [choice.tokens for choice in choices]
+    messages = [choice.message or _Message() for choice in choices]
+    written = [len(message.content or "") + len(message.thinking or "") for message in messages]
     weights = written if None in counted else [len(tokens or ()) for tokens in counted]
     completion = share(usage.completion_tokens or 0, weights)
-    details = usage.completion_tokens_details or _Reasoning()
-    reasoning = share(details.reasoning_tokens or 0, completion)
+    reasoning = share((usage.completion_tokens_details or _Details()).reasoning_tokens or 0, completion)
     usages = [
         Usage(completion_tokens=tokens, reasoning_tokens=thought)
         for tokens, thought in zip(completion, reasoning, strict=True)
     ]
-    cached = (usage.prompt_tokens_details or _Cached()).cached_tokens or 0
+    cached = (usage.prompt_tokens_details or _Details()).cached_tokens or 0
     usages[0] = replace(usages[0], prompt_tokens=usage.prompt_tokens or 0, cached_tokens=cached)
     return usages
-
-
-def _length(message: _Message | None) -> int:
-    texts = (message.content, message.reasoning_content or message.reasoning) if message else ()
-    return sum(len(text) for text in texts if text)
 
 
 def _response_format(asked: object) -> object:
@@ -683,16 +549,10 @@ def _may_be_left_out(name: str, value: object) -> bool:
     return name in ("n", "seed") or value in _NEUTRAL.get(name, ())
 
 
-def _wire_name(name: str) -> str:
-    # llama.cpp's word for more choices than it has slots.
-    return "n" if name == "n_cmpl" else name
-
-
 def _says_no_model(fault: Fault) -> bool:
-    if fault.parameter == "model" or "model_not_found" in fault.code:
-        return True
     words = r"\bmodel\b.{0,200}(not found|not exist|not available)|(invalid|unknown|no such) model|not a valid model"
-    return re.search(words, fault.message, re.IGNORECASE) is not None
+    named = fault.parameter == "model" or "model_not_found" in fault.code
+    return named or re.search(words, fault.message, re.IGNORECASE) is not None
 
 
 def _numbers(fault: Fault) -> str:
@@ -703,10 +563,6 @@ def _numbers(fault: Fault) -> str:
     return f" (prompt {asked} tokens, context {limit})"
 
 
-def _counts_both(answers: Sequence[Completion]) -> bool:
-    return len(answers) == 2 and sum(answer.usage.completion_tokens for answer in answers) >= 2
-
-
 def _begins_an_object(text: str) -> bool | None:
     """Whether the first tokens of an answer keep to the schema; None if they are blank, which says nothing."""
     begun = text.lstrip()
@@ -714,11 +570,7 @@ def _begins_an_object(text: str) -> bool | None:
 
 
 def _normal_url(url: str, default: str) -> str:
-    """The URL that `/chat/completions` follows.
-
-    Raises:
-        ValueError: not a URL of a server, or one with a secret in it.
-    """
+    """The URL that `/chat/completions` follows; ValueError if it is not a server's, or has a secret in it."""
     url = url.strip().rstrip("/").removesuffix("/chat/completions")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:

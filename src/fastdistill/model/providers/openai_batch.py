@@ -7,7 +7,7 @@ with those batches, so none is paid for twice. Wire: https://platform.openai.com
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -157,14 +157,9 @@ class BatchProvider(OpenAIProvider):
     async def _create(self, batch: _Batch, file_id: str) -> None:
         batch.id = None
         self._record(batch)
-        request = msgspec.json.encode(
-            {
-                "input_file_id": file_id,
-                "endpoint": _ENDPOINT,
-                "completion_window": self._options.completion_window,
-                "metadata": {"fastdistill": batch.path.stem},
-            }
-        )
+        window, name = self._options.completion_window, {"fastdistill": batch.path.stem}
+        asked = {"input_file_id": file_id, "endpoint": _ENDPOINT, "completion_window": window, "metadata": name}
+        request = msgspec.json.encode(asked)
 
         async def create() -> _State:
             if (found := await self._find(batch)) is not None:
@@ -299,12 +294,9 @@ class _FreshConnections:
     async def request(
         self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, timeout: float
     ) -> Response:
-        transport = AiohttpTransport()
-        transport.max_body = 2**30
-        try:
+        async with aclosing(AiohttpTransport()) as transport:
+            transport.max_body = 2**30
             return await transport.request(method, url, headers=headers, body=body, timeout=timeout)
-        finally:
-            await transport.aclose()
 
     async def aclose(self) -> None: ...
 
