@@ -2,6 +2,7 @@ import asyncio
 import io
 import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -300,7 +301,10 @@ def on_a_terminal(run: ActiveRun, seconds: float = 0) -> str:
         with redirect_stderr(stderr), live(run):
             time.sleep(seconds)
         stderr.flush()
-        return screen.read(1 << 16).decode()
+        written = b""
+        while select.select([screen], [], [], 0.3)[0]:  # a terminal gives what it has by and by
+            written += screen.read(1 << 16)
+        return written.decode()
 
 
 def test_summary_tells_what_was_reached_and_where_it_lies(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_no_retries_means_none(kind: ErrorKind) -> None:
 def test_backoff_doubles_up_to_its_cap() -> None:
     delays = [decided(ErrorKind.RESET, [ErrorKind.RESET] * k, max_retries=99, uniform=1.0) for k in range(8)]
     assert delays == [Retry(delay) for delay in (0.5, 1, 2, 4, 8, 16, 30, 30)]
-    assert decided(ErrorKind.RESET, uniform=0.0) == Retry(0.0)
+    assert decided(ErrorKind.RESET, uniform=0.0) == Retry(0.25), "an outage is waited out, not run against"
     assert isinstance(decided(ErrorKind.RESET, [ErrorKind.RESET] * 5000, max_retries=9999), Retry)
 
 

@@ -33,12 +33,8 @@ Config = Annotated[Path, typer.Option("--config", "-c", help="The pipeline's YAM
 ConfigEnv = Annotated[Path | None, typer.Option(help="A second layer: what differs in this environment.")]
 ConfigRun = Annotated[Path | None, typer.Option(help="A third layer: what differs in this run.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="One value: models.teacher.model=llama3", metavar="A.B=C")]
-OutputDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--output-dir", "-o", help="The artifacts root; by default FASTDISTILL_ARTIFACTS_DIR, or ./artifacts."
-    ),
-]
+_ROOT = "The artifacts root; by default FASTDISTILL_ARTIFACTS_DIR, or ./artifacts."
+OutputDir = Annotated[Path | None, typer.Option("--output-dir", "-o", help=_ROOT)]
 
 
 def main() -> NoReturn:
@@ -183,8 +179,7 @@ def doctor(
     """Ask each model's endpoint what it is and what it honours (a few one-token requests), and look at this machine."""
     from fastdistill.control.doctor import examine
 
-    healthy = examine(_load(config, config_env, config_run, set_), output_dir)
-    if not healthy:
+    if not examine(_load(config, config_env, config_run, set_), output_dir):
         sys.exit(ExitCode.TEACHER)
 
 

@@ -54,14 +54,9 @@ def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) 
         raise ConfigError("the config holds an alias of itself, or is nested too deeply") from error
     if not isinstance(config, dict):
         raise ConfigError("the config must be a mapping with name, models and steps")
-    known = dict(config)
-    models = _models(known.pop("models", {}), problems)
-    steps = _steps(known.pop("steps", None), problems)
-    pipeline: Pipeline | None = None
-    try:
-        pipeline = Pipeline(**known, models=models, steps=steps)
-    except ValidationError as error:
-        problems += describe(error, "", Pipeline)
+    models = _models(config.get("models", {}), problems)
+    steps = _steps(config.get("steps"), problems)
+    pipeline = _validated(Pipeline, config | {"models": models, "steps": steps}, "", problems)
     if problems or pipeline is None:
         # A model that could not be read is not also missing.
         unread = [f"{name!r} is not under models" for name in config.get("models") or () if name not in models]
@@ -270,8 +265,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str | int | float | bool):
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} is given twice", key_node.start_mark
-                    )
+                    problem = f"the key {key!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
                 seen.add(key)
         return super().construct_mapping(node, deep)

@@ -20,7 +20,7 @@ from fastdistill.core.stats import Rate
 from fastdistill.core.types import Outcome, Status
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, JustifyMethod, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -34,13 +34,7 @@ LOG_EVERY = 10.0  # seconds between two lines elsewhere
 TOKENS_SPAN = 10.0  # seconds that tokens/s looks back
 SAMPLES_SPAN = 60.0  # seconds that samples/s, accepted/min and the time left look back
 
-STYLES = {
-    "accepted": "green",
-    "rejected": "",
-    "undecided": "yellow",
-    "failed": "red",
-    "duplicates": "dim",
-}
+STYLES = {"accepted": "green", "rejected": "", "undecided": "yellow", "failed": "red", "duplicates": "dim"}
 
 
 @contextmanager
@@ -62,13 +56,9 @@ def display(run: "ActiveRun", console: "Console | None" = None) -> Iterator[None
     from rich.live import Live
 
     recent = Recent()
-
-    def picture() -> "RenderableType":
-        return board(run, recent)
-
     screen = Live(
         console=console or Console(stderr=True),
-        get_renderable=picture,
+        get_renderable=lambda: board(run, recent),
         auto_refresh=False,
         transient=True,
         redirect_stdout=False,  # what a program prints there is its own
@@ -107,11 +97,9 @@ def log_lines(run: "ActiveRun", stream: TextIO, every: float = LOG_EVERY) -> Ite
 def log_line(run: "ActiveRun", recent: "Recent") -> str:
     """`fastdistill 2:10  1,240 of 2,000 samples (62%), 12.4/s: accepted 812, rejected 401  teacher 32/32, ...`"""
     speed = recent.look(run)
-    total, tally = run.total, run.tally
-    done = f"{tally.samples:,} samples" if total is None else _share_done(tally.samples, total)
-    left = "" if total is None else f", ETA {_time_left(tally.samples, total, speed)}"
-    counts = ", ".join(f"{name} {count:,}" for name, count in _counts(tally).items() if count or name == "accepted")
-    parts = [f"fastdistill {_elapsed(run)}  {done}, {speed.samples:.1f}/s{left}: {counts}"]
+    elapsed, done, left = _headline(run, speed)
+    counts = ", ".join(f"{name} {count:,}" for name, count in _counts(run.tally).items() if count or name == "accepted")
+    parts = [f"fastdistill {elapsed}  {done}, {speed.samples:.1f}/s{', ' if left else ''}{left}: {counts}"]
     for name, model in run.models.items():
         meter = model.meter
         slots = f"{name} {meter.in_flight}/{model.router.capacity} in flight"
@@ -132,35 +120,26 @@ class Speed:
     tokens: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class _Sight:
-    at: float
-    samples: int
-    accepted: int
-    tokens: Mapping[str, int]
-
-
 class Recent:
     """What was seen of a run in the last minute, to tell how fast it is now."""
 
     def __init__(self) -> None:
-        self._seen: deque[_Sight] = deque()
+        self._seen: deque[tuple[float, int, int, Mapping[str, int]]] = deque()  # when; samples, accepted, tokens
 
     def look(self, run: "ActiveRun") -> Speed:
-        tally = run.tally
         tokens = {name: model.meter.usage.completion_tokens for name, model in run.models.items()}
-        now = _Sight(perf_counter(), tally.samples, tally.accepted_samples, tokens)
+        now, samples, accepted = perf_counter(), run.tally.samples, run.tally.accepted_samples
         # A run is timed from its beginning, whenever the first look was.
-        self._seen.append(now if self._seen else _Sight(run.begun, 0, 0, dict.fromkeys(tokens, 0)))
-        while len(self._seen) > 2 and now.at - self._seen[1].at >= SAMPLES_SPAN:
+        begun = run.begun, 0, 0, dict.fromkeys(tokens, 0)
+        self._seen.append((now, samples, accepted, tokens) if self._seen else begun)
+        while len(self._seen) > 2 and now - self._seen[1][0] >= SAMPLES_SPAN:
             self._seen.popleft()
-        first = self._seen[0]
-        lately = next((seen for seen in reversed(self._seen) if now.at - seen.at >= TOKENS_SPAN), first)
-        return Speed(
-            (now.samples - first.samples) / max(now.at - first.at, 1e-3),
-            (now.accepted - first.accepted) / max(now.at - first.at, 1e-3),
-            {name: (count - lately.tokens[name]) / max(now.at - lately.at, 1e-3) for name, count in tokens.items()},
-        )
+        since, samples_then, accepted_then, _ = self._seen[0]
+        long_ago = (seen for seen in reversed(self._seen) if now - seen[0] >= TOKENS_SPAN)
+        lately, _, _, tokens_then = next(long_ago, self._seen[0])
+        span, token_span = max(now - since, 1e-3), max(now - lately, 1e-3)
+        per_s = {name: (count - tokens_then[name]) / token_span for name, count in tokens.items()}
+        return Speed((samples - samples_then) / span, (accepted - accepted_then) / span, per_s)
 
 
 def board(run: "ActiveRun", recent: Recent) -> "RenderableType":
@@ -172,10 +151,9 @@ def board(run: "ActiveRun", recent: Recent) -> "RenderableType":
 
     speed = recent.look(run)
     total, tally = run.total, run.tally
-    done = f"{tally.samples:,} samples" if total is None else _share_done(tally.samples, total)
-    left = "" if total is None else f"  ETA {_time_left(tally.samples, total, speed)}"
-    pace = f"  {speed.samples:.1f}/s  {60 * speed.accepted:,.0f} accepted/min"
-    parts: list[RenderableType] = [Text.assemble((done, "bold"), f"{pace}  {_elapsed(run)}{left}")]
+    elapsed, done, left = _headline(run, speed)
+    pace = f"  {speed.samples:.1f}/s  {60 * speed.accepted:,.0f} accepted/min  {elapsed}{'  ' if left else ''}{left}"
+    parts: list[RenderableType] = [Text.assemble((done, "bold"), pace)]
     if total is not None:
         bar = Table.grid(expand=True)
         bar.add_row(ProgressBar(total=max(total, 1), completed=min(tally.samples, total)))
@@ -197,10 +175,8 @@ def _gates_now(tally: "Tally") -> "Text":
     rows = [("gate", "pass", "fail", "error", "rate", "")]
     for step in tally.steps:
         if gate := tally.gates.get(step.name):
-            outcomes = dict(gate.outcomes)
-            passed, failed = outcomes.get(Outcome.PASS, 0), outcomes.get(Outcome.FAIL, 0)
+            passed, failed, errors = (gate.outcomes[kind] for kind in (Outcome.PASS, Outcome.FAIL, Outcome.ERROR))
             rate = f"{passed / (passed + failed):.1%}" if passed + failed else "–"
-            errors = outcomes.get(Outcome.ERROR, 0)
             rows.append((step.name, f"{passed:,}", f"{failed:,}", f"{errors:,}", rate, ""))
     return _columns(rows)
 
@@ -238,8 +214,9 @@ def summary(result: "RunResult", console: "Console") -> None:
     quality, timing, manifest = result.quality, result.timing, result.manifest
     title = Text.assemble((result.run_id, "bold"), f"  {manifest['status']}  {clock(timing['wall_s'])}")
     console.print(title, soft_wrap=True)
-    sections = [funnel(quality), _gates(quality), _reasons(quality), _failures(quality), _models(quality, timing)]
-    for table in (*sections, _floor(quality["floor"])):
+    gates = {stage["step"]: stage["candidates"] for stage in quality["stages"] if "candidates" in stage}
+    sections = [_funnel(quality), _gates(gates), _reasons(gates), _failures(quality["failures"])]
+    for table in (*sections, _models(quality["tokens"], timing["models"]), _floor(quality["floor"])):
         if table.row_count:
             console.print()
             console.print(table)
@@ -249,77 +226,62 @@ def summary(result: "RunResult", console: "Console") -> None:
         console.print(Text(f"{name:<9}", "bold") + Text(words), soft_wrap=True)
 
 
-def funnel(quality: Mapping[str, Any]) -> "Table":
+def _funnel(quality: Mapping[str, Any]) -> "Table":
     """How many samples were read, and where they went."""
     from rich.progress_bar import ProgressBar
-    from rich.table import Table
     from rich.text import Text
 
     samples, candidates = quality["samples"], quality["candidates"]
-    accept_rate = f"{_interval(samples['accept_rate'])} of the decided" if samples["completed"] else ""
     notes = {
         "completed": f"{candidates['generated']:,} candidates, {candidates['selected']:,} selected",
-        "accepted": accept_rate,
+        "accepted": f"{_interval(samples['accept_rate'])} of the decided" if samples["completed"] else "",
         "undecided": "a gate could not judge" if samples["undecided"] else "",
     }
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column()
-    table.add_column(overflow="fold")
+    table = _table("", ">", "", "")
     for name in ("read", "duplicates", "failed", "completed", "accepted", "undecided"):
         style = STYLES.get(name, "") if samples[name] else "dim"
-        bar = ProgressBar(
-            total=max(samples["read"], 1), completed=samples[name], width=20, complete_style=style, finished_style=style
-        )
+        bar = ProgressBar(max(samples["read"], 1), samples[name], 20, complete_style=style, finished_style=style)
         table.add_row(Text(name, style), Text(f"{samples[name]:,}", style), bar, Text(notes.get(name, ""), "dim"))
     return table
 
 
-def _gates(quality: Mapping[str, Any]) -> "Table":
+def _gates(gates: Mapping[str, Mapping[str, Any]]) -> "Table":
     table = _table("gate", ">judged", ">pass", ">fail", ">error", "pass rate, 95% interval")
-    for stage in quality["stages"]:
-        if gate := stage.get("candidates"):
-            counts = [f"{gate[name]:,}" for name in ("judged", "pass", "fail", "error")]
-            _row(table, stage["step"], *counts, _interval(gate["pass_rate"]))
+    for name, gate in gates.items():
+        counts = [f"{gate[count]:,}" for count in ("judged", "pass", "fail", "error")]
+        _row(table, name, *counts, _interval(gate["pass_rate"]))
     return table
 
 
-def _reasons(quality: Mapping[str, Any]) -> "Table":
+def _reasons(gates: Mapping[str, Mapping[str, Any]]) -> "Table":
     """Why gates judged as they did, for those that did not pass everything, and what execution said."""
     table = _table("gate", "reasons")
-    for stage in quality["stages"]:
-        gate = stage.get("candidates")
-        if gate and gate["pass"] < gate["judged"]:
-            _row(table, stage["step"], _tallied(gate["reasons"]))
-            errors = {error["error"]: error["count"] for error in gate.get("exec_errors", ())}
-            if errors:
+    for name, gate in gates.items():
+        if gate["pass"] < gate["judged"]:
+            _row(table, name, _tallied(gate["reasons"]))
+            if errors := {error["error"]: error["count"] for error in gate.get("exec_errors", ())}:
                 _row(table, "  execution", _tallied(errors))
     return table
 
 
-def _failures(quality: Mapping[str, Any]) -> "Table":
+def _failures(failures: Sequence[Mapping[str, Any]]) -> "Table":
     table = _table("failed at", ">count", "reason", "for example")
-    for failure in sorted(quality["failures"], key=lambda failure: -failure["count"])[:5]:
+    for failure in sorted(failures, key=lambda failure: -failure["count"])[:5]:
         example = failure["examples"][0] if failure["examples"] else ""
         _row(table, failure["step"], f"{failure['count']:,}", failure["reason"], _cut(example))
     return table
 
 
-def _models(quality: Mapping[str, Any], timing: Mapping[str, Any]) -> "Table":
-    from rich.table import Table
+def _models(tokens: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> "Table":
     from rich.text import Text
 
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    tokens = quality["tokens"]
+    table = _table("", "")
     if tokens["prompt"] or tokens["completion"]:
         per_1000 = tokens["accepted_samples_per_1000_tokens"]
         yielded = "" if per_1000 is None else f"; {per_1000:g} accepted samples per 1000"
         words = f"{tokens['prompt']:,} prompt, {tokens['completion']:,} completion{yielded}"
         table.add_row(Text("tokens", "bold"), Text(words))
-    for name, model in timing["models"].items():
+    for name, model in models.items():
         words = f"{model['answers_paid']:,} answers paid, {model['answers_from_store']:,} from the store"
         if model["requests"]:
             rates = [(model["requests_per_s"], "requests/s"), (model["completion_tokens_per_s"], "completion tokens/s")]
@@ -337,16 +299,16 @@ def _floor(checks: Sequence[Mapping[str, Any]]) -> "Table":
     table = _table("floor", ">required", "reached", "")
     for check in checks:
         required, reached = check["required"], check["reached"]
-        if isinstance(reached, Mapping):
-            shown = f"{required:.1%}", _interval(reached)
-        else:
-            shown = f"{required:,}", f"{reached:,}"
-        style = "green" if check["met"] else "bold red"
-        _row(table, check["requirement"], *shown, "met" if check["met"] else "missed", style=style)
+        is_rate = isinstance(reached, Mapping)
+        shown = (f"{required:.1%}", _interval(reached)) if is_rate else (f"{required:,}", f"{reached:,}")
+        met, style = ("met", "green") if check["met"] else ("missed", "bold red")
+        _row(table, check["requirement"], *shown, met, style=style)
     return table
 
 
 def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
+    from fastdistill.control.folder import artifacts_root
+
     files = {
         "dataset": result.dataset,
         "report": result.path / "report.html",
@@ -356,7 +318,10 @@ def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
     }
     yield from ((name, str(path)) for name, path in files.items() if path.exists())
     if sample_id := _example(result.path / "ledger.sqlite"):
-        yield "a sample", f"fastdistill explain {result.run_id} {sample_id}{_output_dir(result)}"
+        root = result.path.parent.parent
+        # The option is needed only where the command would not look anyway.
+        where = "" if root.absolute() == artifacts_root().absolute() else f" --output-dir {shlex.quote(str(root))}"
+        yield "a sample", f"fastdistill explain {result.run_id} {sample_id}{where}"
 
 
 def _example(ledger: Path) -> str:
@@ -370,14 +335,6 @@ def _example(ledger: Path) -> str:
         for (sample_id,) in connection.execute(query):
             return str(sample_id)[:12]
     return ""
-
-
-def _output_dir(result: "RunResult") -> str:
-    """The option that a command needs to find this run; nothing where it would look anyway."""
-    from fastdistill.control.folder import artifacts_root
-
-    root = result.path.parent.parent
-    return "" if root.absolute() == artifacts_root().absolute() else f" --output-dir {shlex.quote(str(root))}"
 
 
 def clock(seconds: float) -> str:
@@ -415,14 +372,13 @@ def _repeated(seconds: float, act: Callable[[], None]) -> Iterator[None]:
 
 def _counts(tally: "Tally") -> dict[str, int]:
     """What became of the samples so far; each is in one of these."""
-    statuses = dict(tally.statuses)  # a copy, for the run goes on counting in its own thread
-    accepted, undecided = tally.accepted_samples, tally.undecided_samples
+    accepted, undecided, statuses = tally.accepted_samples, tally.undecided_samples, tally.statuses
     return {
         "accepted": accepted,
-        "rejected": max(statuses.get(Status.OPEN, 0) - accepted - undecided, 0),
+        "rejected": max(statuses[Status.OPEN] - accepted - undecided, 0),
         "undecided": undecided,
-        "failed": statuses.get(Status.FAILED, 0),
-        "duplicates": statuses.get(Status.DUPLICATE, 0),
+        "failed": statuses[Status.FAILED],
+        "duplicates": statuses[Status.DUPLICATE],
     }
 
 
@@ -432,16 +388,13 @@ def _count(run: "ActiveRun") -> None:
         run.total = sum(step.count() for step in run.tally.steps) or None
 
 
-def _elapsed(run: "ActiveRun") -> str:
-    return clock(perf_counter() - run.begun)
-
-
-def _share_done(samples: int, total: int) -> str:
-    return f"{samples:,} of {total:,} samples ({samples / max(total, 1):.0%})"
-
-
-def _time_left(samples: int, total: int, speed: Speed) -> str:
-    return clock(max(total - samples, 0) / speed.samples) if speed.samples > 0 else "–"
+def _headline(run: "ActiveRun", speed: Speed) -> tuple[str, str, str]:
+    """For how long a run has worked, how far it is, and (where the total is known) how long it will yet take."""
+    elapsed, done, total = clock(perf_counter() - run.begun), run.tally.samples, run.total
+    if total is None:
+        return elapsed, f"{done:,} samples", ""
+    left = clock(max(total - done, 0) / speed.samples) if speed.samples > 0 else "–"
+    return elapsed, f"{done:,} of {total:,} samples ({done / max(total, 1):.0%})", f"ETA {left}"
 
 
 def _interval(rate: Mapping[str, Any]) -> str:
@@ -458,15 +411,14 @@ def _tallied(counts: Mapping[str, int], most: int = 6) -> str:
 
 
 def _table(*headers: str) -> "Table":
-    """A plain table; `>` before a header puts its column to the right."""
+    """A plain table; `>` before a header puts its column to the right, and an empty first one leaves them all out."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=bool(headers[0]))
     for at, header in enumerate(headers):
         right = header.startswith(">")
-        table.add_column(
-            header.removeprefix(">"), justify="right" if right else "left", no_wrap=right or at == 0, overflow="fold"
-        )
+        justify: JustifyMethod = "right" if right else "left"
+        table.add_column(header.removeprefix(">"), justify=justify, no_wrap=right or at == 0, overflow="fold")
     return table
 
 

@@ -56,22 +56,16 @@ class Proofs:
         self._folder.finish_dist()
 
     def finish(self, run: ActiveRun) -> "RunResult":
-        from fastdistill.control.session import RunResult
-
         floor = self._pipeline.require.check(self._tally)
         missed = [check["requirement"] for check in floor if not check["met"]]
+        status, code, message = "complete", ExitCode.OK, ""
         if missed:
             status, code, message = "below_floor", ExitCode.FLOOR, f"below the floor: {', '.join(missed)}"
         elif (enough := run.exhausted() or run.enough) and (enough.exit_code or not self._tally.failed):
-            status, code, message = "complete", enough.exit_code, enough.message
+            code, message = enough.exit_code, enough.message
         elif self._tally.failed:
-            status, code = "complete", ExitCode.PARTIAL
-            message = failures_message(self._tally)
-        else:
-            status, code, message = "complete", ExitCode.OK, ""
-        manifest, quality, timing = self._write(run, floor, status, code, message)
-        folder = self._folder
-        return RunResult(folder.run_id, folder.path, folder.dist, code, manifest, quality, timing)
+            code, message = ExitCode.PARTIAL, failures_message(self._tally)
+        return self._write(run, floor, status, code, message)
 
     def abort(self, run: ActiveRun | None, error: FatalError) -> None:
         """The proofs of a run that could not be finished: what there is, and why it ended."""
@@ -84,20 +78,22 @@ class Proofs:
 
     def _write(
         self, run: ActiveRun, floor: list[dict[str, Any]], status: str, code: ExitCode, message: str
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        manifest = self._manifest(run, status, code, message)
-        quality = self._quality(floor)
-        timing = self._timing(run)
-        write_json(self._folder.manifest, manifest)
-        write_json(self._folder.quality_report, quality)
-        write_json(self._folder.timing_report, timing)
-        with atomic(self._folder.report_html) as file:
+    ) -> "RunResult":
+        from fastdistill.control.session import RunResult
+
+        folder = self._folder
+        manifest, quality, timing = self._manifest(run, status, code, message), self._quality(floor), self._timing(run)
+        write_json(folder.manifest, manifest)
+        write_json(folder.quality_report, quality)
+        write_json(folder.timing_report, timing)
+        with atomic(folder.report_html) as file:
             file.write(render_html(manifest, quality, timing))
-        return manifest, quality, timing
+        return RunResult(folder.run_id, folder.path, folder.dist, code, manifest, quality, timing)
 
     def _quality(self, floor: list[dict[str, Any]]) -> dict[str, Any]:
         tally = self._tally
         tokens = tally.completion_tokens + tally.prompt_tokens
+        per_1000 = round(1000 * tally.accepted_samples / tokens, 4) if tokens else None
         return {
             "run_id": self._folder.run_id,
             "samples": {
@@ -120,9 +116,7 @@ class Proofs:
             "tokens": {
                 "prompt": tally.prompt_tokens,
                 "completion": tally.completion_tokens,
-                "accepted_samples_per_1000_tokens": round(1000 * tally.accepted_samples / tokens, 4)
-                if tokens
-                else None,
+                "accepted_samples_per_1000_tokens": per_1000,
             },
             "stages": tally.stages(),
             "failures": [
@@ -146,6 +140,8 @@ class Proofs:
     def _manifest(self, run: ActiveRun | None, status: str, code: ExitCode | None, message: str) -> dict[str, Any]:
         folder, tally = self._folder, self._tally
         ended = status != "running"
+        inputs = {path for step in self._pipeline.steps for path in step.inputs()} if ended else ()
+        outputs = sorted(folder.dist.rglob("*")) if status in ("complete", "below_floor") else ()
         return {
             "schema": 1,
             "run_id": folder.run_id,
@@ -163,7 +159,7 @@ class Proofs:
                 "platform": f"{sys.platform}-{platform.machine()}",
                 **{name: version(name) for name in DEPENDENCIES},
             },
-            "inputs": [_file_entry(path, path.absolute()) for path in self._inputs()] if ended else [],
+            "inputs": [_file_entry(path, path.absolute()) for path in sorted(inputs) if path.is_file()],
             "models": {
                 name: {
                     "provider": config.provider,
@@ -184,12 +180,8 @@ class Proofs:
                 for stage in tally.stages()
             ],
             "content_sha256": {stage: str(content) for stage, content in sorted(tally.hashes.items())},
-            "outputs": _outputs(folder.dist, folder.path) if status in ("complete", "below_floor") else [],
+            "outputs": [_file_entry(path, path.relative_to(folder.path)) for path in outputs if path.is_file()],
         }
-
-    def _inputs(self) -> list[Path]:
-        paths = {path for step in self._pipeline.steps for path in step.inputs()}
-        return sorted(path for path in paths if path.is_file())
 
 
 def failures_message(tally: Tally) -> str:
@@ -198,10 +190,6 @@ def failures_message(tally: Tally) -> str:
     for (step, reason), count in sorted(tally.failures.items(), key=lambda item: -item[1].count):
         lines.append(f"{step}: {reason} ({count.count}): {count.examples[0]}")
     return "\n".join(lines)
-
-
-def _outputs(dist: Path, relative_to: Path) -> list[dict[str, Any]]:
-    return [_file_entry(path, path.relative_to(relative_to)) for path in sorted(dist.rglob("*")) if path.is_file()]
 
 
 def _file_entry(path: Path, shown: Path) -> dict[str, Any]:

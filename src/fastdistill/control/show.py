@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -21,9 +21,6 @@ from fastdistill.core.errors import ExitCode, InputError
 from fastdistill.core.stats import Total
 from fastdistill.core.step import Context, SampleStep, StreamStep
 from fastdistill.core.types import Candidate, Outcome, Sample
-
-if TYPE_CHECKING:
-    from fastdistill.core.types import Verdict
 
 _STYLE = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.ERROR: "yellow"}
 
@@ -52,8 +49,7 @@ def show_info(pipeline: Pipeline, output_dir: Path | None) -> None:
 def show_preview(pipeline: Pipeline, output_dir: Path | None, n: int) -> None:
     """Takes the first `n` samples through all steps up to the last that works on samples."""
     console = Console()
-    samples, _ = run_shortened(pipeline, FirstSamples(n=n), output_dir)
-    for sample in samples:
+    for sample in run_shortened(pipeline, FirstSamples(n=n), output_dir)[0]:
         print_sample(sample, console)
     kept = artifacts_root(output_dir) / "responses.sqlite"
     console.print(f"the answers are kept in {kept}", markup=False, soft_wrap=True)
@@ -86,10 +82,8 @@ def show_runs(output_dir: Path | None) -> None:
         manifest = read_json(folder.manifest)
         samples = read_json(folder.quality_report)["samples"] if folder.quality_report.exists() else {}
         models = ", ".join(model["model"] for model in manifest["models"].values())
-        table.add_row(
-            folder.run_id, status(folder, manifest), manifest["started"][:16], str(samples.get("read", "")),
-            str(samples.get("accepted", "")), models,
-        )  # fmt: skip
+        counts = str(samples.get("read", "")), str(samples.get("accepted", ""))
+        table.add_row(folder.run_id, status(folder, manifest), manifest["started"][:16], *counts, models)
     if table.row_count == 0:
         raise InputError(f"{root.absolute()}: no runs here; is --output-dir right?")
     Console().print(table)
@@ -101,18 +95,9 @@ def show_run(run: str, output_dir: Path | None) -> None:
     console = Console()
     if manifest["message"] or status(folder, manifest) == "killed":
         console.print(f"{status(folder, manifest)}: {manifest['message']}", markup=False, soft_wrap=True)
-    if not folder.quality_report.exists():
-        return
-    result = RunResult(
-        folder.run_id,
-        folder.path,
-        folder.dist,
-        ExitCode(manifest["exit_code"] or 0),
-        manifest,
-        read_json(folder.quality_report),
-        read_json(folder.timing_report),
-    )
-    summary(result, console)
+    if folder.quality_report.exists():
+        code, reports = ExitCode(manifest["exit_code"] or 0), (folder.quality_report, folder.timing_report)
+        summary(RunResult(folder.run_id, folder.path, folder.dist, code, manifest, *map(read_json, reports)), console)
 
 
 def show_sample(run: str, sample_id: str, output_dir: Path | None) -> None:
@@ -181,16 +166,11 @@ def _print_candidate(console: Console, candidate: Candidate, sample: Sample) -> 
     for cut in candidate.cuts:
         _field(console, f"  cut: {cut.kind}", cut.text, "dim")
     for verdict in candidate.verdicts:
-        _print_verdict(console, verdict)
-
-
-def _print_verdict(console: Console, verdict: "Verdict") -> None:
-    detail = ", ".join(f"{name}={value!r}" for name, value in verdict.detail.items())
-    text = Text.assemble(f"  {verdict.gate}: ", (f"{verdict.outcome} {verdict.reason}", _STYLE[verdict.outcome]))
-    console.print(text + Text(f" [{verdict.fingerprint}] {detail}", style="dim"), soft_wrap=True)
+        detail = ", ".join(f"{name}={value!r}" for name, value in verdict.detail.items())
+        text = Text.assemble(f"  {verdict.gate}: ", (f"{verdict.outcome} {verdict.reason}", _STYLE[verdict.outcome]))
+        console.print(text + Text(f" [{verdict.fingerprint}] {detail}", style="dim"), soft_wrap=True)
 
 
 def _field(console: Console, name: str, value: str, style: str = "") -> None:
-    separator = "\n    " if "\n" in value else " "
-    body = value.replace("\n", "\n    ")
-    console.print(Text(f"{name}:", style="bold") + Text(separator + body, style=style), soft_wrap=True)
+    body = f"\n{value}".replace("\n", "\n    ") if "\n" in value else f" {value}"
+    console.print(Text(f"{name}:", style="bold") + Text(body, style=style), soft_wrap=True)

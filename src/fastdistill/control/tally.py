@@ -6,7 +6,7 @@ depend on the order in which samples finish.
 
 import re
 from bisect import insort
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -52,18 +52,15 @@ class ContentHash:
     def __init__(self) -> None:
         self._sum = 0
 
-    def add(self, *parts: str) -> None:
-        self._sum = (self._sum + _number(parts)) % 2**256
+    def add(self, *parts: str, times: int = 1) -> None:
+        number = int.from_bytes(sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).digest())
+        self._sum = (self._sum + times * number) % 2**256
 
     def remove(self, *parts: str) -> None:
-        self._sum = (self._sum - _number(parts)) % 2**256
+        self.add(*parts, times=-1)
 
     def __str__(self) -> str:
         return f"{self._sum:064x}"
-
-
-def _number(parts: Sequence[str]) -> int:
-    return int.from_bytes(sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).digest())
 
 
 class Tally:
@@ -88,7 +85,7 @@ class Tally:
         self.served: Counter[tuple[str, str, str, str]] = Counter()
         self.gates: dict[str, GateCount] = {}
         self.failures: dict[tuple[str, str], FailureCount] = {}
-        self.hashes: dict[str, ContentHash] = {}
+        self.hashes: defaultdict[str, ContentHash] = defaultdict(ContentHash)
 
     def add(self, sample: Sample) -> None:
         self.samples += 1
@@ -98,7 +95,7 @@ class Tally:
         if sample.status not in (Status.DUPLICATE, Status.SKIPPED):
             for failure in sample.failures:
                 self._fail(failure)
-        self._hash("samples", sample.sample_id, sample.source)
+        self.hashes["samples"].add(sample.sample_id, sample.source)
         for candidate in sample.candidates:
             self._candidate(candidate)
         if sample.status is Status.OPEN:
@@ -107,7 +104,7 @@ class Tally:
             self.undecided_samples += undecided and not sample.accepted
             for rank, candidate in enumerate(sample.chosen):
                 self.selected += 1
-                self._hash("selected", candidate.candidate_id, str(rank), candidate.answer)
+                self.hashes["selected"].add(candidate.candidate_id, str(rank), candidate.answer)
 
     def leave(self, sample: Sample) -> None:
         """A sample that was added while it was open leaves the stream after all: an export can't take it."""
@@ -157,17 +154,15 @@ class Tally:
     def _candidate(self, candidate: Candidate) -> None:
         self.candidates += 1
         self.outcomes[candidate.outcome] += 1
-        self.finish_reasons[candidate.completion.finish_reason] += 1
-        self.prompt_tokens += candidate.completion.usage.prompt_tokens
-        self.completion_tokens += candidate.completion.usage.completion_tokens
-        completion = candidate.completion
-        self.served[
-            candidate.prompt.provider, candidate.prompt.model, completion.model or "", completion.build or ""
-        ] += 1
+        prompt, completion = candidate.prompt, candidate.completion
+        self.finish_reasons[completion.finish_reason] += 1
+        self.prompt_tokens += completion.usage.prompt_tokens
+        self.completion_tokens += completion.usage.completion_tokens
+        self.served[prompt.provider, prompt.model, completion.model or "", completion.build or ""] += 1
         self.cuts.update(cut.kind for cut in candidate.cuts)
         if candidate.score is not None:
             self.scores[round(candidate.score, 2)] += 1
-        self._hash("candidates", candidate.candidate_id, candidate.completion.text)
+        self.hashes["candidates"].add(candidate.candidate_id, completion.text)
         for verdict in candidate.verdicts:
             gate = self.gates.setdefault(verdict.gate, GateCount())
             gate.outcomes[verdict.outcome] += 1
@@ -182,15 +177,12 @@ class Tally:
                 group = error_group(str(error))
                 gate.errors[group] += 1
                 _keep(gate.error_examples.setdefault(group, []), str(error))
-            self._hash(verdict.gate, candidate.candidate_id, verdict.outcome, verdict.reason)
+            self.hashes[verdict.gate].add(candidate.candidate_id, verdict.outcome, verdict.reason)
 
     def _fail(self, failure: Failure) -> None:
         count = self.failures.setdefault((failure.step, failure.reason), FailureCount())
         count.count += 1
         _keep(count.examples, failure.message)
-
-    def _hash(self, stage: str, *parts: str) -> None:
-        self.hashes.setdefault(stage, ContentHash()).add(*parts)
 
 
 def error_group(message: str) -> str:
@@ -204,10 +196,7 @@ def error_group(message: str) -> str:
 
 def interval(rate: Rate) -> dict[str, Any]:
     """A rate as the reports write it."""
-    return {
-        name: value if value is None or isinstance(value, int) else round(value, 6)
-        for name, value in asdict(rate).items()
-    }
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(rate).items()}
 
 
 def _keep(examples: list[str], text: str) -> None:

@@ -2,7 +2,8 @@
 
 | the request failed with | what follows |
 |---|---|
-| refused, reset, timeout, garbled | again, after a backoff with full jitter: 0.5 s, doubled each time up to 30 s |
+| refused, reset, timeout, garbled | again, after half to all of a backoff: 0.5 s, doubled each time up to 30 s; |
+| | the default of 8 retries waits out an outage of 45 seconds |
 | 408, 502, 503, 504, 429 | again, after half to all of that backoff and no less than Retry-After (up to 120 s) |
 | 500 and other 5xx | again once; then the sample is given up: a poisoned prompt can break a server |
 | context too long, any other 4xx | the sample is given up |
@@ -65,8 +66,6 @@ def decide(
         return Stop(reason) if error.kind is ErrorKind.REFUSED else GiveUp(reason)
     # The exponent is bounded only so that a long list of failures can't overflow the power.
     backoff = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** min(len(failures), 16))
-    if error.kind not in _THROTTLED:
-        return Retry(max(backoff * uniform, min(error.retry_after or 0.0, RETRY_AFTER_CAP)))
     asked = min(error.retry_after or 0.0, RETRY_AFTER_CAP)
     # Jitter on top of what was asked, lest all that were turned away come back in the same instant.
     return Retry(max(backoff / 2 * (1 + uniform), asked + BACKOFF_BASE * uniform if asked else 0.0))
