@@ -17,6 +17,7 @@ import socket
 import struct
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -220,7 +221,7 @@ class OllamaOptions(Options):
     version: str = "0.33.0"
 
 
-class Server:
+class Server(ABC):
     """A running server: its address and what it has counted."""
 
     def __init__(self, options: Options) -> None:
@@ -238,12 +239,12 @@ class Server:
         self.add_routes(app.router)
         return app
 
-    def add_routes(self, router: web.UrlDispatcher) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def add_routes(self, router: web.UrlDispatcher) -> None: ...
 
+    @abstractmethod
     def error(self, http: int, message: str, /) -> web.Response:
         """An error in the server's own shape."""
-        raise NotImplementedError
 
     async def answer(self, request: web.Request, call: Call, respond: Callable[[], web.Response]) -> web.StreamResponse:
         """Counts, faults, queues and works on a chat request, then lets `respond` write the answer."""

@@ -302,9 +302,9 @@ def test_a_wrong_key_at_one_is_said_at_once_and_nothing_is_paid(tmp_path: Path) 
 def test_a_few_percent_of_faults_cost_no_answer_and_cool_no_endpoint_for_long(tmp_path: Path) -> None:
     async def go() -> None:
         async with asking([one.url, other.url], tmp_path) as asker:
-            found = await asker.ask_all(400)
-            assert complete(found, 400)
-            assert asker.store.count() == 400
+            found = await asker.ask_all(1600)
+            assert complete(found, 1600)
+            assert asker.store.count() == 1600
             assert all(endpoint.coolings <= 1 for endpoint in asker.client.router.endpoints)
 
     def faults() -> Callable[[Call], Fault | None]:
@@ -321,8 +321,8 @@ def test_a_few_percent_of_faults_cost_no_answer_and_cool_no_endpoint_for_long(tm
         openai_server(latency=quick, faults=faults()) as other,
     ):
         run(go())
-        # One may have cooled for a second of the two that this takes.
-        assert min(answers(one).total(), answers(other).total()) > 40
+        # A quarter each at least: either may have cooled for a second, which must be a small part of the whole.
+        assert min(answers(one).total(), answers(other).total()) > 400
 
 
 def test_a_server_that_can_not_bring_several_choices_makes_all_be_asked_one_by_one(tmp_path: Path) -> None:
