@@ -67,6 +67,7 @@ class ModelClient:
         self._probing = asyncio.Lock()
         self._probed = False
         self._refusal: TeacherError | None = None
+        self._unstorable: FatalError | None = None
         self._asking: dict[str, asyncio.Event] = {}
         self._asked_with: tuple[DecodeProfile | None, dict[str, Any], dict[str, Any]] = (None, {}, {})
         self._answered_at = 0.0  # when the last answer came, by perf_counter
@@ -200,7 +201,7 @@ class ModelClient:
         while True:
             tries += 1
             try:
-                completions = await self._in_slot(prompt, draws)
+                answers = await self._in_slot(prompt, draws)
             except NotAsked as enough:
                 return [enough for _ in draws]
             except ProviderError as error:
@@ -221,9 +222,6 @@ class ModelClient:
                     case Stop():
                         raise TeacherError(f"{self.name}: {error}") from error
             else:
-                got = list(zip(draws, completions, strict=False))
-                answers = [Answer(draw, draw.key(prompt), completion, stored=False) for draw, completion in got]
-                await self._store.put(prompt, answers)
                 return [*answers]
 
     async def _back_off(self, delay: float, kind: ErrorKind) -> bool:
@@ -243,12 +241,15 @@ class ModelClient:
             now = perf_counter()
         return True
 
-    async def _in_slot(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
+    async def _in_slot(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer]:
         """One request, once the budget, the pace and a slot allow it; asked a second time if it straggles.
+
+        The slot is held until the answers are stored, so that no more can ever be lost than requests are in flight.
 
         Raises:
             NotAsked: the run has enough.
             ProviderError: it failed.
+            FatalError: the run ends, or the answers could not be stored.
         """
         begun = perf_counter()
         worst = self._worst_tokens(prompt, len(draws))
@@ -260,6 +261,8 @@ class ModelClient:
             if len(draws) > 1 and not endpoint.asks_n:
                 return []
             await self._paced(worst)
+            if self._unstorable is not None:
+                raise self._unstorable
             queued = perf_counter() - begun
             tokens = 0
             try:
@@ -272,8 +275,14 @@ class ModelClient:
             finally:
                 self._pace.correct(tokens - worst)
                 observe(queued=queued, busy=perf_counter() - begun - queued)
+            answers = [Answer(d, d.key(prompt), c, stored=False) for d, c in zip(draws, completions, strict=False)]
+            try:
+                await self._store.put(prompt, answers)
+            except FatalError as error:
+                self._unstorable = error  # before the slot is free for the next, which could not be stored either
+                raise
         await self._measure(endpoint)
-        return completions
+        return answers
 
     async def _paced(self, worst: int) -> None:
         """Returns when a request of up to so many tokens may go out; one after the other where there is a pace.
