@@ -65,16 +65,12 @@ class MathPool(WorkerPool[tuple[str, str], MathReason]):
         return job
 
     def from_wire(self, message: list[str]) -> MathReason:
-        (finding,) = message
-        return _FINDINGS.get(finding) or MathReason(finding)
+        return MathReason(message[0])
 
     async def died(
         self, job: tuple[str, str], death: Death, judge: Callable[[tuple[str, str]], Awaitable[MathReason]]
     ) -> MathReason:
         return MathReason.INFRA_TIMEOUT if death.cause is Cause.WALL else MathReason.SANDBOX_DIED
-
-
-_FINDINGS = {"equal": MathReason.MATCH, "different": MathReason.MISMATCH}
 
 
 class MathExecEval(Gate):
@@ -120,7 +116,7 @@ class MathExecEval(Gate):
             return self._verdict(await self._symbolic(gold, found.answers[0]), **seen, compared="symbolic")
         if len(found.answers) > 1 and equalities != {Equality.EQUAL}:
             return self._verdict(MathReason.AMBIGUOUS, **seen | {"answer": " | ".join(found.answers)})
-        return self._verdict(_REASONS[equalities.pop()], **seen, compared="exact")
+        return self._verdict(MathReason(equalities.pop()), **seen, compared="exact")
 
     async def _symbolic(self, gold: str, answer: str) -> MathReason:
         assert self._pool is not None, "the gate is used inside `opened`"
@@ -138,13 +134,6 @@ class MathExecEval(Gate):
 
     def _verdict(self, reason: MathReason, **detail: str) -> Verdict:
         return self.verdict(Outcome(reason.outcome), reason, None, **detail)
-
-
-_REASONS = {
-    Equality.EQUAL: MathReason.MATCH,
-    Equality.DIFFERENT: MathReason.MISMATCH,
-    Equality.UNIT_UNCLEAR: MathReason.UNIT_UNCLEAR,
-}
 
 
 def _gold(value: object) -> str | None:
