@@ -17,7 +17,7 @@ from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogpro
 from fastdistill.model.provider import Capabilities, ErrorKind, ProviderError
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider, share
 from fastdistill.model.retry import GiveUp, Retry, decide
-from fastdistill.model.transport import AiohttpTransport
+from fastdistill.model.transport import transport_for
 from tests.servers import Call, Fault, Reply, Server, garbled, hang, mixed, openai_server, rate_limited, reset, status
 
 
@@ -553,7 +553,7 @@ def test_slots_bound_the_work_and_the_peak_is_seen() -> None:
 
 def test_stats_are_served() -> None:
     async def stats(url: str) -> Any:
-        transport = AiohttpTransport()
+        transport = transport_for(url)
         try:
             return (await transport.request("GET", url, headers={}, body=None, timeout=5)).body
         finally:

@@ -3,30 +3,31 @@
 It does not retry, but for a connection that had died in the pool.
 """
 
-import asyncio
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any, Generic, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
 import msgspec
 from pydantic import SecretStr
 
 from fastdistill.core.types import FinishReason, TokenLogprob
 from fastdistill.model.provider import ErrorKind, ProviderError, ServedConfig
 
+IDLE = 4.0
+"""Seconds; uvicorn, under vLLM and SGLang, closes an idle connection after 5, and going first avoids the race."""
+CONNECTS = 30.0
+"""Seconds for a connection to come about."""
+
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A whole answer. `headers` are looked up without regard to case; `body` is decompressed."""
+    """A whole answer. Names in `headers` are in lower case; `body` is decompressed."""
 
     status: int
     headers: Mapping[str, str]
@@ -52,70 +53,30 @@ class Transport(Protocol):
     async def aclose(self) -> None: ...
 
 
-class AiohttpTransport:
-    """Keep-alive connections without a limit of their own: the client above says how many requests are in flight.
+def transport_for(url: str, *, max_body: int = 64 * 2**20, keep: float = IDLE) -> Transport:
+    """The cheapest transport that can reach a URL. Connections have no limit: the client above limits requests.
 
-    Proxies come from the environment (`HTTPS_PROXY`, `NO_PROXY` ...). Belongs to one event loop.
+    Args:
+        max_body: bytes of an answer, decompressed, beyond which it is not read on.
+        keep: seconds for which an idle connection waits to be used again; 0: none is. One that turns out to be dead
+            by then has its request sent again, once.
     """
+    if urlsplit(url).scheme == "http" and proxy(url) is None:
+        from fastdistill.model.http1 import Http1Transport
 
-    max_body = 64 * 2**20
-    """Bytes of an answer, decompressed, beyond which it is not read on."""
+        return Http1Transport(max_body=max_body, keep=keep)
+    from fastdistill.model.https import AiohttpTransport  # which takes a quarter of a second to import
 
-    def __init__(self) -> None:
-        self._session: aiohttp.ClientSession | None = None
-        self._proxy = lru_cache(_proxy)
+    return AiohttpTransport(max_body=max_body, keep=keep)
 
-    async def request(
-        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, timeout: float
-    ) -> Response:
-        if self._session is None:
-            self._session = _session(force_close=False)
-        try:
-            async with asyncio.timeout(timeout):
-                try:
-                    return await self._send(self._session, method, url, headers, body)
-                except _StaleConnection:
-                    # The pool may hold more of the same, so this goes over a connection opened for it.
-                    async with _session(force_close=True) as fresh:
-                        return await self._send(fresh, method, url, headers, body)
-        # A connection that does not come about in time is nobody listening, though aiohttp has it as a timeout too.
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
-            raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({error})") from error
-        except TimeoutError as error:
-            raise ProviderError(ErrorKind.TIMEOUT, f"{url}: no answer within {timeout:g} s") from error
-        except aiohttp.ClientHttpProxyError as error:
-            raise ProviderError(ErrorKind.REFUSED, f"{url}: the proxy refuses ({error})") from error
-        except aiohttp.ClientResponseError as error:
-            raise ProviderError(ErrorKind.GARBLED, f"{url}: the answer is not HTTP ({error.message})") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise ProviderError(ErrorKind.RESET, f"{url}: the connection broke ({error})") from error
 
-    async def aclose(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-
-    async def _send(
-        self, session: aiohttp.ClientSession, method: str, url: str, headers: Mapping[str, str], body: bytes | None
-    ) -> Response:
-        connection = SimpleNamespace(reused=False)
-        chunks: list[bytes] = []
-        size = 0
-        try:
-            sent: Any = {"data": body, "headers": headers, "proxy": self._proxy(url), "trace_request_ctx": connection}
-            opened = await session.request(method, url, allow_redirects=False, **sent)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.args[0], str)
-            if connection.reused and not begun:
-                raise _StaleConnection from error
-            raise
-        async with opened as response:
-            async for chunk in response.content.iter_any():
-                size += len(chunk)
-                if size > self.max_body:
-                    raise ProviderError(ErrorKind.GARBLED, f"{url}: the answer is larger than {self.max_body} bytes")
-                chunks.append(chunk)
-            return Response(response.status, response.headers, b"".join(chunks))
+def proxy(url: str) -> str | None:
+    """The proxy for a URL, from the environment (`HTTPS_PROXY`, `NO_PROXY` ...)."""
+    parts = urlsplit(url)
+    if proxy_bypass(parts.netloc):
+        return None
+    found = getproxies().get(parts.scheme)
+    return found if found is None or "://" in found else f"http://{found}"
 
 
 C = TypeVar("C", bound=ServedConfig)
@@ -134,7 +95,7 @@ class HttpProvider(Generic[C]):
         self, config: C, transport: Transport | None, key: SecretStr | None, headers: Mapping[str, SecretStr]
     ) -> None:
         self._config = config
-        self._transport = transport or AiohttpTransport()
+        self._transport = transport or transport_for(config.url)
         self._headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
         self._headers |= {name: value.get_secret_value() for name, value in headers.items()}
         self._where = f"{config.provider}: {config.url}"
@@ -289,37 +250,6 @@ def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]
     if closed:
         return thinking.strip(), rest
     return (thinking.strip(), "") if finish is FinishReason.LENGTH else (None, content)
-
-
-class _StaleConnection(Exception):
-    """A kept connection was gone before a byte of the answer: the server had closed it between two requests."""
-
-
-def _session(*, force_close: bool) -> aiohttp.ClientSession:
-    # uvicorn, under vLLM and SGLang, closes an idle connection after 5 s; going first avoids the race.
-    keepalive = None if force_close else 4.0
-    connector = aiohttp.TCPConnector(limit=0, force_close=force_close, keepalive_timeout=keepalive)
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_reuseconn.append(_mark_reused)
-    return aiohttp.ClientSession(
-        connector=connector,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
-        trace_configs=[trace],
-    )
-
-
-def _proxy(url: str) -> str | None:
-    """The proxy for a URL, from the environment. aiohttp's `trust_env` looks it up in a thread for every request."""
-    parts = urlsplit(url)
-    if proxy_bypass(parts.netloc):
-        return None
-    proxy = getproxies().get(parts.scheme)
-    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
-
-
-async def _mark_reused(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: object) -> None:
-    context.trace_request_ctx.reused = True
 
 
 _KINDS = {
