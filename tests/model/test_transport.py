@@ -19,10 +19,7 @@ from fastdistill.model.transport import (
     Response,
     Transport,
     error_kind,
-    read_fault,
-    refused_names,
     retry_after,
-    says_too_long,
     split_thinking,
     transport_for,
 )
@@ -187,7 +184,7 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_error_bodies_of_every_shape_are_read(body: bytes, message: str, parameter: str | None) -> None:
-    fault = read_fault(body)
+    fault = Fault.read(body)
     assert (fault.message, fault.parameter) == (message, parameter)
 
 
@@ -204,7 +201,7 @@ def test_error_bodies_of_every_shape_are_read(body: bytes, message: str, paramet
     ],
 )
 def test_a_refused_parameter_is_found_by_name(text: str, name: str) -> None:
-    assert name in refused_names(Fault(text))
+    assert name in Fault(text).refused_names()
 
 
 @pytest.mark.parametrize(
@@ -217,7 +214,7 @@ def test_a_refused_parameter_is_found_by_name(text: str, name: str) -> None:
     ],
 )
 def test_a_prompt_that_is_too_long_is_known_by_the_servers_words(text: str) -> None:
-    assert says_too_long(Fault(text))
+    assert Fault(text).says_too_long
 
 
 def test_retry_after_is_seconds_a_date_or_milliseconds() -> None:

@@ -88,10 +88,8 @@ class _Connection(asyncio.Protocol):
 
     async def exchange(self, sent: bytes, deadline: float) -> Response:
         """The answer to one request. Raises what `end` was told, or _StaleConnection."""
-        if self._buffer:
-            raise _not_http(repr(bytes(self._buffer)))  # it speaks first, as SSH does
         if self._transport.is_closing():
-            raise ConnectionResetError("closed by the server")
+            raise ConnectionResetError("closed at once by the server")
         self._set_timer(deadline, TimeoutError())
         answer: asyncio.Future[Response] = self._loop.create_future()
         self._answer = answer

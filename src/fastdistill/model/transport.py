@@ -5,7 +5,7 @@ It does not retry, but for a connection that had died in the pool.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -16,7 +16,7 @@ from urllib.request import getproxies, proxy_bypass
 import msgspec
 from pydantic import SecretStr
 
-from fastdistill.core.types import FinishReason, TokenLogprob
+from fastdistill.core.types import Completion, FinishReason, TokenLogprob
 from fastdistill.model.provider import ErrorKind, ProviderError, ServedConfig
 
 IDLE = 4.0
@@ -80,7 +80,7 @@ def proxy(url: str) -> str | None:
 
 
 C = TypeVar("C", bound=ServedConfig)
-S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 class HttpProvider(Generic[C]):
@@ -91,13 +91,15 @@ class HttpProvider(Generic[C]):
     _expected: str  # what an answer should be
     _doubt = ""  # said of every answer that is something else
 
-    def __init__(
-        self, config: C, transport: Transport | None, key: SecretStr | None, headers: Mapping[str, SecretStr]
-    ) -> None:
+    def __init__(self, config: C, transport: Transport | None = None, headers: Mapping[str, SecretStr] = {}) -> None:
         self._config = config
         self._transport = transport or transport_for(config.url)
-        self._headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+        self._headers = {"Content-Type": "application/json"}
+        if config.api_key is not None:
+            self._headers["Authorization"] = f"Bearer {config.api_key.get_secret_value()}"
         self._headers |= {name: value.get_secret_value() for name, value in headers.items()}
+        sent = [value.removeprefix("Bearer ") for name, value in self._headers.items() if name != "Content-Type"]
+        self._secrets = [secret.encode() for secret in sent if len(secret) >= 6]
         self._where = f"{config.provider}: {config.url}"
 
     async def __aenter__(self) -> Self:
@@ -114,11 +116,11 @@ class HttpProvider(Generic[C]):
         method: str,
         url: str,
         body: bytes | None = None,
-        content_type: str = "application/json",
+        content_type: str | None = None,
         timeout: float | None = None,
     ) -> Response:
-        """The answer, whatever its status, without the secrets that were sent."""
-        headers = {**self._headers, "Content-Type": content_type}
+        """The answer, whatever its status, without the secrets that were sent: some servers repeat a wrong key."""
+        headers = self._headers if content_type is None else {**self._headers, "Content-Type": content_type}
         timeout = timeout or self._config.timeout
         try:
             response = await self._transport.request(method, url, headers=headers, body=body, timeout=timeout)
@@ -129,11 +131,14 @@ class HttpProvider(Generic[C]):
             }
             message = f"{self._config.provider}: {error}{remedies.get(error.kind, '')}"
             raise ProviderError(error.kind, message) from error
-        return without_secrets(response, self._headers)
+        for secret in self._secrets:
+            if secret in response.body:
+                response = replace(response, body=response.body.replace(secret, b"(secret)"))
+        return response
 
-    def _decode(self, response: Response, type_: type[S]) -> S:
+    def _decode(self, response: Response, decode: Callable[[bytes], T]) -> T:
         try:
-            return msgspec.json.decode(response.body, type=type_)
+            return decode(response.body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise self._garbled(str(error), response) from error
 
@@ -166,16 +171,6 @@ class Token(msgspec.Struct):
         return TokenLogprob(self.token, self.logprob, tops)
 
 
-def without_secrets(response: Response, headers: Mapping[str, str]) -> Response:
-    """The answer without what the request's headers hold: some servers repeat the key they refuse."""
-    secrets = [value.removeprefix("Bearer ").encode() for name, value in headers.items() if name != "Content-Type"]
-    body = response.body
-    for secret in secrets:
-        if len(secret) >= 6 and secret in body:
-            body = body.replace(secret, b"(secret)")
-    return response if body is response.body else replace(response, body=body)
-
-
 @dataclass(frozen=True, slots=True)
 class Fault:
     """What an error body says, whichever of the shapes in use it has."""
@@ -186,42 +181,41 @@ class Fault:
     status: int | None = None  # a numeric `code`, for errors that come under 200
     fields: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, body: bytes) -> "Fault":
+        """Reads five shapes: `{"error": {…}}`, `{"error": str}`, `{"detail": str}`, `{"detail": [{loc, msg}]}`, text.
 
-def read_fault(body: bytes) -> Fault:
-    """Reads the five shapes: `{"error": {…}}`, `{"error": str}`, `{"detail": str}`, `{"detail": [{loc, msg}]}`, text.
+        Also a bare `{"message": …}` (older vLLM and SGLang) and a list of one error (Google).
+        """
+        try:
+            value = msgspec.json.decode(body)
+        except msgspec.DecodeError:
+            return cls(_brief(body.decode(errors="replace")) or "(empty body)")
+        if isinstance(value, list) and value:
+            value = value[0]
+        if not isinstance(value, dict):
+            return cls(_brief(str(value)))
+        detail = value.get("error") or value.get("detail") or value.get("message")
+        if isinstance(detail, list):
+            return _from_locations(detail)
+        if isinstance(detail, str):
+            return _from_fields({**value, "message": detail})
+        return _from_fields(detail if isinstance(detail, dict) else {"message": body.decode(errors="replace")})
 
-    Also a bare `{"message": …}` (older vLLM and SGLang) and a list of one error (Google).
-    """
-    try:
-        value = msgspec.json.decode(body)
-    except msgspec.DecodeError:
-        return Fault(_brief(body.decode(errors="replace")) or "(empty body)")
-    if isinstance(value, list) and value:
-        value = value[0]
-    if not isinstance(value, dict):
-        return Fault(_brief(str(value)))
-    detail = value.get("error") or value.get("detail") or value.get("message")
-    if isinstance(detail, list):
-        return _from_locations(detail)
-    if isinstance(detail, str):
-        return _from_fields({**value, "message": detail})
-    return _from_fields(detail if isinstance(detail, dict) else {"message": _brief(body.decode(errors="replace"))})
+    @property
+    def says_too_long(self) -> bool:
+        """Whether it is about the context window, by its code or its words."""
+        return _TOO_LONG.search(f"{self.code} {self.message}") is not None
+
+    def refused_names(self) -> list[str]:
+        """Names that it may be about, most certain first: they are to be looked up among those that were sent."""
+        named = [] if self.parameter is None else [self.parameter]
+        return named + [match for pattern in _REFUSED_NAME for match in pattern.findall(self.message)]
 
 
 def error_kind(status: int) -> ErrorKind:
     """What a status means where the body says nothing more exact."""
     return _KINDS.get(status, ErrorKind.SERVER if status >= 500 else ErrorKind.BAD_REQUEST)
-
-
-def says_too_long(fault: Fault) -> bool:
-    """Whether an error is about the context window, by its code or its words."""
-    return _TOO_LONG.search(f"{fault.code} {fault.message}") is not None
-
-
-def refused_names(fault: Fault) -> list[str]:
-    """Names that an error may be about, most certain first: they are to be looked up among those that were sent."""
-    named = [] if fault.parameter is None else [fault.parameter]
-    return named + [match for pattern in _REFUSED_NAME for match in pattern.findall(fault.message)]
 
 
 def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
@@ -236,6 +230,23 @@ def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
     except ValueError:
         return None
     return max(0.0, ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - now).total_seconds())
+
+
+def completion(
+    text: str, thinking: str | None, tokens: Iterable[Token] | None, *, finish: str | None, **more: Any
+) -> Completion:
+    """The completion of what a server said. Thinking within the text is taken out where there is none beside it."""
+    reason = _FINISH.get(finish, FinishReason.OTHER)
+    if thinking is None:
+        thinking, text = split_thinking(text, reason)
+    logprobs = None if tokens is None else tuple(map(Token.scored, tokens))
+    return Completion(text=text, finish_reason=reason, thinking=thinking, logprobs=logprobs, **more)
+
+
+_FINISH: Mapping[str | None, FinishReason] = {
+    **{str(reason): reason for reason in FinishReason},
+    "eos": FinishReason.STOP,
+}
 
 
 def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]:
