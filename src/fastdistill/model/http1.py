@@ -83,14 +83,14 @@ class _Connection(asyncio.Protocol):
         self._buffer = bytearray()
         self._answer: asyncio.Future[Response] | None = None
         self._reader: _Reading[tuple[Response, bool]] | None = None
-        self._timer: asyncio.TimerHandle | None = None  # of an exchange, or of being idle
+        self._timer: asyncio.TimerHandle | None = None
         self._used = False
 
     async def exchange(self, sent: bytes, deadline: float) -> Response:
         """The answer to one request. Raises what `end` was told, or _StaleConnection."""
         if self._transport.is_closing():
             raise ConnectionResetError("closed at once by the server")
-        self._set_timer(deadline, TimeoutError())
+        self._end_at(deadline, TimeoutError())
         answer: asyncio.Future[Response] = self._loop.create_future()
         self._answer = answer
         self._transport.write(sent)
@@ -150,12 +150,22 @@ class _Connection(asyncio.Protocol):
             else:
                 self._used = True
                 self._idle.append(self)
-                self._set_timer(self._loop.time() + self._keep)
+                self._end_at(self._loop.time() + self._keep)
 
-    def _set_timer(self, moment: float, error: Exception | None = None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(moment, self.end, error)
+    def _end_at(self, moment: float, error: Exception | None = None) -> None:
+        """Instead of an earlier such order. A timer is set only where the last one comes too late, so hardly ever."""
+        self._due = moment, error
+        if self._timer is None or self._timer.when() > moment:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(moment, self._look)
+
+    def _look(self) -> None:
+        self._timer, (moment, error) = None, self._due
+        if self._loop.time() < moment:
+            self._end_at(moment, error)
+        else:
+            self.end(error)
 
 
 @lru_cache(maxsize=256)

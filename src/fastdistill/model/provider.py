@@ -155,6 +155,16 @@ class ServedConfig(ModelConfig):
         """One base URL as it is used; ValueError if it can't be."""
         raise NotImplementedError
 
+    @staticmethod
+    def split_url(url: str) -> SplitResult:
+        """The parts of a base URL; ValueError if it is not a server's, or has a secret in it."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError(f"base_url: {url!r} is not an http:// or https:// address")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("base_url: no user, password or query here; they would be written to files. Use `headers`")
+        return parts
+
     @model_validator(mode="before")
     @classmethod
     def _from_environment(cls, fields: Any) -> Any:
@@ -183,16 +193,6 @@ class ServedConfig(ModelConfig):
         if isinstance(self.base_url, str):
             return (self,)
         return [self.model_copy(update={"base_url": url}) for url in self.base_url]
-
-
-def split_url(url: str) -> SplitResult:
-    """The parts of a base URL; ValueError if it is not a server's, or has a secret in it."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError(f"base_url: {url!r} is not an http:// or https:// address")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("base_url: no user, password or query here; they would be written to files. Use `headers`")
-    return parts
 
 
 class Provider(Protocol):

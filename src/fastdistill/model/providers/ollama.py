@@ -15,15 +15,7 @@ from msgspec.json import Decoder
 from pydantic import Field, model_validator
 
 from fastdistill.core.types import Completion, Prompt, Usage
-from fastdistill.model.provider import (
-    Capabilities,
-    ErrorKind,
-    Load,
-    ModelConfig,
-    ProviderError,
-    ServedConfig,
-    split_url,
-)
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig
 from fastdistill.model.transport import Fault, HttpProvider, Response, Token, Transport, Version, completion, error_kind
 
 S = TypeVar("S", bound=Struct)
@@ -70,7 +62,7 @@ class OllamaConfig(ServedConfig):
     def normal_url(cls, url: str, provider: str) -> str:
         """A URL from what OLLAMA_HOST may hold: `host`, `host:port`, `:port`, or a URL; a server's 0.0.0.0 is us."""
         bare = "://" not in url
-        parts = split_url(f"http://{url}" if bare else url)
+        parts = cls.split_url(f"http://{url}" if bare else url)
         host = parts.hostname or "127.0.0.1"
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         port = parts.port or (11434 if bare else None)
@@ -207,8 +199,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             raise self._garbled(f"the model was only {last.done_reason}ed", response)
         if last.prompt_eval_count >= num_ctx:
             size = f"the prompt has {last.prompt_eval_count} tokens, num_ctx is {num_ctx}"
-            words = f"ollama: {size}: it may have been cut; raise `num_ctx`"
-            raise ProviderError(ErrorKind.TOO_LONG, words, status=200)
+            raise self._failed(ErrorKind.TOO_LONG, 200, f"{size}: it may have been cut; raise `num_ctx`", response)
         return completion(
             "".join(message.content for message in messages),
             "".join(message.thinking for message in messages) or None,

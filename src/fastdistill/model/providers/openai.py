@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -22,15 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, Prompt, Usage
 from fastdistill.model.client import Brake
-from fastdistill.model.provider import (
-    Capabilities,
-    ErrorKind,
-    Load,
-    ModelConfig,
-    ProviderError,
-    ServedConfig,
-    split_url,
-)
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig
 from fastdistill.model.transport import Fault, HttpProvider, Response, Token, Transport, Version, completion, error_kind
 
 Kind = Literal["openai", "openrouter", "vllm", "sglang"]
@@ -105,7 +98,7 @@ class OpenAIConfig(ServedConfig):
     def normal_url(cls, url: str, provider: str) -> str:
         """The URL that `/chat/completions` follows."""
         url = url.rstrip("/").removesuffix("/chat/completions")
-        return f"{url}/v1" if not split_url(url).path or f"{url}/v1" == cls.defaults(provider)[1] else url
+        return f"{url}/v1" if not cls.split_url(url).path or f"{url}/v1" == cls.defaults(provider)[1] else url
 
     @field_validator("batch", mode="before")
     @classmethod
@@ -389,8 +382,6 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
 def share(total: int, weights: Sequence[int]) -> list[int]:
     """Splits `total` in proportion to `weights`, by largest remainder: whole numbers that sum to it exactly."""
-    if len(weights) == 1:
-        return [total]
     if not sum(weights):
         weights = [1] * len(weights)
     whole = sum(weights)
@@ -489,18 +480,18 @@ def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
 
     Completion tokens go by the number of tokens with logprobs, or else by length; the prompt goes with the first.
     """
+    cached = (usage.prompt_tokens_details or _Details()).cached_tokens or 0
+    thought = (usage.completion_tokens_details or _Details()).reasoning_tokens or 0
+    if len(choices) == 1:
+        return [Usage(usage.prompt_tokens or 0, usage.completion_tokens or 0, cached, thought)]
     counted = [choice.tokens for choice in choices]
     messages = [choice.message or _Message() for choice in choices]
     written = [len(message.content or "") + len(message.thinking or "") for message in messages]
     weights = written if None in counted else [len(tokens or ()) for tokens in counted]
     completions = share(usage.completion_tokens or 0, weights)
-    thoughts = share((usage.completion_tokens_details or _Details()).reasoning_tokens or 0, completions)
-    cached = (usage.prompt_tokens_details or _Details()).cached_tokens or 0
+    thoughts = share(thought, completions)
     first = Usage(usage.prompt_tokens or 0, completions[0], cached, thoughts[0])
-    return [
-        first,
-        *(Usage(0, tokens, 0, thought) for tokens, thought in zip(completions[1:], thoughts[1:], strict=True)),
-    ]
+    return [first, *(Usage(0, *each) for each in zip(completions[1:], repeat(0), thoughts[1:]))]
 
 
 def _response_format(asked: object) -> object:
