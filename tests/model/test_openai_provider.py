@@ -144,7 +144,9 @@ def test_base_urls_are_tolerant(kind: str, given: str, normal: str) -> None:
     assert config(given, provider=kind).base_url == normal
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://u:p@x/v1", "http://x/v1?key=s"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://x", "http://", "http://:8", "http://u:p@x/v1", "http://x/v1?key=s"]
+)
 def test_a_base_url_that_is_none_or_holds_a_secret_is_an_error(url: str) -> None:
     with pytest.raises(ValidationError, match="base_url"):
         config(url)

@@ -147,22 +147,22 @@ class ServedConfig(ModelConfig):
 
     @classmethod
     def defaults(cls, provider: str) -> tuple[str, str]:
-        """The variable that a base URL comes from, and the one where there is none."""
-        raise NotImplementedError
+        """The variable that a base URL comes from, and the base URL where that is not set."""
+        return f"{provider.upper()}_BASE_URL", ""
 
     @classmethod
     def normal_url(cls, url: str, provider: str) -> str:
         """One base URL as it is used; ValueError if it can't be."""
-        raise NotImplementedError
+        return cls.split_url(url).geturl()
 
     @staticmethod
     def split_url(url: str) -> SplitResult:
         """The parts of a base URL; ValueError if it is not a server's, or has a secret in it."""
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"base_url: {url!r} is not an http:// or https:// address")
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("base_url: no user, password or query here; they would be written to files. Use `headers`")
+            raise ValueError("base_url: no user, password or query here; they would be written to files; use `api_key`")
         return parts
 
     @model_validator(mode="before")

@@ -62,9 +62,8 @@ class OllamaConfig(ServedConfig):
     def normal_url(cls, url: str, provider: str) -> str:
         """A URL from what OLLAMA_HOST may hold: `host`, `host:port`, `:port`, or a URL; a server's 0.0.0.0 is us."""
         bare = "://" not in url
-        parts = cls.split_url(f"http://{url}" if bare else url)
-        host = parts.hostname or "127.0.0.1"
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        parts = cls.split_url(f"http://{'127.0.0.1' if url.startswith(':') else ''}{url}" if bare else url)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname or "")
         port = parts.port or (11434 if bare else None)
         path = parts.path.rstrip("/").removesuffix("/v1").removesuffix("/api")
         return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{f':{port}' if port else ''}{path}"
@@ -218,8 +217,8 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             self._installed = ()  # asked once: where this is not Ollama, the list is not there either
             with suppress(ProviderError):
                 self._installed = tuple(tag.name for tag in (await self._ask("/api/tags", _List)).models)
-        installed = ", ".join(self._installed) or "none"
-        return ProviderError(error.kind, f"{error}; installed: {installed}", status=error.status)
+        installed = f"; installed: {', '.join(self._installed)}" if self._installed else ""
+        return ProviderError(error.kind, f"{error}{installed}", status=error.status)
 
     def _fault(self, status: int, response: Response, body: bytes) -> ProviderError:
         fault = Fault.read(body)

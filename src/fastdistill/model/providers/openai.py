@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
-from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -490,8 +489,8 @@ def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
     weights = written if None in counted else [len(tokens or ()) for tokens in counted]
     completions = share(usage.completion_tokens or 0, weights)
     thoughts = share(thought, completions)
-    first = Usage(usage.prompt_tokens or 0, completions[0], cached, thoughts[0])
-    return [first, *(Usage(0, *each) for each in zip(completions[1:], repeat(0), thoughts[1:]))]
+    others = [0] * (len(choices) - 1)
+    return list(map(Usage, [usage.prompt_tokens or 0, *others], completions, [cached, *others], thoughts))
 
 
 def _response_format(asked: object) -> object:
