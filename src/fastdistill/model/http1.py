@@ -262,9 +262,9 @@ def _until(end: bytes, buffer: bytearray, begin: bytes = b"") -> _Reading[bytes]
     while (at := buffer.find(end, max(0, seen - 3))) < 0:
         if buffer[: len(begin)] != begin[: len(buffer)] or (begin and buffer.find(b"\n\n", max(0, seen - 1)) >= 0):
             raise _not_http(repr(bytes(buffer[:100])))
-        seen = _within(MAX_HEAD, len(buffer), "its head")
+        seen = _within(MAX_HEAD, len(buffer), "the answer's head")
         yield from _more()
-    found = yield from _exactly(_within(MAX_HEAD, at + len(end), "its head"), buffer)
+    found = yield from _exactly(_within(MAX_HEAD, at + len(end), "the answer's head"), buffer)
     return found[:at]
 
 
