@@ -19,6 +19,7 @@ STEPS = {
     "RuleFilter": "fastdistill.data.rules",
     "SQLiteExecEval": "fastdistill.data.execution.sqlite",
     "PythonExecEval": "fastdistill.data.execution.python",
+    "MathExecEval": "fastdistill.data.execution.math",
     "LLMJudge": "fastdistill.data.judge",
     "ScoreFromJudge": "fastdistill.data.judge",
     "PairwiseJudge": "fastdistill.data.judge",
@@ -34,6 +35,7 @@ PROVIDERS = {
     "sglang": "fastdistill.model.providers.openai:OpenAIProvider",
     "ollama": "fastdistill.model.providers.ollama:OllamaProvider",
     "embedded": "fastdistill.model.providers.embedded:EmbeddedProvider",
+    "replay": "fastdistill.model.providers.replay:ReplayProvider",
 }
 
 
