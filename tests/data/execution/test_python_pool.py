@@ -14,6 +14,7 @@ from typing import Literal
 
 import pytest
 
+from fastdistill.data.execution.python_child import PythonReason as R
 from fastdistill.data.execution.python_pool import (
     InputOutput,
     PoolClosedError,
@@ -22,7 +23,6 @@ from fastdistill.data.execution.python_pool import (
     PythonLimits,
     PythonPool,
 )
-from fastdistill.data.execution.python_worker import PythonReason as R
 from fastdistill.data.execution.sandbox import IsolationLevel, available_isolation
 
 QUICK = PythonLimits(cpu_s=1, wall_s=20.0, memory_bytes=256 << 20)
@@ -93,11 +93,11 @@ def syscall(number: int, *arguments: str) -> Attack:
 
 FORGED = """
 import json, os, struct
-def spray(message):
+def spray(message, framed=True):
     body = json.dumps(message).encode()
     for fd in range(64):
         try:
-            os.write(fd, struct.pack('>I', len(body)) + body)
+            os.write(fd, struct.pack('>I', len(body)) * framed + body)
         except OSError:
             pass
 """
@@ -202,13 +202,19 @@ ATTACKS = {
         "    for value in list(frame.f_locals.values()):\n"
         "        if isinstance(value, dict) and 'token' in value:\n"
         "            body = json.dumps([value['token'], 'passed', '']).encode()\n"
-        "            os.write(3, struct.pack('>I', len(body)) + body)\n"
+        "            os.write(4, body)\n"
         "            os._exit(0)\n    frame = frame.f_back\n"
         "return 0",
         R.ASSERTION,
         fools_solo=True,
     ),
     "sprayed_result": attack(FORGED + "def f(x):\n    spray(['', 'passed', ''])\n    os._exit(0)", R.OPAQUE, R.EXITED),
+    "sprayed_report": attack(
+        FORGED + "def f(x):\n    spray(['', 'passed', ''], framed=False)\n    os._exit(0)",
+        R.OPAQUE,
+        R.EXITED,
+        R.LIMIT_RESULT,
+    ),
     "forged_load": attack(FORGED + "spray(['failed', 'passed', ''])\nos._exit(0)", R.OPAQUE, R.EXITED),
     "forged_reply": attack(
         FORGED + "spray(['loaded', {'f': ['value', 1]}])\nos._exit(0)", R.EXCEPTION, R.OPAQUE, R.EXITED

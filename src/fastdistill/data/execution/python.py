@@ -14,8 +14,8 @@ from pydantic import Field, PrivateAttr
 from fastdistill.core.errors import EnvironmentFault
 from fastdistill.core.step import Context, Gate
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.data.execution.python_child import PythonReason
 from fastdistill.data.execution.python_pool import InputOutput, PythonEvaluation, PythonJob, PythonLimits, PythonPool
-from fastdistill.data.execution.python_worker import PythonReason
 from fastdistill.data.execution.sandbox import IsolationLevel, available_isolation
 
 
