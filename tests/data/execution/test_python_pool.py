@@ -582,6 +582,20 @@ def test_a_prompt_is_continued_and_its_helpers_are_the_records_own() -> None:
 
 
 @needs_sandbox
+def test_the_entry_point_may_have_the_name_of_a_builtin_and_no_other_name_may() -> None:
+    code = "def sum(a, b): return a + b\ndef len(x): return 7\n"
+    assert verdict_on(code, "assert sum(1, 2) == 3", entry_point="sum") is R.PASSED
+    assert verdict_on(code, "assert sum(1, 2) == len([5])", entry_point="sum") is R.ASSERTION
+
+
+@needs_sandbox
+def test_a_setup_that_is_broken_by_itself_is_no_fault_of_the_tests() -> None:
+    setup = "limit = undefined\n"
+    assert verdict_on(CORRECT, CHECK, setup=setup, entry_point="f") is R.EXCEPTION
+    assert verdict_on(CORRECT, CHECK, setup="undefined = 3\n" + setup, entry_point="f") is R.PASSED
+
+
+@needs_sandbox
 def test_exceptions_that_the_tests_expect_cross() -> None:
     test = "try:\n    f(0)\nexcept ZeroDivisionError:\n    pass\nelse:\n    assert False"
     assert verdict_on("def f(x): return 1 / x", test) is R.PASSED
