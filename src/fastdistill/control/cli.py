@@ -205,6 +205,28 @@ def wikisql(
     print(f"written to {prepared.folder}")
 
 
+Published = Annotated[Path, typer.Option(help="The file as it was published.")]
+Samples = Annotated[int, typer.Option(min=1, help="Training records, at most.")]
+Seed = Annotated[int, typer.Option(help="Which records are drawn.")]
+Prepared = Annotated[Path | None, typer.Option(help="Folder to write; by default in ~/.cache/fastdistill/datasets.")]
+
+
+@prepare_app.command()
+def mbpp(source: Published, samples: Samples = 1000, seed: Seed = 13, output: Prepared = None) -> None:
+    """MBPP: Python functions to write, with their tests (sanitized-mbpp.json, mbpp.jsonl, or CodeT's)."""
+    from fastdistill.data.code_tasks import prepare_mbpp
+
+    print(prepare_mbpp(source, samples, seed, output))
+
+
+@prepare_app.command()
+def humaneval(source: Published, samples: Samples = 1000, seed: Seed = 13, output: Prepared = None) -> None:
+    """HumanEval: Python functions to complete, with their tests (HumanEval.jsonl, HumanEval.jsonl.gz)."""
+    from fastdistill.data.code_tasks import prepare_humaneval
+
+    print(prepare_humaneval(source, samples, seed, output))
+
+
 def _load(config: Path, config_env: Path | None, config_run: Path | None, set_: list[str] | None) -> "Pipeline":
     from fastdistill.control.config import load_pipeline
 
