@@ -121,6 +121,10 @@ def test_less_isolation_than_asked_for_is_refused_with_the_remedy(tmp_path: Path
         judged(PythonExecEval(name="exec", min_isolation=IsolationLevel.BUBBLEWRAP), MBPP, ["x"], tmp_path)
 
 
+def test_the_manifest_is_told_what_is_in_force() -> None:
+    assert PythonExecEval().environment() == {"isolation": AVAILABLE.level, "mechanism": str(AVAILABLE)}
+
+
 def test_levels_are_ordered_and_described() -> None:
     assert IsolationLevel.BUBBLEWRAP.reaches(IsolationLevel.LANDLOCK)
     assert not IsolationLevel.LANDLOCK.reaches(IsolationLevel.BUBBLEWRAP)

@@ -44,6 +44,10 @@ class PythonExecEval(Gate):
 
     _pool: PythonPool | None = PrivateAttr(None)
 
+    def environment(self) -> Mapping[str, Any]:
+        available = available_isolation()
+        return {"isolation": available.level, "mechanism": str(available)}
+
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
         """Raises EnvironmentFault if this machine can't isolate as much as `min_isolation` asks for."""
