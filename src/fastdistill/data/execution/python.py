@@ -43,6 +43,7 @@ class PythonExecEval(Gate):
     workers: int | None = Field(None, gt=0, le=256, description="cases at a time; by default one a core and one more")
 
     _pool: PythonPool | None = PrivateAttr(None)
+    _golds: dict[PythonJob, PythonEvaluation] = PrivateAttr(default_factory=dict)
 
     def environment(self) -> Mapping[str, Any]:
         available = available_isolation()
@@ -62,6 +63,7 @@ class PythonExecEval(Gate):
                 yield
             finally:
                 self._pool = None
+                self._golds.clear()
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         pool = self._pool
@@ -70,10 +72,13 @@ class PythonExecEval(Gate):
         if isinstance(job, PythonEvaluation):
             return [self._verdict(job, pool.level)] * len(candidates)
         if self.gold_field is not None:
-            gold = await pool.evaluate(job)
+            # A sample comes again with every wave of its answers.
+            gold = self._golds[job] = self._golds.get(job) or await pool.evaluate(job)
+            if len(self._golds) > _REMEMBERED:
+                del self._golds[next(iter(self._golds))]
             if gold.reason is not PythonReason.PASSED:
                 detail = f"gold: {gold.reason}: {gold.detail}"
-                reason = gold.reason if gold.reason in _NOT_ITS_FAULT else PythonReason.GOLD_INVALID
+                reason = gold.reason if gold.reason.outcome == "error" else PythonReason.GOLD_INVALID
                 return [self._verdict(PythonEvaluation(reason, detail), pool.level)] * len(candidates)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(pool.evaluate(replace(job, code=c.answer))) for c in candidates]
@@ -107,7 +112,8 @@ class PythonExecEval(Gate):
         return self.verdict(Outcome(seen.reason.outcome), seen.reason, **detail)
 
 
-_NOT_ITS_FAULT = frozenset({PythonReason.TESTS_INVALID, PythonReason.WALL_TIMEOUT, PythonReason.SANDBOX_DIED})
+_REMEMBERED = 1000
+"""Golds whose evaluation is kept, the latest; more than samples are usually open."""
 
 
 def _tests(value: object) -> tuple[str, ...] | tuple[InputOutput, ...]:
