@@ -227,6 +227,19 @@ def humaneval(source: Published, samples: Samples = 1000, seed: Seed = 13, outpu
     print(prepare_humaneval(source, samples, seed, output))
 
 
+@prepare_app.command()
+def gsm8k(
+    source: Annotated[Path, typer.Option(help="The folder with train.jsonl and test.jsonl, or one such file.")],
+    samples: Samples = 1000,
+    seed: Seed = 13,
+    output: Prepared = None,
+) -> None:
+    """GSM8K: grade-school problems with their final answers and worked solutions."""
+    from fastdistill.data.gsm8k import prepare_gsm8k
+
+    print(prepare_gsm8k(source, samples, seed, output))
+
+
 def _load(config: Path, config_env: Path | None, config_run: Path | None, set_: list[str] | None) -> "Pipeline":
     from fastdistill.control.config import load_pipeline
 

@@ -30,20 +30,28 @@ def cache_folder() -> Path:
 
 
 def draw(
-    name: str, records: Sequence[Mapping[str, Any]], samples: int, seed: int, output: Path | None, share: int = 6
+    name: str,
+    records: Sequence[Mapping[str, Any]],
+    samples: int,
+    seed: int,
+    output: Path | None = None,
+    held_out: Sequence[Mapping[str, Any]] | None = None,
 ) -> Drawn:
-    """Writes `samples` of the records for training, and a fifth as many, from one in `share` set apart, to evaluate.
+    """Writes `samples` of the records for training, and a fifth as many of `held_out` to evaluate.
 
-    The same arguments give the same bytes; with the same seed a smaller draw begins a larger one, and no record that
-    one draw evaluates with is one that another trains on.
+    Without `held_out`, one record of six is set apart. The same arguments give the same bytes; with the same seed a
+    smaller draw begins a larger one, and no record that one draw evaluates with is one that another trains on.
 
     Raises:
         EnvironmentFault: the files can't be written.
     """
-    shuffled = random.Random(f"{name} {seed}").sample(records, len(records))
-    apart = len(records) // share
+    train = random.Random(f"{name} {seed}").sample(records, len(records))
+    if held_out is None:
+        held_out, train = train[: len(train) // 6], train[len(train) // 6 :]
+    else:
+        held_out = random.Random(f"{name} eval {seed}").sample(held_out, len(held_out))
+    train, held_out = train[:samples], held_out[: max(1, samples // 5)]
     folder = output or cache_folder() / "datasets" / name
-    train, held_out = shuffled[apart:][:samples], shuffled[:apart][: max(1, samples // 5)]
     for split, lines in (("train", train), ("eval", held_out)):
         with atomic(folder / f"{split}.jsonl", "wb") as file:
             file.writelines(msgspec.json.encode(line) + b"\n" for line in lines)
