@@ -274,11 +274,12 @@ class _Lane:
             nonlocal overflowed
             output.setblocking(False)
             seen = bytearray()
-            while part := await loop.sock_recv(output, 1 << 16):
-                seen += part[: most + 1 - len(seen)]
-                if len(seen) > most and not overflowed:
-                    overflowed = True
-                    control.send(KILL)
+            with suppress(OSError):  # there is nobody left to kill it
+                while part := await loop.sock_recv(output, 1 << 16):
+                    seen += part[: most + 1 - len(seen)]
+                    if len(seen) > most and not overflowed:
+                        overflowed = True
+                        control.send(KILL)
             return bytes(seen)
 
         async def end_of_case(seconds: float) -> bytes:
@@ -339,8 +340,7 @@ class _Lane:
         readable = [*sandbox.readable_paths(), str(_PACKAGE)]
         settings = {
             "level": self._level,
-            "limits": asdict(sandbox.ProcessLimits(self._limits.cpu_s, self._limits.memory_bytes)),
-            "result_bytes": self._limits.result_bytes,
+            **asdict(self._limits),
             "readable": readable,
             "hidden": [str(_PACKAGE.parent)],
         }

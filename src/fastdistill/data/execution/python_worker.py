@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import Literal
 
 from fastdistill.data.execution.python_child import run_program, run_tester
-from fastdistill.data.execution.sandbox import IsolationLevel, ProcessLimits, confine_process, confine_zygote
+from fastdistill.data.execution.sandbox import DESCRIPTORS, IsolationLevel, confine_process, confine_zygote
 
 Role = Literal["split", "solo", "stdio"]
 READY, KILL = b"ready", b"kill"
@@ -33,23 +33,22 @@ _PYTHON = ctypes.PyDLL(None)
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    limits = ProcessLimits(**settings["limits"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which then hangs up
     for name in _WARM.split():
         import_module(name)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    confine_zygote(limits, IsolationLevel(settings["level"]), [*settings["readable"], "."])
+    confine_zygote(IsolationLevel(settings["level"]), settings["memory_bytes"], [*settings["readable"], "."])
     sys.argv, sys.path = ["program.py"], [path for path in sys.path if path not in settings["hidden"]]
     os.environ.clear()
     random.seed(0)
     gc.freeze()
     with socket.socket(fileno=0) as control, suppress(BrokenPipeError):  # the pool is gone
         control.send(READY)
-        _serve(control, limits, settings["result_bytes"])
+        _serve(control, settings["cpu_s"], settings["result_bytes"])
 
 
-def _serve(control: socket.socket, limits: ProcessLimits, result_bytes: int) -> None:
+def _serve(control: socket.socket, cpu_s: int, result_bytes: int) -> None:
     """Runs one case after the other until the pool hangs up.
 
     In: a role with its files. Out: how each of the case's processes ended. While a case runs, any message kills it.
@@ -62,12 +61,12 @@ def _serve(control: socket.socket, limits: ProcessLimits, result_bytes: int) -> 
             case b"split", (code, task, output, report):
                 ours, theirs = (end.detach() for end in socket.socketpair())
                 files += [ours, theirs]
-                children[_fork(lambda: run_program(4), limits, null, output, null, code, theirs)] = "program"
-                children[_fork(lambda: run_tester(5, result_bytes), limits, *[null] * 3, task, report, ours)] = "tester"
+                children[_fork(lambda: run_program(4), cpu_s, null, output, null, code, theirs)] = "program"
+                children[_fork(lambda: run_tester(5, result_bytes), cpu_s, *[null] * 3, task, report, ours)] = "tester"
             case b"solo", (task, output, report):
-                children[_fork(run_tester, limits, null, output, null, task, report)] = "program"
+                children[_fork(run_tester, cpu_s, null, output, null, task, report)] = "program"
             case b"stdio", (code, stdin, output):
-                children[_fork(run_program, limits, stdin, output, null, code)] = "program"
+                children[_fork(run_program, cpu_s, stdin, output, null, code)] = "program"
             case b"", _:
                 return
             case _:
@@ -77,7 +76,7 @@ def _serve(control: socket.socket, limits: ProcessLimits, result_bytes: int) -> 
         control.send(json.dumps(_watch(control, children)).encode())
 
 
-def _fork(run: Callable[[], int], limits: ProcessLimits, *descriptors: int) -> int:
+def _fork(run: Callable[[], int], cpu_s: int, *descriptors: int) -> int:
     """Starts a confined child with these as its descriptors 0, 1, 2 ... and no others; `run` gives its exit status."""
     # Not os.fork, after which the interpreter prepares for threads and draws new seeds: half the cost of a child.
     # There is one thread, and all children are to draw the same numbers.
@@ -90,8 +89,8 @@ def _fork(run: Callable[[], int], limits: ProcessLimits, *descriptors: int) -> i
         high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 24) for descriptor in descriptors]
         for target, descriptor in enumerate(high):
             os.dup2(descriptor, target)
-        os.closerange(len(high), limits.descriptors)
-        confine_process(limits)
+        os.closerange(len(high), DESCRIPTORS)
+        confine_process(cpu_s)
         status = run()
     finally:
         os._exit(status)

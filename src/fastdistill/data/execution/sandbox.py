@@ -28,6 +28,10 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
 _INSIDE = "/empty"
 """The working folder under bubblewrap."""
+DESCRIPTORS = 64
+_STACK_BYTES = 16 << 20
+_THREADS = 128
+"""In all that share a lane's user namespace: binds under bubblewrap, unless root started it."""
 
 
 class IsolationLevel(StrEnum):
@@ -63,19 +67,6 @@ class Isolation:
         landlock = f", Landlock {self.landlock}" if self.landlock else ""
         found = f"{self.level}{landlock}, seccomp" if self.level else "none"
         return "; ".join((found, *self.missing))
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessLimits:
-    """What one process may use."""
-
-    cpu_s: int
-    memory_bytes: int
-    """Address space: it bounds threads as well, each of which needs a stack."""
-    descriptors: int = 64
-    processes: int = 128
-    """Threads, in all that share a lane's user namespace: binds under bubblewrap, unless root started it."""
-    stack_bytes: int = 16 << 20
 
 
 @cache
@@ -125,21 +116,23 @@ def wrapped(command: Sequence[str], level: IsolationLevel, readable: Iterable[st
     ]
 
 
-def confine_zygote(limits: ProcessLimits, level: IsolationLevel, readable: Iterable[str]) -> None:
+def confine_zygote(level: IsolationLevel, memory_bytes: int, readable: Iterable[str]) -> None:
     """Takes from this process and its children all files but those under `readable`, and bounds what they may use.
+
+    The address space, that is; it bounds threads as well, each of which needs a stack.
 
     Raises:
         OSError: the kernel refuses.
     """
     bounds = {
-        resource.RLIMIT_AS: limits.memory_bytes,
+        resource.RLIMIT_AS: memory_bytes,
         resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NOFILE: limits.descriptors,
-        resource.RLIMIT_STACK: limits.stack_bytes,
+        resource.RLIMIT_NOFILE: DESCRIPTORS,
+        resource.RLIMIT_STACK: _STACK_BYTES,
         resource.RLIMIT_CORE: 0,
     }
     if level is IsolationLevel.BUBBLEWRAP:  # elsewhere it would count all that the user runs
-        bounds[resource.RLIMIT_NPROC] = limits.processes
+        bounds[resource.RLIMIT_NPROC] = _THREADS
     for limit, value in bounds.items():
         resource.setrlimit(limit, (value, value))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -160,7 +153,7 @@ def confine_zygote(limits: ProcessLimits, level: IsolationLevel, readable: Itera
     os.close(ruleset)
 
 
-def confine_process(limits: ProcessLimits) -> None:
+def confine_process(cpu_s: int) -> None:
     """Takes from a child of the zygote, for good, all but computing: CPU time, and an allow-list of system calls.
 
     It is killed when its parent ends.
@@ -170,7 +163,7 @@ def confine_process(limits: ProcessLimits) -> None:
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # SIGXCPU, which says what happened, and SIGKILL a second later if it is ignored.
-    resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     program = _filter().replace(struct.pack("=I", _ANYBODY), struct.pack("=I", os.getpid()))
     _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(_Program(len(program) // _INSTRUCTION.size, program)))
 
