@@ -15,6 +15,7 @@ LONGEST = 300
 """Characters of an answer that is looked at."""
 _TAIL = 100_000  # characters of a text, counted from its end, that may hold its final answer
 _AT_THE_END = 300  # characters, likewise, that may hold "the answer is"
+_MOST = 16  # answers of one kind, the last ones, that are looked at
 
 
 class Equality(StrEnum):
@@ -39,9 +40,9 @@ def extract(text: str, *, last_number: bool = False) -> Extracted | None:
     last number. Different boxes in one paragraph leave open which is final.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0][-_TAIL:]
-    if boxes := [box for box in map(clean, _boxes(text)) if box]:
+    if boxes := [box for box in map(clean, _boxes(text)[-_MOST:]) if box]:
         return Extracted(tuple(dict.fromkeys(boxes)), "boxed")
-    lines = [clean(line) for line in _HASHES.findall(text)]
+    lines = [clean(line) for line in _HASHES.findall(text)[-_MOST:]]
     # Four hashes are a heading in Markdown too.
     if plain := [line for line in lines if _parsed(line) is not None] or lines:
         return Extracted((plain[-1],), "hashes")
@@ -275,7 +276,8 @@ _UNIT_TABLE = """number 1/100 %; length 1/1000 mm millimeter millimetre; length 
     length 1 m meter metre; length 1000 km kilometer kilometre; length 0.0254 inch inche; length 0.3048 ft foot feet;
     length 0.9144 yd yard; length 1609.344 mi mile; mass 1/1000 mg milligram; mass 1 g gram; mass 1000 kg kilogram;
     mass 453.59237 lb; mass 28.349523125 oz ounce; volume 1/1000 ml milliliter millilitre; volume 1 l liter litre;
-    time 1 s sec second; time 60 min minute; time 3600 h hr hour; money 1/100 cent; money 1 dollar usd; angle 1 degree"""
+    time 1 s sec second; time 60 min minute; time 3600 h hr hour; money 1/100 cent; money 1 dollar usd;
+    angle 1 degree"""
 _UNITS = {"": ("number", Fraction(1))} | {
     word: (kind, Fraction(scale)) for kind, scale, *words in map(str.split, _UNIT_TABLE.split(";")) for word in words
 }

@@ -149,6 +149,8 @@ def test_what_would_run_for_hours_is_an_error_within_its_limits_and_costs_the_ne
     [
         ("x" * 50_000_000, MathReason.NO_ANSWER),
         (r"\boxed{" * 200_000, MathReason.NO_ANSWER),
+        (r"\boxed{5}" * 200_000, MathReason.MATCH),
+        ("#### 5\n" * 200_000, MathReason.MATCH),
         ("{" * 1_000_000 + r"\boxed{5}", MathReason.MATCH),
         (boxed("5" + " " * 700 + "7"), MathReason.COMPARE_BUDGET),
         (boxed("9" * 5_000), MathReason.COMPARE_BUDGET),
@@ -157,7 +159,7 @@ def test_what_would_run_for_hours_is_an_error_within_its_limits_and_costs_the_ne
         (boxed("\ud800"), MathReason.UNREADABLE),
         (boxed("\0" * 50), MathReason.NO_ANSWER),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_an_answer_of_any_size_and_kind_is_judged(tmp_path: Path, text: str, reason: MathReason) -> None:
     (verdict,) = judge(tmp_path, [("5", text)])
