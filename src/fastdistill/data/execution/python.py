@@ -27,6 +27,7 @@ class PythonExecEval(Gate):
     imported, and no file can be written. A verdict's detail names the isolation that was in force.
     """
 
+    version: ClassVar[int] = 2
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
 
     tests_field: str = Field("tests", description="the record's field with the tests, in one of the three forms")
