@@ -159,6 +159,7 @@ class Proofs:
                 "platform": f"{sys.platform}-{platform.machine()}",
                 **{name: version(name) for name in DEPENDENCIES},
             },
+            "environment": {step.name: facts for step in self._pipeline.steps if (facts := step.environment())},
             "inputs": [_file_entry(path, path.absolute()) for path in sorted(inputs) if path.is_file()],
             "models": {
                 name: {

@@ -5,7 +5,7 @@ coroutine over one sample (generate, parse, gate, select). Consecutive sample st
 """
 
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -100,6 +100,10 @@ class Step(BaseModel):
     def gates(self) -> Sequence[str]:
         """Names of the gates whose verdicts this step reads; checked before anything is spent."""
         return ()
+
+    def environment(self) -> Mapping[str, Any]:
+        """What of this machine the step's work depends on; the manifest records it."""
+        return {}
 
     def models(self) -> Sequence[str]:
         """Names of the models that this step asks; checked before anything is spent."""
