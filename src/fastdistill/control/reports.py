@@ -140,7 +140,10 @@ class Proofs:
     def _manifest(self, run: ActiveRun | None, status: str, code: ExitCode | None, message: str) -> dict[str, Any]:
         folder, tally = self._folder, self._tally
         ended = status != "running"
-        inputs = {path for step in self._pipeline.steps for path in step.inputs()} if ended else ()
+        steps = self._pipeline.steps if ended else ()
+        used = {path.absolute(): content for step in steps for path, content in step.used().items()}
+        read = {path.absolute() for step in steps for path in step.inputs() if path.is_file()} - used.keys()
+        inputs = used | {path: sha256_file(path) for path in read}
         outputs = sorted(folder.dist.rglob("*")) if status in ("complete", "below_floor") else ()
         return {
             "schema": 1,
@@ -159,7 +162,10 @@ class Proofs:
                 "platform": f"{sys.platform}-{platform.machine()}",
                 **{name: version(name) for name in DEPENDENCIES},
             },
-            "inputs": [_file_entry(path, path.absolute()) for path in sorted(inputs) if path.is_file()],
+            "inputs": [
+                {"path": path.as_posix(), "bytes": path.stat().st_size if path.is_file() else None, "sha256": content}
+                for path, content in sorted(inputs.items())
+            ],
             "models": {
                 name: {
                     "provider": config.provider,
