@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import cache
 from operator import ne
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def regate(
     folder = run_folder(output_dir, f"{pipeline.name}-regate-{own}" if run_id is None else run_id)
     if folder.run_id == stored.folder.run_id:
         raise ConfigError(f"run_id: {run_id!r} is the run to be judged again; give the new one another name")
-    lineage = Lineage(stored.folder.run_id, stored.folder.ledger)
+    lineage = Lineage(stored.folder.run_id, stored.read)
     steps = tuple(_replaying(stored, pipeline, lineage))
     return run_in_loop(execute(pipeline, folder, watch, steps, lineage))
 
@@ -75,7 +74,7 @@ class StoredRun:
         self._hashes = {entry["path"]: entry["sha256"] for entry in manifest["inputs"]}
         self._comparable = _judging(manifest["versions"]) == _judging(versions())
         self._kept: OrderedDict[int, Sample] = OrderedDict()
-        self._hash = cache(sha256_file)
+        self.read = {folder.ledger.absolute(): sha256_file(folder.ledger)}
 
     def samples(self) -> Iterator[Sample]:
         for sample in read_samples(self.folder.ledger):
@@ -106,8 +105,10 @@ class StoredRun:
 
     def unchanged(self, path: Path) -> bool:
         """Whether a file is the one that the run read."""
-        known = self._hashes.get(path.absolute().as_posix())
-        return known is not None and path.is_file() and self._hash(path) == known
+        path = path.absolute()
+        if path not in self.read and path.is_file():
+            self.read[path] = sha256_file(path)
+        return path in self.read and self.read[path] == self._hashes.get(path.as_posix())
 
     def _same_models(self, step: Step, pipeline: Pipeline) -> bool:
         return all(_identity(self.pipeline.models.get(m)) == _identity(pipeline.models[m]) for m in step.models())

@@ -33,8 +33,8 @@ class Lineage:
     """Where the candidates of a run come from that asked no teacher."""
 
     parent_run_id: str
-    ledger: Path
-    """The parent's, which has the candidates."""
+    files: dict[Path, str]
+    """The sha256 of the ledger with the candidates, and of what the verdicts depend on that were taken over."""
     reused: Counter[str] = field(default_factory=Counter)
     """By gate, the verdicts that were taken over from the parent."""
 
@@ -153,8 +153,11 @@ class Proofs:
     def _manifest(self, run: ActiveRun | None, status: str, code: ExitCode | None, message: str) -> dict[str, Any]:
         folder, tally = self._folder, self._tally
         ended = status != "running"
-        inputs = {path for step in self._pipeline.steps for path in step.inputs()} if ended else set()
-        inputs |= {self._lineage.ledger} if self._lineage else set()
+        steps = self._pipeline.steps if ended else ()
+        used = {path.absolute(): content for step in steps for path, content in step.used().items()}
+        used |= self._lineage.files if self._lineage else {}
+        read = {path.absolute() for step in steps for path in step.inputs() if path.is_file()} - used.keys()
+        inputs = used | {path: sha256_file(path) for path in read}
         outputs = sorted(folder.dist.rglob("*")) if status in ("complete", "below_floor") else ()
         return {
             "schema": 1,
@@ -170,7 +173,10 @@ class Proofs:
             "finished": datetime.now(UTC).isoformat(timespec="seconds") if ended else None,
             "config_sha256": digest(self._pipeline.resolved()),
             "versions": versions(),
-            "inputs": [_file_entry(path, path.absolute()) for path in sorted(inputs) if path.is_file()],
+            "inputs": [
+                {"path": path.as_posix(), "bytes": path.stat().st_size if path.is_file() else None, "sha256": content}
+                for path, content in sorted(inputs.items())
+            ],
             "models": {
                 name: {
                     "provider": config.provider,

@@ -147,6 +147,8 @@ class Tally:
             }
             if step.name in self.gates:
                 stage["candidates"] = _gate_report(self.gates[step.name])
+            if found := step.findings():
+                stage["findings"] = dict(found)
             stages.append(stage)
             in_stream = kept
         return stages

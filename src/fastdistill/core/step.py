@@ -5,7 +5,7 @@ coroutine over one sample (generate, parse, gate, select). Consecutive sample st
 """
 
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -97,6 +97,14 @@ class Step(BaseModel):
     def inputs(self) -> Sequence[Path]:
         """Files that this step reads; the manifest records their hashes."""
         return ()
+
+    def used(self) -> Mapping[Path, str]:
+        """Files that records named, with the sha256 of each at its first use; the manifest records them too."""
+        return {}
+
+    def findings(self) -> Mapping[str, Any]:
+        """What the quality report says of this step, after a run, beyond what it counts itself."""
+        return {}
 
     def count(self) -> int:
         """How many samples this step brings into the stream, for the progress display. May read files."""

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Literal, NamedTuple
 
@@ -136,9 +137,10 @@ _LEXEME = re.compile(
 )
 
 
-def tokenize(sql: str) -> list[Token]:
+@lru_cache(maxsize=32)  # a gold query is looked at several times in a row
+def tokenize(sql: str) -> tuple[Token, ...]:
     """The tokens of `sql`, as far as finding clauses needs them: operators come one character at a time."""
-    tokens = []
+    tokens: list[Token] = []
     depth = 0
     for lexeme in _LEXEME.finditer(sql):
         if lexeme.lastgroup == "skip":
@@ -149,7 +151,7 @@ def tokenize(sql: str) -> list[Token]:
         tokens.append(Token(text, lexeme.end(), depth))
         if text == "(":
             depth += 1
-    return tokens
+    return tuple(tokens)
 
 
 def top_level_order_by(sql: str) -> bool:
@@ -170,10 +172,7 @@ def break_ties(sql: str, width: int, direction: Direction) -> str:
     tokens = tokenize(sql)
     keys = ", ".join(f"{column} COLLATE BINARY {direction}" for column in range(1, width + 1))
     limit = _clause(tokens, "LIMIT")
-    body = tokens if limit is None else tokens[:limit]
-    while body and body[-1].text == ";":
-        body.pop()
-    end = body[-1].end if body else 0
+    end = next((token.end for token in reversed(tokens[:limit]) if token.text != ";"), 0)
     joint = "," if _clause(tokens, "ORDER", "BY") is not None else " ORDER BY"
     return f"{sql[:end]}{joint} {keys}{sql[end:]}"
 

@@ -1,7 +1,8 @@
 """Judges SQL in worker processes from asyncio: one bad query costs no other query anything.
 
-Jobs travel in small batches to persistent workers, which answer them one by one. When a worker dies or goes silent,
-the job that it was running is known: the rest of the batch goes on in a new worker, and that job runs once more, alone.
+Jobs travel in small batches to persistent workers, and so do their answers. When a worker dies or goes silent, what is
+left of its batch is judged again with each answer sent at once, so that a second death shows the job that was running;
+the rest goes on in a new worker, and that job runs once more, alone, unless it is its own CPU time that killed it.
 Dying twice decides, and by its cause: CPU time spent is the query's own doing (`limit_cpu`), a wall clock that ran out
 is not (`infra_timeout`, an error, never a pass), nor is any other death (`sandbox_died`).
 """
@@ -13,28 +14,19 @@ import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from enum import Enum, auto
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
-from fastdistill.data.execution.sqlite_worker import (
-    HEADER,
-    READY,
-    Evaluation,
-    Phase,
-    SqlJob,
-    evaluation_from_wire,
-    frame,
-    to_wire,
-)
+from fastdistill.data.execution.sqlite_worker import READY, Evaluation, Phase, SqlJob, evaluation_from_wire, line
 
 _START_S = 30.0
 """Wall seconds for a worker to start; it needs about 0.1 on an idle core."""
+_READ_BYTES = 1 << 16
 _INHERITED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
-"""All that a worker inherits, where it is set: what an interpreter may need in order to start."""
 
 
 class PoolClosedError(Exception):
@@ -48,7 +40,7 @@ class WorkerStartError(Exception):
 class SqlitePool:
     """An async context manager over `workers` processes, each started when it first gets a job.
 
-    Any number of tasks may call `evaluate`; beyond four batches a worker, they wait for their turn.
+    Any number of tasks may call `judge`, which raises `WorkerStartError` or `PoolClosedError`.
     """
 
     def __init__(self, workers: int | None = None, limits: SqlLimits | None = None, batch: int = 16) -> None:
@@ -58,8 +50,7 @@ class SqlitePool:
         self._closed = True
 
     async def __aenter__(self) -> Self:
-        self._slots = asyncio.Semaphore(4 * self._workers * self._batch)
-        self._queue: asyncio.Queue[_Ticket] = asyncio.Queue()  # the slots bound it
+        self._queue: asyncio.Queue[_Ticket] = asyncio.Queue()
         self._unanswered: set[_Ticket] = set()
         self._lanes = asyncio.TaskGroup()
         await self._lanes.__aenter__()
@@ -75,26 +66,25 @@ class SqlitePool:
             task.cancel()
         await self._lanes.__aexit__(None, None, None)
 
-    async def evaluate(self, job: SqlJob) -> Evaluation:
-        """Raises `WorkerStartError` or `PoolClosedError`; anything wrong with the job itself is a reason."""
+    async def judge(self, jobs: Sequence[SqlJob]) -> list[Evaluation]:
+        """One evaluation for each job, in their order; anything wrong with a job itself is a reason."""
         if self._closed:
             raise PoolClosedError("sqlite pool: not open")
-        async with self._slots:
-            if self._closed:
-                raise PoolClosedError("sqlite pool: closed before it could answer")
-            ticket = _Ticket(self._fitted(job), asyncio.get_running_loop().create_future())
-            self._unanswered.add(ticket)
-            try:
+        loop = asyncio.get_running_loop()
+        tickets = [_Ticket(self._fitted(job), loop.create_future()) for job in jobs]
+        self._unanswered.update(tickets)
+        try:
+            for ticket in tickets:
                 self._queue.put_nowait(ticket)
-                return await ticket.future
-            finally:
-                self._unanswered.remove(ticket)
+            return await asyncio.gather(*(ticket.future for ticket in tickets))
+        finally:
+            self._unanswered.difference_update(tickets)
 
     def _fitted(self, job: SqlJob) -> SqlJob:
         """The job with a full path, and with a text beyond the limit cut one character past it: the verdict stays."""
         longest = self._limits.sql_bytes + 1
-        gold = None if job.gold_sql is None else job.gold_sql[:longest]
-        return replace(job, db_path=str(Path(job.db_path).absolute()), sql=job.sql[:longest], gold_sql=gold)
+        path = job.db_path if job.db_path.startswith("/") else str(Path(job.db_path).absolute())
+        return SqlJob(path, job.sql[:longest], job.gold_sql and job.gold_sql[:longest], job.columns, job.order)
 
     async def _serve_lane(self) -> None:
         lane = _Lane(self._limits)
@@ -129,19 +119,13 @@ class _Ticket:
             self.future.set_exception(error)
 
 
-class _Cause(Enum):
-    CPU = auto()
-    WALL = auto()
-    OTHER = auto()
-
-
 @dataclass(frozen=True, slots=True)
 class _Death:
-    """How a worker ended in the middle of a job, and what it was doing."""
+    """Why a worker ended in the middle of a job, what it was doing, and how that is told."""
 
-    cause: _Cause
+    reason: SqlReason
     phase: Phase
-    status: str
+    detail: str
 
 
 class _Lane:
@@ -151,14 +135,17 @@ class _Lane:
         self._limits = limits
         self._process: Process | None = None
         self._phase = Phase.CANDIDATE
+        self._rest = b""  # of a message that has not come whole
 
     async def judge(self, tickets: deque[_Ticket]) -> None:
         """Answers all tickets, removing each; raises `WorkerStartError`, leaving those it did not answer."""
-        while tickets:
-            if await self._run(tickets) is not None:
-                suspect = tickets[0]
-                suspect.answer(await self._judge_alone(suspect.job))
+        again = False
+        while tickets and (death := await self._run(tickets, at_once=again)) is not None:
+            if again or len(tickets) == 1:  # then the first one left is the job that was running
+                decided = death if again and death.reason is SqlReason.LIMIT_CPU else None
+                tickets[0].answer(await self._judge_alone(tickets[0].job, decided))
                 tickets.popleft()
+            again = not again
 
     async def stop(self) -> int:
         """Kills the worker, if there is one, and waits until it is gone; its exit status, negative for a signal."""
@@ -171,70 +158,67 @@ class _Lane:
         await process.communicate()
         return await process.wait()
 
-    async def _run(self, tickets: deque[_Ticket]) -> _Death | None:
-        """Answers the tickets in order, removing each; on a death, the first one left is the job that was running."""
+    async def _run(self, tickets: deque[_Ticket], *, at_once: bool) -> _Death | None:
+        """Answers the tickets in order, removing each; how that ended, if it did not end well."""
         process = await self._start()
         stdin = _pipe(process.stdin)
-        cause = _Cause.OTHER
+        late = False
         try:
-            stdin.write(frame([to_wire(ticket.job) for ticket in tickets]))
+            stdin.write(line([at_once or len(tickets) == 1, [ticket.job for ticket in tickets]]))
             async with asyncio.timeout(self._limits.wall_s):
                 await stdin.drain()
             while tickets:
-                message = await self._receive(process, self._limits.wall_s)
-                if isinstance(message, str):
-                    self._phase = Phase(message)
-                else:
-                    tickets.popleft().answer(evaluation_from_wire(message))
+                for message in await self._receive(process, self._limits.wall_s):
+                    if isinstance(message, str):
+                        self._phase = Phase(message)
+                    else:
+                        tickets.popleft().answer(evaluation_from_wire(message))
         except TimeoutError:
-            cause = _Cause.WALL
+            late = True
         except (EOFError, ConnectionError):
             await process.wait()
         else:
             return None
         phase, status = self._phase, await self.stop()
         if status == -signal.SIGPROF:
-            cause = _Cause.CPU
-        return _Death(cause, phase, _describe(status))
+            return _Death(SqlReason.LIMIT_CPU, phase, f"more than {self._limits.cpu_s} s of CPU time")
+        if late:
+            return _Death(SqlReason.INFRA_TIMEOUT, phase, f"{phase}: no answer within {self._limits.wall_s} s")
+        return _Death(SqlReason.SANDBOX_DIED, phase, f"{phase}: worker {_describe(status)}")
 
-    async def _judge_alone(self, job: SqlJob) -> Evaluation:
-        """The second and last run of a job that killed a worker, or seemed to."""
+    async def _judge_alone(self, job: SqlJob, death: _Death | None = None) -> Evaluation:
+        """The last run of a job that killed a worker, or seemed to; none after the `death` that decides."""
         ticket = _Ticket(job, asyncio.get_running_loop().create_future())
-        death = await self._run(deque([ticket]))
+        death = death or await self._run(deque([ticket]), at_once=True)
         if death is None:
             return ticket.future.result()
-        if death.cause is _Cause.WALL:
-            late = f"{death.phase}: no answer within {self._limits.wall_s} s"
-            return Evaluation(SqlReason.INFRA_TIMEOUT, detail=late)
-        if death.cause is _Cause.OTHER:
-            return Evaluation(SqlReason.SANDBOX_DIED, detail=f"{death.phase}: worker {death.status}")
-        spent = f"more than {self._limits.cpu_s} s of CPU time"
+        if death.reason is not SqlReason.LIMIT_CPU:
+            return Evaluation(death.reason, detail=death.detail)
         if death.phase is Phase.GOLD:
-            candidate = await self._judge_alone(replace(job, gold_sql=None))
-            return replace(candidate, reason=SqlReason.GOLD_INVALID, detail=f"gold: {SqlReason.LIMIT_CPU}: {spent}")
-        verdict = Evaluation(SqlReason.LIMIT_CPU, exec_pass=False, exec_error=spent)
+            candidate = await self._judge_alone(job._replace(gold_sql=None))
+            detail = f"gold: {SqlReason.LIMIT_CPU}: {death.detail}"
+            return candidate._replace(reason=SqlReason.GOLD_INVALID, detail=detail)
+        verdict = Evaluation(SqlReason.LIMIT_CPU, exec_pass=False, exec_error=death.detail)
         if job.gold_sql is None or job.gold_sql == job.sql:
             return verdict
         # What was known of gold died with the worker, and a broken gold comes first.
-        gold = await self._judge_alone(replace(job, sql=job.gold_sql))
+        gold = await self._judge_alone(job._replace(sql=job.gold_sql))
         if gold.outcome == "error":
-            return replace(verdict, reason=gold.reason, detail=gold.detail)
-        return replace(verdict, gold_match=False, weak_gold=gold.weak_gold)
+            return verdict._replace(reason=gold.reason, detail=gold.detail)
+        return verdict._replace(gold_match=False, weak_gold=gold.weak_gold)
 
     async def _start(self) -> Process:
         if self._process is not None:
             if self._process.returncode is None and not _pipe(self._process.stdin).is_closing():
                 return self._process
             await self.stop()  # it died while idle
-        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        environment |= {"TZ": "UTC", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         starting = asyncio.ensure_future(
             asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "fastdistill.data.execution.sqlite_worker"),
                 json.dumps(asdict(self._limits)),
                 stdin=PIPE,
                 stdout=PIPE,
-                env=environment,
+                env=interpreter_environment(),
                 start_new_session=True,  # Ctrl-C in the terminal is not for it
             )
         )
@@ -245,8 +229,7 @@ class _Lane:
             raise
         except OSError as error:
             raise WorkerStartError(f"sqlite worker: {sys.executable}: {error.strerror}") from error
-        self._process = process
-        self._phase = Phase.CANDIDATE
+        self._process, self._phase, self._rest = process, Phase.CANDIDATE, b""
         try:
             ready = await self._receive(process, _START_S)
         except TimeoutError as error:
@@ -256,14 +239,23 @@ class _Lane:
             await process.wait()
             status = _describe(await self.stop())
             raise WorkerStartError(f"sqlite worker: {status} before it was ready; see its stderr") from error
-        assert ready == READY
+        assert ready == [READY]
         return process
 
-    async def _receive(self, process: Process, timeout: float) -> Any:
-        stdout = _pipe(process.stdout)
+    async def _receive(self, process: Process, timeout: float) -> list[Any]:
+        """What came whole of the next that came."""
         async with asyncio.timeout(timeout):
-            header = await stdout.readexactly(HEADER.size)
-            return json.loads(await stdout.readexactly(*HEADER.unpack(header)))
+            received = await _pipe(process.stdout).read(_READ_BYTES)
+        if not received:
+            raise EOFError
+        *whole, self._rest = (self._rest + received).split(b"\n")
+        return [json.loads(message) for message in whole]
+
+
+def interpreter_environment() -> dict[str, str]:
+    """All that a worker gets: no secret of ours, and what an interpreter needs to find the same modules."""
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    return inherited | {"TZ": "UTC", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 _Pipe = TypeVar("_Pipe", asyncio.StreamReader, asyncio.StreamWriter)
