@@ -186,6 +186,30 @@ def regate_run(
     _ended(regate(run, layers, set_ or (), output_dir=output_dir, run_id=run_id, watch=watch), quiet)
 
 
+@app.command("audit")
+def audit_gates(
+    config: Config,
+    config_env: ConfigEnv = None,
+    config_run: ConfigRun = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    mutants: Annotated[int, typer.Option(min=1, help="Mutants of a sample and an operator, at most.")] = 2,
+    seed: Annotated[int, typer.Option(help="Which mutants are drawn.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+) -> None:
+    """Measure the gates against the truth: gold answers must pass, broken ones must not. No teacher is asked."""
+    from fastdistill.control.audit import audit, show_audit
+    from fastdistill.control.folder import artifacts_root
+    from fastdistill.control.progress import live
+    from fastdistill.control.session import unwatched
+
+    pipeline = _load(config, config_env, config_run, set_)
+    watch = unwatched if quiet else live
+    reports = audit(pipeline, output_dir=output_dir, mutants=mutants, seed=seed, watch=watch)
+    if not quiet:
+        show_audit(reports, artifacts_root(output_dir))
+
+
 @app.command("diff")
 def diff_runs(
     run_a: str,

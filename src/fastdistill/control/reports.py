@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from fastdistill.control.audited import audit_command, audits_of
 from fastdistill.control.card import dataset_card
 from fastdistill.control.folder import RunFolder, read_json, write_json
 from fastdistill.control.report_html import render_html
@@ -48,6 +49,7 @@ class Proofs:
         self._folder = folder
         self._tally = tally
         self._started = datetime.now(UTC)
+        self._audits: dict[str, dict[str, Any] | None] = {}
         self._begun = perf_counter()
         # A run that finds every answer in the store contacts nobody: what an earlier one learnt still holds.
         earlier = read_json(folder.manifest)["models"] if folder.manifest.exists() else {}
@@ -69,11 +71,15 @@ class Proofs:
         self._folder.finish_dist()
 
     def finish(self, run: ActiveRun) -> "RunResult":
-        floor = self._pipeline.require.check(self._tally)
+        self._audits = audits_of(self._folder.root, self._pipeline.steps)
+        floor = self._pipeline.require.check(self._tally, self._audits)
         missed = [check["requirement"] for check in floor if not check["met"]]
         status, code, message = "complete", ExitCode.OK, ""
         if missed:
             status, code, message = "below_floor", ExitCode.FLOOR, f"below the floor: {', '.join(missed)}"
+            if "audited" in missed:
+                gates = ", ".join(gate for gate, audit in self._audits.items() if audit is None)
+                message += f"\n{gates}: not audited as it is now: {audit_command(self._folder)}"
         elif (enough := run.exhausted() or run.enough) and (enough.exit_code or not self._tally.failed):
             code, message = enough.exit_code, enough.message
         elif self._tally.failed:
@@ -131,7 +137,10 @@ class Proofs:
                 "completion": tally.completion_tokens,
                 "accepted_samples_per_1000_tokens": per_1000,
             },
-            "stages": tally.stages(),
+            "stages": [
+                stage | ({"audit": audit} if (audit := self._audits.get(stage["step"])) else {})
+                for stage in tally.stages()
+            ],
             "failures": [
                 {"step": step, "reason": reason, "count": count.count, "examples": count.examples}
                 for (step, reason), count in sorted(tally.failures.items())

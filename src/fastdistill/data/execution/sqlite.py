@@ -5,9 +5,10 @@ record gives is taken as it is: records are the user's own, and of a database on
 """
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from functools import cached_property
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -15,7 +16,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from fastdistill.core.errors import InputError
 from fastdistill.core.files import sha256_file
-from fastdistill.core.step import Context, Gate
+from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.execution.sqlite_copies import CopyError, PerturbedCopies
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
@@ -125,6 +126,20 @@ class SQLiteExecEval(Gate):
         seen = await pool.judge([job._replace(db_path=place) for job in jobs for place in places])
         return [_agreement(seen[at : at + len(places)]) for at in range(0, len(seen), len(places))]
 
+    def gold(self, sample: Sample) -> str | None:
+        gold = self._gold(sample)
+        return gold if isinstance(gold, str) else None
+
+    def mutations(self, gold: str, sample: Sample) -> Sequence[Mutation]:
+        from fastdistill.data.mutate_sql import mutate_sql
+
+        return mutate_sql(gold, _columns(self._path(sample)))
+
+    def stricter(self) -> "SQLiteExecEval":
+        """Demands gold's result on more copies of the database than this gate does."""
+        copies = max(8, min(16, 2 * self.perturbations))
+        return type(self)(**(self.model_dump() | {"require": "gold_match", "perturbations": copies}))
+
     def _path(self, sample: Sample) -> str:
         return str(Path(render(self._template, sample)).expanduser()) if self._template else self._only_path
 
@@ -177,3 +192,17 @@ def _sha256(path: str) -> str | None:
         return sha256_file(Path(path))
     except (OSError, ValueError):  # the worker says what is wrong with it
         return None
+
+
+@lru_cache(maxsize=64)
+def _columns(path: str) -> Mapping[str, Sequence[str]]:
+    """The columns of each table, named in lower case; none if the database can't be read."""
+    query = "SELECT lower(m.name), c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type = 'table'"
+    columns: dict[str, list[str]] = {}
+    try:
+        with closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as database:
+            for table, column in database.execute(query):
+                columns.setdefault(table, []).append(column)
+    except sqlite3.Error:
+        return {}
+    return columns
