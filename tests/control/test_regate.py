@@ -53,7 +53,9 @@ class World:
         }
 
 
-def made(folder: Path, until: dict[str, Any] | None = None, *, faults: Any = None) -> World:
+def made(
+    folder: Path, until: dict[str, Any] | None = None, *, faults: Any = None, target: dict[str, Any] | None = None
+) -> World:
     """A run that is finished, and whose teacher is gone."""
     records = [*RECORDS[:24], {**RECORDS[7], "task_id": "again"}, {"task_id": "bare"}]
     (folder / "dbs").mkdir()
@@ -63,7 +65,7 @@ def made(folder: Path, until: dict[str, Any] | None = None, *, faults: Any = Non
         pipeline["steps"][6]["SQLiteExecEval"]["db_path"] = str(folder / "dbs" / "{{ db_id }}.db")
         pipeline["steps"][3]["TextGeneration"] |= {"num_generations": 6, "until": until} if until else {}
         pipeline["steps"][3]["TextGeneration"]["system_prompt"] = "SQL for $${x}, only."
-        pipeline["max_error_rate"] = 0.2
+        pipeline |= {"max_error_rate": 0.2, "target": target}
         result = parse_pipeline(pipeline).run(output_dir=folder / "artifacts", run_id="first")
     return World(folder, pipeline, result)
 
@@ -183,6 +185,8 @@ def test_other_records_are_refused(world: World) -> None:
         world.again(run_id="first")
     with pytest.raises(ConfigError, match="unknown key"):
         world.again({"steps": [{"RuleFilter": {"max_char": 5}}]})
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        world.again([{"RuleFilter": {}}])
 
 
 def test_a_run_that_has_not_ended_is_refused(world: World) -> None:
@@ -198,6 +202,13 @@ def test_what_was_asked_in_waves_is_judged_as_it_was_asked(tmp_path: Path, sibli
     strict = world.again(world.gates(RuleFilter={"max_chars": 63}))
     asked = [[c.candidate_id for c in sample.candidates] for sample in stored(world.result)]
     assert [[c.candidate_id for c in sample.candidates] for sample in stored(strict)] == asked
+
+
+def test_what_came_after_a_full_target_stays_out(tmp_path: Path) -> None:
+    world = made(tmp_path, target={"accepted": 8})
+    again = world.again()
+    assert data_set(again) == data_set(world.result)
+    assert again.quality["samples"]["accepted"] == 8
 
 
 def test_diff_tells_who_was_lost_and_why(world: World) -> None:

@@ -96,6 +96,7 @@ def audit(
             " execution gate names the record's field with it"
         )
     records = {name: result.manifest[name] for name in ("name", "inputs", "content_sha256")}
+    records["samples"] = result.quality["samples"]
     reports = [measured.report(gate) | {"measured_on": records} for gate in gates]
     for gate, report in zip(gates, reports, strict=True):
         write_json(audit_file(artifacts_root(output_dir), gate), report)

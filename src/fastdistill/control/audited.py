@@ -34,8 +34,9 @@ def audits_of(root: Path, steps: Sequence[Step]) -> dict[str, dict[str, Any] | N
             if (path := audit_file(root, gate)).exists():
                 report = read_json(path)
                 known = {entry["path"]: entry["sha256"] for entry in report["inputs"]}
+                measured = report["rates"]["false_reject_rate"]["total"] > 0
                 same = files_of(gate).items() <= known.items()
-                found[gate.name] = report["rates"] if same else None
+                found[gate.name] = report["rates"] if measured and same else None
     return found
 
 

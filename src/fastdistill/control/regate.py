@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict
 
+from fastdistill.control.budget import first_accepted
 from fastdistill.control.config import load_layers, merge, parse_pipeline, read_yaml
 from fastdistill.control.folder import RunFolder, artifacts_root, read_json
 from fastdistill.control.ledger import read_samples
@@ -77,7 +78,9 @@ class StoredRun:
         self.read = {folder.ledger.absolute(): sha256_file(folder.ledger)}
 
     def samples(self) -> Iterator[Sample]:
-        for sample in read_samples(self.folder.ledger):
+        """All samples in input order, up to the one that made a target full."""
+        target = self.pipeline.target
+        for sample in first_accepted(read_samples(self.folder.ledger), target.accepted if target else None):
             self._keep(sample)
             yield sample
 
@@ -130,6 +133,8 @@ def regated(stored: StoredRun, layers: Sequence[Path], overrides: Sequence[str] 
         ConfigError: that is no pipeline, or one that would read other samples.
     """
     given = load_layers(layers)
+    if not isinstance(given, dict):
+        raise ConfigError("the config must be a mapping, like `steps:` and a list")
     steps = given.get("steps")
     base = dict(stored.config)
     if isinstance(steps, list):
