@@ -31,6 +31,7 @@ PROVIDERS = {
     "sglang": "fastdistill.model.providers.openai:OpenAIProvider",
     "ollama": "fastdistill.model.providers.ollama:OllamaProvider",
     "embedded": "fastdistill.model.providers.embedded:EmbeddedProvider",
+    "replay": "fastdistill.model.providers.replay:ReplayProvider",
 }
 
 

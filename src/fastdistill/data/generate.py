@@ -112,7 +112,7 @@ class TextGeneration(SampleStep):
         if not attempts or (attempts[0] and not self.wants_more(sample) and self._only is None):
             return sample  # another step wanted more
         model = ctx.model(self._teacher(attempts[0]))
-        prompt = model.prompt(self.messages(sample), self._profile(sample), self.generation_kwargs)
+        prompt = model.prompt(self.messages(sample), self._profile(sample), self.generation_kwargs, sample)
         draws = [self._draw(prompt, attempt) for attempt in attempts]
         answers = await model.generate(prompt, draws)
         candidates = [self._candidate(answer, sample, prompt) for answer in answers if isinstance(answer, Answer)]
