@@ -11,8 +11,6 @@ from fastdistill.core.types import Sample, Status
 from fastdistill.data.near_duplicates import NearDuplicates, canonical_python, canonical_sql
 from tests.context import TestContext
 
-pytest.importorskip("datasketch")
-
 QUESTION = "What is the name of the tallest mountain in the northern part of the country?"
 NEAR = "what is the name of the tallest mountain in the Northern part of this country"
 OTHER = "How many people live in the capital of the region with the most lakes?"
