@@ -94,7 +94,7 @@ def test_the_quality_report_counts_them(result: RunResult, folder: Path) -> None
             }
         ]
     }
-    assert stages["SQLiteExecEval"]["candidates"]["perturbed_match_rate"]["n"] == 2
+    assert stages["SQLiteExecEval"]["candidates"]["perturbed_match_rate"]["total"] == 2
 
 
 def test_the_manifest_has_every_database_and_the_hard_cases(result: RunResult, folder: Path) -> None:
