@@ -13,6 +13,8 @@ STEPS = {
     "LoadJsonl": "fastdistill.data.load",
     "CanonicalizeFields": "fastdistill.data.prepare",
     "Deduplicate": "fastdistill.data.prepare",
+    "NearDuplicates": "fastdistill.data.near_duplicates",
+    "Decontaminate": "fastdistill.data.decontaminate",
     "TextGeneration": "fastdistill.data.generate",
     "CleanSqlOutput": "fastdistill.data.parse",
     "CleanPythonOutput": "fastdistill.data.parse_python",
@@ -22,6 +24,7 @@ STEPS = {
     "ScoreFromExecEval": "fastdistill.data.select",
     "SelectBest": "fastdistill.data.select",
     "ExportSFT": "fastdistill.data.export.sft",
+    "ExportHardCases": "fastdistill.data.export.hard",
 }
 
 PROVIDERS = {
@@ -31,6 +34,7 @@ PROVIDERS = {
     "sglang": "fastdistill.model.providers.openai:OpenAIProvider",
     "ollama": "fastdistill.model.providers.ollama:OllamaProvider",
     "embedded": "fastdistill.model.providers.embedded:EmbeddedProvider",
+    "replay": "fastdistill.model.providers.replay:ReplayProvider",
 }
 
 

@@ -118,6 +118,7 @@ class Proofs:
             "samples": {
                 "read": tally.samples,
                 "duplicates": tally.statuses[Status.DUPLICATE],
+                "contaminated": tally.statuses[Status.CONTAMINATED],
                 "failed": tally.failed,
                 "completed": tally.statuses[Status.OPEN],
                 "accepted": tally.accepted_samples,

@@ -92,7 +92,7 @@ class Tally:
         self.statuses[sample.status] += 1
         if sample.status is not Status.OPEN:
             self.left_at.setdefault(sample.failures[-1].step, Counter())[sample.status] += 1
-        if sample.status not in (Status.DUPLICATE, Status.SKIPPED):
+        if sample.status not in (Status.DUPLICATE, Status.CONTAMINATED, Status.SKIPPED):
             for failure in sample.failures:
                 self._fail(failure)
         self.hashes["samples"].add(sample.sample_id, sample.source)

@@ -139,7 +139,7 @@ class TextGeneration(SampleStep):
         return [self._prompt(ctx.model(name), sample) for name in self.models()]
 
     def _prompt(self, model: Model, sample: Sample) -> Prompt:
-        return model.prompt(self.messages(sample), self._profile(sample), self.generation_kwargs)
+        return model.prompt(self.messages(sample), self._profile(sample), self.generation_kwargs, sample)
 
     def messages(self, sample: Sample) -> list[Message]:
         """The chat messages of a sample's prompt.

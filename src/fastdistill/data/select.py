@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.data.near_duplicates import CANONICAL
 
 
 class ScoreFromExecEval(SampleStep):
@@ -54,13 +55,18 @@ class SelectBest(SampleStep):
     rewrites: ClassVar[bool] = False
 
     k: int = Field(1, gt=0)
-    distinct: bool = Field(True, description="of equal answers only the best counts")
+    distinct: bool | Literal["sql", "python"] = Field(
+        True, description="of equal answers only the best counts; sql, python: equal but for how they are written"
+    )
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         ranked = sorted(sample.accepted, key=_rank)
         if self.distinct:
-            first = {candidate.answer: candidate for candidate in reversed(ranked)}
-            ranked = [candidate for candidate in ranked if first[candidate.answer] is candidate]
+            form = CANONICAL.get(str(self.distinct), str)
+            first: dict[str, Candidate] = {}
+            for candidate in ranked:
+                first.setdefault(form(candidate.answer), candidate)
+            ranked = list(first.values())
         return replace(sample, selection=tuple(candidate.candidate_id for candidate in ranked[: self.k]))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-from fastdistill.data.execution.sqlite_pool import interpreter_environment
+from fastdistill.data.execution.worker_pool import interpreter_environment
 
 
 class CopyError(Exception):

@@ -198,13 +198,12 @@ class GuardedConnection:
 
     def _guard(self) -> None:
         connection = self._connection
-        connection.text_factory = str
         if sys.version_info >= (3, 12):  # real queries say = "san francisco", which some builds refuse
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, True)
         for pragma in ("query_only=1", "temp_store=2", "cache_size=-8000"):
             connection.execute(f"PRAGMA {pragma}").close()
-        names = connection.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")
-        self._schema = {str(name).lower(): str(name) for (name,) in names}
+        names = connection.execute("SELECT CAST(name AS BLOB) FROM sqlite_master WHERE type IN ('table', 'view')")
+        self._schema = {(shown := name.decode(*_TEXT)).lower(): shown for (name,) in names}
         for function in _TABLE_FUNCTIONS:
             # Setting one up looks like a write to sqlite_master, so it must come before the authorizer.
             try:
@@ -367,8 +366,8 @@ def _longest_values(connection: sqlite3.Connection) -> Iterator[int]:
     ).fetchall()
     for (table,) in tables:
         columns = connection.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchall()
-        longest = ", ".join(f"max(length(CAST({_quoted(column)} AS BLOB)))" for (column,) in columns)
-        (lengths,) = connection.execute(f"SELECT {longest} FROM {_quoted(table)}").fetchall()
+        longest = ", ".join(f"max(length(CAST({quoted(column)} AS BLOB)))" for (column,) in columns)
+        (lengths,) = connection.execute(f"SELECT {longest} FROM {quoted(table)}").fetchall()
         yield from (length for length in lengths if length is not None)
 
 
@@ -376,7 +375,8 @@ def _length(cell: str | bytes) -> int:
     return len(cell) if isinstance(cell, bytes) or cell.isascii() else len(cell.encode(*_TEXT))
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """An identifier as SQL takes it, whatever is in it."""
     return '"' + name.replace('"', '""') + '"'
 
 

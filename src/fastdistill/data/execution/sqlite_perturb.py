@@ -13,6 +13,8 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastdistill.data.execution.sqlite_guard import quoted
+
 DROPPED = 0.35
 """Share of each table's rows that go; those that refer to them go too."""
 CHANGED = 0.3
@@ -43,11 +45,11 @@ def perturb(path: Path, seed: int, out: Path) -> None:
         database.create_function("chance", 0, chance.random)
         database.execute("BEGIN")
         for (trigger,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
-            database.execute(f"DROP TRIGGER {_quoted(trigger)}")
+            database.execute(f"DROP TRIGGER {quoted(trigger)}")
         tables = _tables(database)
         references = [reference for reference in _references(database, tables) if reference.holds(database)]
         for table in tables:
-            database.execute(f"DELETE FROM {_quoted(table.name)} WHERE chance() < {DROPPED}")
+            database.execute(f"DELETE FROM {quoted(table.name)} WHERE chance() < {DROPPED}")
         while any(reference.drop_dangling(database) for reference in references):
             pass
         for table in tables:
@@ -84,21 +86,21 @@ class _Reference:
     def holds(self, database: sqlite3.Connection) -> bool:
         """Whether it does, for nearly all rows; it does not where it names what is not there, as schemas do."""
         try:
-            count = database.execute(f"SELECT count(*), total({self._nowhere}) FROM {_quoted(self.child)}")
+            count = database.execute(f"SELECT count(*), total({self._nowhere}) FROM {quoted(self.child)}")
         except sqlite3.OperationalError:
             return False
         rows, dangling = count.fetchone()
         return bool(dangling <= _MOST_DANGLING * rows)
 
     def drop_dangling(self, database: sqlite3.Connection) -> int:
-        return database.execute(f"DELETE FROM {_quoted(self.child)} WHERE {self._nowhere}").rowcount
+        return database.execute(f"DELETE FROM {quoted(self.child)} WHERE {self._nowhere}").rowcount
 
     @property
     def _nowhere(self) -> str:
-        keys = ", ".join(map(_quoted, self.keys))
-        known = " AND ".join(f"{_quoted(key)} IS NOT NULL" for key in self.keys)
-        columns = ", ".join(map(_quoted, self.columns))
-        return f"({columns}) NOT IN (SELECT {keys} FROM {_quoted(self.parent)} WHERE {known})"
+        keys = ", ".join(map(quoted, self.keys))
+        known = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in self.keys)
+        columns = ", ".join(map(quoted, self.columns))
+        return f"({columns}) NOT IN (SELECT {keys} FROM {quoted(self.parent)} WHERE {known})"
 
 
 def _tables(database: sqlite3.Connection) -> list[_Table]:
@@ -142,7 +144,7 @@ def _references(database: sqlite3.Connection, tables: list[_Table]) -> Iterator[
 
 
 def _change_numbers(database: sqlite3.Connection, table: str, column: str, chance: random.Random) -> None:
-    place, name = _quoted(table), _quoted(column)
+    place, name = quoted(table), quoted(column)
     is_number = f"typeof({name}) IN ('integer', 'real')"
     values = [
         value
@@ -172,10 +174,6 @@ def _other(values: list[Number], least: Number, greatest: Number, chance: random
         return drawn if drawn != value else values[(values.index(drawn) + 1) % len(values)]
 
     return other
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def main() -> None:

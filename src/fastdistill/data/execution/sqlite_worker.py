@@ -1,23 +1,18 @@
 """Judges one SQL answer against one gold query; as a program (`python -m`), the worker process of `sqlite_pool`.
 
 It imports only the standard library, for it must start fast, and again after every kill. What its death means is for
-the pool to say. Lines of JSON in both directions. In: whether each answer is sent at once, and a batch of jobs. Out:
-`"ready"` once; for each job, in order, its `Evaluation`; and where each is sent at once, `"gold"` or `"candidate"` when
-a query of that kind starts after one of the other.
+the pool to say. On the wire of `worker_process` a job is the fields of a `SqlJob`, a result those of an `Evaluation`,
+and a phase is `"gold"` or `"candidate"`: a query of that kind starts after one of the other.
 """
 
 import json
-import os
-import resource
-import signal
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
-from time import monotonic
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from fastdistill.data.execution.sql_equality import (
     Columns,
@@ -39,18 +34,15 @@ from fastdistill.data.execution.sqlite_guard import (
     file_identity,
     limit_process_heap,
 )
+from fastdistill.data.execution.worker_process import Channel, confine_process
 
 Order = Literal["auto", "ignore", "strict"]
 """`auto`: rows count in order, modulo ties, if gold has a top-level ORDER BY. `strict`: in gold's very order."""
-
-READY = "ready"
 
 _MAX_CONNECTIONS = 16
 _MAX_GOLD_ENTRIES = 4096
 _MAX_GOLD_BYTES = 32_000_000
 _NEAR_LIMIT = 0.8
-_HELD_BACK_S = 0.02
-"""How long an answer may wait for those after it, so that they travel together."""
 
 
 class SqlJob(NamedTuple):
@@ -261,63 +253,20 @@ _REASONS = {
 }
 
 
-def line(message: object) -> bytes:
-    """ASCII JSON, so that lone surrogates survive the way, and a line break."""
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
-
-
-def evaluation_from_wire(values: list[Any]) -> Evaluation:
-    reason, *others = values
-    return Evaluation(SqlReason(reason), *others)
-
-
-def serve(requests: BinaryIO, answers: BinaryIO, limits: SqlLimits) -> None:
-    """Answers until `requests` ends. Every query runs under a timer of CPU time that kills the process with SIGPROF."""
-    announced, at_once = Phase.CANDIDATE, True
-
-    def enter(phase: Phase) -> None:
-        nonlocal announced
-        signal.setitimer(signal.ITIMER_PROF, 0 if phase is Phase.COMPARE else limits.cpu_s)
-        if at_once and phase not in (announced, Phase.COMPARE):
-            announced = phase
-            answers.write(line(phase))
-            answers.flush()
-
-    answers.write(line(READY))
-    answers.flush()
-    with closing(Evaluator(limits, enter=enter)) as evaluator:
-        for request in requests:
-            at_once, jobs = json.loads(request)
-            flushed = monotonic()
-            for job in jobs:
-                answers.write(line(evaluator.evaluate(SqlJob(*job))))
-                if at_once or monotonic() > flushed + _HELD_BACK_S:
-                    answers.flush()
-                    flushed = monotonic()
-            answers.flush()
-
-
-def confine_process(limits: SqlLimits) -> None:
-    """Takes from this process, for good, what judging SQL does not need. A system that lacks a limit goes without."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes our input
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    for limit, value in (
-        (resource.RLIMIT_AS, limits.memory_bytes),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        with suppress(ValueError, OSError):  # macOS refuses RLIMIT_AS
-            resource.setrlimit(limit, (value, value))
-    limit_process_heap(limits)
-
-
 def main() -> None:
     limits = SqlLimits(**json.loads(sys.argv[1]))
-    confine_process(limits)
-    try:
-        serve(sys.stdin.buffer, sys.stdout.buffer, limits)
-    except BrokenPipeError:  # the parent is gone
-        os._exit(1)
+    confine_process(limits.memory_bytes)
+    limit_process_heap(limits)
+    channel = Channel(limits.cpu_s, Phase.CANDIDATE)
+
+    def enter(phase: Phase) -> None:
+        if phase is Phase.COMPARE:
+            channel.rest()
+        else:
+            channel.begin(phase)
+
+    with closing(Evaluator(limits, enter=enter)) as evaluator:
+        channel.serve(lambda job: evaluator.evaluate(SqlJob(*job)))
 
 
 if __name__ == "__main__":
