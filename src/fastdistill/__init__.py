@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from fastdistill.core.step import Gate as Gate
     from fastdistill.core.step import SampleStep as SampleStep
     from fastdistill.core.step import StreamStep as StreamStep
+    from fastdistill.data.decontaminate import Decontaminate as Decontaminate
     from fastdistill.data.execution.math import MathExecEval as MathExecEval
     from fastdistill.data.execution.python import PythonExecEval as PythonExecEval
     from fastdistill.data.execution.sqlite import SQLiteExecEval as SQLiteExecEval
+    from fastdistill.data.export.hard import ExportHardCases as ExportHardCases
     from fastdistill.data.export.sft import ExportSFT as ExportSFT
     from fastdistill.data.generate import TextGeneration as TextGeneration
     from fastdistill.data.load import LoadJsonl as LoadJsonl
+    from fastdistill.data.near_duplicates import NearDuplicates as NearDuplicates
     from fastdistill.data.parse import CleanSqlOutput as CleanSqlOutput
     from fastdistill.data.parse_python import CleanPythonOutput as CleanPythonOutput
     from fastdistill.data.prepare import CanonicalizeFields as CanonicalizeFields
@@ -43,6 +46,7 @@ _HOMES = {
     "SQLiteExecEval": "fastdistill.data.execution.sqlite",
     "MathExecEval": "fastdistill.data.execution.math",
     "PythonExecEval": "fastdistill.data.execution.python",
+    "ExportHardCases": "fastdistill.data.export.hard",
     "ExportSFT": "fastdistill.data.export.sft",
     "TextGeneration": "fastdistill.data.generate",
     "LoadJsonl": "fastdistill.data.load",
@@ -50,6 +54,8 @@ _HOMES = {
     "CleanPythonOutput": "fastdistill.data.parse_python",
     "CanonicalizeFields": "fastdistill.data.prepare",
     "Deduplicate": "fastdistill.data.prepare",
+    "NearDuplicates": "fastdistill.data.near_duplicates",
+    "Decontaminate": "fastdistill.data.decontaminate",
     "RuleFilter": "fastdistill.data.rules",
     "ScoreFromExecEval": "fastdistill.data.select",
     "SelectBest": "fastdistill.data.select",

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
@@ -95,3 +95,18 @@ def test_nothing_accepted_selects_nothing(ctx: TestContext) -> None:
     sample = run(ctx, SelectBest(), CANDIDATES[2])
     assert sample.selection == ()
     assert sample.chosen == ()
+
+
+@pytest.mark.parametrize(
+    ("form", "answers"),
+    [
+        ("sql", ("SELECT a FROM t", "select A  from t;", "SELECT b FROM t", "no query")),
+        ("python", ("x = (1)", "x = 1  # one", "y = 1", "x =")),
+    ],
+)
+def test_answers_may_count_as_equal_but_for_how_they_are_written(
+    ctx: TestContext, form: Literal["sql", "python"], answers: tuple[str, ...]
+) -> None:
+    candidates = [scored(at, 1.0 - 0.1 * at, answer) for at, answer in enumerate(answers)]
+    assert [c.attempt for c in run(ctx, SelectBest(k=9, distinct=form), *candidates).chosen] == [0, 2, 3]
+    assert [c.attempt for c in run(ctx, SelectBest(k=9), *candidates).chosen] == [0, 1, 2, 3]

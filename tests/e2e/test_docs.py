@@ -176,6 +176,8 @@ def test_every_config_shown_is_valid(page: Path) -> None:
         shown = yaml.safe_load(block.text)
         if isinstance(shown, list):
             shown = {"steps": [*PREPARED, *shown]}
+        elif isinstance(after := shown.get("steps"), list) and "LoadJsonl" not in after[0]:
+            shown |= {"steps": [*PREPARED, *after]}  # the steps after generation, for regate
         base = BASE
         if "provider" in shown.get("models", {}).get("teacher", {}):
             base = {**BASE, "models": {}}

@@ -44,7 +44,8 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Sequence[Path]) -> s
         "|---|---|---|---|---|---|",
         *gates,
         "",
-        f"Left out: {tally.statuses[Status.DUPLICATE]} duplicate and {tally.failed} failed records.",
+        f"Left out: {tally.statuses[Status.DUPLICATE]} duplicate, {tally.statuses[Status.CONTAMINATED]} contaminated"
+        f" and {tally.failed} failed records.",
         "The licence of the records and the teachers' terms apply; `checksums.txt` has the sha256 of every file,",
         "and the run's manifest says where every row comes from.",
     ]

@@ -13,6 +13,8 @@ STEPS = {
     "LoadJsonl": "fastdistill.data.load",
     "CanonicalizeFields": "fastdistill.data.prepare",
     "Deduplicate": "fastdistill.data.prepare",
+    "NearDuplicates": "fastdistill.data.near_duplicates",
+    "Decontaminate": "fastdistill.data.decontaminate",
     "TextGeneration": "fastdistill.data.generate",
     "CleanSqlOutput": "fastdistill.data.parse",
     "CleanPythonOutput": "fastdistill.data.parse_python",
@@ -26,6 +28,7 @@ STEPS = {
     "ScoreFromExecEval": "fastdistill.data.select",
     "SelectBest": "fastdistill.data.select",
     "ExportSFT": "fastdistill.data.export.sft",
+    "ExportHardCases": "fastdistill.data.export.hard",
 }
 
 PROVIDERS = {

@@ -95,7 +95,7 @@ class Tally:
         self.statuses[sample.status] += 1
         if sample.status is not Status.OPEN:
             self.left_at.setdefault(sample.failures[-1].step, Counter())[sample.status] += 1
-        if sample.status not in (Status.DUPLICATE, Status.SKIPPED):
+        if sample.status not in (Status.DUPLICATE, Status.CONTAMINATED, Status.SKIPPED):
             for failure in sample.failures:
                 self._fail(failure)
         self.hashes["samples"].add(sample.sample_id, sample.source)
@@ -152,6 +152,8 @@ class Tally:
                 stage["candidates"] = _gate_report(self.gates[step.name])
             if step.name in self.calibrations:
                 stage["calibration"] = self.calibrations[step.name].report()
+            if found := step.findings():
+                stage["findings"] = dict(found)
             stages.append(stage)
             in_stream = kept
         return stages

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.data.near_duplicates import CANONICAL
 
 
 class ScoreFromExecEval(SampleStep):
@@ -15,6 +17,8 @@ class ScoreFromExecEval(SampleStep):
     With the default weights an answer that runs has 0.5, one whose result is the gold's has 1. A part that the gate
     does not know (no gold query) is left out of the mean. A candidate without a verdict, or with `error`, has no score.
     """
+
+    rewrites: ClassVar[bool] = False
 
     gate: str = Field("SQLiteExecEval", description="name of the gate whose verdict counts")
     exec_pass: float = Field(0.5, ge=0, description="weight of: the answer runs")
@@ -48,14 +52,21 @@ class ScoreFromExecEval(SampleStep):
 class SelectBest(SampleStep):
     """Selects up to `k` accepted candidates: the highest score first, no score last, the earlier attempt on a tie."""
 
+    rewrites: ClassVar[bool] = False
+
     k: int = Field(1, gt=0)
-    distinct: bool = Field(True, description="of equal answers only the best counts")
+    distinct: bool | Literal["sql", "python"] = Field(
+        True, description="of equal answers only the best counts; sql, python: equal but for how they are written"
+    )
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         ranked = sorted(sample.accepted, key=_rank)
         if self.distinct:
-            first = {candidate.answer: candidate for candidate in reversed(ranked)}
-            ranked = [candidate for candidate in ranked if first[candidate.answer] is candidate]
+            form = CANONICAL.get(str(self.distinct), str)
+            first: dict[str, Candidate] = {}
+            for candidate in ranked:
+                first.setdefault(form(candidate.answer), candidate)
+            ranked = list(first.values())
         return replace(sample, selection=tuple(candidate.candidate_id for candidate in ranked[: self.k]))
 
 

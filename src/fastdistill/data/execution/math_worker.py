@@ -18,7 +18,7 @@ import sys
 import warnings
 from typing import Any, Literal
 
-from fastdistill.data.execution.worker_process import HEADER, Channel, confine_process, frame
+from fastdistill.data.execution.worker_process import Channel, confine_process, line
 
 Finding = Literal["match", "mismatch", "unreadable", "compare_budget"]
 """`unreadable`: one of the two is no expression."""
@@ -48,11 +48,10 @@ class _Judge:
     def ask(self, pair: list[str]) -> Finding:
         if not self._pid:
             self._fork()
-        self._questions.write(frame(pair))
+        self._questions.write(line(pair))
         self._questions.flush()
-        if header := self._findings.read(HEADER.size):
-            equal = json.loads(self._findings.read(*HEADER.unpack(header)))
-            return "match" if equal else "mismatch"
+        if (found := self._findings.readline()).endswith(b"\n"):
+            return "match" if json.loads(found) else "mismatch"
         status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         self._pid = 0
         self._questions.close()
@@ -81,15 +80,15 @@ class _Judge:
             os._exit(status)
 
     def _serve(self) -> None:
-        while header := os.read(0, HEADER.size):
-            gold, candidate = json.loads(os.read(0, *HEADER.unpack(header)))  # pairs are short
+        for question in os.fdopen(0, "rb"):
+            gold, candidate = json.loads(question)
             peak = _peak_bytes()
             signal.setitimer(signal.ITIMER_PROF, self._cpu_s)  # kills with SIGPROF
             equal = _equal(gold, candidate)
             signal.setitimer(signal.ITIMER_PROF, 0)
             if not equal and _peak_bytes() > max(peak, self._memory_bytes // 2):
                 raise MemoryError  # which sympy takes for a difference
-            os.write(1, frame(equal))
+            os.write(1, line(equal))
 
 
 _UNREADABLE, _SPENT = 3, 4

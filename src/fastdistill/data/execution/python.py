@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from fastdistill.core.errors import EnvironmentFault
-from fastdistill.core.step import Context, Gate
+from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.execution.python_child import PythonReason
 from fastdistill.data.execution.python_pool import InputOutput, PythonEvaluation, PythonJob, PythonLimits, PythonPool
@@ -29,6 +29,7 @@ class PythonExecEval(Gate):
 
     version: ClassVar[int] = 2
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
+    alone: ClassVar[bool] = True
 
     tests_field: str = Field("tests", description="the record's field with the tests, in one of the three forms")
     entry_point_field: str | None = Field(None, description="the field with the name of the function to write")
@@ -84,6 +85,16 @@ class PythonExecEval(Gate):
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(pool.evaluate(replace(job, code=c.answer))) for c in candidates]
         return [self._verdict(task.result(), pool.level) for task in tasks]
+
+    def gold(self, sample: Sample) -> str | None:
+        gold = None if self.gold_field is None else sample.record.get(self.gold_field)
+        return gold if isinstance(gold, str) and gold.strip() else None
+
+    def mutations(self, gold: str, sample: Sample) -> Sequence[Mutation]:
+        from fastdistill.data.mutate_python import mutate_python
+
+        setup = sample.record.get(self.setup_field or "")
+        return mutate_python(gold, setup if isinstance(setup, str) else "")
 
     def _job(self, sample: Sample) -> PythonJob | PythonEvaluation:
         """The job that judges the record's gold (without gold: nothing), or what is wrong with the record."""

@@ -5,12 +5,12 @@ clock that ran out is not (`infra_timeout`, an error, never a pass), nor is any 
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
-from fastdistill.data.execution.sqlite_worker import Evaluation, Phase, SqlJob, evaluation_from_wire, to_wire
+from fastdistill.data.execution.sqlite_worker import Evaluation, Phase, SqlJob
 from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool
 
 
@@ -25,14 +25,15 @@ class SqlitePool(WorkerPool[SqlJob, Evaluation]):
     def fitted(self, job: SqlJob) -> SqlJob:
         """The job with a full path, and with a text beyond the limit cut one character past it: the verdict stays."""
         longest = self._limits.sql_bytes + 1
-        gold = None if job.gold_sql is None else job.gold_sql[:longest]
-        return replace(job, db_path=str(Path(job.db_path).absolute()), sql=job.sql[:longest], gold_sql=gold)
+        path = job.db_path if job.db_path.startswith("/") else str(Path(job.db_path).absolute())
+        return SqlJob(path, job.sql[:longest], job.gold_sql and job.gold_sql[:longest], job.columns, job.order)
 
-    def to_wire(self, job: SqlJob) -> list[Any]:
-        return to_wire(job)
+    def to_wire(self, job: SqlJob) -> SqlJob:
+        return job
 
     def from_wire(self, message: list[Any]) -> Evaluation:
-        return evaluation_from_wire(message)
+        reason, *others = message
+        return Evaluation(SqlReason(reason), *others)
 
     async def died(self, job: SqlJob, death: Death, judge: Callable[[SqlJob], Awaitable[Evaluation]]) -> Evaluation:
         if death.cause is Cause.WALL:
@@ -42,13 +43,13 @@ class SqlitePool(WorkerPool[SqlJob, Evaluation]):
             return Evaluation(SqlReason.SANDBOX_DIED, detail=f"{death.phase}: worker {death.status}")
         spent = f"more than {self._limits.cpu_s} s of CPU time"
         if death.phase == Phase.GOLD:
-            candidate = await judge(replace(job, gold_sql=None))
-            return replace(candidate, reason=SqlReason.GOLD_INVALID, detail=f"gold: {SqlReason.LIMIT_CPU}: {spent}")
+            candidate = await judge(job._replace(gold_sql=None))
+            return candidate._replace(reason=SqlReason.GOLD_INVALID, detail=f"gold: {SqlReason.LIMIT_CPU}: {spent}")
         verdict = Evaluation(SqlReason.LIMIT_CPU, exec_pass=False, exec_error=spent)
         if job.gold_sql is None or job.gold_sql == job.sql:
             return verdict
         # What was known of gold died with the worker, and a broken gold comes first.
-        gold = await judge(replace(job, sql=job.gold_sql))
+        gold = await judge(job._replace(sql=job.gold_sql))
         if gold.outcome == "error":
-            return replace(verdict, reason=gold.reason, detail=gold.detail)
-        return replace(verdict, gold_match=False, weak_gold=gold.weak_gold)
+            return verdict._replace(reason=gold.reason, detail=gold.detail)
+        return verdict._replace(gold_match=False, weak_gold=gold.weak_gold)

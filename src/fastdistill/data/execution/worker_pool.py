@@ -1,9 +1,10 @@
 """Judges jobs in worker processes from asyncio: one bad job costs no other job anything. Knows nothing of the jobs.
 
-They travel in small batches to persistent workers (`worker_process`), which answer them one by one. When a worker dies
-or goes silent, the job that it was running is known: the rest of the batch goes on in a new worker, and that job runs
-once more, alone. Dying twice decides, and what it means is for the subclass to say, by its cause: CPU time spent is the
-job's own doing, a wall clock that ran out is not, nor is any other death.
+They travel in small batches to persistent workers (`worker_process`), and so do their results. When a worker dies or
+goes silent, what is left of its batch is judged again with each result sent at once, so that a second death shows the
+job that was running: it runs once more, alone, unless its own CPU time killed it, and the rest goes on in a new worker.
+Dying twice decides, and what it means is for the subclass to say, by its cause: CPU time spent is the job's own doing,
+a wall clock that ran out is not, nor is any other death.
 """
 
 import asyncio
@@ -14,18 +15,18 @@ import sys
 from abc import ABC, abstractmethod
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from fastdistill.data.execution.worker_process import HEADER, READY, frame
+from fastdistill.data.execution.worker_process import READY, line
 
 _START_S = 30.0
 """Wall seconds for a worker to start; one that imports little needs about 0.1 on an idle core."""
+_READ_BYTES = 1 << 16
 _INHERITED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
-"""All that a worker inherits, where it is set: what an interpreter may need in order to start."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -57,13 +58,15 @@ class Death:
 class WorkerPool(ABC, Generic[Job, Result]):
     """An async context manager over `workers` processes, each started when it first gets a job.
 
-    Any number of tasks may call `evaluate`; beyond four batches a worker, they wait for their turn.
+    Any number of tasks may ask at a time. They get `WorkerStartError` or `PoolClosedError`; anything wrong with a job
+    itself is a result.
     """
 
     module: ClassVar[str]
     """The worker's program: gets `limits` as its one argument, in JSON, and serves a `worker_process.Channel`."""
     what: ClassVar[str]
     """What errors call it."""
+    first_phase: ClassVar[str] = "candidate"
 
     def __init__(self, workers: int | None, limits: dict[str, Any], wall_s: float, batch: int) -> None:
         self._workers = workers or min(2, os.cpu_count() or 1)
@@ -73,8 +76,7 @@ class WorkerPool(ABC, Generic[Job, Result]):
         self.wall_s = wall_s
 
     async def __aenter__(self) -> Self:
-        self._slots = asyncio.Semaphore(4 * self._workers * self._batch)
-        self._queue: asyncio.Queue[_Ticket[Job, Result]] = asyncio.Queue()  # the slots bound it
+        self._queue: asyncio.Queue[_Ticket[Job, Result]] = asyncio.Queue()
         self._unanswered: set[_Ticket[Job, Result]] = set()
         self._lanes = asyncio.TaskGroup()
         await self._lanes.__aenter__()
@@ -91,19 +93,21 @@ class WorkerPool(ABC, Generic[Job, Result]):
         await self._lanes.__aexit__(None, None, None)
 
     async def evaluate(self, job: Job) -> Result:
-        """Raises `WorkerStartError` or `PoolClosedError`; anything wrong with the job itself is a reason."""
+        return (await self.judge([job]))[0]
+
+    async def judge(self, jobs: Sequence[Job]) -> list[Result]:
+        """The result of each job, in their order."""
         if self._closed:
             raise PoolClosedError(f"{self.what} pool: not open")
-        async with self._slots:
-            if self._closed:
-                raise PoolClosedError(f"{self.what} pool: closed before it could answer")
-            ticket: _Ticket[Job, Result] = _Ticket(self.fitted(job), asyncio.get_running_loop().create_future())
-            self._unanswered.add(ticket)
-            try:
+        loop = asyncio.get_running_loop()
+        tickets: list[_Ticket[Job, Result]] = [_Ticket(self.fitted(job), loop.create_future()) for job in jobs]
+        self._unanswered.update(tickets)
+        try:
+            for ticket in tickets:
                 self._queue.put_nowait(ticket)
-                return await ticket.future
-            finally:
-                self._unanswered.remove(ticket)
+            return await asyncio.gather(*(ticket.future for ticket in tickets))
+        finally:
+            self._unanswered.difference_update(tickets)
 
     def fitted(self, job: Job) -> Job:
         """The job as it is sent: no larger than its verdict needs."""
@@ -158,15 +162,18 @@ class _Lane(Generic[Job, Result]):
     def __init__(self, pool: WorkerPool[Job, Result]) -> None:
         self._pool = pool
         self._process: Process | None = None
-        self._phase = "candidate"
+        self._phase = pool.first_phase
+        self._rest = b""  # of a message that has not come whole
 
     async def judge(self, tickets: deque[_Ticket[Job, Result]]) -> None:
         """Answers all tickets, removing each; raises `WorkerStartError`, leaving those it did not answer."""
-        while tickets:
-            if await self._run(tickets) is not None:
-                suspect = tickets[0]
-                suspect.answer(await self._judge_alone(suspect.job))
+        again = False
+        while tickets and (death := await self._run(tickets, at_once=again)) is not None:
+            if again or len(tickets) == 1:  # then the first one left is the job that was running
+                decided = death if again and death.cause is Cause.CPU else None
+                tickets[0].answer(await self._judge_alone(tickets[0].job, decided))
                 tickets.popleft()
+            again = not again
 
     async def stop(self) -> int:
         """Kills the worker, if there is one, and waits until it is gone; its exit status, negative for a signal."""
@@ -179,21 +186,22 @@ class _Lane(Generic[Job, Result]):
         await process.communicate()
         return await process.wait()
 
-    async def _run(self, tickets: deque[_Ticket[Job, Result]]) -> Death | None:
-        """Answers the tickets in order, removing each; on a death, the first one left is the job that was running."""
+    async def _run(self, tickets: deque[_Ticket[Job, Result]], *, at_once: bool) -> Death | None:
+        """Answers the tickets in order, removing each; how that ended, if it did not end well."""
         process = await self._start()
         stdin = _pipe(process.stdin)
         cause = Cause.OTHER
         try:
-            stdin.write(frame([self._pool.to_wire(ticket.job) for ticket in tickets]))
+            jobs = [self._pool.to_wire(ticket.job) for ticket in tickets]
+            stdin.write(line([at_once or len(tickets) == 1, jobs]))
             async with asyncio.timeout(self._pool.wall_s):
                 await stdin.drain()
             while tickets:
-                message = await self._receive(process, self._pool.wall_s)
-                if isinstance(message, str):
-                    self._phase = message
-                else:
-                    tickets.popleft().answer(self._pool.from_wire(message))
+                for message in await self._receive(process, self._pool.wall_s):
+                    if isinstance(message, str):
+                        self._phase = message
+                    else:
+                        tickets.popleft().answer(self._pool.from_wire(message))
         except TimeoutError:
             cause = Cause.WALL
         except (EOFError, ConnectionError):
@@ -205,10 +213,10 @@ class _Lane(Generic[Job, Result]):
             cause = Cause.CPU
         return Death(cause, phase, _describe(status))
 
-    async def _judge_alone(self, job: Job) -> Result:
-        """The second and last run of a job that ended a worker, or seemed to."""
+    async def _judge_alone(self, job: Job, death: Death | None = None) -> Result:
+        """The last run of a job that ended a worker, or seemed to; none after the `death` that decides."""
         ticket: _Ticket[Job, Result] = _Ticket(job, asyncio.get_running_loop().create_future())
-        death = await self._run(deque([ticket]))
+        death = death or await self._run(deque([ticket]), at_once=True)
         return ticket.future.result() if death is None else await self._pool.died(job, death, self._judge_alone)
 
     async def _start(self) -> Process:
@@ -216,15 +224,13 @@ class _Lane(Generic[Job, Result]):
             if self._process.returncode is None and not _pipe(self._process.stdin).is_closing():
                 return self._process
             await self.stop()  # it died while idle
-        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        environment |= {"TZ": "UTC", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         what = f"{self._pool.what} worker"
         starting = asyncio.ensure_future(
             asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", self._pool.module, self._pool.arguments),
                 stdin=PIPE,
                 stdout=PIPE,
-                env=environment,
+                env=interpreter_environment(),
                 start_new_session=True,  # Ctrl-C in the terminal is not for it
             )
         )
@@ -235,8 +241,7 @@ class _Lane(Generic[Job, Result]):
             raise
         except OSError as error:
             raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
-        self._process = process
-        self._phase = "candidate"
+        self._process, self._phase, self._rest = process, self._pool.first_phase, b""
         try:
             ready = await self._receive(process, _START_S)
         except TimeoutError as error:
@@ -246,14 +251,23 @@ class _Lane(Generic[Job, Result]):
             await process.wait()
             status = _describe(await self.stop())
             raise WorkerStartError(f"{what}: {status} before it was ready; see its stderr") from error
-        assert ready == READY
+        assert ready == [READY]
         return process
 
-    async def _receive(self, process: Process, timeout: float) -> Any:
-        stdout = _pipe(process.stdout)
+    async def _receive(self, process: Process, timeout: float) -> list[Any]:
+        """What came whole of the next that came."""
         async with asyncio.timeout(timeout):
-            header = await stdout.readexactly(HEADER.size)
-            return json.loads(await stdout.readexactly(*HEADER.unpack(header)))
+            received = await _pipe(process.stdout).read(_READ_BYTES)
+        if not received:
+            raise EOFError
+        *whole, self._rest = (self._rest + received).split(b"\n")
+        return [json.loads(message) for message in whole]
+
+
+def interpreter_environment() -> dict[str, str]:
+    """All that a worker gets: no secret of ours, and what an interpreter needs to find the same modules."""
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    return inherited | {"TZ": "UTC", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 _Pipe = TypeVar("_Pipe", asyncio.StreamReader, asyncio.StreamWriter)

@@ -1,28 +1,28 @@
-"""The worker's side of `worker_pool`: frames in, frames out, and a timer of CPU time. Knows nothing of what is judged.
+"""The worker's side of `worker_pool`: jobs in, results out, and a timer of CPU time. Knows nothing of what is judged.
 
-Frames in both directions are a 4-byte big-endian length and JSON. In: a list of jobs. Out: `"ready"` once; the name of
-a phase when it begins after another one; and for each job, in order, its result. It imports only the standard library,
-for a worker must start fast, and again after every kill.
+Lines of JSON in both directions. In: whether each result is sent at once, and a batch of jobs. Out: `"ready"` once; for
+each job, in order, its result; and where each is sent at once, the name of a phase when it begins after another one. It
+imports only the standard library, for a worker must start fast, and again after every kill.
 """
 
 import json
 import os
 import resource
 import signal
-import struct
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from time import monotonic
 from typing import Any, BinaryIO
 
-HEADER = struct.Struct(">I")
 READY = "ready"
+_HELD_BACK_S = 0.02
+"""How long a result may wait for those after it, so that they travel together."""
 
 
-def frame(message: object) -> bytes:
-    """ASCII JSON, so that lone surrogates survive the way."""
-    payload = json.dumps(message, separators=(",", ":")).encode()
-    return HEADER.pack(len(payload)) + payload
+def line(message: object) -> bytes:
+    """ASCII JSON, so that lone surrogates survive the way, and a line break."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
 class Channel:
@@ -33,13 +33,14 @@ class Channel:
         self._answers: BinaryIO = sys.stdout.buffer
         self._cpu_s = cpu_s
         self._phase = phase
+        self._at_once = True
 
     def begin(self, phase: str) -> None:
         """Says what is run from now on, under a timer of CPU time that kills this process with SIGPROF."""
         signal.setitimer(signal.ITIMER_PROF, self._cpu_s)
-        if phase != self._phase:
-            self._send(phase)
+        if self._at_once and phase != self._phase:
             self._phase = phase
+            self._send(phase)
 
     def rest(self) -> None:
         """Ends the timer."""
@@ -48,14 +49,20 @@ class Channel:
     def serve(self, judge: Callable[[Any], object]) -> None:
         try:
             self._send(READY)
-            while header := self._requests.read(HEADER.size):
-                for job in json.loads(self._requests.read(*HEADER.unpack(header))):
-                    self._send(judge(job))
+            for request in self._requests:
+                self._at_once, jobs = json.loads(request)
+                flushed = monotonic()
+                for job in jobs:
+                    self._answers.write(line(judge(job)))
+                    if self._at_once or monotonic() > flushed + _HELD_BACK_S:
+                        self._answers.flush()
+                        flushed = monotonic()
+                self._answers.flush()
         except BrokenPipeError:  # the parent is gone
             os._exit(1)
 
     def _send(self, message: object) -> None:
-        self._answers.write(frame(message))
+        self._answers.write(line(message))
         self._answers.flush()
 
 
