@@ -8,20 +8,21 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import StrEnum
 from fractions import Fraction
 
 LONGEST = 300
 """Characters of an answer that is looked at."""
 _TAIL = 100_000  # characters of a text, counted from its end, that may hold its final answer
 _AT_THE_END = 300  # characters, likewise, that may hold "the answer is"
+_MOST = 16  # answers of one kind, the last ones, that are looked at
 
 
-class Equality(Enum):
-    EQUAL = auto()
-    DIFFERENT = auto()
-    UNIT_UNCLEAR = auto()  # the figures are equal, and it can't be told whether their units are
-    NOT_PLAIN = auto()
+class Equality(StrEnum):
+    EQUAL = "match"
+    DIFFERENT = "mismatch"
+    UNIT_UNCLEAR = "unit_unclear"  # it can't be told whether the units are equal
+    NOT_PLAIN = "not_plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,9 @@ def extract(text: str, *, last_number: bool = False) -> Extracted | None:
     last number. Different boxes in one paragraph leave open which is final.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0][-_TAIL:]
-    if boxes := [box for box in map(clean, _boxes(text)) if box]:
+    if boxes := [box for box in map(clean, _boxes(text)[-_MOST:]) if box]:
         return Extracted(tuple(dict.fromkeys(boxes)), "boxed")
-    lines = [clean(line) for line in _HASHES.findall(text)]
+    lines = [clean(line) for line in _HASHES.findall(text)[-_MOST:]]
     # Four hashes are a heading in Markdown too.
     if plain := [line for line in lines if _parsed(line) is not None] or lines:
         return Extracted((plain[-1],), "hashes")
@@ -57,9 +58,9 @@ def compare(gold: str, candidate: str, close: Callable[[Fraction, Fraction], boo
     if gold == candidate:
         return Equality.EQUAL
     wanted, given = _parsed(gold), _parsed(candidate)
-    if isinstance(wanted, _Choice):
-        given = _Choice(found[1]) if (found := _CHOSEN.fullmatch(candidate)) else given
-    if wanted is None or given is None or (isinstance(wanted, _Choice) and not isinstance(given, _Choice)):
+    if isinstance(wanted, str) and len(wanted) == 1:
+        given = found[1] if (found := _CHOSEN.fullmatch(candidate)) else given if isinstance(given, str) else None
+    if wanted is None or given is None:
         return Equality.NOT_PLAIN
     wanted, given = (v.items[0] if isinstance(v, _Group) and len(v.items) == 1 else v for v in (wanted, given))
     if isinstance(wanted, _Quantity) and isinstance(given, _Quantity):
@@ -69,10 +70,8 @@ def compare(gold: str, candidate: str, close: Callable[[Fraction, Fraction], boo
             return Equality.NOT_PLAIN
         if wanted.brackets != given.brackets or len(wanted.items) != len(given.items):
             return Equality.DIFFERENT
-        pairs = zip(wanted.items, given.items, strict=True)
-        found_ = {_compare_quantities(one, other, close) for one, other in pairs}
-        order = (Equality.DIFFERENT, Equality.NOT_PLAIN, Equality.UNIT_UNCLEAR)
-        return next((worst for worst in order if worst in found_), Equality.EQUAL)
+        pairs = {_compare_quantities(*pair, close) for pair in zip(wanted.items, given.items, strict=True)}
+        return next((worst for worst in (Equality.DIFFERENT, Equality.UNIT_UNCLEAR) if worst in pairs), Equality.EQUAL)
     return Equality.EQUAL if wanted == given else Equality.DIFFERENT
 
 
@@ -99,7 +98,7 @@ def without_unit(text: str) -> tuple[str, str]:
 def is_prose(text: str) -> bool:
     """Whether an answer holds words that are neither LaTeX nor functions, so that it is no expression."""
     words = re.findall(r"[^\W\d_]{2,}", re.sub(r"\\(?!text|mbox)[A-Za-z]+(?:\{[a-z]*matrix\})?", " ", text))
-    return any((len(word) > 3 or word in _SMALL_WORDS) and word.lower() not in _FUNCTIONS for word in words)
+    return any((len(word) > 3 or _SMALL_WORD.fullmatch(word)) and not _FUNCTION.fullmatch(word) for word in words)
 
 
 def is_costly(text: str) -> bool:
@@ -125,21 +124,16 @@ class _Group:
     items: tuple[_Quantity, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    letter: str
-
-
-def _parsed(text: str) -> "_Quantity | _Group | _Choice | str | None":
-    """What a cleaned answer is, if it is plain; words are themselves, in lower case."""
+def _parsed(text: str) -> _Quantity | _Group | str | None:
+    """What a cleaned answer is, if it is plain. A choice is its letter; words are themselves, in lower case."""
     if len(text) > LONGEST:
         return None
     if quantity := _quantity(text):
         return quantity
     if choice := re.fullmatch(r"\(?([A-J])\)?", text):
-        return _Choice(choice[1])
+        return choice[1]
     if re.fullmatch(r"[^\W\d_]{2,}(?:[ '-]+[^\W\d_]+)*", text):
-        return text.lower() if is_prose(text) or text.lower() not in _FUNCTIONS else None
+        return None if _NUMERAL.search(text) or _FUNCTION.fullmatch(text) else text.lower()
     brackets, inner = "{}", text
     if bracketed := re.fullmatch(r"(\\\{|[(\[])([^()\[\]]*)(\\\}|[)\]])", text):
         opens, inner, closes = bracketed.groups()
@@ -147,19 +141,15 @@ def _parsed(text: str) -> "_Quantity | _Group | _Choice | str | None":
         if re.fullmatch(_THOUSANDS, inner):  # (1,200) may be a pair
             return None
     parts = re.split(r"[,;]\s+|,(?!\d{3}(?!\d))|\s+(?:and|or)\s+" if brackets == "{}" else r"[,;]", inner)
-    items = [_quantity(part.strip()) for part in parts]
-    if len(parts) < 2 and brackets == "{}" and not bracketed:
+    items = [item for part in parts if (item := _quantity(part.strip())) and not item.name]
+    if len(items) < len(parts) or (len(parts) < 2 and not bracketed):
         return None
-    known = tuple(item for item in items if item is not None and not item.name)
-    if len(known) < len(items):
-        return None
-    return _Group(brackets, tuple(sorted(known, key=lambda item: item.number)) if brackets == "{}" else known)
+    return _Group(brackets, tuple(sorted(items, key=lambda item: item.number) if brackets == "{}" else items))
 
 
 def _quantity(text: str) -> _Quantity | None:
     found = _QUANTITY.fullmatch(text)
-    unit = _unit(found["unit"], found["currency"]) if found else None
-    if found is None or unit is None:
+    if found is None or (unit := _unit(found["unit"], found["currency"])) is None:
         return None
     try:
         if found["number"]:
@@ -175,21 +165,18 @@ def _quantity(text: str) -> _Quantity | None:
             number = int(found["whole"] or found["whole2"] or 0) + Fraction(over, below)
     except ZeroDivisionError:
         return None
-    return _Quantity(-number if "-" in (found["sign"], found["inner_sign"]) else number, unit, found["name"] or "")
+    return _Quantity(-number if found["sign"] + found["inner_sign"] == "-" else number, unit, found["name"] or "")
 
 
 def _unit(text: str, currency: str) -> str | None:
-    """The unit in one spelling, or None if it can't be one: a variable, a function."""
-    bare = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r" \1", text).strip(" .").lower()
-    if not bare:
+    """The unit in one spelling, or None if it can't be one: a variable, a function, a word that changes the number."""
+    words = [re.sub(r"(?<=\w\w)s$", "", word) for word in text.lower().strip(" .").replace("percent", "%").split()]
+    if not words:
         return _CURRENCIES[currency]
-    if len(bare) == 1 and bare not in "%" and not text.startswith((" ", "\\")):
-        return None  # `2x`
-    words = [re.sub(r"(?<=\w\w)s$", "", word) for word in bare.split()]
-    if any(word in _FUNCTIONS or word in _SMALL_WORDS - {"per"} for word in words) or len(words) > 4:
-        return None
-    unit = " ".join(words)
-    return "%" if unit in ("%", "percent", "per cent") else None if len(unit) == 1 and unit not in _UNITS else unit
+    known = " ".join(words) in _UNITS and (len(text) > 1 or text == "%")
+    apart = text.startswith(" ") and all(re.search(r"/|\^|..[aeiou]|[aeiou]..|.[aeiou].", word) for word in words)
+    changing = any(_FUNCTION.fullmatch(word) or _SMALL_WORD.fullmatch(word) for word in words)
+    return " ".join(words) if known or (apart and not changing and len(words) < 5) else None
 
 
 def _compare_quantities(gold: _Quantity, candidate: _Quantity, close: Callable[[Fraction, Fraction], bool]) -> Equality:
@@ -243,7 +230,7 @@ _QUANTITY = re.compile(
         (?: \{{(?P<n>-?\d+)\}}\s*\{{(?P<d>\d+)\}} | (?P<n1>\d)\s*(?P<d1>\d) )
       | (?P<whole2>\d+)\s+(?P<n2>\d+)/(?P<d2>\d+)
     )
-    (?P<unit> \s*% | (?:\s|\\(?:text|mathrm|mbox)\{{[^{{}}]*\}}|[^\W\d_]|[.°/'-])* (?:\^\{{?[23]\}}?)? )""",
+    (?P<unit> \s*% | (?:[\s./'-]|[^\W\d_])* (?:\^\{{?[23]\}}?)? )""",
     re.VERBOSE,
 )
 _CHOSEN = re.compile(r"\(?([A-J])[).:]+(?!.*(?:\([A-J]\)|\b(?:and|or)\b)).*")
@@ -255,18 +242,9 @@ _COSTLY = re.compile(r"\^\{[^{}]*\^\{[^{}]*\^|\^\s*\{?\s*-?\d{5}|!\s*\)*\s*!")
 _VULGAR = re.compile(r"(?<=\d)[¼-¾⅐-⅞]")
 _SUPERSCRIPT = re.compile(r"[⁰¹²³⁴-⁹⁻]+")
 _SYMBOLS = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "⁄": "/",
-        "÷": "/",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "π": r"\pi ",
-        "√": r"\sqrt",
-        "∞": r"\infty ",
-    }
-    | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ", "°": " degree", "\0": None}
+    dict(zip("−–⁄÷\0", ("-", "-", "/", "/", ""), strict=True))
+    | {"×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "}
+    | {"≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ", "°": " degree"}
 )
 _DRESS = [
     (re.compile(pattern), plain)
@@ -285,32 +263,22 @@ _WRAPPED = re.compile(
     r"(?:\$\$?|\\\(|\\\[|\\text\{|\\mathrm\{)([^${}]*(?:\{[^$]*\}[^${}]*)?)(?:\$\$?|\\\)|\\\]|\})", re.DOTALL
 )
 _CURRENCIES = {"": "", "$": "dollar", "€": "euro", "£": "pound", "¥": "yen"}
-_FUNCTIONS = frozenset(
-    re.findall(
-        r"\w+",
-        "sqrt pi sin cos tan cot sec csc log ln exp infty oo arcsin arccos arctan sinh cosh tanh max min gcd lcm e i",
-    )
+_FUNCTION = re.compile(
+    r"sqrt|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|oo|arc(?:sin|cos|tan)|(?:sin|cos|tan)h|max|min|gcd|lcm|e|i"
 )
-_SMALL_WORDS = frozenset(re.findall(r"\w+", "the is are of for not and or to in it per as by we he an on no mod"))
-_UNITS: dict[str, tuple[str, Fraction]] = {
-    word: (kind, Fraction(scale))
-    for kind, scale, words in (
-        ("number", "1/100", "%"),
-        ("length", "1/1000", "mm millimeter millimetre"),
-        ("length", "1/100", "cm centimeter centimetre"),
-        ("length", "1", "m meter metre"),
-        ("length", "1000", "km kilometer kilometre"),
-        ("mass", "1/1000", "mg milligram"),
-        ("mass", "1", "g gram"),
-        ("mass", "1000", "kg kilogram"),
-        ("volume", "1/1000", "ml milliliter millilitre"),
-        ("volume", "1", "l liter litre"),
-        ("time", "1", "s sec second"),
-        ("time", "60", "min minute"),
-        ("time", "3600", "h hr hour"),
-        ("money", "1/100", "cent"),
-        ("money", "1", "dollar usd"),
-        ("angle", "1", "degree"),
-    )
-    for word in words.split()
-} | {"": ("number", Fraction(1))}
+_SMALL_WORD = re.compile(
+    r"the|is|are|of|for|not|and|or|to|in|it|per|as|by|we|he|an|on|no|mod|one|two|six|ten|hundred|thousand|[mb]illion"
+    r"|dozen|half|plus|minus|over|times?|squared|cubed|divided",
+    re.IGNORECASE,
+)
+_NUMERAL = re.compile(r"(?i)\b(?:zero|one|two|twelve|three|four|five|six|seven|eight|nine|ten|\w+(?:teen|ty))\b")
+_UNIT_TABLE = """number 1/100 %; length 1/1000 mm millimeter millimetre; length 1/100 cm centimeter centimetre;
+    length 1 m meter metre; length 1000 km kilometer kilometre; length 0.0254 inch inche; length 0.3048 ft foot feet;
+    length 0.9144 yd yard; length 1609.344 mi mile; mass 1/1000 mg milligram; mass 1 g gram; mass 1000 kg kilogram;
+    mass 453.59237 lb; mass 28.349523125 oz ounce; volume 1/1000 ml milliliter millilitre; volume 1 l liter litre;
+    time 1 s sec second; time 60 min minute; time 3600 h hr hour; money 1/100 cent; money 1 dollar usd;
+    angle 1 degree"""
+_UNITS = {"": ("number", Fraction(1))} | {
+    word: (kind, Fraction(scale)) for kind, scale, *words in map(str.split, _UNIT_TABLE.split(";")) for word in words
+}
+"""What a unit measures, and its size; without a final s."""

@@ -5,7 +5,6 @@ GSM8K (Cobbe et al. 2021, arXiv:2110.14168; MIT licence) has 7,473 training and 
 
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,34 +61,25 @@ def prepare_gsm8k(source: Path, samples: int, seed: int, output: Path | None = N
 
 def _drawn(path: Path, seed: int) -> list[dict[str, str]]:
     """All records of a file, in the order in which they are drawn."""
+    decoder = msgspec.json.Decoder(_Problem)
+    records = []
     try:
-        records = list(_records(path))
+        for number, line in enumerate(path.read_bytes().splitlines()):
+            problem = decoder.decode(line)
+            solution, marked, _ = problem.answer.rpartition("####")
+            final = extract(problem.answer)
+            if not marked or final is None:
+                raise ValueError("the answer has no final `#### N`")
+            record = {"task_id": f"gsm8k-{path.stem}-{number:05d}", "question": problem.question.strip()}
+            records.append(record | {"answer": final.answers[0], "solution": _ANNOTATION.sub("", solution).strip()})
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; fetch train.jsonl and test.jsonl from {URL}") from error
+    except ValueError as error:
+        raise InputError(f"{path}:{len(records) + 1}: not a line of GSM8K ({error}); see {URL}") from error
     if not records:
         raise InputError(f"{path}: empty; fetch it again from {URL}")
     random.Random(f"gsm8k {seed}").shuffle(records)
     return records
-
-
-def _records(path: Path) -> Iterator[dict[str, str]]:
-    decoder = msgspec.json.Decoder(_Problem)
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            try:
-                problem = decoder.decode(line)
-            except ValueError as error:
-                raise InputError(f"{path}:{number + 1}: not a line of GSM8K ({error}); see {URL}") from error
-            solution, marked, _ = problem.answer.rpartition("####")
-            final = extract(problem.answer)
-            if not marked or final is None:
-                raise InputError(f"{path}:{number + 1}: the answer has no final `#### N`; see {URL}")
-            yield {
-                "task_id": f"gsm8k-{path.stem}-{number:05d}",
-                "question": problem.question.strip(),
-                "answer": final.answers[0],
-                "solution": _ANNOTATION.sub("", solution).strip(),
-            }
 
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")  # what a calculator was told: `<<48/2=24>>`

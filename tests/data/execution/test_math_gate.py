@@ -64,6 +64,11 @@ CASES = [
         ("P", "$5", "500 cents"), ("E", "$5", "€5"), ("N", "10m", "10"), ("N", "2x", "2"), ("F", "300", "5 minutes"),
         ("P", r"5\sqrt{2} cm", r"5\sqrt{2}"), ("N", r"5\sqrt{2} cm", r"5\sqrt{2} m"),
         ("P", "3 cm^2", r"3\text{ cm}^2"),
+        ("N", "5", "5 million"), ("N", "5 million", "5"), ("N", "5ab", "5"), ("N", "5 xy", "5"),
+        ("N", "25", "5 squared"),
+        ("N", "5", "5 squared"), ("P", "10", "10 km/h"), ("P", "10", "10 ft"), ("P", "1 ft", "12 inches"),
+        ("P", "5", "--5"),
+        ("P", "5", "5 eggs"), ("N", "-5", "--5"), ("E", "5", "five"), ("E", "2", "Two"), ("N", "3", "3 times"),
         # several values
         ("P", "(1, 2)", "(1,2)"), ("F", "(1, 2)", "(2, 1)"), ("F", "(1, 2)", "[1, 2]"), ("P", "1, 2", "2, 1"),
         ("P", r"\{1, 2\}", "2 and 1"), ("F", "1, 2", "1, 2, 3"), ("F", "2", "2 or 3 or 4"), ("P", "2 or 3", "3, 2"),
@@ -144,6 +149,8 @@ def test_what_would_run_for_hours_is_an_error_within_its_limits_and_costs_the_ne
     [
         ("x" * 50_000_000, MathReason.NO_ANSWER),
         (r"\boxed{" * 200_000, MathReason.NO_ANSWER),
+        (r"\boxed{5}" * 200_000, MathReason.MATCH),
+        ("#### 5\n" * 200_000, MathReason.MATCH),
         ("{" * 1_000_000 + r"\boxed{5}", MathReason.MATCH),
         (boxed("5" + " " * 700 + "7"), MathReason.COMPARE_BUDGET),
         (boxed("9" * 5_000), MathReason.COMPARE_BUDGET),
@@ -152,7 +159,7 @@ def test_what_would_run_for_hours_is_an_error_within_its_limits_and_costs_the_ne
         (boxed("\ud800"), MathReason.UNREADABLE),
         (boxed("\0" * 50), MathReason.NO_ANSWER),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_an_answer_of_any_size_and_kind_is_judged(tmp_path: Path, text: str, reason: MathReason) -> None:
     (verdict,) = judge(tmp_path, [("5", text)])

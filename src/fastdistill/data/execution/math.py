@@ -65,16 +65,12 @@ class MathPool(WorkerPool[tuple[str, str], MathReason]):
         return job
 
     def from_wire(self, message: list[str]) -> MathReason:
-        (finding,) = message
-        return _FINDINGS.get(finding) or MathReason(finding)
+        return MathReason(message[0])
 
     async def died(
         self, job: tuple[str, str], death: Death, judge: Callable[[tuple[str, str]], Awaitable[MathReason]]
     ) -> MathReason:
         return MathReason.INFRA_TIMEOUT if death.cause is Cause.WALL else MathReason.SANDBOX_DIED
-
-
-_FINDINGS = {"equal": MathReason.MATCH, "different": MathReason.MISMATCH}
 
 
 class MathExecEval(Gate):
@@ -90,8 +86,10 @@ class MathExecEval(Gate):
     extract: Literal["marked", "last_number"] = Field(
         "marked", description="last_number: where no final answer is marked, the last number of the text counts"
     )
-    tolerance: float = Field(0.0, ge=0, lt=1, description="numbers are equal within this share of gold")
-    absolute_tolerance: float = Field(0.0, ge=0, description="or within this distance of gold")
+    tolerance: float = Field(
+        0.0, ge=0, lt=1, allow_inf_nan=False, description="numbers are equal within this share of gold"
+    )
+    absolute_tolerance: float = Field(0.0, ge=0, allow_inf_nan=False, description="or within this distance of gold")
     limits: MathLimits = MathLimits()
     workers: int | None = Field(None, gt=0, le=64, description="worker processes; by default one a core, two at most")
 
@@ -119,8 +117,8 @@ class MathExecEval(Gate):
         if equalities == {Equality.NOT_PLAIN} and len(found.answers) == 1:
             return self._verdict(await self._symbolic(gold, found.answers[0]), **seen, compared="symbolic")
         if len(found.answers) > 1 and equalities != {Equality.EQUAL}:
-            return self._verdict(MathReason.AMBIGUOUS, **seen | {"answer": " | ".join(found.answers)})
-        return self._verdict(_REASONS[equalities.pop()], **seen, compared="exact")
+            return self._verdict(MathReason.AMBIGUOUS, **seen | {"answer": " | ".join(found.answers[:4])})
+        return self._verdict(MathReason(equalities.pop()), **seen, compared="exact")
 
     async def _symbolic(self, gold: str, answer: str) -> MathReason:
         assert self._pool is not None, "the gate is used inside `opened`"
@@ -138,13 +136,6 @@ class MathExecEval(Gate):
 
     def _verdict(self, reason: MathReason, **detail: str) -> Verdict:
         return self.verdict(Outcome(reason.outcome), reason, None, **detail)
-
-
-_REASONS = {
-    Equality.EQUAL: MathReason.MATCH,
-    Equality.DIFFERENT: MathReason.MISMATCH,
-    Equality.UNIT_UNCLEAR: MathReason.UNIT_UNCLEAR,
-}
 
 
 def _gold(value: object) -> str | None:

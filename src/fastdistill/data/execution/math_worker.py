@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from fastdistill.data.execution.worker_process import HEADER, Channel, confine_process, frame
 
-Finding = Literal["equal", "different", "unreadable", "compare_budget"]
+Finding = Literal["match", "mismatch", "unreadable", "compare_budget"]
 """`unreadable`: one of the two is no expression."""
 
 
@@ -52,7 +52,7 @@ class _Judge:
         self._questions.flush()
         if header := self._findings.read(HEADER.size):
             equal = json.loads(self._findings.read(*HEADER.unpack(header)))
-            return "equal" if equal else "different"
+            return "match" if equal else "mismatch"
         status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         self._pid = 0
         self._questions.close()
