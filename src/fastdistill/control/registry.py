@@ -21,6 +21,7 @@ STEPS = {
     "RuleFilter": "fastdistill.data.rules",
     "SQLiteExecEval": "fastdistill.data.execution.sqlite",
     "PythonExecEval": "fastdistill.data.execution.python",
+    "MathExecEval": "fastdistill.data.execution.math",
     "ScoreFromExecEval": "fastdistill.data.select",
     "SelectBest": "fastdistill.data.select",
     "ExportSFT": "fastdistill.data.export.sft",

@@ -91,11 +91,9 @@ class ReplayProvider:
                 raise ProviderError(
                     ErrorKind.NOT_RECORDED, f"attempt {seed} is not recorded: the prompt has {count} answers"
                 )
-        asked = prompt.messages[-1]["content"]
-        shown = asked if len(asked) <= 80 else f"{asked[:80]}…"
+        asked = prompt.messages[-1]["content"][:80]
         raise ProviderError(
-            ErrorKind.NOT_RECORDED,
-            f"no answer is recorded, neither for the sample nor for its messages, which end in {shown!r}",
+            ErrorKind.NOT_RECORDED, f"nothing is recorded for the sample, nor for its messages, which end in {asked!r}"
         )
 
     async def probe(self) -> Capabilities:
