@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from fastdistill.core.errors import InputError
-from fastdistill.data.gsm8k import Prepared, prepare_gsm8k
+from fastdistill.data.gsm8k import prepare_gsm8k
+from fastdistill.data.prepared import Drawn
 
 
 def write(path: Path, count: int, first: int = 0) -> Path:
@@ -19,7 +20,7 @@ def write(path: Path, count: int, first: int = 0) -> Path:
     return path
 
 
-def records(prepared: Prepared, split: str) -> list[dict[str, Any]]:
+def records(prepared: Drawn, split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (prepared.folder / f"{split}.jsonl").read_text().splitlines()]
 
 

@@ -36,8 +36,8 @@ from fastdistill.control.session import Pipeline
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import ExitCode
 from fastdistill.data.execution.math import MathLimits, MathReason
+from fastdistill.data.execution.python_child import PythonReason
 from fastdistill.data.execution.python_pool import PythonLimits
-from fastdistill.data.execution.python_worker import PythonReason
 from fastdistill.data.execution.sandbox import IsolationLevel
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
 from fastdistill.data.generate import Until

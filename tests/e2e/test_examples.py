@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdistill.data.execution.sandbox import available_isolation
 from tests.servers import Call, ollama_server, openai_server
 from tests.world import ANSWERS, RECORDS, make_database, write_records
 
@@ -119,3 +120,52 @@ def test_the_ollama_config_through_the_command_line(tmp_path: Path) -> None:
         printed = run([*cli, "run", *config], tmp_path, variables)
     assert "SQLiteExecEval" in printed
     check(tmp_path, "ollama", 60)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(available_isolation().level is None, reason=str(available_isolation()))
+def test_the_code_config_goes_on_past_answers_and_problems_of_every_kind(tmp_path: Path) -> None:
+    right = "def f(x):\n    return x + 1"
+    answers = {
+        "right": f"Sure:\n\n```python\n{right}\n```",
+        "noise": "\x00\x7f\x1b\ufffd" * 500,
+        "rust": "fn f(x: i64) -> i64 { x + 1 }",
+        "empty": "",
+        "huge": "x = 1\n" * 8_500_000,
+        "hangs": "def f(x):\n    while True: pass",
+        "forged": "import os\nprint('passed')\nos._exit(0)",
+        "broken_gold": right,
+        "hanging_test": right,
+    }
+    changes: dict[str, dict[str, object]] = {
+        "broken_gold": {"gold_code": "def f(x): return x"},
+        "hanging_test": {"tests": ["while True: pass"]},
+    }
+    problem = {"entry_point": "f", "setup": "", "tests": ["assert f(1) == 2"], "gold_code": right}
+    with (tmp_path / "train.jsonl").open("w") as records, (tmp_path / "answers.jsonl").open("w") as recording:
+        for name, answer in answers.items():
+            record = {"task_id": name, "instruction": name, **problem, **changes.get(name, {})}
+            records.write(json.dumps(record) + "\n")
+            recording.write(json.dumps({"key": name, "completions": [answer] * 2}) + "\n")
+    teacher = {"provider": "replay", "path": str(tmp_path / "answers.jsonl")}
+    changed = {
+        **{f"models.teacher.{key}": value for key, value in teacher.items()},
+        "steps.TextGeneration.num_generations": 2,
+        "steps.PythonExecEval.limits.cpu_s": 1,
+        "require.min_total": 1,
+        "require.pass_rate.PythonExecEval": 0,
+    }
+    command = [sys.executable, "-m", "fastdistill.control.cli", "pipeline", "run"]
+    command += ["--config", str(EXAMPLES / "code_mbpp.yaml")]
+    command += [part for key, value in changed.items() for part in ("--set", f"{key}={value}")]
+    variables = {"FASTDISTILL_DATA_PATH": tmp_path / "train.jsonl", "FASTDISTILL_ARTIFACTS_DIR": tmp_path / "artifacts"}
+    run(command, tmp_path, variables)
+    (folder,) = (tmp_path / "artifacts").glob("runs/*")
+    quality = json.loads((folder / "quality_report.json").read_text())
+    assert (quality["samples"]["accepted"], quality["samples"]["undecided"], quality["samples"]["failed"]) == (1, 2, 0)
+    reasons = {stage["step"]: stage["candidates"]["reasons"] for stage in quality["stages"] if "candidates" in stage}
+    assert reasons["RuleFilter"] == {"empty": 2, "too_long": 2}
+    wanted = {"syntax_error": 4, "limit_cpu": 2, "exited": 2, "gold_invalid": 2, "tests_limit": 2}
+    assert reasons["PythonExecEval"] == wanted
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["environment"]["PythonExecEval"]["isolation"] == available_isolation().level

@@ -205,14 +205,34 @@ def wikisql(
     print(f"written to {prepared.folder}")
 
 
+Published = Annotated[Path, typer.Option(help="The file as it was published.")]
+Samples = Annotated[int, typer.Option(min=1, help="Training records, at most.")]
+Seed = Annotated[int, typer.Option(help="Which records are drawn.")]
+Prepared = Annotated[Path | None, typer.Option(help="Folder to write; by default in ~/.cache/fastdistill/datasets.")]
+
+
+@prepare_app.command()
+def mbpp(source: Published, samples: Samples = 1000, seed: Seed = 13, output: Prepared = None) -> None:
+    """MBPP: Python functions to write, with their tests (sanitized-mbpp.json, mbpp.jsonl, or CodeT's)."""
+    from fastdistill.data.code_tasks import prepare_mbpp
+
+    print(prepare_mbpp(source, samples, seed, output))
+
+
+@prepare_app.command()
+def humaneval(source: Published, samples: Samples = 1000, seed: Seed = 13, output: Prepared = None) -> None:
+    """HumanEval: Python functions to complete, with their tests (HumanEval.jsonl, HumanEval.jsonl.gz)."""
+    from fastdistill.data.code_tasks import prepare_humaneval
+
+    print(prepare_humaneval(source, samples, seed, output))
+
+
 @prepare_app.command()
 def gsm8k(
     source: Annotated[Path, typer.Option(help="The folder with train.jsonl and test.jsonl, or one such file.")],
-    samples: Annotated[int, typer.Option(min=1, help="Training records, at most.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Which records are drawn.")] = 13,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder to write; by default ~/.cache/fastdistill/datasets/gsm8k.")
-    ] = None,
+    samples: Samples = 1000,
+    seed: Seed = 13,
+    output: Prepared = None,
 ) -> None:
     """GSM8K: grade-school problems with their final answers and worked solutions."""
     from fastdistill.data.gsm8k import prepare_gsm8k

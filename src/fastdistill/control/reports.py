@@ -163,6 +163,7 @@ class Proofs:
                 "platform": f"{sys.platform}-{platform.machine()}",
                 **{name: version(name) for name in DEPENDENCIES},
             },
+            "environment": {step.name: facts for step in self._pipeline.steps if (facts := step.environment())},
             "inputs": [
                 {"path": path.as_posix(), "bytes": path.stat().st_size if path.is_file() else None, "sha256": content}
                 for path, content in sorted(inputs.items())

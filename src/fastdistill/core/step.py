@@ -109,6 +109,10 @@ class Step(BaseModel):
         """Names of the gates whose verdicts this step reads; checked before anything is spent."""
         return ()
 
+    def environment(self) -> Mapping[str, Any]:
+        """What of this machine the step's work depends on; the manifest records it."""
+        return {}
+
     def models(self) -> Sequence[str]:
         """Names of the models that this step asks; checked before anything is spent."""
         return ()
