@@ -73,8 +73,8 @@ class SQLiteExecEval(Gate):
         return (Path(self._path(sample)),)
 
     def used(self) -> Mapping[Path, str]:
-        found = {path: reading.result() for path, reading in self._databases.items() if reading.done()}
-        return {Path(path): content for path, content in found.items() if content}
+        whole = {path: read for path, read in self._databases.items() if read.done() and not read.cancelled()}
+        return {Path(path): content for path, read in whole.items() if (content := read.result())}
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
@@ -120,7 +120,8 @@ class SQLiteExecEval(Gate):
             return []
         path = jobs[0].db_path
         try:
-            places = await copies.of(path, await self._databases[path] or "")
+            content = await asyncio.shield(self._databases[path])  # others wait for it too
+            places = await copies.of(path, content or path)
         except CopyError as error:
             return [(SqlReason.DATABASE_UNREADABLE, {"gold_match": None, "detail": str(error)})] * len(jobs)
         seen = await pool.judge([job._replace(db_path=place) for job in jobs for place in places])

@@ -33,18 +33,18 @@ class PerturbedCopies:
         self._folder.cleanup()
 
     async def of(self, path: str, sha256: str) -> list[str]:
-        """The copies of the database at `path`, by their seeds 0, 1, 2 ...
+        """The copies of the database at `path`, by their seeds 0, 1, 2 ...; one content is copied once.
 
         Raises:
             CopyError: it can't be copied.
         """
         task = self._made.get(sha256)
         if task is None:
-            task = self._made[sha256] = asyncio.create_task(self._make(path, sha256))
+            task = self._made[sha256] = asyncio.create_task(self._make(path, len(self._made)))
         return await asyncio.shield(task)  # it is not for the one who was the first to ask
 
-    async def _make(self, path: str, sha256: str) -> list[str]:
-        copies = [str(Path(self._folder.name, f"{sha256}-{seed}.sqlite")) for seed in range(self._number)]
+    async def _make(self, path: str, number: int) -> list[str]:
+        copies = [str(Path(self._folder.name, f"{number}-{seed}.sqlite")) for seed in range(self._number)]
         async with self._turn:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "fastdistill.data.execution.sqlite_perturb", path, *copies),

@@ -66,7 +66,6 @@ class WorkerPool(ABC, Generic[Job, Result]):
     """The worker's program: gets `limits` as its one argument, in JSON, and serves a `worker_process.Channel`."""
     what: ClassVar[str]
     """What errors call it."""
-    first_phase: ClassVar[str] = "candidate"
 
     def __init__(self, workers: int | None, limits: dict[str, Any], wall_s: float, batch: int) -> None:
         self._workers = workers or min(2, os.cpu_count() or 1)
@@ -162,7 +161,7 @@ class _Lane(Generic[Job, Result]):
     def __init__(self, pool: WorkerPool[Job, Result]) -> None:
         self._pool = pool
         self._process: Process | None = None
-        self._phase = pool.first_phase
+        self._phase = "candidate"
         self._rest = b""  # of a message that has not come whole
 
     async def judge(self, tickets: deque[_Ticket[Job, Result]]) -> None:
@@ -241,7 +240,7 @@ class _Lane(Generic[Job, Result]):
             raise
         except OSError as error:
             raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
-        self._process, self._phase, self._rest = process, self._pool.first_phase, b""
+        self._process, self._phase, self._rest = process, "candidate", b""
         try:
             ready = await self._receive(process, _START_S)
         except TimeoutError as error:
