@@ -7,7 +7,9 @@ Retry-After. `retried s` is what failed attempts take of the slots; the outage c
 """
 
 import argparse
+import asyncio
 import json
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +17,14 @@ from typing import Any
 
 from benchmarks import workload
 from benchmarks.bound import bound_with_faults
+from benchmarks.prefix import NoBrake
 from benchmarks.process import measured, save, table
-from benchmarks.teacher import Options, serving
+from benchmarks.teacher import MODEL, Options, serving
+from fastdistill.control.store import ResponseStore
+from fastdistill.core.decode import DecodeProfile
+from fastdistill.core.types import Draw
+from fastdistill.model.client import ModelClient
+from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
 
 CLEAN = Options(slots=64, median=0.2, sigma=0.6)
 MIXED = replace(
@@ -88,15 +96,63 @@ def run(name: str, options: Options, count: int, folder: Path) -> dict[str, Any]
     }
 
 
+async def _ask_all(url: str, slots: int, count: int, path: Path) -> int:
+    """How many requests were asked a second time."""
+    config = OpenAIConfig.model_validate(
+        {"provider": "vllm", "model": MODEL, "base_url": url, "max_concurrency": slots * 5 // 4, "timeout": TIMEOUT}
+    )
+    numbers = iter(range(count))
+    profile = DecodeProfile(max_tokens=workload.MAX_TOKENS)
+    async with ResponseStore(path) as store:
+        client = ModelClient("teacher", config, [OpenAIProvider(config)], store, NoBrake())
+
+        async def work() -> None:
+            for number in numbers:
+                prompt = client.prompt([{"role": "user", "content": workload.content(number)}], profile, {})
+                await client.generate(prompt, [Draw(0, workload.SEED)])
+
+        await client.ready()
+        await asyncio.gather(*(work() for _ in range(slots * 5 // 2)))
+        await client.aclose()
+    return client.meter.hedged
+
+
+def run_client(name: str, options: Options, count: int, folder: Path) -> dict[str, Any]:
+    """The model client and the response store alone: what the faults cost where the machine is not the limit."""
+    fastest, retried = bound_with_faults(options, count)
+    bound_s = fastest.wall_s + (OUTAGE if options.outage else 0)
+    with serving(options) as teacher:
+        hedged = asyncio.run(_ask_all(teacher.url, options.slots, count, folder / f"{name}.sqlite"))
+        seen = teacher.stats()
+    return {
+        "case": name,
+        "window s": seen["window_s"],
+        "bound s": bound_s,
+        "retried s": retried / options.slots,
+        "window/bound": seen["window_s"] / bound_s,
+        "hedged": hedged,
+        "completed": count,
+        "requests": seen["requests"],
+        "resent": seen["resent_completed"],
+        "util": seen["utilisation"],
+        "load": os.getloadavg()[0],
+        "faults": seen["faults"],
+        "failures": None,
+        "message": None,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=4_000)
     parser.add_argument("--output", default="faults", help="name of the JSON file in benchmarks/results")
     parser.add_argument("--slots", type=int, default=64, help="fewer, with fewer records, on a machine that is busy")
+    parser.add_argument("--client", action="store_true", help="the model client alone, without pipeline and gates")
     arguments = parser.parse_args()
+    one = run_client if arguments.client else run
     cases = {name: replace(options, slots=arguments.slots) for name, options in CASES.items()}
     with tempfile.TemporaryDirectory(prefix="fastdistill-bench-") as folder:
-        lines = [run(name, options, arguments.count, Path(folder)) for name, options in cases.items()]
+        lines = [one(name, options, arguments.count, Path(folder)) for name, options in cases.items()]
     for line in lines:
         line["over"] = line["window/bound"] - lines[0]["window/bound"]
     print(table(lines, COLUMNS))
