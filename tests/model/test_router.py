@@ -3,7 +3,6 @@
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Coroutine, Sequence
-from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.prefix import NoBrake
 from benchmarks.teacher import BLOCK, Options, serving
 from fastdistill.control.store import ResponseStore
 from fastdistill.core.decode import DecodeProfile
@@ -420,15 +420,6 @@ def cached_by_turns(texts: Sequence[str], servers: int) -> float:
         while len(cache) * BLOCK // 4 > CACHE:
             cache.popitem(last=False)
     return hits / total
-
-
-class NoBrake:
-    def check(self, tokens: int, dollars: float) -> bool:
-        return False
-
-    async def pause(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.Event().wait(), seconds)
 
 
 # The simulated teacher's process is given its pipes' ends back when they are collected.
