@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -19,10 +19,7 @@ from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
 from fastdistill.data.execution.sqlite_pool import SqlitePool
 from fastdistill.data.execution.sqlite_worker import Evaluation, SqlJob
-from fastdistill.data.template import compile_template, render
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from fastdistill.data.template import Template, compile_template, render
 
 
 class SQLiteExecEval(Gate):
@@ -112,5 +109,5 @@ class SQLiteExecEval(Gate):
         return self.verdict(Outcome(reason.outcome), reason, **shown)
 
     @cached_property
-    def _template(self) -> "Template | None":
+    def _template(self) -> Template | None:
         return compile_template(self.db_path) if "{{" in self.db_path else None
