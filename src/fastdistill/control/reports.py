@@ -6,14 +6,12 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.control.card import dataset_card
 from fastdistill.control.folder import RunFolder, read_json, write_json
-from fastdistill.control.report_html import render_html
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.tally import Tally, interval
 from fastdistill.core.canonical import digest
@@ -79,6 +77,7 @@ class Proofs:
     def _write(
         self, run: ActiveRun, floor: list[dict[str, Any]], status: str, code: ExitCode, message: str
     ) -> "RunResult":
+        from fastdistill.control.report_html import render_html
         from fastdistill.control.session import RunResult
 
         folder = self._folder
@@ -152,13 +151,7 @@ class Proofs:
             "started": self._started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds") if ended else None,
             "config_sha256": digest(self._pipeline.resolved()),
-            "versions": {
-                "fastdistill": version("fastdistill"),
-                "python": platform.python_version(),
-                "sqlite": sqlite3.sqlite_version,
-                "platform": f"{sys.platform}-{platform.machine()}",
-                **{name: version(name) for name in DEPENDENCIES},
-            },
+            "versions": _versions() if ended else {},
             "inputs": [_file_entry(path, path.absolute()) for path in sorted(inputs) if path.is_file()],
             "models": {
                 name: {
@@ -190,6 +183,18 @@ def failures_message(tally: Tally) -> str:
     for (step, reason), count in sorted(tally.failures.items(), key=lambda item: -item[1].count):
         lines.append(f"{step}: {reason} ({count.count}): {count.examples[0]}")
     return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {
+        "fastdistill": version("fastdistill"),
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+        "platform": f"{sys.platform}-{platform.machine()}",
+        **{name: version(name) for name in DEPENDENCIES},
+    }
 
 
 def _file_entry(path: Path, shown: Path) -> dict[str, Any]:

@@ -53,6 +53,10 @@ def joined_digest(*parts: str) -> str:
 
 _quote = msgspec.json.Encoder().encode  # of a string: UTF-8, escaped as little as JSON allows
 
+# The usual one first: to ask an abstract class takes long, and to make an union each time, too.
+_OBJECT = (dict, Mapping)
+_ARRAY = (list, tuple)
+
 _Path: TypeAlias = "tuple[_Path, str | int] | tuple[()]"
 """Where in a value we are, the last step last: put into words only for an error."""
 
@@ -60,7 +64,7 @@ _Path: TypeAlias = "tuple[_Path, str | int] | tuple[()]"
 def _form(value: object, path: _Path) -> bytes:
     if isinstance(value, str):
         return _quote(value if value.isascii() else unicodedata.normalize("NFC", value))
-    if isinstance(value, dict | Mapping):
+    if isinstance(value, _OBJECT):
         members: dict[str, bytes] = {}
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -68,9 +72,11 @@ def _form(value: object, path: _Path) -> bytes:
             name = key if key.isascii() else unicodedata.normalize("NFC", key)
             if name in members:
                 raise NotCanonical(f"{_words(path)}: key {name!r} appears twice after Unicode normalisation")
-            members[name] = _form(inner, (path, key))
+            # What nearly every member is, without a call of its own.
+            plain = type(inner) is str and inner.isascii()
+            members[name] = _quote(inner) if plain else _form(inner, (path, key))
         return b"{" + b",".join([_quote(name) + b":" + members[name] for name in sorted(members)]) + b"}"
-    if isinstance(value, list | tuple):
+    if isinstance(value, _ARRAY):
         return b"[" + b",".join([_form(inner, (path, index)) for index, inner in enumerate(value)]) + b"]"
     if value is None:
         return b"null"

@@ -26,6 +26,7 @@ class Outcome(StrEnum):
 
 
 class FinishReason(StrEnum):
+    __hash__ = str.__hash__
     STOP = "stop"
     LENGTH = "length"  # cut by max_tokens: the answer is not whole
     CONTENT_FILTER = "content_filter"
@@ -196,6 +197,7 @@ class Failure:
 
 
 class Status(StrEnum):
+    __hash__ = str.__hash__
     OPEN = "open"
     DUPLICATE = "duplicate"  # left out on purpose, with the reason in `failures`
     FAILED = "failed"  # a step could not handle it
