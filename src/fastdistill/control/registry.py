@@ -4,9 +4,7 @@ A third party adds a step or a provider with an entry point of the group `fastdi
 `fastdistill.providers`, named as in the config and pointing at the class.
 """
 
-import difflib
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
 STEPS = {
@@ -66,6 +64,8 @@ def provider_class(kind: str) -> Any:
 
 def suggest(name: str, known: list[str]) -> str:
     """`did you mean ...?`, or the known names if none is near."""
+    import difflib
+
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else f"known are: {', '.join(sorted(known))}"
 
@@ -74,6 +74,8 @@ def _load(group: str, name: str, builtin: dict[str, str]) -> Any:
     if name in builtin:
         module, _, attribute = builtin[name].partition(":")
         return getattr(import_module(module), attribute)
+    from importlib.metadata import entry_points
+
     third_party = {point.name: point for point in entry_points(group=group)}
     if name in third_party:
         return third_party[name].load()

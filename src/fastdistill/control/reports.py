@@ -7,7 +7,6 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from fastdistill.control.audited import audit_command, audits_of
 from fastdistill.control.card import dataset_card
 from fastdistill.control.folder import RunFolder, read_json, write_json
-from fastdistill.control.report_html import render_html
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.tally import Tally, interval
 from fastdistill.core.canonical import digest
@@ -98,6 +96,7 @@ class Proofs:
     def _write(
         self, run: ActiveRun, floor: list[dict[str, Any]], status: str, code: ExitCode, message: str
     ) -> "RunResult":
+        from fastdistill.control.report_html import render_html
         from fastdistill.control.session import RunResult
 
         folder = self._folder
@@ -182,7 +181,7 @@ class Proofs:
             "started": self._started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds") if ended else None,
             "config_sha256": digest(self._pipeline.resolved()),
-            "versions": versions(),
+            "versions": versions() if ended else {},
             "environment": {step.name: facts for step in self._pipeline.steps if (facts := step.environment())},
             "inputs": [
                 {"path": path.as_posix(), "bytes": path.stat().st_size if path.is_file() else None, "sha256": content}
@@ -214,6 +213,8 @@ class Proofs:
 
 def versions() -> dict[str, str]:
     """What this run was made with: ours, the interpreter's, the libraries'."""
+    from importlib.metadata import version
+
     return {
         "fastdistill": version("fastdistill"),
         "python": platform.python_version(),

@@ -7,7 +7,7 @@ coroutine over one sample (generate, parse, gate, select). Consecutive sample st
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -192,12 +192,13 @@ class Gate(SampleStep):
         return None
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        open_ = [c for c in sample.candidates if c.outcome is not Outcome.FAIL and c.verdict(self.name) is None]
+        name = self.name
+        open_ = [c for c in sample.candidates if c.outcome is not Outcome.FAIL and c.verdict(name) is None]
         if not open_:
             return sample
         verdicts = await self.judge_all(open_, sample, ctx)
         judged = {c.candidate_id: c.judged(v) for c, v in zip(open_, verdicts, strict=True)}
-        return replace(sample, candidates=tuple(judged.get(c.candidate_id, c) for c in sample.candidates))
+        return sample.with_candidates([judged.get(c.candidate_id, c) for c in sample.candidates])
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         return [await self.judge(candidate, sample, ctx) for candidate in candidates]

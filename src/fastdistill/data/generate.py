@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
@@ -11,10 +11,7 @@ from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import NotAsked, SampleError
 from fastdistill.core.step import Context, Model, SampleStep
 from fastdistill.core.types import Answer, Candidate, Draw, Failure, Message, Prompt, Sample
-from fastdistill.data.template import compile_template, render
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from fastdistill.data.template import Template, compile_template, render
 
 
 class Until(BaseModel):
@@ -118,6 +115,8 @@ class TextGeneration(SampleStep):
         draws = [self._draw(prompt, attempt) for attempt in attempts]
         answers = await model.generate(prompt, draws)
         candidates = [self._candidate(answer, sample, prompt) for answer in answers if isinstance(answer, Answer)]
+        if len(candidates) == len(draws):
+            return sample.with_candidates((*sample.candidates, *candidates))
         failures = [
             Failure(self.name, answer.reason, str(answer), draw.attempt)
             for draw, answer in zip(draws, answers, strict=True)
@@ -199,11 +198,11 @@ class TextGeneration(SampleStep):
             raise SampleError("bad_decode_profile", f"{place}: {where}: {first['msg']}") from error
 
     @cached_property
-    def _user(self) -> "Template":
+    def _user(self) -> Template:
         return compile_template(self.template)
 
     @cached_property
-    def _system(self) -> "Template | str | None":
+    def _system(self) -> Template | str | None:
         text = self.system_prompt
         return text if text is None or "{" not in text else compile_template(text)
 

@@ -34,7 +34,7 @@ class ScoreFromExecEval(SampleStep):
         return self
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        return replace(sample, candidates=tuple(self._scored(candidate) for candidate in sample.candidates))
+        return sample.with_candidates(map(self._scored, sample.candidates))
 
     def _scored(self, candidate: Candidate) -> Candidate:
         verdict = candidate.verdict(self.gate)
@@ -67,7 +67,7 @@ class SelectBest(SampleStep):
             for candidate in ranked:
                 first.setdefault(form(candidate.answer), candidate)
             ranked = list(first.values())
-        return replace(sample, selection=tuple(candidate.candidate_id for candidate in ranked[: self.k]))
+        return sample.selected(tuple(candidate.candidate_id for candidate in ranked[: self.k]))
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float, int, str]:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -22,10 +22,7 @@ from fastdistill.data.execution.sqlite_copies import CopyError, PerturbedCopies
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
 from fastdistill.data.execution.sqlite_pool import SqlitePool
 from fastdistill.data.execution.sqlite_worker import Evaluation, SqlJob
-from fastdistill.data.template import compile_template, render
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from fastdistill.data.template import Template, compile_template, render
 
 
 class SQLiteExecEval(Gate):
@@ -173,7 +170,7 @@ class SQLiteExecEval(Gate):
         return str(Path(self.db_path).expanduser())
 
     @cached_property
-    def _template(self) -> "Template | None":
+    def _template(self) -> Template | None:
         return compile_template(self.db_path) if "{{" in self.db_path else None
 
 
