@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from fastdistill.core.types import Candidate, Outcome, Sample, Status, Verdict
-from fastdistill.data.export.sft import ROWS_PER_GROUP, ExportSFT
+from fastdistill.data.export.dataset import ROWS_PER_GROUP
+from fastdistill.data.export.sft import ExportSFT
 from tests.context import TestContext, candidate
 
 ASKED = ({"role": "system", "content": "Return SQL only."}, {"role": "user", "content": "Wie viele Sänger?"})
@@ -51,7 +52,7 @@ def test_each_shape_has_its_own_file_and_no_row_has_both(ctx: TestContext) -> No
         "fd_seed": 0,
         "fd_attempt": 0,
         "fd_score": None,
-        "fd_gates": [{"gate": "rules", "outcome": "pass", "reason": "ok"}],
+        "fd_gates": [{"gate": "rules", "outcome": "pass", "reason": "ok", "score": None}],
     }
     rows = {"sft": {"messages": [*ASKED, answer], **columns}}
     rows["sft_pc"] = {"prompt": list(ASKED), "completion": [answer], **columns}

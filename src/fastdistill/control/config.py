@@ -37,7 +37,7 @@ def load_pipeline(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Pipe
     for path in layers:
         merged = merge(merged, read_yaml(path))
     for override in overrides:
-        merged = merge(merged, _nested(override))
+        merged = merge(merged, nested_override(override))
     return parse_pipeline(merged)
 
 
@@ -224,7 +224,7 @@ def _validated(kind: type[Parsed], body: dict[str, Any], path: str, problems: li
         return None
 
 
-def _nested(override: str) -> Any:
+def nested_override(override: str) -> Any:
     """`a.b=c` as the mapping that it stands for; the value is YAML."""
     path, equals, text = override.partition("=")
     if not equals or not path.strip("."):

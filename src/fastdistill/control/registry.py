@@ -19,9 +19,12 @@ STEPS = {
     "RuleFilter": "fastdistill.data.rules",
     "SQLiteExecEval": "fastdistill.data.execution.sqlite",
     "PythonExecEval": "fastdistill.data.execution.python",
+    "SplitRationale": "fastdistill.data.rationale",
+    "MajorityVote": "fastdistill.data.vote",
     "ScoreFromExecEval": "fastdistill.data.select",
     "SelectBest": "fastdistill.data.select",
     "ExportSFT": "fastdistill.data.export.sft",
+    "ExportPreference": "fastdistill.data.export.preference",
 }
 
 PROVIDERS = {

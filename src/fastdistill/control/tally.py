@@ -86,6 +86,7 @@ class Tally:
         self.gates: dict[str, GateCount] = {}
         self.failures: dict[tuple[str, str], FailureCount] = {}
         self.hashes: defaultdict[str, ContentHash] = defaultdict(ContentHash)
+        self.reports: dict[str, dict[str, Any]] = {}  # by step: what it says of its whole work
 
     def add(self, sample: Sample) -> None:
         self.samples += 1
@@ -147,6 +148,8 @@ class Tally:
             }
             if step.name in self.gates:
                 stage["candidates"] = _gate_report(self.gates[step.name])
+            if step.name in self.reports:
+                stage["report"] = self.reports[step.name]
             stages.append(stage)
             in_stream = kept
         return stages

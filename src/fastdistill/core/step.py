@@ -5,7 +5,7 @@ coroutine over one sample (generate, parse, gate, select). Consecutive sample st
 """
 
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -64,6 +64,10 @@ class Context(Protocol):
         """Takes a sample out of the stream, with its reason; it stays in the ledger."""
         ...
 
+    def report(self, step: str, found: Mapping[str, Any]) -> None:
+        """Puts what a step has to say of its whole work into the quality report, with the step's stage."""
+        ...
+
 
 class Step(BaseModel):
     """A step is its configuration. `name` is what reports call it; the pipeline numbers repeated ones."""
@@ -98,6 +102,10 @@ class Step(BaseModel):
 
     def models(self) -> Sequence[str]:
         """Names of the models that this step asks; checked before anything is spent."""
+        return ()
+
+    def steps(self) -> Sequence[str]:
+        """Names of other steps whose candidates this step tells apart; checked before anything is spent."""
         return ()
 
     @asynccontextmanager

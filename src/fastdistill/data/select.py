@@ -1,12 +1,15 @@
 """Scores candidates from what the gates found, and picks the best. Judges nothing itself."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.data.rationale import rationale_of
 
 
 class ScoreFromExecEval(SampleStep):
@@ -49,14 +52,34 @@ class SelectBest(SampleStep):
     """Selects up to `k` accepted candidates: the highest score first, no score last, the earlier attempt on a tie."""
 
     k: int = Field(1, gt=0)
-    distinct: bool = Field(True, description="of equal answers only the best counts")
+    distinct: bool | Literal["path"] = Field(
+        True, description="of equal answers only the best counts; path: of equal ways to the answer"
+    )
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         ranked = sorted(sample.accepted, key=_rank)
         if self.distinct:
-            first = {candidate.answer: candidate for candidate in reversed(ranked)}
-            ranked = [candidate for candidate in ranked if first[candidate.answer] is candidate]
+            key = _path if self.distinct == "path" else _answer
+            first = {key(candidate): candidate for candidate in reversed(ranked)}
+            ranked = [candidate for candidate in ranked if first[key(candidate)] is candidate]
         return replace(sample, selection=tuple(candidate.candidate_id for candidate in ranked[: self.k]))
+
+
+def _answer(candidate: Candidate) -> Hashable:
+    return candidate.answer
+
+
+_EQUATION = re.compile(r"\d[\d.,\s+*/×÷()%$-]*=\s*\$?\d[\d.,]*")
+
+
+def _path(candidate: Candidate) -> Hashable:
+    """How an answer was reached: the equations of its rationale (RFT, arXiv:2308.01825), or else its words.
+
+    Without a rationale the answer itself is looked at.
+    """
+    text = rationale_of(candidate) or candidate.answer
+    equations = tuple("".join(found.split()).rstrip(".,") for found in _EQUATION.findall(text))
+    return equations or " ".join(text.split()).casefold()
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float, int, str]:
