@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def complete_dataset(dist: Path, name: str, pipeline: "Pipeline", tally: Tally) -> None:
     """Adds what is made of all the files that the exports wrote. `name` is what the folder will be called."""
-    files = [path.relative_to(dist) for path in _files_in(dist)]
+    files = [path.relative_to(dist) for path in _files_in(dist) if _has_rows(path)]
     texts = trainer_files(name, {file.as_posix() for file in files})
     for path, text in {**texts, "README.md": dataset_card(pipeline, tally, files)}.items():
         with atomic(dist / path) as file:
@@ -78,6 +78,15 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Sequence[Path]) -> s
         "and the run's manifest says where every row comes from.",
     ]
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n" + "\n".join(lines) + "\n"
+
+
+def _has_rows(path: Path) -> bool:
+    """`datasets` can't load a config of which one split is empty."""
+    if path.suffix != ".parquet":
+        return path.stat().st_size > 0
+    from pyarrow.parquet import read_metadata
+
+    return bool(read_metadata(path).num_rows)
 
 
 def _files_in(dist: Path) -> list[Path]:

@@ -104,7 +104,9 @@ def rationale_of(candidate: Candidate) -> str | None:
 
 def _separator(text: str) -> "re.Pattern[str]":
     words = r"[ \t]*".join(map(re.escape, text.split()))
-    return re.compile(rf"^[ \t]*(?:\*\*|__)?{words}(?!\w)[ \t]*:?(?:\*\*|__)?[ \t]*:?", re.IGNORECASE | re.MULTILINE)
+    return re.compile(
+        rf"^[ \t]*(?:\*\*|__)?{words}(?!(?<=\w)\w)[ \t]*:?(?:\*\*|__)?[ \t]*:?", re.IGNORECASE | re.MULTILINE
+    )
 
 
 def _squeezed(value: object) -> str:

@@ -78,7 +78,7 @@ def _path(candidate: Candidate) -> Hashable:
     Without a rationale the answer itself is looked at.
     """
     text = rationale_of(candidate) or candidate.answer
-    equations = tuple("".join(found.split()).rstrip(".,") for found in _EQUATION.findall(text))
+    equations = tuple(re.sub(r"[\s$]|[.,]$", "", found) for found in _EQUATION.findall(text))
     return equations or " ".join(text.split()).casefold()
 
 

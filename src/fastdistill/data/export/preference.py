@@ -85,7 +85,11 @@ class ExportPreference(Export):
 
     def report(self, seen: "Counter[str]") -> dict[str, Any]:
         longer = wilson(seen["chosen_longer"], seen["pairs"])
-        return super().report(seen) | {"chosen_longer_rate": {k: v and round(v, 6) for k, v in asdict(longer).items()}}
+        return (
+            {"pairs": 0}
+            | super().report(seen)
+            | {"chosen_longer_rate": {k: v and round(v, 6) for k, v in asdict(longer).items()}}
+        )
 
     def _pairs(
         self, better: Sequence[Candidate], worse: Sequence[Candidate], seen: "Counter[str]"
