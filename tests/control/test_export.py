@@ -16,9 +16,9 @@ from fastdistill.control.config import parse_pipeline
 from fastdistill.control.export import export_run
 from fastdistill.control.folder import write_json
 from fastdistill.control.session import RunResult
-from fastdistill.core.errors import ConfigError, EnvironmentFault, InputError
+from fastdistill.core.errors import ConfigError, EnvironmentFault, InputError, TeacherError
 from fastdistill.data.export.trainers import trainer_files
-from tests.servers import choose, openai_server
+from tests.servers import choose, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
 TEMPLATES = ["${HOME} {{ schema }}\nQuestion: {{ instruction }}", "{{ instruction }} {{ schema }}"]
@@ -184,3 +184,27 @@ def test_llamafactory_never_reads_the_formatting_that_adds_words_of_its_own() ->
     for path in ("sft", "dpo"):
         named = made[f"configs/llamafactory_{path}.yaml"]
         assert {named["dataset"], named["eval_dataset"]} <= index.keys()
+
+
+def test_a_split_without_rows_is_not_offered(finished: Finished, tmp_path: Path) -> None:
+    export_run("done", ["trl", "mlx"], ["ExportSFT.validation=0.0000001"], tmp_path / "new", finished.root)
+    assert (tmp_path / "new" / "sft_pc" / "validation.parquet").exists()
+    header = yaml.safe_load((tmp_path / "new" / "README.md").read_text().split("---")[1])
+    (sft,) = (each for each in header["configs"] if each["config_name"] == "sft_pc")
+    assert [data["split"] for data in sft["data_files"]] == ["train"]
+    assert "eval_strategy" not in yaml.safe_load((tmp_path / "new" / "configs" / "trl_sft.yaml").read_text())
+
+
+def test_a_student_that_no_step_asks_is_found_before_anything_is_spent() -> None:
+    made = config("http://localhost:1", Path("train.jsonl"), Path("city.db"))
+    made["steps"].append({"ExportPreference": {"pair_source": "teacher_vs_student", "student_step": "pupil"}})
+    with pytest.raises(ConfigError, match="there is no step named 'pupil'; there are: LoadJsonl"):
+        parse_pipeline(made)
+
+
+def test_a_teacher_that_refuses_ends_a_run_with_several_templates(tmp_path: Path) -> None:
+    templates = ["{{ instruction }} one", "{{ instruction }} two"]
+    with openai_server(choose(ANSWERS), faults={"two": status(401, times=None)}) as server:
+        made = config(server.url, write_records(tmp_path), make_database(tmp_path), template=templates)
+        with pytest.raises(TeacherError):
+            parse_pipeline(made).run(output_dir=tmp_path / "artifacts")

@@ -217,8 +217,9 @@ class Export(StreamStep):
                     writers[split].setdefault(shape, []).append(write)
             wanted = [(shape, SHAPES[shape]) for shape in writers["train"]]
             for sample in samples:
+                found: Counter[str] = Counter()
                 try:
-                    rows = self._rows(sample, wanted, seen)
+                    rows = self._rows(sample, wanted, found)
                     split = self._split(sample) if rows else "train"
                 except SampleError as error:
                     ctx.discard(sample.failed(self.name, error))
@@ -226,6 +227,7 @@ class Export(StreamStep):
                 for shape, row, line in rows:
                     for write in writers[split][shape]:
                         write(row, line)
+                seen.update(found)
                 yield sample
         ctx.report(self.name, self.report(seen))
 

@@ -41,7 +41,7 @@ class ExportSFT(Export):
         return FD_COLUMNS if self.target == "answer_only" else (*FD_COLUMNS, "fd_part")
 
     def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
-        if sample.candidates:
+        if sample.candidates and Shape.PROMPT in self.shapes:
             columns = {"fd_sample_id": sample.sample_id, "fd_task_id": sample.task_id} | self.kept(sample)
             yield PROMPTS, Example(self.prompt(sample, sample.candidates[0]), [], columns)
         written = 0
