@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
@@ -16,8 +16,6 @@ from fastdistill.data.template import compile_template, render
 
 if TYPE_CHECKING:
     from jinja2 import Template
-
-T = TypeVar("T")
 
 
 class Until(BaseModel):
@@ -145,7 +143,9 @@ class TextGeneration(SampleStep):
         else:
             # What was paid for comes home, also where one of the prompts is refused for good.
             home = await asyncio.gather(*(model.generate(*each) for each in asked), return_exceptions=True)
-            answers = [_raised(each) for each in home]
+            answers = [each for each in home if not isinstance(each, BaseException)]
+            for error in (each for each in home if isinstance(each, BaseException)):
+                raise error
         found = [
             (prompt, draw, answer)
             for (prompt, draws), drawn in zip(asked, answers, strict=True)
@@ -219,12 +219,6 @@ class TextGeneration(SampleStep):
     def _system(self) -> "Template | str | None":
         text = self.system_prompt
         return text if text is None or "{" not in text else compile_template(text)
-
-
-def _raised(result: T | BaseException) -> T:
-    if isinstance(result, BaseException):
-        raise result
-    return result
 
 
 def _asked(sample: Sample, step: str) -> int:

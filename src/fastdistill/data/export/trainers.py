@@ -42,20 +42,12 @@ def _configs(folder: str, files: Collection[str]) -> Iterator[tuple[str, str, di
     if "sft/train.parquet" in files:
         sets = _axolotl(folder, "sft", files, type="chat_template")
         yield "axolotl_sft", "axolotl train", {**sets, "learning_rate": 2e-4, "num_epochs": 2}
-        llamafactory = _llamafactory(folder, "fd_sft", "sft/validation.parquet" in files)
-        yield (
-            "llamafactory_sft",
-            "llamafactory-cli train",
-            {"stage": "sft", **llamafactory, **sft},
-        )
+        llamafactory = {"stage": "sft", **_llamafactory(folder, "fd_sft", "sft/validation.parquet" in files)}
+        yield "llamafactory_sft", "llamafactory-cli train", llamafactory | sft
     if "lf/preference_train.jsonl" in files:
         llamafactory = _llamafactory(folder, "fd_preference", "lf/preference_validation.jsonl" in files)
         losses = {"pref_beta": 0.1, "pref_loss": "sigmoid", "pref_ftx": 0.2}
-        yield (
-            "llamafactory_dpo",
-            "llamafactory-cli train",
-            {"stage": "dpo", **llamafactory, **losses, **dpo},
-        )
+        yield "llamafactory_dpo", "llamafactory-cli train", {"stage": "dpo", **llamafactory, **losses, **dpo}
     if "mlx/train.jsonl" in files:
         # `scale` is alpha / rank itself; it reads the folder, so the splits have no names here.
         yield "mlx_lora", "mlx_lm.lora -c", {
