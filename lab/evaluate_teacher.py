@@ -22,8 +22,9 @@ from statistics import mean
 from typing import Any
 
 from fastdistill.core.stats import wilson
-from fastdistill.model.embedded.inference import Engine, Request, Sampling
+from fastdistill.model.embedded.inference import Engine
 from fastdistill.model.embedded.network import load_weights
+from fastdistill.model.embedded.wire import Request
 from lab.grammar import Example, examples
 from lab.train_teacher import prompt
 
@@ -71,8 +72,8 @@ def answer(folder: Path, questions: Sequence[Example], n: int, temperature: floa
     engine = Engine(load_weights(folder))
     for index, example in enumerate(questions):
         # Seeds of different requests must not overlap: choice i draws with seed + i.
-        sampling = Sampling(temperature=temperature, seed=index * n)
-        engine.submit(index, Request(prompt(example.schema, example.question), n=n, sampling=sampling))
+        messages = prompt(example.schema, example.question)
+        engine.submit(index, Request(messages=messages, n=n, temperature=temperature, seed=index * n))
     texts: dict[Any, tuple[str, ...]] = {}
     while engine.busy:
         for key, completion in engine.step():

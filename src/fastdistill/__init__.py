@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastdistill.core.step import Gate as Gate
     from fastdistill.core.step import SampleStep as SampleStep
     from fastdistill.core.step import StreamStep as StreamStep
+    from fastdistill.data.execution.math import MathExecEval as MathExecEval
     from fastdistill.data.execution.python import PythonExecEval as PythonExecEval
     from fastdistill.data.execution.sqlite import SQLiteExecEval as SQLiteExecEval
     from fastdistill.data.export.preference import ExportPreference as ExportPreference
@@ -43,6 +44,7 @@ _HOMES = {
     "SampleStep": "fastdistill.core.step",
     "StreamStep": "fastdistill.core.step",
     "SQLiteExecEval": "fastdistill.data.execution.sqlite",
+    "MathExecEval": "fastdistill.data.execution.math",
     "PythonExecEval": "fastdistill.data.execution.python",
     "ExportSFT": "fastdistill.data.export.sft",
     "ExportPreference": "fastdistill.data.export.preference",

@@ -17,7 +17,7 @@ from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogpro
 from fastdistill.model.provider import Capabilities, ErrorKind, ProviderError
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider, share
 from fastdistill.model.retry import GiveUp, Retry, decide
-from fastdistill.model.transport import AiohttpTransport
+from fastdistill.model.transport import transport_for
 from tests.servers import Call, Fault, Reply, Server, garbled, hang, mixed, openai_server, rate_limited, reset, status
 
 
@@ -144,7 +144,9 @@ def test_base_urls_are_tolerant(kind: str, given: str, normal: str) -> None:
     assert config(given, provider=kind).base_url == normal
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://u:p@x/v1", "http://x/v1?key=s"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://x", "http://", "http://:8", "http://u:p@x/v1", "http://x/v1?key=s"]
+)
 def test_a_base_url_that_is_none_or_holds_a_secret_is_an_error(url: str) -> None:
     with pytest.raises(ValidationError, match="base_url"):
         config(url)
@@ -553,7 +555,7 @@ def test_slots_bound_the_work_and_the_peak_is_seen() -> None:
 
 def test_stats_are_served() -> None:
     async def stats(url: str) -> Any:
-        transport = AiohttpTransport()
+        transport = transport_for(url)
         try:
             return (await transport.request("GET", url, headers={}, body=None, timeout=5)).body
         finally:

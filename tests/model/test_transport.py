@@ -3,46 +3,53 @@
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 
 from fastdistill.core.types import FinishReason
+from fastdistill.model.http1 import Http1Transport
+from fastdistill.model.https import AiohttpTransport
 from fastdistill.model.provider import ErrorKind, ProviderError
 from fastdistill.model.transport import (
-    AiohttpTransport,
     Fault,
     Response,
+    Transport,
     error_kind,
-    read_fault,
-    refused_names,
     retry_after,
-    says_too_long,
     split_thinking,
+    transport_for,
 )
 from tests.servers import cut, garbled, hang, openai_server, reset
 
 BODY = b'{"model": "teacher", "messages": [{"role": "user", "content": "hi"}]}'
 
 
-def post(url: str, *, times: int = 1, timeout: float = 5.0, transport: AiohttpTransport | None = None) -> Response:
+Transports = Callable[..., Transport]
+MAX_BODY = 2**20
+
+
+@pytest.fixture(params=[Http1Transport, AiohttpTransport])
+def kind(request: pytest.FixtureRequest) -> Transports:
+    return partial(request.param, max_body=MAX_BODY, keep=4)
+
+
+def post(kind: Transports, url: str, *, times: int = 1, timeout: float = 5.0) -> Response:
     async def go() -> Response:
-        client = transport or AiohttpTransport()
-        try:
+        async with aclosing(kind()) as client:
             for _ in range(times):
                 response = await client.request("POST", url, headers={}, body=BODY, timeout=timeout)
             return response
-        finally:
-            await client.aclose()
 
     return asyncio.run(go())
 
 
-def failure(url: str, *, timeout: float = 5.0, transport: AiohttpTransport | None = None) -> ProviderError:
+def failure(kind: Transports, url: str, *, times: int = 1, timeout: float = 5.0) -> ProviderError:
     with pytest.raises(ProviderError) as caught:
-        post(url, timeout=timeout, transport=transport)
+        post(kind, url, times=times, timeout=timeout)
     return caught.value
 
 
@@ -73,95 +80,89 @@ def raw_server(*connections: list[bytes]) -> Iterator[tuple[str, list[int]]]:
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-def test_an_answer_comes_whole_with_its_headers_whatever_the_status() -> None:
+def test_an_answer_comes_whole_with_its_headers_whatever_the_status(kind: Transports) -> None:
     with openai_server() as server:
-        found = post(f"{server.url}/chat/completions")
-        missing = post(f"{server.url}/nothing")
+        found = post(kind, f"{server.url}/chat/completions")
+        missing = post(kind, f"{server.url}/nothing")
     assert (found.status, missing.status) == (200, 404)
-    assert found.headers["content-TYPE"].startswith("application/json")
+    assert found.headers["content-type"].startswith("application/json")
     assert b'"choices"' in found.body
 
 
-def test_connections_are_kept() -> None:
+def test_connections_are_kept(kind: Transports) -> None:
     with raw_server([OK, OK, OK]) as (url, served):
-        assert post(url, times=3).body == b"ok"
+        assert post(kind, url, times=3).body == b"ok"
     assert served == [3]
 
 
-def test_nobody_listening_is_refused() -> None:
+def test_nobody_listening_is_refused(kind: Transports) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    assert failure(f"http://127.0.0.1:{port}/").kind is ErrorKind.REFUSED
+    assert failure(kind, f"http://127.0.0.1:{port}/").kind is ErrorKind.REFUSED
 
 
-def test_an_unknown_host_is_refused() -> None:
-    assert failure("http://no-such-host.invalid/").kind is ErrorKind.REFUSED
+def test_an_unknown_host_is_refused(kind: Transports) -> None:
+    assert failure(kind, "http://no-such-host.invalid/").kind is ErrorKind.REFUSED
 
 
-def test_a_connection_broken_before_or_within_the_answer_is_a_reset() -> None:
+def test_a_connection_broken_before_or_within_the_answer_is_a_reset(kind: Transports) -> None:
     for fault in (reset(), cut()):
         with openai_server(faults={1: fault}) as server:
-            assert failure(f"{server.url}/chat/completions").kind is ErrorKind.RESET
+            assert failure(kind, f"{server.url}/chat/completions").kind is ErrorKind.RESET
 
 
-def test_no_answer_in_time_is_a_timeout() -> None:
+def test_no_answer_in_time_is_a_timeout(kind: Transports) -> None:
     with openai_server(faults={1: hang()}) as server:
-        error = failure(f"{server.url}/chat/completions", timeout=0.2)
+        error = failure(kind, f"{server.url}/chat/completions", timeout=0.2)
     assert error.kind is ErrorKind.TIMEOUT
     assert "0.2 s" in str(error)
 
 
-def test_what_is_not_http_is_garbled() -> None:
+def test_what_is_not_http_is_garbled(kind: Transports) -> None:
     with raw_server([b"SSH-2.0-OpenSSH_9.2\r\n\r\n"]) as (url, _):
-        assert failure(url).kind is ErrorKind.GARBLED
+        assert failure(kind, url).kind is ErrorKind.GARBLED
 
 
-def test_an_answer_beyond_the_cap_is_not_read_on() -> None:
-    class Small(AiohttpTransport):
-        max_body = 1000
-
-    with openai_server(faults={1: garbled(b"x" * 100_000)}) as server:
-        error = failure(f"{server.url}/chat/completions", transport=Small())
+def test_an_answer_beyond_the_cap_is_not_read_on(kind: Transports) -> None:
+    with openai_server(faults={1: garbled(b"x" * (MAX_BODY + 1))}) as server:
+        error = failure(kind, f"{server.url}/chat/completions")
     assert error.kind is ErrorKind.GARBLED
+    assert str(MAX_BODY) in str(error)
 
 
-def test_redirects_are_not_followed() -> None:
+def test_redirects_are_not_followed(kind: Transports) -> None:
     with raw_server([b"HTTP/1.1 301 Moved\r\nLocation: http://x.invalid/\r\nContent-Length: 0\r\n\r\n"]) as (url, _):
-        response = post(url)
+        response = post(kind, url)
     assert (response.status, response.headers["location"]) == (301, "http://x.invalid/")
 
 
-def test_a_kept_connection_closed_by_the_server_does_not_count_as_a_failure() -> None:
+def test_a_kept_connection_closed_by_the_server_does_not_count_as_a_failure(kind: Transports) -> None:
     # The first connection answers once, takes the second request and closes without a byte; that is the race.
     with raw_server([OK, b""], [OK]) as (url, served):
-        assert post(url, times=2).body == b"ok"
+        assert post(kind, url, times=2).body == b"ok"
     assert served == [2, 1]
 
 
-def test_a_kept_connection_that_broke_within_its_answer_is_a_failure() -> None:
+def test_a_kept_connection_that_broke_within_its_answer_is_a_failure(kind: Transports) -> None:
     with raw_server([OK, b"HTTP/1.1 200 OK\r\nContent-"], [OK]) as (url, served):
-        with pytest.raises(ProviderError) as caught:
-            post(url, times=2)
-        assert caught.value.kind is ErrorKind.RESET
-        post(url)
+        assert failure(kind, url, times=2).kind is ErrorKind.RESET
+        post(kind, url)
     assert served == [2, 1]
 
 
-def test_only_one_connection_is_opened_in_place_of_a_stale_one() -> None:
+def test_only_one_connection_is_opened_in_place_of_a_stale_one(kind: Transports) -> None:
     with raw_server([OK, b""], [b""], [OK]) as (url, _):
-        with pytest.raises(ProviderError) as caught:
-            post(url, times=2)
-        assert caught.value.kind is ErrorKind.RESET
-        post(url)
+        assert failure(kind, url, times=2).kind is ErrorKind.RESET
+        post(kind, url)
 
 
 def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    with raw_server([OK]) as (url, _):
+    with raw_server([OK]) as (url, _), openai_server() as server:
         monkeypatch.setenv("http_proxy", url.removeprefix("http://").rstrip("/"))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        assert post("http://teacher.invalid/").body == b"ok"
-        with openai_server() as server:
-            assert post(f"{server.url}/chat/completions").status == 200
+        assert post(partial(transport_for, "http://teacher.invalid/"), "http://teacher.invalid/").body == b"ok"
+        assert type(transport_for(server.url)) is Http1Transport
+        assert type(transport_for("https://teacher.invalid/")) is AiohttpTransport
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_error_bodies_of_every_shape_are_read(body: bytes, message: str, parameter: str | None) -> None:
-    fault = read_fault(body)
+    fault = Fault.read(body)
     assert (fault.message, fault.parameter) == (message, parameter)
 
 
@@ -200,7 +201,7 @@ def test_error_bodies_of_every_shape_are_read(body: bytes, message: str, paramet
     ],
 )
 def test_a_refused_parameter_is_found_by_name(text: str, name: str) -> None:
-    assert name in refused_names(Fault(text))
+    assert name in Fault(text).refused_names()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_a_refused_parameter_is_found_by_name(text: str, name: str) -> None:
     ],
 )
 def test_a_prompt_that_is_too_long_is_known_by_the_servers_words(text: str) -> None:
-    assert says_too_long(Fault(text))
+    assert Fault(text).says_too_long
 
 
 def test_retry_after_is_seconds_a_date_or_milliseconds() -> None:

@@ -223,6 +223,21 @@ def wikisql(
     print(f"written to {prepared.folder}")
 
 
+@prepare_app.command()
+def gsm8k(
+    source: Annotated[Path, typer.Option(help="The folder with train.jsonl and test.jsonl, or one such file.")],
+    samples: Annotated[int, typer.Option(min=1, help="Training records, at most.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Which records are drawn.")] = 13,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write; by default ~/.cache/fastdistill/datasets/gsm8k.")
+    ] = None,
+) -> None:
+    """GSM8K: grade-school problems with their final answers and worked solutions."""
+    from fastdistill.data.gsm8k import prepare_gsm8k
+
+    print(prepare_gsm8k(source, samples, seed, output))
+
+
 def _load(config: Path, config_env: Path | None, config_run: Path | None, set_: list[str] | None) -> "Pipeline":
     from fastdistill.control.config import load_pipeline
 

@@ -89,6 +89,8 @@ def read_yaml(path: Path) -> Any:
 def merge(base: Any, over: Any) -> Any:
     """`over` laid on `base`: mappings are merged, a mapping on a list changes its named items, all else replaces."""
     if isinstance(base, dict) and isinstance(over, dict):
+        if over.get("provider", base.get("provider")) != base.get("provider"):
+            return deepcopy(over)  # another provider has other keys
         merged = {key: merge(value, over[key]) if key in over else deepcopy(value) for key, value in base.items()}
         return merged | {key: deepcopy(value) for key, value in over.items() if key not in base}
     if isinstance(base, list) and isinstance(over, dict):

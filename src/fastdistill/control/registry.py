@@ -21,6 +21,10 @@ STEPS = {
     "PythonExecEval": "fastdistill.data.execution.python",
     "SplitRationale": "fastdistill.data.rationale",
     "MajorityVote": "fastdistill.data.vote",
+    "MathExecEval": "fastdistill.data.execution.math",
+    "LLMJudge": "fastdistill.data.judge",
+    "ScoreFromJudge": "fastdistill.data.judge",
+    "PairwiseJudge": "fastdistill.data.judge",
     "ScoreFromExecEval": "fastdistill.data.select",
     "SelectBest": "fastdistill.data.select",
     "ExportSFT": "fastdistill.data.export.sft",
@@ -34,6 +38,7 @@ PROVIDERS = {
     "sglang": "fastdistill.model.providers.openai:OpenAIProvider",
     "ollama": "fastdistill.model.providers.ollama:OllamaProvider",
     "embedded": "fastdistill.model.providers.embedded:EmbeddedProvider",
+    "replay": "fastdistill.model.providers.replay:ReplayProvider",
 }
 
 

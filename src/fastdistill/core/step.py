@@ -23,8 +23,13 @@ from fastdistill.core.types import Answer, Candidate, Draw, Message, Outcome, Pr
 class Model(Protocol):
     """A model behind its response store: the only way a step gets an answer."""
 
-    def prompt(self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any]) -> Prompt:
-        """A prompt for this model. `extra` are fields passed on to the server as they are."""
+    def prompt(
+        self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any], sample: Sample | None = None
+    ) -> Prompt:
+        """A prompt for this model. `extra` are fields passed on to the server as they are.
+
+        `sample` is whom it is for: only answers recorded elsewhere may be found by it; no other model looks at it.
+        """
         ...
 
     async def generate(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:

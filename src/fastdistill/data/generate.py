@@ -136,7 +136,7 @@ class TextGeneration(SampleStep):
         profile, count = self._profile(sample), len(self._users)
         asked = []
         for variant in {attempt % count: None for attempt in attempts}:
-            prompt = model.prompt(self.messages(sample, variant), profile, self.generation_kwargs)
+            prompt = model.prompt(self.messages(sample, variant), profile, self.generation_kwargs, sample)
             asked.append((prompt, [self._draw(prompt, a) for a in attempts if a % count == variant]))
         if len(asked) == 1:  # as a rule; it needs no task of its own
             answers = [await model.generate(*asked[0])]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError
 from fastdistill.core.timing import observe
-from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt
+from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample
 from fastdistill.model.limits import AdaptiveLimit, FixedLimit, Limit, Pace
 from fastdistill.model.meter import Meter
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
@@ -73,11 +73,15 @@ class ModelClient:
         self._answered_at = 0.0  # when the last answer came, by perf_counter
         self._longest = (0, 0.0)  # of how many requests, the 99th percentile in seconds
 
-    def prompt(self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any]) -> Prompt:
+    def prompt(
+        self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any], sample: Sample | None = None
+    ) -> Prompt:
         same, same_extra, parameters = self._asked_with
         if decode is not same or extra is not same_extra:
             parameters = decode.parameters() | self.config.parameters() | extra
             self._asked_with = (decode, extra, parameters)
+        if self.config.recorded and sample is not None:
+            parameters = parameters | {"sample": [sample.task_id, sample.sample_id]}
         return Prompt(self.config.provider, self.config.model, tuple(messages), parameters)
 
     async def generate(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
@@ -355,8 +359,9 @@ class ModelClient:
         clock = asyncio.get_running_loop().time
         begun = clock()
         busy = endpoint.free <= 0
+        seed = draws[0].attempt if self.config.recorded else draws[0].seed
         try:
-            completions = await endpoint.provider.complete(prompt, seed=draws[0].seed, n=len(draws))
+            completions = await endpoint.provider.complete(prompt, seed=seed, n=len(draws))
         except ProviderError as error:
             self._note_failure(endpoint, error, begun, clock())
             raise

@@ -3,12 +3,14 @@
 It does not retry, limit, store or count: the client around it does. A provider is one file in `providers/`.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol
+from urllib.parse import SplitResult, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from fastdistill.core.types import Completion, Prompt, Usage
 
@@ -28,6 +30,7 @@ class ErrorKind(StrEnum):
     TOO_LONG = "context_too_long"
     UNSUPPORTED = "unsupported"  # the server names a parameter it does not take: `parameter`
     BAD_REQUEST = "bad_request"  # any other 4xx
+    NOT_RECORDED = "not_recorded"  # a recording does not have the answer
 
 
 class ProviderError(Exception):
@@ -122,6 +125,8 @@ class ModelConfig(BaseModel):
     """Requests in flight at first, where `max_concurrency` is not set: the limit then finds itself."""
     finds_itself: ClassVar[bool] = True
     """False: `first_concurrency` is right for good."""
+    recorded: ClassVar[bool] = False
+    """True: answers exist already. A prompt says which sample it is for, and each draw has its attempt as its seed."""
 
     @property
     def hedges(self) -> bool:
@@ -141,6 +146,45 @@ class ServedConfig(ModelConfig):
     """A model behind one base URL or several, which share the work."""
 
     base_url: str | tuple[str, ...] = Field("", description="one, or a list for several servers of the same model")
+    api_key: SecretStr | None = Field(None, exclude=True, description="by default from the server's own variable")
+
+    @classmethod
+    def defaults(cls, provider: str) -> tuple[str, str]:
+        """The variable that a base URL comes from, and the base URL where that is not set."""
+        return f"{provider.upper()}_BASE_URL", ""
+
+    @classmethod
+    def normal_url(cls, url: str, provider: str) -> str:
+        """One base URL as it is used; ValueError if it can't be."""
+        return cls.split_url(url).geturl()
+
+    @staticmethod
+    def split_url(url: str) -> SplitResult:
+        """The parts of a base URL; ValueError if it is not a server's, or has a secret in it."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"base_url: {url!r} is not an http:// or https:// address")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("base_url: no user, password or query here; they would be written to files; use `api_key`")
+        return parts
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_environment(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        provider = str(fields.get("provider", cls.model_fields["provider"].default))
+        variable, default = cls.defaults(provider)
+        url = fields.get("base_url") or os.environ.get(variable) or default
+        key = fields.get("api_key") or os.environ.get(f"{provider.upper()}_API_KEY") or None
+        return {**fields, "base_url": url, "api_key": key}
+
+    @field_validator("base_url")
+    @classmethod
+    def _normal(cls, given: str | tuple[str, ...], info: ValidationInfo) -> str | tuple[str, ...]:
+        texts = given.split(",") if isinstance(given, str) else given  # a variable lists several with commas
+        urls = tuple(dict.fromkeys(cls.normal_url(text.strip(), info.data.get("provider", "")) for text in texts))
+        return urls[0] if len(urls) == 1 else urls
 
     @property
     def url(self) -> str:
@@ -152,13 +196,6 @@ class ServedConfig(ModelConfig):
         if isinstance(self.base_url, str):
             return (self,)
         return [self.model_copy(update={"base_url": url}) for url in self.base_url]
-
-
-def each_url(given: str | Sequence[str], normal: Callable[[str], str]) -> str | tuple[str, ...]:
-    """The URLs of `base_url`, or of a variable that lists them with commas, each made normal; a single one bare."""
-    texts = given.split(",") if isinstance(given, str) else list(given)
-    urls = tuple(dict.fromkeys(normal(text.strip()) for text in texts))
-    return urls[0] if len(urls) == 1 else urls
 
 
 class Provider(Protocol):

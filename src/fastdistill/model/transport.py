@@ -3,30 +3,31 @@
 It does not retry, but for a connection that had died in the pool.
 """
 
-import asyncio
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any, Generic, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
 import msgspec
 from pydantic import SecretStr
 
-from fastdistill.core.types import FinishReason, TokenLogprob
+from fastdistill.core.types import Completion, FinishReason, TokenLogprob
 from fastdistill.model.provider import ErrorKind, ProviderError, ServedConfig
+
+IDLE = 4.0
+"""Seconds; uvicorn, under vLLM and SGLang, closes an idle connection after 5, and going first avoids the race."""
+CONNECTS = 30.0
+"""Seconds for a connection to come about."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A whole answer. `headers` are looked up without regard to case; `body` is decompressed."""
+    """A whole answer. Names in `headers` are in lower case; `body` is decompressed."""
 
     status: int
     headers: Mapping[str, str]
@@ -52,74 +53,34 @@ class Transport(Protocol):
     async def aclose(self) -> None: ...
 
 
-class AiohttpTransport:
-    """Keep-alive connections without a limit of their own: the client above says how many requests are in flight.
+def transport_for(url: str, *, max_body: int = 64 * 2**20, keep: float = IDLE) -> Transport:
+    """The cheapest transport that can reach a URL. Connections have no limit: the client above limits requests.
 
-    Proxies come from the environment (`HTTPS_PROXY`, `NO_PROXY` ...). Belongs to one event loop.
+    Args:
+        max_body: bytes of an answer, decompressed, beyond which it is not read on.
+        keep: seconds for which an idle connection waits to be used again; 0: none is. One that turns out to be dead
+            by then has its request sent again, once.
     """
+    if urlsplit(url).scheme == "http" and proxy(url) is None:
+        from fastdistill.model.http1 import Http1Transport
 
-    max_body = 64 * 2**20
-    """Bytes of an answer, decompressed, beyond which it is not read on."""
+        return Http1Transport(max_body=max_body, keep=keep)
+    from fastdistill.model.https import AiohttpTransport  # which takes a quarter of a second to import
 
-    def __init__(self) -> None:
-        self._session: aiohttp.ClientSession | None = None
-        self._proxy = lru_cache(_proxy)
+    return AiohttpTransport(max_body=max_body, keep=keep)
 
-    async def request(
-        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, timeout: float
-    ) -> Response:
-        if self._session is None:
-            self._session = _session(force_close=False)
-        try:
-            async with asyncio.timeout(timeout):
-                try:
-                    return await self._send(self._session, method, url, headers, body)
-                except _StaleConnection:
-                    # The pool may hold more of the same, so this goes over a connection opened for it.
-                    async with _session(force_close=True) as fresh:
-                        return await self._send(fresh, method, url, headers, body)
-        # A connection that does not come about in time is nobody listening, though aiohttp has it as a timeout too.
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
-            raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({error})") from error
-        except TimeoutError as error:
-            raise ProviderError(ErrorKind.TIMEOUT, f"{url}: no answer within {timeout:g} s") from error
-        except aiohttp.ClientHttpProxyError as error:
-            raise ProviderError(ErrorKind.REFUSED, f"{url}: the proxy refuses ({error})") from error
-        except aiohttp.ClientResponseError as error:
-            raise ProviderError(ErrorKind.GARBLED, f"{url}: the answer is not HTTP ({error.message})") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise ProviderError(ErrorKind.RESET, f"{url}: the connection broke ({error})") from error
 
-    async def aclose(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-
-    async def _send(
-        self, session: aiohttp.ClientSession, method: str, url: str, headers: Mapping[str, str], body: bytes | None
-    ) -> Response:
-        connection = SimpleNamespace(reused=False)
-        chunks: list[bytes] = []
-        size = 0
-        try:
-            sent: Any = {"data": body, "headers": headers, "proxy": self._proxy(url), "trace_request_ctx": connection}
-            opened = await session.request(method, url, allow_redirects=False, **sent)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.args[0], str)
-            if connection.reused and not begun:
-                raise _StaleConnection from error
-            raise
-        async with opened as response:
-            async for chunk in response.content.iter_any():
-                size += len(chunk)
-                if size > self.max_body:
-                    raise ProviderError(ErrorKind.GARBLED, f"{url}: the answer is larger than {self.max_body} bytes")
-                chunks.append(chunk)
-            return Response(response.status, response.headers, b"".join(chunks))
+def proxy(url: str) -> str | None:
+    """The proxy for a URL, from the environment (`HTTPS_PROXY`, `NO_PROXY` ...)."""
+    parts = urlsplit(url)
+    if proxy_bypass(parts.netloc):
+        return None
+    found = getproxies().get(parts.scheme)
+    return found if found is None or "://" in found else f"http://{found}"
 
 
 C = TypeVar("C", bound=ServedConfig)
-S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 class HttpProvider(Generic[C]):
@@ -130,13 +91,15 @@ class HttpProvider(Generic[C]):
     _expected: str  # what an answer should be
     _doubt = ""  # said of every answer that is something else
 
-    def __init__(
-        self, config: C, transport: Transport | None, key: SecretStr | None, headers: Mapping[str, SecretStr]
-    ) -> None:
+    def __init__(self, config: C, transport: Transport | None = None, headers: Mapping[str, SecretStr] = {}) -> None:
         self._config = config
-        self._transport = transport or AiohttpTransport()
-        self._headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+        self._transport = transport or transport_for(config.url)
+        self._headers = {"Content-Type": "application/json"}
+        if config.api_key is not None:
+            self._headers["Authorization"] = f"Bearer {config.api_key.get_secret_value()}"
         self._headers |= {name: value.get_secret_value() for name, value in headers.items()}
+        sent = [value.removeprefix("Bearer ") for name, value in self._headers.items() if name != "Content-Type"]
+        self._secrets = [secret.encode() for secret in sent if len(secret) >= 6]
         self._where = f"{config.provider}: {config.url}"
 
     async def __aenter__(self) -> Self:
@@ -153,11 +116,11 @@ class HttpProvider(Generic[C]):
         method: str,
         url: str,
         body: bytes | None = None,
-        content_type: str = "application/json",
+        content_type: str | None = None,
         timeout: float | None = None,
     ) -> Response:
-        """The answer, whatever its status, without the secrets that were sent."""
-        headers = {**self._headers, "Content-Type": content_type}
+        """The answer, whatever its status, without the secrets that were sent: some servers repeat a wrong key."""
+        headers = self._headers if content_type is None else {**self._headers, "Content-Type": content_type}
         timeout = timeout or self._config.timeout
         try:
             response = await self._transport.request(method, url, headers=headers, body=body, timeout=timeout)
@@ -168,11 +131,14 @@ class HttpProvider(Generic[C]):
             }
             message = f"{self._config.provider}: {error}{remedies.get(error.kind, '')}"
             raise ProviderError(error.kind, message) from error
-        return without_secrets(response, self._headers)
+        for secret in self._secrets:
+            if secret in response.body:
+                response = replace(response, body=response.body.replace(secret, b"(secret)"))
+        return response
 
-    def _decode(self, response: Response, type_: type[S]) -> S:
+    def _decode(self, response: Response, decode: Callable[[bytes], T]) -> T:
         try:
-            return msgspec.json.decode(response.body, type=type_)
+            return decode(response.body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise self._garbled(str(error), response) from error
 
@@ -205,16 +171,6 @@ class Token(msgspec.Struct):
         return TokenLogprob(self.token, self.logprob, tops)
 
 
-def without_secrets(response: Response, headers: Mapping[str, str]) -> Response:
-    """The answer without what the request's headers hold: some servers repeat the key they refuse."""
-    secrets = [value.removeprefix("Bearer ").encode() for name, value in headers.items() if name != "Content-Type"]
-    body = response.body
-    for secret in secrets:
-        if len(secret) >= 6 and secret in body:
-            body = body.replace(secret, b"(secret)")
-    return response if body is response.body else replace(response, body=body)
-
-
 @dataclass(frozen=True, slots=True)
 class Fault:
     """What an error body says, whichever of the shapes in use it has."""
@@ -225,42 +181,41 @@ class Fault:
     status: int | None = None  # a numeric `code`, for errors that come under 200
     fields: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, body: bytes) -> "Fault":
+        """Reads five shapes: `{"error": {…}}`, `{"error": str}`, `{"detail": str}`, `{"detail": [{loc, msg}]}`, text.
 
-def read_fault(body: bytes) -> Fault:
-    """Reads the five shapes: `{"error": {…}}`, `{"error": str}`, `{"detail": str}`, `{"detail": [{loc, msg}]}`, text.
+        Also a bare `{"message": …}` (older vLLM and SGLang) and a list of one error (Google).
+        """
+        try:
+            value = msgspec.json.decode(body)
+        except msgspec.DecodeError:
+            return cls(_brief(body.decode(errors="replace")) or "(empty body)")
+        if isinstance(value, list) and value:
+            value = value[0]
+        if not isinstance(value, dict):
+            return cls(_brief(str(value)))
+        detail = value.get("error") or value.get("detail") or value.get("message")
+        if isinstance(detail, list):
+            return _from_locations(detail)
+        if isinstance(detail, str):
+            return _from_fields({**value, "message": detail})
+        return _from_fields(detail if isinstance(detail, dict) else {"message": body.decode(errors="replace")})
 
-    Also a bare `{"message": …}` (older vLLM and SGLang) and a list of one error (Google).
-    """
-    try:
-        value = msgspec.json.decode(body)
-    except msgspec.DecodeError:
-        return Fault(_brief(body.decode(errors="replace")) or "(empty body)")
-    if isinstance(value, list) and value:
-        value = value[0]
-    if not isinstance(value, dict):
-        return Fault(_brief(str(value)))
-    detail = value.get("error") or value.get("detail") or value.get("message")
-    if isinstance(detail, list):
-        return _from_locations(detail)
-    if isinstance(detail, str):
-        return _from_fields({**value, "message": detail})
-    return _from_fields(detail if isinstance(detail, dict) else {"message": _brief(body.decode(errors="replace"))})
+    @property
+    def says_too_long(self) -> bool:
+        """Whether it is about the context window, by its code or its words."""
+        return _TOO_LONG.search(f"{self.code} {self.message}") is not None
+
+    def refused_names(self) -> list[str]:
+        """Names that it may be about, most certain first: they are to be looked up among those that were sent."""
+        named = [] if self.parameter is None else [self.parameter]
+        return named + [match for pattern in _REFUSED_NAME for match in pattern.findall(self.message)]
 
 
 def error_kind(status: int) -> ErrorKind:
     """What a status means where the body says nothing more exact."""
     return _KINDS.get(status, ErrorKind.SERVER if status >= 500 else ErrorKind.BAD_REQUEST)
-
-
-def says_too_long(fault: Fault) -> bool:
-    """Whether an error is about the context window, by its code or its words."""
-    return _TOO_LONG.search(f"{fault.code} {fault.message}") is not None
-
-
-def refused_names(fault: Fault) -> list[str]:
-    """Names that an error may be about, most certain first: they are to be looked up among those that were sent."""
-    named = [] if fault.parameter is None else [fault.parameter]
-    return named + [match for pattern in _REFUSED_NAME for match in pattern.findall(fault.message)]
 
 
 def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
@@ -277,6 +232,23 @@ def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
     return max(0.0, ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - now).total_seconds())
 
 
+def completion(
+    text: str, thinking: str | None, tokens: Iterable[Token] | None, *, finish: str | None, **more: Any
+) -> Completion:
+    """The completion of what a server said. Thinking within the text is taken out where there is none beside it."""
+    reason = _FINISH.get(finish, FinishReason.OTHER)
+    if thinking is None:
+        thinking, text = split_thinking(text, reason)
+    logprobs = None if tokens is None else tuple(map(Token.scored, tokens))
+    return Completion(text=text, finish_reason=reason, thinking=thinking, logprobs=logprobs, **more)
+
+
+_FINISH: Mapping[str | None, FinishReason] = {
+    **{str(reason): reason for reason in FinishReason},
+    "eos": FinishReason.STOP,
+}
+
+
 def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]:
     """Takes a leading `<think>…</think>` off an answer; the rest stays as it is, character for character.
 
@@ -289,37 +261,6 @@ def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]
     if closed:
         return thinking.strip(), rest
     return (thinking.strip(), "") if finish is FinishReason.LENGTH else (None, content)
-
-
-class _StaleConnection(Exception):
-    """A kept connection was gone before a byte of the answer: the server had closed it between two requests."""
-
-
-def _session(*, force_close: bool) -> aiohttp.ClientSession:
-    # uvicorn, under vLLM and SGLang, closes an idle connection after 5 s; going first avoids the race.
-    keepalive = None if force_close else 4.0
-    connector = aiohttp.TCPConnector(limit=0, force_close=force_close, keepalive_timeout=keepalive)
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_reuseconn.append(_mark_reused)
-    return aiohttp.ClientSession(
-        connector=connector,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
-        trace_configs=[trace],
-    )
-
-
-def _proxy(url: str) -> str | None:
-    """The proxy for a URL, from the environment. aiohttp's `trust_env` looks it up in a thread for every request."""
-    parts = urlsplit(url)
-    if proxy_bypass(parts.netloc):
-        return None
-    proxy = getproxies().get(parts.scheme)
-    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
-
-
-async def _mark_reused(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: object) -> None:
-    context.trace_request_ctx.reused = True
 
 
 _KINDS = {

@@ -4,25 +4,19 @@ The program reads batches of jobs from its standard input and answers each on it
 judged, so that whoever reads knows which job was running when the process died. What a death means is for the pool to
 say. It imports only the standard library, for it must start fast, and again after every kill.
 
-Frames in both directions are a 4-byte big-endian length and JSON. In: a list of jobs, each the fields of `SqlJob`.
-Out: `"ready"` once; `"gold"` or `"candidate"` when a query of that kind starts after one of the other; and for each
-job, in order, the fields of its `Evaluation`.
+On the wire of `worker_process` a job is the fields of a `SqlJob`, a result those of an `Evaluation`, and a phase is
+`"gold"` or `"candidate"`: a query of that kind starts after one of the other.
 """
 
 import json
-import os
-import resource
-import signal
 import sqlite3
-import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, Literal, Self
 
 from fastdistill.data.execution.sql_equality import (
     Columns,
@@ -46,12 +40,10 @@ from fastdistill.data.execution.sqlite_guard import (
     file_identity,
     limit_process_heap,
 )
+from fastdistill.data.execution.worker_process import Channel, confine_process
 
 Order = Literal["auto", "ignore", "strict"]
 """`auto`: rows count in order, modulo ties, if gold has a top-level ORDER BY. `strict`: in gold's very order."""
-
-HEADER = struct.Struct(">I")
-READY = "ready"
 
 _MAX_CONNECTIONS = 8
 _MAX_GOLD_ENTRIES = 4096
@@ -292,12 +284,6 @@ _REASONS = {
 }
 
 
-def frame(message: object) -> bytes:
-    """ASCII JSON, so that lone surrogates survive the way."""
-    payload = json.dumps(message, separators=(",", ":")).encode()
-    return HEADER.pack(len(payload)) + payload
-
-
 def to_wire(value: SqlJob | Evaluation) -> list[Any]:
     return [getattr(value, field.name) for field in fields(value)]
 
@@ -310,50 +296,20 @@ def evaluation_from_wire(values: list[Any]) -> Evaluation:
 _EVALUATION_FIELDS = tuple(field.name for field in fields(Evaluation))
 
 
-def serve(requests: BinaryIO, answers: BinaryIO, limits: SqlLimits) -> None:
-    """Answers until `requests` ends. Every query runs under a timer of CPU time that kills the process with SIGPROF."""
-
-    def send(message: object) -> None:
-        answers.write(frame(message))
-        answers.flush()
-
-    announced = Phase.CANDIDATE
-
-    def enter(phase: Phase) -> None:
-        nonlocal announced
-        signal.setitimer(signal.ITIMER_PROF, 0 if phase is Phase.COMPARE else limits.cpu_s)
-        if phase not in (announced, Phase.COMPARE):
-            send(phase)
-            announced = phase
-
-    send(READY)
-    with Evaluator(limits, enter=enter) as evaluator:
-        while header := requests.read(HEADER.size):
-            for job in json.loads(requests.read(*HEADER.unpack(header))):
-                send(to_wire(evaluator.evaluate(*job)))
-
-
-def confine_process(limits: SqlLimits) -> None:
-    """Takes from this process, for good, what judging SQL does not need. A system that lacks a limit goes without."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes our input
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    for limit, value in (
-        (resource.RLIMIT_AS, limits.memory_bytes),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        with suppress(ValueError, OSError):  # macOS refuses RLIMIT_AS
-            resource.setrlimit(limit, (value, value))
-    limit_process_heap(limits)
-
-
 def main() -> None:
     limits = SqlLimits(**json.loads(sys.argv[1]))
-    confine_process(limits)
-    try:
-        serve(sys.stdin.buffer, sys.stdout.buffer, limits)
-    except BrokenPipeError:  # the parent is gone
-        os._exit(1)
+    confine_process(limits.memory_bytes)
+    limit_process_heap(limits)
+    channel = Channel(limits.cpu_s, Phase.CANDIDATE)
+
+    def enter(phase: Phase) -> None:
+        if phase is Phase.COMPARE:
+            channel.rest()
+        else:
+            channel.begin(phase)
+
+    with Evaluator(limits, enter=enter) as evaluator:
+        channel.serve(lambda job: to_wire(evaluator.evaluate(*job)))
 
 
 if __name__ == "__main__":

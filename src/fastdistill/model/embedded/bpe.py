@@ -8,8 +8,10 @@ same ids. Python's `re` has no \\p{N}: outside ASCII, letter-like numbers such a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+
+from fastdistill.model.embedded.wire import Turn
 
 END_OF_TEXT, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -60,7 +62,7 @@ class Tokenizer:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self._bytes[token] for token in ids).decode("utf-8", errors="replace")
 
-    def encode_chat(self, messages: Iterable[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Iterable[Turn]) -> list[int]:
         """ChatML: the ids of the messages (each with role and content), then the opening of the assistant's turn."""
         newline = self.encode("\n")
         ids: list[int] = []

@@ -6,70 +6,23 @@ Choices join and leave the running batch at any step. Knows nothing of processes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdistill.core.types import FinishReason, TokenLogprob
 from fastdistill.model.embedded.network import Array, Cache, Decoder, Weights
-
-FinishReason = Literal["stop", "length"]
+from fastdistill.model.embedded.wire import Choice, Request, Sampling
 
 
 class ContextLengthError(ValueError):
     """The prompt leaves no room for an answer in the model's context."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is drawn: as in vLLM, temperature, then min_p, top_k and top_p. Temperature 0 is greedy.
-
-    top_k 0, top_p 1 and min_p 0 are off. Without a seed each choice is drawn afresh.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A generated token, its log-probability under the model itself (temperature 1), and the likeliest ones there."""
-
-    token: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One answer. `tokens` counts every token computed: the end token, and what a stop text cut off, too."""
-
-    text: str
-    finish_reason: FinishReason
-    tokens: int
-    logprobs: tuple[TokenLogprob, ...] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt and how to answer it. `top_logprobs` only counts with `logprobs`."""
-
-    messages: Sequence[Mapping[str, str]]
-    n: int = 1
-    sampling: Sampling = Sampling()
-    max_tokens: int = 128
-    stop: tuple[str, ...] = ()
-    logprobs: bool = False
-    top_logprobs: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(msgspec.Struct, frozen=True):
     """The answers to a request, in the order of their indices."""
 
     choices: tuple[Choice, ...]
@@ -123,9 +76,8 @@ class Engine:
     def submit(self, key: Hashable, request: Request) -> None:
         """Queue a request; `step` returns its completion under the key.
 
-        Raises ContextLengthError if its prompt fills the context, ValueError if a field is out of range.
+        Raises ContextLengthError if its prompt fills the context.
         """
-        _check(request)
         prompt = self.tokenizer.encode_chat(request.messages)
         if len(prompt) >= self.context:
             raise ContextLengthError(f"the prompt has {len(prompt)} tokens; the context is {self.context} tokens")
@@ -169,7 +121,7 @@ class Engine:
             job.computed = cache, self._decoder.forward([(job.prompt, cache)])[0]
         prefix, logits = job.computed
         # Choice i under seed s is choice 0 under seed s + i, as in vLLM.
-        seed = job.request.sampling.seed
+        seed = job.request.seed
         rng = np.random.default_rng(None if seed is None else seed + job.started)
         capacity = min(len(job.prompt) + job.request.max_tokens, self.context)
         sequence = _Sequence(job, job.started, prefix.copy(capacity), rng)
@@ -182,7 +134,7 @@ class Engine:
     def _extend(self, sequence: _Sequence, logits: Array) -> Choice | None:
         """Draw the next token of a choice; the choice itself if that ends it."""
         request, tokens = sequence.job.request, sequence.tokens
-        token = sample(logits, request.sampling, sequence.rng)
+        token = sample(logits, request, sequence.rng)
         tokens.append(token)
         if request.logprobs:
             sequence.logprobs.append(self._logprob(token, logits, request.top_logprobs))
@@ -192,7 +144,7 @@ class Engine:
         full = len(tokens) == request.max_tokens or len(sequence.job.prompt) + len(tokens) == self.context
         if not (ended or cuts or full):
             return None
-        reason: FinishReason = "stop" if ended or cuts else "length"
+        reason = FinishReason.STOP if ended or cuts else FinishReason.LENGTH
         logprobs = tuple(sequence.logprobs) if request.logprobs else None
         return Choice(text[: min(cuts, default=len(text))], reason, len(tokens), logprobs)
 
@@ -228,21 +180,3 @@ def sample(logits: Array, sampling: Sampling, rng: np.random.Generator) -> int:
         probabilities[order[(ranked == 0) | (before >= sampling.top_p)]] = 0
     cumulative = np.cumsum(probabilities)
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-
-
-def _check(request: Request) -> None:
-    s = request.sampling
-    limits: list[tuple[str, bool]] = [
-        ("n must be at least 1", request.n >= 1),
-        ("max_tokens must be at least 1", request.max_tokens >= 1),
-        ("temperature must be at least 0", s.temperature >= 0),
-        ("top_p must be above 0 and at most 1", 0 < s.top_p <= 1),
-        ("top_k must be at least 0", s.top_k >= 0),
-        ("min_p must be from 0 to 1", 0 <= s.min_p <= 1),
-        ("seed must be at least 0", s.seed is None or s.seed >= 0),
-        ("top_logprobs must be from 0 to 20", 0 <= request.top_logprobs <= 20),
-        ("stop texts must not be empty", all(request.stop)),
-    ]
-    for message, holds in limits:
-        if not holds:
-            raise ValueError(message)

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal
 import msgspec
 from pydantic import Field
 
-from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
+from fastdistill.core.types import Completion, Prompt, Usage
+from fastdistill.model.embedded.wire import Key, Ready, Result
 from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError
 
 _LINE_LIMIT = 1 << 24  # bytes; an answer with all its log-probabilities is one line
@@ -41,8 +42,8 @@ class EmbeddedProvider:
         self._starting = asyncio.Lock()
         self._process: Process | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._ready: dict[str, Any] = {}
+        self._waiting: dict[Key | None, asyncio.Future[Result]] = {}
+        self._ready: Ready
         self._asked = 0
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
@@ -59,14 +60,20 @@ class EmbeddedProvider:
                     ErrorKind.UNSUPPORTED, f"embedded: the model does not take {name}; remove it", parameter=name
                 )
         result = await self._ask(request)
-        if "error" in result:
-            too_long = result["code"] == "context_length_exceeded"
-            raise ProviderError(
-                ErrorKind.TOO_LONG if too_long else ErrorKind.BAD_REQUEST, f"embedded: {result['error']}"
-            )
+        if result.error is not None:
+            too_long = result.code == "context_length_exceeded"
+            raise ProviderError(ErrorKind.TOO_LONG if too_long else ErrorKind.BAD_REQUEST, f"embedded: {result.error}")
+        model = self._ready.model
         return [
-            _completion(choice, result["prompt_tokens"] if at == 0 else 0, self._ready["model"])
-            for at, choice in enumerate(result["choices"])
+            Completion(
+                text=choice.text,
+                finish_reason=choice.finish_reason,
+                usage=Usage(result.prompt_tokens if at == 0 else 0, choice.tokens),
+                model=model,
+                build=model,
+                logprobs=choice.logprobs,
+            )
+            for at, choice in enumerate(result.choices)
         ]
 
     async def probe(self) -> Capabilities:
@@ -74,10 +81,10 @@ class EmbeddedProvider:
         return Capabilities(
             endpoint="embedded",
             server="fastdistill",
-            served_model=self._ready["model"],
-            build=self._ready["model"],
+            served_model=self._ready.model,
+            build=self._ready.model,
             models=(self._config.model,),
-            context_length=self._ready["context"],
+            context_length=self._ready.context,
             n=True,
             logprobs=True,
             json_schema=False,
@@ -101,7 +108,7 @@ class EmbeddedProvider:
         process.stdin.close()
         await process.communicate()
 
-    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, request: dict[str, Any]) -> Result:
         process = await self._started()
         assert process.stdin is not None
         self._asked += 1
@@ -135,7 +142,7 @@ class EmbeddedProvider:
                 if not line:
                     code = await process.wait()
                     raise ProviderError(ErrorKind.RESET, f"embedded: the model's process ended at once, with {code}")
-                self._ready = msgspec.json.decode(line)
+                self._ready = msgspec.json.decode(line, type=Ready)
                 self._process = process
                 self._reader = asyncio.create_task(self._read(process))  # held; ended by aclose
             return self._process
@@ -143,28 +150,11 @@ class EmbeddedProvider:
     async def _read(self, process: Process) -> None:
         assert process.stdout is not None
         while line := await process.stdout.readline():
-            result = msgspec.json.decode(line)
-            waiting = self._waiting.get(result["id"])
+            result = msgspec.json.decode(line, type=Result)
+            waiting = self._waiting.get(result.id)
             if waiting is not None and not waiting.done():
                 waiting.set_result(result)
         await process.wait()
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(ProviderError(ErrorKind.RESET, "embedded: the model's process ended"))
-
-
-def _completion(choice: dict[str, Any], prompt_tokens: int, model: str) -> Completion:
-    logprobs = choice["logprobs"]
-    return Completion(
-        text=choice["text"],
-        finish_reason=FinishReason(choice["finish_reason"]),
-        usage=Usage(prompt_tokens, choice["tokens"]),
-        model=model,
-        build=model,
-        logprobs=None
-        if logprobs is None
-        else tuple(
-            TokenLogprob(entry["token"], entry["logprob"], tuple((token, logprob) for token, logprob in entry["top"]))
-            for entry in logprobs
-        ),
-    )

@@ -6,29 +6,19 @@ the model is not loaded anew between two requests. There is no `n`: one request 
 
 import os
 import re
-from typing import Any, ClassVar, Literal
-from urllib.parse import urlsplit
+from contextlib import suppress
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
-from pydantic import Field, SecretStr, field_validator, model_validator
+from msgspec.json import Decoder
+from pydantic import Field, model_validator
 
-from fastdistill.core.types import Completion, FinishReason, Prompt, Usage
-from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig, each_url
-from fastdistill.model.transport import (
-    HttpProvider,
-    Response,
-    S,
-    Token,
-    Transport,
-    Version,
-    error_kind,
-    read_fault,
-    says_too_long,
-    split_thinking,
-)
+from fastdistill.core.types import Completion, Prompt, Usage
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig
+from fastdistill.model.transport import Fault, HttpProvider, Response, Token, Transport, Version, completion, error_kind
 
-_DEFAULT_URL = "http://localhost:11434"
+S = TypeVar("S", bound=Struct)
 
 _SAME = ("num_ctx", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
 _OPTIONS = {**{name: name for name in _SAME}, "max_tokens": "num_predict", "repetition_penalty": "repeat_penalty"}
@@ -41,7 +31,7 @@ _EXPLICIT = {"repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty"
 
 _DECODE_ONLY = {*_OPTIONS, "stop", "logprobs", "top_logprobs", "response_format", "options", "revision"}
 
-_LOAD_TIMEOUT = 330.0
+_LOADS = 330.0
 """Seconds; Ollama itself gives a model 5 minutes to load (OLLAMA_LOAD_TIMEOUT)."""
 
 
@@ -51,7 +41,6 @@ class OllamaConfig(ServedConfig):
     first_concurrency: ClassVar[int] = 4  # OLLAMA_NUM_PARALLEL is 1; what goes beyond waits in the server
 
     provider: Literal["ollama"] = "ollama"
-    api_key: SecretStr | None = Field(None, exclude=True, description="by default OLLAMA_API_KEY")
     timeout: float = Field(240.0, gt=0, description="seconds for one request; by default OLLAMA_TIMEOUT, or 240")
     num_ctx: int = Field(4096, gt=0, description="tokens of context; another value makes the server load anew")
     think: bool | Literal["low", "medium", "high", "max"] = Field(
@@ -61,21 +50,23 @@ class OllamaConfig(ServedConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_environment(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        found = {
-            "base_url": fields.get("base_url") or os.environ.get("OLLAMA_HOST") or _DEFAULT_URL,
-            "api_key": fields.get("api_key") or os.environ.get("OLLAMA_API_KEY") or None,
-        }
-        if timeout := os.environ.get("OLLAMA_TIMEOUT"):
-            found["timeout"] = fields.get("timeout", timeout)
-        return fields | found
+    def _timeout_from_environment(cls, fields: Any) -> Any:
+        timeout = os.environ.get("OLLAMA_TIMEOUT")
+        return {"timeout": timeout, **fields} if timeout and isinstance(fields, dict) else fields
 
-    @field_validator("base_url")
     @classmethod
-    def _normal(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        return each_url(given, _normal_url)
+    def defaults(cls, provider: str) -> tuple[str, str]:
+        return "OLLAMA_HOST", "http://localhost:11434"
+
+    @classmethod
+    def normal_url(cls, url: str, provider: str) -> str:
+        """A URL from what OLLAMA_HOST may hold: `host`, `host:port`, `:port`, or a URL; a server's 0.0.0.0 is us."""
+        bare = "://" not in url
+        parts = cls.split_url(f"http://{'127.0.0.1' if url.startswith(':') else ''}{url}" if bare else url)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname or "")
+        port = parts.port or (11434 if bare else None)
+        path = parts.path.rstrip("/").removesuffix("/v1").removesuffix("/api")
+        return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{f':{port}' if port else ''}{path}"
 
     def parameters(self) -> dict[str, Any]:
         return super().parameters() | {"num_ctx": self.num_ctx, "think": self.think}
@@ -97,7 +88,8 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     _doubt = "; is `base_url` right?"
 
     def __init__(self, config: OllamaConfig, transport: Transport | None = None) -> None:
-        super().__init__(config, transport, config.api_key, {})
+        super().__init__(config, transport)
+        self._envelope = {"model": config.model, "keep_alive": config.keep_alive, **_FIXED}
         self._takes_think = True
         self._digest: str | None = None
         self._installed: tuple[str, ...] | None = None
@@ -106,11 +98,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         return None
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
-        """One completion, whatever `n`.
-
-        Raises:
-            ProviderError: the request brought nothing usable.
-        """
+        """One completion, whatever `n`."""
         try:
             return [await self._chat(prompt, seed)]
         except ProviderError as error:
@@ -121,20 +109,16 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         return [await self._chat(prompt, seed)]
 
     async def probe(self) -> Capabilities:
-        """Looks the model up, and loads it. From then on completions carry its digest as their build.
-
-        Raises:
-            ProviderError: nobody there, unknown model, or one that can't be loaded.
-        """
+        """Looks the model up, and loads it. From then on completions carry its digest as their build."""
         num_ctx = self._config.num_ctx
-        version = (await self._ask("GET", "/api/version", Version)).version
-        tags = (await self._ask("GET", "/api/tags", _List)).models
+        version = (await self._ask("/api/version", Version)).version
+        tags = (await self._ask("/api/tags", _List)).models
         self._installed = tuple(tag.name for tag in tags)
-        show = await self._ask("POST", "/api/show", _Show, {"model": self._config.model})
+        show = await self._ask("/api/show", _Show, {"model": self._config.model})
         name = _tagged(self._config.model)
         self._digest = next((tag.digest for tag in tags if _tagged(tag.name) == name), None)
-        await self._whole("POST", "/api/chat", {**self._envelope(), "messages": [], "options": {"num_ctx": num_ctx}})
-        running = (await self._ask("GET", "/api/ps", _List)).models
+        await self._whole("/api/chat", {**self._envelope, "messages": [], "options": {"num_ctx": num_ctx}}, _LOADS)
+        running = (await self._ask("/api/ps", _List)).models
         loaded = next((model for model in running if _tagged(model.name) == name), None)
         lengths = (value for name, value in show.model_info.items() if name.endswith(".context_length"))
         trained = next((value for value in lengths if isinstance(value, int)), None)
@@ -168,7 +152,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             options["stop"] = parameters["stop"]
         if seed is not None:
             options["seed"] = seed
-        body = self._envelope() | {
+        body = self._envelope | {
             "model": prompt.model,
             "messages": prompt.messages,
             "think": self._config.think,  # left out it would be true for every model that can
@@ -183,25 +167,18 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             del body["think"]
         return body
 
-    def _envelope(self) -> dict[str, Any]:
-        return {"model": self._config.model, "keep_alive": self._config.keep_alive, **_FIXED}
-
     async def _chat(self, prompt: Prompt, seed: int | None) -> Completion:
         body = self._body(prompt, seed)
-        return self._completion(await self._whole("POST", "/api/chat", body), body["options"]["num_ctx"])
+        return self._completion(await self._whole("/api/chat", body), body["options"]["num_ctx"])
 
-    async def _ask(self, method: str, path: str, type_: type[S], body: dict[str, Any] | None = None) -> S:
-        return self._decode(await self._whole(method, path, body), type_)
+    async def _ask(self, path: str, type_: type[S], body: dict[str, Any] | None = None) -> S:
+        return self._decode(await self._whole(path, body), Decoder(type_).decode)
 
-    async def _whole(self, method: str, path: str, body: dict[str, Any] | None = None) -> Response:
+    async def _whole(self, path: str, body: dict[str, Any] | None = None, at_least: float = 0.0) -> Response:
         """The answer, if its status is 200."""
-        loads = body is not None and body.get("messages") == []
-        response = await self._request(
-            method,
-            self._config.url + path,
-            None if body is None else msgspec.json.encode(body),
-            timeout=max(self._config.timeout, _LOAD_TIMEOUT) if loads else None,
-        )
+        method, sent = ("GET", None) if body is None else ("POST", msgspec.json.encode(body))
+        timeout = max(self._config.timeout, at_least)
+        response = await self._request(method, self._config.url + path, sent, timeout=timeout)
         if response.status != 200:
             raise await self._error(response)
         return response
@@ -209,36 +186,27 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     # --- the answer ---
 
     def _completion(self, response: Response, num_ctx: int) -> Completion:
-        try:
-            chunks = [msgspec.json.decode(line, type=_Chunk) for line in response.body.splitlines() if line.strip()]
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise self._garbled(str(error), response) from error
+        chunks = self._decode(response, _read_chunks)
         for chunk in chunks:
             if chunk.error is not None:  # under 200, for the answer had begun already
                 raise self._fault(500, response, msgspec.json.encode({"error": chunk.error}))
         if not chunks or not chunks[-1].done:
             raise self._garbled("it ends before `done`", response)
         last = chunks[-1]
-        text = "".join(chunk.message.content for chunk in chunks if chunk.message)
-        thinking = "".join(chunk.message.thinking for chunk in chunks if chunk.message) or None
+        messages = [chunk.message for chunk in chunks if chunk.message]
         if last.done_reason in ("load", "unload"):
             raise self._garbled(f"the model was only {last.done_reason}ed", response)
         if last.prompt_eval_count >= num_ctx:
             size = f"the prompt has {last.prompt_eval_count} tokens, num_ctx is {num_ctx}"
-            words = f"ollama: {size}: it may have been cut; raise `num_ctx`"
-            raise ProviderError(ErrorKind.TOO_LONG, words, status=200)
-        finish = _FINISH.get(last.done_reason, FinishReason.OTHER)
-        if thinking is None:
-            thinking, text = split_thinking(text, finish)
-        tokens = [token for chunk in chunks for token in chunk.logprobs or ()]
-        return Completion(
-            text=text,
-            finish_reason=finish,
-            usage=Usage(prompt_tokens=last.prompt_eval_count, completion_tokens=last.eval_count),
-            thinking=thinking,
+            raise self._failed(ErrorKind.TOO_LONG, 200, f"{size}: it may have been cut; raise `num_ctx`", response)
+        return completion(
+            "".join(message.content for message in messages),
+            "".join(message.thinking for message in messages) or None,
+            [token for chunk in chunks for token in chunk.logprobs or ()] or None,
+            finish=last.done_reason or "stop",
+            usage=Usage(last.prompt_eval_count, last.eval_count),
             model=last.model,
             build=self._digest,
-            logprobs=tuple(map(Token.scored, tokens)) or None,
         )
 
     async def _error(self, response: Response) -> ProviderError:
@@ -247,23 +215,20 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             return error
         if self._installed is None:
             self._installed = ()  # asked once: where this is not Ollama, the list is not there either
-            try:
-                tags = await self._ask("GET", "/api/tags", _List)
-            except ProviderError:
-                return error
-            self._installed = tuple(tag.name for tag in tags.models)
-        installed = ", ".join(self._installed) or "none"
-        return ProviderError(error.kind, f"{error}; installed: {installed}", status=error.status)
+            with suppress(ProviderError):
+                self._installed = tuple(tag.name for tag in (await self._ask("/api/tags", _List)).models)
+        installed = f"; installed: {', '.join(self._installed)}" if self._installed else ""
+        return ProviderError(error.kind, f"{error}{installed}", status=error.status)
 
     def _fault(self, status: int, response: Response, body: bytes) -> ProviderError:
-        fault = read_fault(body)
+        fault = Fault.read(body)
         kind, message, parameter = error_kind(status), fault.message, None
         if kind is ErrorKind.NO_MODEL:
             pull = f"get it with `ollama pull {self._config.model}`"
             message += f"; {pull}" if "model" in message else "; correct `base_url`"
         elif kind is ErrorKind.AUTH:
             message += "; set OLLAMA_API_KEY" if self._config.api_key is None else "; the key is refused"
-        elif status in (400, 500) and says_too_long(fault):
+        elif status in (400, 500) and fault.says_too_long:
             kind = ErrorKind.TOO_LONG
             message += f"; num_ctx is {self._config.num_ctx}: raise `num_ctx`, or shorten the prompt"
         elif status == 400 and (named := _refused(message)) is not None:
@@ -285,9 +250,6 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             off_gpu = 100 - 100 * loaded.size_vram // loaded.size
             notes.append(f"{off_gpu} % of the model is not on the GPU but runs on the CPU")
         return notes
-
-
-_FINISH = {"stop": FinishReason.STOP, "": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
 # --- the wire; Go leaves out what is zero ---
@@ -326,6 +288,9 @@ class _Chunk(Struct):
     error: Any = None
 
 
+_read_chunks = Decoder(_Chunk).decode_lines
+
+
 def _refused(message: str) -> str | None:
     """The parameter that a 400 is about: `"x" does not support thinking`, `option "top_k" must be of type integer`."""
     if re.search(r"\bthink(ing)?\b", message):
@@ -336,19 +301,3 @@ def _refused(message: str) -> str | None:
 
 def _tagged(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
-
-
-def _normal_url(url: str) -> str:
-    """A URL from what OLLAMA_HOST may hold: `host`, `host:port`, `:port`, or a URL; a server's 0.0.0.0 is us."""
-    text = url.strip()
-    bare = "://" not in text
-    parts = urlsplit(f"http://{text}" if bare else text)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError(f"base_url: {url!r} is not an http:// or https:// address")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("base_url: no user, password or query here; they would be written to files")
-    host = parts.hostname or "127.0.0.1"
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    port = parts.port or (11434 if bare else None)
-    path = parts.path.rstrip("/").removesuffix("/v1").removesuffix("/api")
-    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{f':{port}' if port else ''}{path}"

@@ -5,7 +5,6 @@ refuses by name is left out from then on if it was neutral, and an error if it w
 """
 
 import asyncio
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,25 +16,14 @@ from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from msgspec.json import Decoder
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.types import Completion, FinishReason, Prompt, Usage
+from fastdistill.core.types import Completion, Prompt, Usage
 from fastdistill.model.client import Brake
-from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig, each_url
-from fastdistill.model.transport import (
-    Fault,
-    HttpProvider,
-    Response,
-    Token,
-    Transport,
-    Version,
-    error_kind,
-    read_fault,
-    refused_names,
-    says_too_long,
-    split_thinking,
-)
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig
+from fastdistill.model.transport import Fault, HttpProvider, Response, Token, Transport, Version, completion, error_kind
 
 Kind = Literal["openai", "openrouter", "vllm", "sglang"]
 
@@ -48,7 +36,7 @@ class _Habits(NamedTuple):
     version_path: str | None = None  # under the host, not under /v1
 
 
-_HABITS: Mapping[Kind, _Habits] = {
+_HABITS: Mapping[str, _Habits] = {
     "openai": _Habits("https://api.openai.com/v1", "start the server"),
     "openrouter": _Habits("https://openrouter.ai/api/v1", "check the network"),
     "vllm": _Habits("http://localhost:8000/v1", "start it with `vllm serve {model}`", "/version"),
@@ -69,16 +57,12 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "top_k": (0, -1),
 }
 
-_FINISH = {
-    "stop": FinishReason.STOP,
-    "eos": FinishReason.STOP,
-    "length": FinishReason.LENGTH,
-    "content_filter": FinishReason.CONTENT_FILTER,
-}
-
 _METRIC = re.compile(rb"^([a-z_]+:[a-z_]+)(?:\{[^}]*\})? ([0-9.e+]+)\s*$", re.M)
-_RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs", b"llamacpp:requests_processing")
-_WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs", b"llamacpp:requests_deferred")
+_LOADS = (  # requests running and waiting
+    (b"vllm:num_requests_running", b"vllm:num_requests_waiting"),
+    (b"sglang:num_running_reqs", b"sglang:num_queue_reqs"),
+    (b"llamacpp:requests_processing", b"llamacpp:requests_deferred"),
+)
 
 _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT}
 """Errors of a probe's request that say something about the endpoint, not about what the request tried."""
@@ -99,26 +83,21 @@ class OpenAIConfig(ServedConfig):
     """One model at one endpoint or several; `base_url` gets `/v1` where it has no path. Keys are never dumped."""
 
     provider: Kind = "openai"
-    api_key: SecretStr | None = Field(None, exclude=True, description="by default from the server's own variable")
     headers: dict[str, SecretStr] = Field({}, exclude=True, description="sent with every request")
     batch: BatchOptions | None = Field(
         None, description="true, or its options: use the Batch API; `max_concurrency` is then `size` by default"
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _from_environment(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict) or (provider := fields.get("provider", "openai")) not in _HABITS:
-            return fields
-        url = None if provider == "openrouter" else os.environ.get(f"{provider.upper()}_BASE_URL")
-        key = fields.get("api_key") or os.environ.get(f"{provider.upper()}_API_KEY") or None
-        return {**fields, "base_url": fields.get("base_url") or url or _HABITS[provider].base_url, "api_key": key}
+    def defaults(cls, provider: str) -> tuple[str, str]:
+        variable = "" if provider == "openrouter" else f"{provider.upper()}_BASE_URL"
+        return variable, _HABITS.get(provider, _HABITS["openai"]).base_url
 
-    @field_validator("base_url")
     @classmethod
-    def _normal(cls, given: str | tuple[str, ...], info: ValidationInfo) -> str | tuple[str, ...]:
-        official = _HABITS[info.data.get("provider", "openai")].base_url
-        return each_url(given, lambda url: _normal_url(url, official))
+    def normal_url(cls, url: str, provider: str) -> str:
+        """The URL that `/chat/completions` follows."""
+        url = url.rstrip("/").removesuffix("/chat/completions")
+        return f"{url}/v1" if not cls.split_url(url).path or f"{url}/v1" == cls.defaults(provider)[1] else url
 
     @field_validator("batch", mode="before")
     @classmethod
@@ -153,9 +132,10 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
     _expected = "a chat completion"
 
     def __init__(self, config: OpenAIConfig, transport: Transport | None = None) -> None:
-        super().__init__(config, transport, config.api_key, config.headers)
+        super().__init__(config, transport, config.headers)
         self._habits = _HABITS[config.provider]
         self._remedy = self._habits.start.format(model=config.model) + ", or correct `base_url`"
+        self._root = config.url.removesuffix("/v1")
         self._official = urlsplit(config.url).hostname == "api.openai.com"
         self._refused: dict[str, str] = dict.fromkeys(_OFFICIAL_LACKS if self._official else (), "not in the API")
         self._limit_name = "max_tokens"
@@ -175,14 +155,12 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         """From the Prometheus metrics of vLLM, SGLang or llama.cpp."""
         if self._official or self._config.provider == "openrouter":
             return None
-        try:
-            response = await self._request("GET", self._config.url.removesuffix("/v1") + "/metrics")
-        except ProviderError:
-            return None
-        found = dict(_METRIC.findall(response.body)) if response.status == 200 else {}
-        running = next((float(found[name]) for name in _RUNNING if name in found), None)
-        waiting = next((float(found[name]) for name in _WAITING if name in found), None)
-        return None if running is None or waiting is None else Load(int(running), int(waiting))
+        with suppress(ProviderError):
+            found = dict(_METRIC.findall((await self._request("GET", f"{self._root}/metrics")).body))
+            for running, waiting in _LOADS:
+                if running in found and waiting in found:
+                    return Load(int(float(found[running])), int(float(found[waiting])))
+        return None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -191,11 +169,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         return tuple(f"{name} is left out: {why}" for name, why in self._refused.items()) + renamed
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
-        """Up to `n` completions of one request, in the order of their index.
-
-        Raises:
-            ProviderError: the request brought nothing usable.
-        """
+        """Up to `n` completions of one request, in the order of their index."""
         while True:
             body = self._body(prompt, seed, n)
             try:
@@ -212,9 +186,6 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         """Lists the models, then asks for a token with n=2, for one with logprobs, and for four with a JSON schema.
 
         With `batch` it asks for none: that would take a batch.
-
-        Raises:
-            ProviderError: nobody there, wrong key, unknown model.
         """
         models = await self._list_models()
         # llama.cpp answers to any name, and lists one model under its own.
@@ -300,22 +271,23 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
     def _completions(self, response: Response, body: Mapping[str, Any], n: int) -> list[Completion]:
         if response.status != 200:
             raise self._error(response.status, response, body)
-        answer = self._decode(response, _Answer)
+        answer = self._decode(response, _decode_answer)
         if answer.error is not None:
             raise self._error(None, response, body)
-        choices = sorted(answer.choices or (), key=lambda choice: choice.index)
-        whole = [choice for choice in choices if choice.error is None and choice.message is not None][:n]
-        if not whole:
-            fault = next((choice.error for choice in choices if choice.error is not None), None)
+        choices = [choice for choice in answer.choices or () if choice.message is not None and choice.error is None]
+        if not choices:
+            fault = next((choice.error for choice in answer.choices or () if choice.error is not None), None)
             if fault is None:
                 raise self._garbled("no choices", response)
             raise self._error(None, replace(response, body=msgspec.json.encode({"error": fault})), body)
-        usages = _share(answer.usage or _Usage(), whole)
-        return [_completion(answer, choice, usage) for choice, usage in zip(whole, usages, strict=True)]
+        if len(choices) > 1:
+            choices = sorted(choices, key=lambda choice: choice.index)[:n]
+        shares = _share(answer.usage or _Usage(), choices)
+        return [_completion(answer, choice, usage) for choice, usage in zip(choices, shares, strict=True)]
 
     def _error(self, status: int | None, response: Response, body: Mapping[str, Any]) -> ProviderError:
         """The error that an answer stands for; `status` is None for one that came under 200."""
-        fault = read_fault(response.body)
+        fault = Fault.read(response.body)
         status = status or fault.status or 500
         kind, message, parameter = error_kind(status), fault.message, None
         flagged = self._config.provider == "openrouter" and re.search("moderat|flagged", fault.message, re.I)
@@ -323,13 +295,13 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             kind = ErrorKind.AUTH
         elif status == 403 and flagged:
             kind = ErrorKind.BAD_REQUEST  # this prompt's fault, not the key's
-        elif status in (400, 422, 500) and says_too_long(fault):
+        elif status in (400, 422, 500) and fault.says_too_long:
             kind = ErrorKind.TOO_LONG
         elif status in (400, 422) and _says_no_model(fault):
             kind = ErrorKind.NO_MODEL
         elif status in (400, 422):
             sent = body.keys() - {"model", "messages"}
-            names = ("n" if name == "n_cmpl" else name for name in refused_names(fault))  # llama.cpp's word for n
+            names = ("n" if name == "n_cmpl" else name for name in fault.refused_names())  # llama.cpp's word for n
             parameter = next((name for name in names if name in sent), None)
         if parameter is not None:
             return self._unsupported(parameter, body[parameter], fault.message, status=status)
@@ -361,7 +333,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
                     raise self._error(response.status, response, {})
                 self._models = ()
                 with suppress(ProviderError):
-                    self._models = tuple(self._decode(response, _Models).data)
+                    self._models = tuple(self._decode(response, Decoder(_Models).decode).data)
             return self._models
 
     async def _with_models(self, error: ProviderError) -> ProviderError:
@@ -384,13 +356,11 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             notes.append("logprobs are of the distribution after temperature and penalties")
         if provider == "openrouter" or self._official:
             return None, notes
-        root = self._config.url.removesuffix("/v1")
         # Only Ollama answers /api/version; behind its /v1 num_ctx can't be set, and prompts are cut in silence.
-        response = await self._request("GET", root + (self._habits.version_path or "/api/version"))
-        version = None
-        with suppress(ProviderError):
-            version = self._decode(response, Version).version
-        if response.status != 200 or version is None:
+        response = await self._request("GET", self._root + (self._habits.version_path or "/api/version"))
+        try:
+            version = self._decode(response, Decoder(Version).decode).version
+        except ProviderError:
             return response.headers.get("server"), notes
         if provider == "openai":
             notes.append("this is Ollama: use `provider: ollama`, for here long prompts are cut without an error")
@@ -411,8 +381,6 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
 def share(total: int, weights: Sequence[int]) -> list[int]:
     """Splits `total` in proportion to `weights`, by largest remainder: whole numbers that sum to it exactly."""
-    if len(weights) == 1:
-        return [total]
     if not sum(weights):
         weights = [1] * len(weights)
     whole = sum(weights)
@@ -489,6 +457,7 @@ class _Models(Struct):
     data: list[_Model]
 
 
+_decode_answer = Decoder(_Answer).decode
 _PROBE_MESSAGES = ({"role": "user", "content": "Name three colours."},)
 _PROBE_SCHEMA = {
     "type": "object",
@@ -500,19 +469,9 @@ _PROBE_SCHEMA = {
 
 def _completion(answer: _Answer, choice: _Choice, usage: Usage) -> Completion:
     message = choice.message or _Message()
-    finish = _FINISH.get(choice.finish_reason or "", FinishReason.OTHER)
-    thinking, text = message.thinking, message.content or ""
-    if thinking is None:
-        thinking, text = split_thinking(text, finish)
-    return Completion(
-        text=text,
-        finish_reason=FinishReason.CONTENT_FILTER if message.refusal and not text else finish,
-        usage=usage,
-        thinking=thinking,
-        model=answer.model,
-        build=answer.system_fingerprint,
-        logprobs=None if (tokens := choice.tokens) is None else tuple(map(Token.scored, tokens)),
-    )
+    finish = "content_filter" if message.refusal and not message.content else choice.finish_reason
+    said = message.content or "", message.thinking, choice.tokens
+    return completion(*said, finish=finish, usage=usage, model=answer.model, build=answer.system_fingerprint)
 
 
 def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
@@ -520,19 +479,18 @@ def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
 
     Completion tokens go by the number of tokens with logprobs, or else by length; the prompt goes with the first.
     """
+    cached = (usage.prompt_tokens_details or _Details()).cached_tokens or 0
+    thought = (usage.completion_tokens_details or _Details()).reasoning_tokens or 0
+    if len(choices) == 1:
+        return [Usage(usage.prompt_tokens or 0, usage.completion_tokens or 0, cached, thought)]
     counted = [choice.tokens for choice in choices]
     messages = [choice.message or _Message() for choice in choices]
     written = [len(message.content or "") + len(message.thinking or "") for message in messages]
     weights = written if None in counted else [len(tokens or ()) for tokens in counted]
-    completion = share(usage.completion_tokens or 0, weights)
-    reasoning = share((usage.completion_tokens_details or _Details()).reasoning_tokens or 0, completion)
-    usages = [
-        Usage(completion_tokens=tokens, reasoning_tokens=thought)
-        for tokens, thought in zip(completion, reasoning, strict=True)
-    ]
-    cached = (usage.prompt_tokens_details or _Details()).cached_tokens or 0
-    usages[0] = replace(usages[0], prompt_tokens=usage.prompt_tokens or 0, cached_tokens=cached)
-    return usages
+    completions = share(usage.completion_tokens or 0, weights)
+    thoughts = share(thought, completions)
+    others = [0] * (len(choices) - 1)
+    return list(map(Usage, [usage.prompt_tokens or 0, *others], completions, [cached, *others], thoughts))
 
 
 def _response_format(asked: object) -> object:
@@ -567,14 +525,3 @@ def _begins_an_object(text: str) -> bool | None:
     """Whether the first tokens of an answer keep to the schema; None if they are blank, which says nothing."""
     begun = text.lstrip()
     return begun.startswith("{") if begun else None
-
-
-def _normal_url(url: str, default: str) -> str:
-    """The URL that `/chat/completions` follows; ValueError if it is not a server's, or has a secret in it."""
-    url = url.strip().rstrip("/").removesuffix("/chat/completions")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"base_url: {url!r} is not an http:// or https:// address")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("base_url: no user, password or query here; they would be written to files. Use `headers`")
-    return f"{url}/v1" if not parts.path or f"{url}/v1" == default else url

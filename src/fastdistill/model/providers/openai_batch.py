@@ -7,7 +7,7 @@ with those batches, so none is paid for twice. Wire: https://platform.openai.com
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -24,7 +24,7 @@ from fastdistill.core.files import atomic
 from fastdistill.model.client import Brake
 from fastdistill.model.provider import ErrorKind, ProviderError
 from fastdistill.model.providers.openai import BatchOptions, OpenAIConfig, OpenAIProvider
-from fastdistill.model.transport import AiohttpTransport, Response
+from fastdistill.model.transport import Response, transport_for
 
 LARGEST = 100 * 10**6  # bytes of one batch: half of what OpenAI takes
 KEPT = 30 * 86_400 * 10**9  # nanoseconds; OpenAI deletes the answers of a batch after 30 days
@@ -64,7 +64,8 @@ class BatchProvider(OpenAIProvider):
     """
 
     def __init__(self, config: OpenAIConfig, options: BatchOptions, records: Path, brake: Brake) -> None:
-        super().__init__(config, _FreshConnections())
+        # A kept connection that turns out to be dead has its request sent again, which could make a batch twice.
+        super().__init__(config, transport_for(config.url, max_body=2**30, keep=0))
         self._options = options
         self._records = records
         self._brake = brake
@@ -283,22 +284,6 @@ class BatchProvider(OpenAIProvider):
             return decode(response.body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProviderError(ErrorKind.GARBLED, f"{self._where}: not what {place} should bring: {error}") from error
-
-
-class _FreshConnections:
-    """Implements `Transport` for requests that come minutes apart, with a connection for each.
-
-    A kept connection that turns out to be dead has its request sent again, which could make a batch twice.
-    """
-
-    async def request(
-        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, timeout: float
-    ) -> Response:
-        async with aclosing(AiohttpTransport()) as transport:
-            transport.max_body = 2**30
-            return await transport.request(method, url, headers=headers, body=body, timeout=timeout)
-
-    async def aclose(self) -> None: ...
 
 
 class _Record(Struct):

@@ -1,0 +1,291 @@
+"""HTTP/1.1 (RFC 9112) over kept connections, for `http://` without a proxy, at a fraction of what aiohttp costs.
+
+It has no TLS, no proxies, no HEAD and no redirects, and calls garbled what it does not know.
+"""
+
+import asyncio
+from collections.abc import Generator, Mapping
+from contextlib import suppress
+from functools import lru_cache, partial
+from typing import TypeVar, cast
+from urllib.parse import quote, urlsplit
+
+from fastdistill.model.provider import ErrorKind, ProviderError
+from fastdistill.model.transport import CONNECTS, Response
+
+MAX_HEAD = 2**16  # bytes of a status line with its headers, and of a line between two chunks
+
+T = TypeVar("T")
+_Address = tuple[str, int]
+
+
+class Http1Transport:
+    """Implements `Transport`. Belongs to one event loop."""
+
+    def __init__(self, *, max_body: int, keep: float) -> None:
+        self._max_body = max_body
+        self._keep = keep
+        self._idle: dict[_Address, list[_Connection]] = {}  # the latest last
+        self._open: set[_Connection] = set()
+
+    async def request(
+        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, timeout: float
+    ) -> Response:
+        deadline = asyncio.get_running_loop().time() + timeout
+        address, head = _head(method, url, tuple(headers.items()))
+        sent = head + (b"\r\n" if body is None else b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        try:
+            if idle := self._idle.get(address):
+                with suppress(_StaleConnection):
+                    return await idle.pop().exchange(sent, deadline)
+            # The idle ones may all be stale, so this goes over a connection opened for it.
+            connection = await self._connect(url, address, deadline)
+            return await connection.exchange(sent, deadline)
+        except TimeoutError as error:
+            raise ProviderError(ErrorKind.TIMEOUT, f"{url}: no answer within {timeout:g} s") from error
+        except _Garbled as error:
+            raise ProviderError(ErrorKind.GARBLED, f"{url}: {error}") from error
+        except ConnectionError as error:
+            raise ProviderError(ErrorKind.RESET, f"{url}: the connection broke ({error})") from error
+
+    async def aclose(self) -> None:
+        for connection in list(self._open):
+            connection.end(ConnectionAbortedError("closed by this side"))
+        await asyncio.sleep(0)  # for the sockets to be closed
+
+    async def _connect(self, url: str, address: _Address, deadline: float) -> "_Connection":
+        loop = asyncio.get_running_loop()
+        make = partial(_Connection, self._open, self._idle.setdefault(address, []), self._max_body, keep=self._keep)
+        try:
+            async with asyncio.timeout_at(min(deadline, loop.time() + CONNECTS)):
+                return (await loop.create_connection(make, *address))[1]
+        except (OSError, ValueError) as error:  # ValueError: no name that could be looked up
+            if isinstance(error, TimeoutError) and loop.time() >= deadline:
+                raise
+            why = str(error) or f"no connection within {CONNECTS:g} s"
+            raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({why})") from error
+
+
+class _StaleConnection(Exception):
+    """A kept connection was gone before a byte of the answer: the server had closed it between two requests."""
+
+
+class _Garbled(Exception):
+    pass
+
+
+class _Connection(asyncio.Protocol):
+    """In an exchange, `_answer` is what waits for it, and `_reader` is there from the first byte on."""
+
+    def __init__(self, open_: "set[_Connection]", idle: "list[_Connection]", max_body: int, *, keep: float) -> None:
+        self._open, self._idle, self._max_body, self._keep = open_, idle, max_body, keep
+        self._loop = asyncio.get_running_loop()
+        self._buffer = bytearray()
+        self._answer: asyncio.Future[Response] | None = None
+        self._reader: _Reading[tuple[Response, bool]] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._used = False
+
+    async def exchange(self, sent: bytes, deadline: float) -> Response:
+        """The answer to one request. Raises what `end` was told, or _StaleConnection."""
+        if self._transport.is_closing():
+            raise ConnectionResetError("closed at once by the server")
+        self._end_at(deadline, TimeoutError())
+        answer: asyncio.Future[Response] = self._loop.create_future()
+        self._answer = answer
+        self._transport.write(sent)
+        try:
+            return await answer
+        finally:
+            if self._answer is answer:  # cancelled: what still comes must not be taken for another's
+                self.end()
+
+    def end(self, error: Exception | None = None) -> None:
+        """Closes the connection; the error is for what waits for an answer."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._open.discard(self)
+        if self in self._idle:
+            self._idle.remove(self)
+        answer, self._answer = self._answer, None
+        if error is not None and answer is not None and not answer.done():
+            stale = self._used and self._reader is None and isinstance(error, ConnectionError)
+            answer.set_exception(_StaleConnection() if stale else error)
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
+        self._open.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.end(ConnectionResetError(str(exc or "closed by the server")))
+
+    def eof_received(self) -> None:
+        if self._answer is not None and self._reader is not None:
+            self._read_on(ended=True)
+        self.connection_lost(None)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if self._answer is None:
+            self.end()  # nobody asked
+            return
+        if self._reader is None:
+            self._reader = _read(self._buffer, self._max_body)
+        self._read_on(ended=None)
+
+    def _read_on(self, ended: bool | None) -> None:
+        assert self._reader is not None and self._answer is not None
+        try:
+            self._reader.send(ended)
+        except (_Garbled, ConnectionError) as error:
+            self.end(error)
+        except StopIteration as whole:
+            response, keep = whole.value
+            answer, self._answer, self._reader = self._answer, None, None
+            if not answer.done():  # else it was cancelled just now
+                answer.set_result(response)
+            if not keep or not self._keep or self._buffer or self._transport.get_write_buffer_size():
+                self.end()
+            else:
+                self._used = True
+                self._idle.append(self)
+                self._end_at(self._loop.time() + self._keep)
+
+    def _end_at(self, moment: float, error: Exception | None = None) -> None:
+        """Instead of an earlier such order. A timer is set only where the last one comes too late, so hardly ever."""
+        self._due = moment, error
+        if self._timer is None or self._timer.when() > moment:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(moment, self._look)
+
+    def _look(self) -> None:
+        self._timer, (moment, error) = None, self._due
+        if self._loop.time() < moment:
+            self._end_at(moment, error)
+        else:
+            self.end(error)
+
+
+@lru_cache(maxsize=256)
+def _head(method: str, url: str, headers: tuple[tuple[str, str], ...]) -> tuple[_Address, bytes]:
+    """Where a request goes, and how it begins, but for its length."""
+    parts = urlsplit(url)
+    try:
+        address, host = (parts.hostname or "", parts.port or 80), parts.netloc.encode("idna").decode()
+    except ValueError as error:
+        raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({error})") from error
+    target = quote(parts.path or "/", safe=_SAFE) + (f"?{quote(parts.query, safe=_SAFE)}" if parts.query else "")
+    fields = {"Host": host, "User-Agent": "fastdistill", "Accept": "*/*"}
+    fields |= {name.title(): value for name, value in headers}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    if len(lines.splitlines()) != len(fields):
+        raise ProviderError(ErrorKind.BAD_REQUEST, f"{url}: a header that was to be sent has a line end in it")
+    return address, f"{method} {target} HTTP/1.1\r\n{lines}".encode()
+
+
+_SAFE = "/?%:@!$&'()*+,;=~"
+
+# --- an answer, read off the front of a growing buffer ---
+
+_Reading = Generator[None, "bool | None", T]
+"""To be resumed whenever the buffer has grown, and with True at the end of the stream."""
+
+
+def _read(buffer: bytearray, max_body: int) -> _Reading[tuple[Response, bool]]:
+    """One answer, and whether the connection may be used again."""
+    status = 100
+    while 100 <= status < 200:  # 100 Continue, 103 Early Hints
+        status, headers, keep = _parse((yield from _until(b"\r\n\r\n", buffer, begin=b"HTTP/1.")))
+        if status == 101:
+            raise _not_http("it changes to a protocol that was not asked for")
+    body, coding, length = b"", headers.get("transfer-encoding"), headers.get("content-length")
+    if status in (204, 304):
+        pass
+    elif coding is not None:
+        if coding.lower() != "chunked":
+            raise _not_http(f"Transfer-Encoding: {coding}")
+        body = yield from _chunks(buffer, max_body)
+    elif length is not None:
+        size, *others = {part.strip() for part in length.split(",")}
+        if others or not size.isdecimal() or len(size) > 18:
+            raise _not_http(f"Content-Length: {length}")
+        body = yield from _exactly(_within(max_body, int(size)), buffer)
+    else:
+        keep = False
+        while not (yield):
+            _within(max_body, len(buffer))
+        body = yield from _exactly(_within(max_body, len(buffer)), buffer)
+    if body and (packed := headers.get("content-encoding", "identity")) != "identity":
+        raise _not_http(f"Content-Encoding: {packed}, which was not asked for")
+    return Response(status, headers, body), keep
+
+
+def _parse(head: bytes) -> tuple[int, dict[str, str], bool]:
+    """Status, headers, and whether the connection may be used again."""
+    first, *lines = head.decode("latin-1").replace("\r\n ", " ").replace("\r\n\t", " ").split("\r\n")
+    version, status = first[:9], first[9:12]
+    if version not in ("HTTP/1.1 ", "HTTP/1.0 ") or not status.isdecimal() or status < "100" or first[12:13].strip():
+        raise _not_http(first)
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or name.split() != [name]:
+            raise _not_http(f"a header is {line!r}")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return int(status), headers, version == "HTTP/1.1 " and "close" not in headers.get("connection", "").lower()
+
+
+def _chunks(buffer: bytearray, max_body: int) -> _Reading[bytes]:
+    body = bytearray()
+    while True:
+        line = yield from _until(b"\r\n", buffer)
+        digits = line.partition(b";")[0].strip(b" \t")  # what follows are extensions
+        if not 0 < len(digits) < 16 or digits.strip(b"0123456789abcdefABCDEF"):
+            raise _not_http(f"the size of a chunk is {line!r}")
+        if not (size := int(digits, 16)):
+            break
+        _within(max_body, len(body) + size)
+        body += yield from _exactly(size, buffer)
+        if (yield from _exactly(2, buffer)) != b"\r\n":
+            raise _not_http("a chunk is longer than its size")
+    while (yield from _until(b"\r\n", buffer)):
+        pass  # trailers
+    return bytes(body)
+
+
+def _until(end: bytes, buffer: bytearray, begin: bytes = b"") -> _Reading[bytes]:
+    """What comes before `end`; both leave the buffer."""
+    seen = 0
+    while (at := buffer.find(end, max(0, seen - 3))) < 0:
+        if buffer[: len(begin)] != begin[: len(buffer)] or (begin and buffer.find(b"\n\n", max(0, seen - 1)) >= 0):
+            raise _not_http(repr(bytes(buffer[:100])))
+        seen = _within(MAX_HEAD, len(buffer), "the answer's head")
+        yield from _more()
+    found = yield from _exactly(_within(MAX_HEAD, at + len(end), "the answer's head"), buffer)
+    return found[:at]
+
+
+def _exactly(size: int, buffer: bytearray) -> _Reading[bytes]:
+    while len(buffer) < size:
+        yield from _more()
+    found = bytes(buffer[:size])
+    del buffer[:size]
+    return found
+
+
+def _more() -> _Reading[None]:
+    if (yield):
+        raise ConnectionResetError("closed by the server within its answer")
+
+
+def _within(most: int, size: int, what: str = "the answer") -> int:
+    if size > most:
+        raise _Garbled(f"{what} is larger than {most} bytes")
+    return size
+
+
+def _not_http(what: str) -> _Garbled:
+    return _Garbled(f"the answer is not HTTP ({what[:100]})")
