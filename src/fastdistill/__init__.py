@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastdistill.data.execution.python import PythonExecEval as PythonExecEval
     from fastdistill.data.execution.sqlite import SQLiteExecEval as SQLiteExecEval
     from fastdistill.data.export.hard import ExportHardCases as ExportHardCases
+    from fastdistill.data.export.preference import ExportPreference as ExportPreference
     from fastdistill.data.export.sft import ExportSFT as ExportSFT
     from fastdistill.data.generate import TextGeneration as TextGeneration
     from fastdistill.data.load import LoadJsonl as LoadJsonl
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from fastdistill.data.parse_python import CleanPythonOutput as CleanPythonOutput
     from fastdistill.data.prepare import CanonicalizeFields as CanonicalizeFields
     from fastdistill.data.prepare import Deduplicate as Deduplicate
+    from fastdistill.data.rationale import SplitRationale as SplitRationale
     from fastdistill.data.rules import RuleFilter as RuleFilter
     from fastdistill.data.select import ScoreFromExecEval as ScoreFromExecEval
     from fastdistill.data.select import SelectBest as SelectBest
+    from fastdistill.data.vote import MajorityVote as MajorityVote
 
 _HOMES = {
     "Pipeline": "fastdistill.control.session",
@@ -48,6 +51,7 @@ _HOMES = {
     "PythonExecEval": "fastdistill.data.execution.python",
     "ExportHardCases": "fastdistill.data.export.hard",
     "ExportSFT": "fastdistill.data.export.sft",
+    "ExportPreference": "fastdistill.data.export.preference",
     "TextGeneration": "fastdistill.data.generate",
     "LoadJsonl": "fastdistill.data.load",
     "CleanSqlOutput": "fastdistill.data.parse",
@@ -59,6 +63,8 @@ _HOMES = {
     "RuleFilter": "fastdistill.data.rules",
     "ScoreFromExecEval": "fastdistill.data.select",
     "SelectBest": "fastdistill.data.select",
+    "SplitRationale": "fastdistill.data.rationale",
+    "MajorityVote": "fastdistill.data.vote",
 }
 
 __all__ = list(_HOMES)

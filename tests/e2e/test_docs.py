@@ -375,7 +375,7 @@ def plays(
     """Every page being played, two at a time."""
     release = write_release(tmp_path_factory.mktemp("release"))
     with (
-        ollama_server(teacher, models=["llama3.1:8b"]) as ollama,
+        ollama_server(teacher, models=["llama3.1:8b", "student-model"]) as ollama,
         openai_server(teacher, models=["gpt-4o-mini"], api_key="sk-...") as openai,
         ThreadPoolExecutor(2) as pool,
     ):

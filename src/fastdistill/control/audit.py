@@ -84,7 +84,7 @@ def audit(
     """
     first = next((at for at, step in enumerate(pipeline.steps) if isinstance(step, SampleStep)), len(pipeline.steps))
     steps = tuple(step for step in pipeline.steps[first:] if isinstance(step, SampleStep))
-    measured = _Measured(name="Audit", steps=steps, mutants=mutants, seed=seed)
+    measured = _Measured(name="Audit", judging=steps, mutants=mutants, seed=seed)
     shortened = Pipeline(name=pipeline.name, steps=(*pipeline.steps[:first], measured), max_error_rate=1)
     with TemporaryDirectory(prefix="fastdistill-") as scratch:
         folder = RunFolder(Path(scratch), "audit", Path(scratch) / "run")
@@ -106,7 +106,7 @@ def audit(
 class _Measured(SampleStep):
     """Takes gold answers and mutants through all steps after generation; every gate judges what concerns it."""
 
-    steps: tuple[Step, ...]
+    judging: tuple[Step, ...]
     mutants: int
     seed: int
 
@@ -122,7 +122,7 @@ class _Measured(SampleStep):
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            for step in self.steps:
+            for step in self.judging:
                 if isinstance(step, Gate) and is_audited(step) and (stricter := step.stricter()):
                     self._stricter[step.name] = stricter
                     await stack.enter_async_context(stricter.opened(ctx))
@@ -134,9 +134,9 @@ class _Measured(SampleStep):
         if not answers:
             raise SampleError("no_gold", f"{sample.source}: no gate finds a gold answer in this record")
         candidates = tuple(_candidate(at, answer.text) for at, answer in enumerate(answers))
-        if not any(is_generation(step) for step in self.steps):
+        if not any(is_generation(step) for step in self.judging):
             sample = replace(sample, candidates=candidates)
-        for step in self.steps:
+        for step in self.judging:
             assert isinstance(step, SampleStep)
             if is_generation(step):
                 sample = replace(sample, candidates=candidates)
@@ -150,7 +150,7 @@ class _Measured(SampleStep):
     def _answers(self, sample: Sample) -> list[_Answer]:
         chance = random.Random(f"{self.seed} {sample.sample_id}")
         answers: dict[tuple[str, str | None], _Answer] = {}
-        for gate in (step for step in self.steps if isinstance(step, Gate) and is_audited(step)):
+        for gate in (step for step in self.judging if isinstance(step, Gate) and is_audited(step)):
             gold = gate.gold(sample)
             if gold is None:
                 continue

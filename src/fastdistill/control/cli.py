@@ -225,6 +225,24 @@ def diff_runs(
 
 
 @app.command()
+def export(
+    run: str,
+    formats: Annotated[
+        list[str], typer.Option("--format", "-f", help="parquet, jsonl, trl, axolotl, llamafactory, mlx or openai.")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="An export's option: ExportSFT.validation=0.05", metavar="A.B=C")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="A new folder; by default `export` in the run's folder.")] = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Write a finished run's data set again, as other trainers read it. Nothing is asked and nothing is judged."""
+    from fastdistill.control.export import export_run
+
+    export_run(run, formats, set_ or (), to, output_dir)
+
+
+@app.command()
 def doctor(
     config: Config,
     config_env: ConfigEnv = None,

@@ -46,7 +46,7 @@ def load_layers(layers: Sequence[Path], overrides: Sequence[str] = (), base: Any
     for path in layers:
         merged = merge(merged, read_yaml(path))
     for override in overrides:
-        merged = merge(merged, _nested(override))
+        merged = merge(merged, nested_override(override))
     return merged
 
 
@@ -235,7 +235,7 @@ def _validated(kind: type[Parsed], body: dict[str, Any], path: str, problems: li
         return None
 
 
-def _nested(override: str) -> Any:
+def nested_override(override: str) -> Any:
     """`a.b=c` as the mapping that it stands for; the value is YAML."""
     path, equals, text = override.partition("=")
     if not equals or not path.strip("."):

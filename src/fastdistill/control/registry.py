@@ -19,6 +19,8 @@ STEPS = {
     "RuleFilter": "fastdistill.data.rules",
     "SQLiteExecEval": "fastdistill.data.execution.sqlite",
     "PythonExecEval": "fastdistill.data.execution.python",
+    "SplitRationale": "fastdistill.data.rationale",
+    "MajorityVote": "fastdistill.data.vote",
     "MathExecEval": "fastdistill.data.execution.math",
     "LLMJudge": "fastdistill.data.judge",
     "ScoreFromJudge": "fastdistill.data.judge",
@@ -27,6 +29,7 @@ STEPS = {
     "SelectBest": "fastdistill.data.select",
     "ExportSFT": "fastdistill.data.export.sft",
     "ExportHardCases": "fastdistill.data.export.hard",
+    "ExportPreference": "fastdistill.data.export.preference",
 }
 
 PROVIDERS = {

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.control.audited import audit_command, audits_of
-from fastdistill.control.card import dataset_card
+from fastdistill.control.card import complete_dataset
 from fastdistill.control.folder import RunFolder, read_json, write_json
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.tally import Tally, interval
@@ -57,15 +57,8 @@ class Proofs:
         write_json(self._folder.manifest, self._manifest(None, "running", None, ""))
 
     def finish_dist(self) -> None:
-        """Completes the data set's folder with its card and checksums, and puts it in place."""
-        dist = self._folder.dist_in_work
-        files = sorted(path for path in dist.rglob("*") if path.is_file())
-        with atomic(dist / "README.md") as file:
-            file.write(dataset_card(self._pipeline, self._tally, [path.relative_to(dist) for path in files]))
-        files = sorted(path for path in dist.rglob("*") if path.is_file())
-        lines = [f"{sha256_file(path)}  {path.relative_to(dist).as_posix()}\n" for path in files]
-        with atomic(dist / "checksums.txt") as file:
-            file.writelines(lines)
+        """Completes the data set's folder, and puts it in place."""
+        complete_dataset(self._folder.dist_in_work, self._folder.dist.name, self._pipeline, self._tally)
         self._folder.finish_dist()
 
     def finish(self, run: ActiveRun) -> "RunResult":

@@ -74,6 +74,9 @@ class ActiveRun:
         else:
             self._count(sample)
 
+    def report(self, step: str, found: Mapping[str, object]) -> None:
+        self.tally.reports[step] = dict(found)
+
     async def finished(self, sample: Sample, *, last: bool) -> None:
         await self._ledger.save(sample)
         # What fails early does not come again; all else counts once, when no more can happen to it.

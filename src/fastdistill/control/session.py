@@ -123,6 +123,12 @@ class Pipeline(BaseModel):
             for place, gate in named
             if gate not in gates
         ]
+        problems += [
+            f"steps[{at}].{step.name}: there is no step named {other!r}; there are: {', '.join(names)}"
+            for at, step in enumerate(self.steps)
+            for other in step.steps()
+            if other not in names
+        ]
         unpriced = [name for name, config in self.models.items() if config.price is None]
         if self.budget.max_cost_usd is not None and unpriced:
             problems.append(f"budget.max_cost_usd: needs a price at models.{', models.'.join(unpriced)}")

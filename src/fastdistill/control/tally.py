@@ -88,6 +88,7 @@ class Tally:
         self.gates: dict[str, GateCount] = {}
         self.failures: dict[tuple[str, str], FailureCount] = {}
         self.hashes: defaultdict[str, ContentHash] = defaultdict(ContentHash)
+        self.reports: dict[str, dict[str, Any]] = {}  # by step: what it says of its whole work
         self.calibrations = {step.name: Calibration(step) for step in steps if isinstance(step, LLMJudge)}
 
     def add(self, sample: Sample) -> None:
@@ -149,6 +150,8 @@ class Tally:
             }
             if step.name in self.gates:
                 stage["candidates"] = _gate_report(self.gates[step.name])
+            if step.name in self.reports:
+                stage["report"] = self.reports[step.name]
             if step.name in self.calibrations:
                 stage["calibration"] = self.calibrations[step.name].report()
             if found := step.findings():

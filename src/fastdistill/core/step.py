@@ -69,6 +69,10 @@ class Context(Protocol):
         """Takes a sample out of the stream, with its reason; it stays in the ledger."""
         ...
 
+    def report(self, step: str, found: Mapping[str, Any]) -> None:
+        """Puts what a step has to say of its whole work into the quality report, with the step's stage."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
@@ -125,6 +129,10 @@ class Step(BaseModel):
 
     def models(self) -> Sequence[str]:
         """Names of the models that this step asks; checked before anything is spent."""
+        return ()
+
+    def steps(self) -> Sequence[str]:
+        """Names of other steps whose candidates this step tells apart; checked before anything is spent."""
         return ()
 
     @asynccontextmanager

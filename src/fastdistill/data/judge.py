@@ -33,7 +33,6 @@ from fastdistill.core.types import (
 )
 from fastdistill.data.template import Template, compile_template, render
 
-
 T = TypeVar("T")
 
 

@@ -1,6 +1,7 @@
 """Scores candidates from what the gates found, and picks the best. Judges nothing itself."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.near_duplicates import CANONICAL
+from fastdistill.data.rationale import rationale_of
 
 
 class ScoreFromExecEval(SampleStep):
@@ -55,19 +57,46 @@ class SelectBest(SampleStep):
     rewrites: ClassVar[bool] = False
 
     k: int = Field(1, gt=0)
-    distinct: bool | Literal["sql", "python"] = Field(
-        True, description="of equal answers only the best counts; sql, python: equal but for how they are written"
+    distinct: bool | Literal["sql", "python", "path"] = Field(
+        True,
+        description="of equal answers only the best counts; sql, python: equal but for how they are written; path: of"
+        " equal ways to the answer",
     )
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         ranked = sorted(sample.accepted, key=_rank)
         if self.distinct:
-            form = CANONICAL.get(str(self.distinct), str)
-            first: dict[str, Candidate] = {}
+            key = _KEYS.get(self.distinct, _answer)
+            first: dict[Hashable, Candidate] = {}
             for candidate in ranked:
-                first.setdefault(form(candidate.answer), candidate)
+                first.setdefault(key(candidate), candidate)
             ranked = list(first.values())
         return sample.selected(tuple(candidate.candidate_id for candidate in ranked[: self.k]))
+
+
+def _answer(candidate: Candidate) -> Hashable:
+    return candidate.answer
+
+
+_EQUATION = re.compile(r"\d[\d.,\s+*/×÷()%$-]*=\s*\$?\d[\d.,]*")
+
+
+def _path(candidate: Candidate) -> Hashable:
+    """How an answer was reached: the equations of its rationale (RFT, arXiv:2308.01825), or else its words.
+
+    Without a rationale the answer itself is looked at.
+    """
+    text = rationale_of(candidate) or candidate.answer
+    equations = tuple(re.sub(r"[\s$]|[.,]$", "", found) for found in _EQUATION.findall(text))
+    return equations or " ".join(text.split()).casefold()
+
+
+def _written(form: str) -> Callable[[Candidate], Hashable]:
+    return lambda candidate: CANONICAL[form](candidate.answer)
+
+
+_KEYS: dict[bool | str, Callable[[Candidate], Hashable]] = {form: _written(form) for form in CANONICAL}
+_KEYS["path"] = _path
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float, int, str]:

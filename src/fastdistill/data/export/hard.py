@@ -10,7 +10,7 @@ from pydantic import Field
 from fastdistill.core.errors import SampleError
 from fastdistill.core.step import Context, StreamStep
 from fastdistill.core.types import Candidate, Outcome, Sample, Status
-from fastdistill.data.export.sft import jsonl_file
+from fastdistill.data.export.dataset import jsonl_file
 
 
 class ExportHardCases(StreamStep):
