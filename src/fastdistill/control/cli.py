@@ -11,7 +11,7 @@ import typer
 from fastdistill.core.errors import ExitCode, FatalError
 
 if TYPE_CHECKING:
-    from fastdistill.control.session import Pipeline
+    from fastdistill.control.session import Pipeline, RunResult
 
 app = typer.Typer(
     name="fastdistill",
@@ -77,17 +77,12 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
 ) -> None:
     """Distil the data set. After a crash or Ctrl-C, run the same command again: it goes on where it was."""
-    from fastdistill.control.progress import live, summary
+    from fastdistill.control.progress import live
 
     pipeline = _load(config, config_env, config_run, set_)
     gc.freeze()  # what is imported by now stays: no pause of the event loop for looking through it
     result = pipeline.run(output_dir=output_dir, run_id=run_id, watch=None if quiet else live)
-    if not quiet:
-        from rich.console import Console
-
-        summary(result, Console())
-    if result.exit_code is not ExitCode.OK:
-        fail(str(result.manifest["message"]), result.exit_code)
+    _ended(result, quiet)
 
 
 @pipeline_app.command()
@@ -168,6 +163,43 @@ def explain(run: str, sample_id: str, output_dir: OutputDir = None) -> None:
     show_sample(run, sample_id, output_dir)
 
 
+@app.command("regate")
+def regate_run(
+    run: str,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="The steps after generation, or the whole pipeline.")
+    ] = None,
+    config_env: ConfigEnv = None,
+    config_run: ConfigRun = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    run_id: Annotated[str | None, typer.Option(help="A name of your own for the new run's folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+) -> None:
+    """Judge the stored candidates of RUN again, under other gates: a new run, and no teacher is asked."""
+    from fastdistill.control.progress import live
+    from fastdistill.control.regate import regate
+    from fastdistill.control.session import unwatched
+
+    layers = [layer for layer in (config, config_env, config_run) if layer is not None]
+    watch = unwatched if quiet else live
+    _ended(regate(run, layers, set_ or (), output_dir=output_dir, run_id=run_id, watch=watch), quiet)
+
+
+@app.command("diff")
+def diff_runs(
+    run_a: str,
+    run_b: str,
+    group_by: Annotated[str | None, typer.Option(help="A record's field: its samples belong together.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all of it to this file.")] = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Which samples RUN_B won and lost against RUN_A, by gate and reason, and whether that is more than chance."""
+    from fastdistill.control.diff import show_diff
+
+    show_diff(run_a, run_b, output_dir, group_by, json)
+
+
 @app.command()
 def doctor(
     config: Config,
@@ -203,6 +235,18 @@ def wikisql(
         left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(split.left_out.items())) or "none"
         print(f"{name}: {split.records:,} records over {split.tables:,} tables; left out: {left_out}")
     print(f"written to {prepared.folder}")
+
+
+def _ended(result: "RunResult", quiet: bool) -> None:
+    """Tells what a run came to, and ends with its exit code."""
+    if not quiet:
+        from rich.console import Console
+
+        from fastdistill.control.progress import summary
+
+        summary(result, Console())
+    if result.exit_code is not ExitCode.OK:
+        fail(str(result.manifest["message"]), result.exit_code)
 
 
 def _load(config: Path, config_env: Path | None, config_run: Path | None, set_: list[str] | None) -> "Pipeline":

@@ -33,12 +33,21 @@ def load_pipeline(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Pipe
     Raises:
         ConfigError: with every problem found, each with its path.
     """
-    merged: Any = {}
+    return parse_pipeline(load_layers(layers, overrides))
+
+
+def load_layers(layers: Sequence[Path], overrides: Sequence[str] = (), base: Any = None) -> Any:
+    """Some YAML files and `a.b=c` overrides, one laid on the other, the first on `base`.
+
+    Raises:
+        ConfigError: a file can't be read, or a layer changes a step that is not there.
+    """
+    merged = {} if base is None else base
     for path in layers:
         merged = merge(merged, read_yaml(path))
     for override in overrides:
         merged = merge(merged, _nested(override))
-    return parse_pipeline(merged)
+    return merged
 
 
 def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) -> Pipeline:

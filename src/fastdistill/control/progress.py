@@ -317,6 +317,9 @@ def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
         "manifest": result.path / "manifest.json",
     }
     yield from ((name, str(path)) for name, path in files.items() if path.exists())
+    if parent := result.manifest.get("parent_run_id"):
+        reused = _tallied(result.manifest["verdicts_reused"])
+        yield "judged", f"the candidates of {parent} again; verdicts taken over from it: {reused or 'none'}"
     if sample_id := _example(result.path / "ledger.sqlite"):
         root = result.path.parent.parent
         # The option is needed only where the command would not look anyway.

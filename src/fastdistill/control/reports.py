@@ -3,8 +3,9 @@
 import platform
 import sqlite3
 import sys
+from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +28,22 @@ if TYPE_CHECKING:
 DEPENDENCIES = ("aiohttp", "jinja2", "msgspec", "numpy", "pyarrow", "pydantic", "sqlglot")
 
 
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Where the candidates of a run come from that asked no teacher."""
+
+    parent_run_id: str
+    ledger: Path
+    """The parent's, which has the candidates."""
+    reused: Counter[str] = field(default_factory=Counter)
+    """By gate, the verdicts that were taken over from the parent."""
+
+
 class Proofs:
     """Writes what a run can show for itself, from its beginning (status `running`) to its end."""
 
-    def __init__(self, pipeline: "Pipeline", folder: RunFolder, tally: Tally) -> None:
+    def __init__(self, pipeline: "Pipeline", folder: RunFolder, tally: Tally, lineage: Lineage | None = None) -> None:
+        self._lineage = lineage
         self._pipeline = pipeline
         self._folder = folder
         self._tally = tally
@@ -140,25 +153,23 @@ class Proofs:
     def _manifest(self, run: ActiveRun | None, status: str, code: ExitCode | None, message: str) -> dict[str, Any]:
         folder, tally = self._folder, self._tally
         ended = status != "running"
-        inputs = {path for step in self._pipeline.steps for path in step.inputs()} if ended else ()
+        inputs = {path for step in self._pipeline.steps for path in step.inputs()} if ended else set()
+        inputs |= {self._lineage.ledger} if self._lineage else set()
         outputs = sorted(folder.dist.rglob("*")) if status in ("complete", "below_floor") else ()
         return {
             "schema": 1,
             "run_id": folder.run_id,
             "name": self._pipeline.name,
+            "kind": "regate" if self._lineage else "run",
+            "parent_run_id": self._lineage and self._lineage.parent_run_id,
+            "verdicts_reused": dict(sorted(self._lineage.reused.items())) if self._lineage else {},
             "status": status,
             "exit_code": code,
             "message": message,
             "started": self._started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds") if ended else None,
             "config_sha256": digest(self._pipeline.resolved()),
-            "versions": {
-                "fastdistill": version("fastdistill"),
-                "python": platform.python_version(),
-                "sqlite": sqlite3.sqlite_version,
-                "platform": f"{sys.platform}-{platform.machine()}",
-                **{name: version(name) for name in DEPENDENCIES},
-            },
+            "versions": versions(),
             "inputs": [_file_entry(path, path.absolute()) for path in sorted(inputs) if path.is_file()],
             "models": {
                 name: {
@@ -182,6 +193,17 @@ class Proofs:
             "content_sha256": {stage: str(content) for stage, content in sorted(tally.hashes.items())},
             "outputs": [_file_entry(path, path.relative_to(folder.path)) for path in outputs if path.is_file()],
         }
+
+
+def versions() -> dict[str, str]:
+    """What this run was made with: ours, the interpreter's, the libraries'."""
+    return {
+        "fastdistill": version("fastdistill"),
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+        "platform": f"{sys.platform}-{platform.machine()}",
+        **{name: version(name) for name in DEPENDENCIES},
+    }
 
 
 def failures_message(tally: Tally) -> str:

@@ -5,9 +5,9 @@ coroutine over one sample (generate, parse, gate, select). Consecutive sample st
 """
 
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -65,6 +65,16 @@ class Context(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """A way to break a right answer. `operator` names its kind; `apply` writes the mutant."""
+
+    operator: str
+    apply: Callable[[], str]
+    may_be_equal: bool = True
+    """The mutant may mean the same as the answer all the same."""
+
+
 class Step(BaseModel):
     """A step is its configuration. `name` is what reports call it; the pipeline numbers repeated ones."""
 
@@ -117,6 +127,9 @@ class StreamStep(Step):
 
 
 class SampleStep(Step):
+    rewrites: ClassVar[bool] = True
+    """Whether it may change an answer that is there: a verdict given before it was on another answer."""
+
     @abstractmethod
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         """The sample with what this step found. It may see a sample again that has got more candidates since.
@@ -140,6 +153,27 @@ class Gate(SampleStep):
     A candidate that an earlier gate failed is not judged again: gates are ordered cheapest first.
     """
 
+    rewrites: ClassVar[bool] = False
+
+    alone: ClassVar[bool] = False
+    """Of a gate that writes `judge_all`: its verdict on a candidate does not depend on the others all the same."""
+
+    def inputs_for(self, sample: Sample) -> Sequence[Path]:
+        """Files that a verdict on this sample depends on; `inputs` has them all once the samples have passed."""
+        return self.inputs()
+
+    def gold(self, sample: Sample) -> str | None:
+        """The record's right answer, as a teacher would write it; None if this gate knows of none."""
+        return None
+
+    def mutations(self, gold: str, sample: Sample) -> Sequence[Mutation]:
+        """Ways to break a right answer, for an audit of what this gate lets through."""
+        return ()
+
+    def stricter(self) -> "Gate | None":
+        """A gate that tells more answers from gold than this one, for an audit of what it let through."""
+        return None
+
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         open_ = [c for c in sample.candidates if c.outcome is not Outcome.FAIL and c.verdict(self.name) is None]
         if not open_:
@@ -156,3 +190,8 @@ class Gate(SampleStep):
 
     def verdict(self, outcome: Outcome, reason: str, score: float | None = None, **detail: Any) -> Verdict:
         return Verdict(self.name, self.fingerprint, outcome, reason, score, detail)
+
+
+def is_generation(step: Step) -> bool:
+    """Whether a step asks a model for candidates; a gate that asks one wants its verdict."""
+    return isinstance(step, SampleStep) and not isinstance(step, Gate) and bool(step.models())

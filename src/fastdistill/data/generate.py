@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import NotAsked, SampleError
-from fastdistill.core.step import Context, SampleStep
+from fastdistill.core.step import Context, Model, SampleStep
 from fastdistill.core.types import Answer, Candidate, Draw, Failure, Message, Prompt, Sample
 from fastdistill.data.template import compile_template, render
 
@@ -43,6 +43,8 @@ class TextGeneration(SampleStep):
     sample before anything is asked. Each prompt has its own seeds, made of the prompt and `seed`, one after the other
     for its draws, so that samples are drawn independently of each other (`seed: null` leaves it to the server).
     """
+
+    rewrites: ClassVar[bool] = False
 
     model: str = Field("teacher", description="a name under `models:`")
     teachers: tuple[str, ...] = Field((), description="names under `models:` in place of `model`, the weakest first")
@@ -112,7 +114,7 @@ class TextGeneration(SampleStep):
         if not attempts or (attempts[0] and not self.wants_more(sample) and self._only is None):
             return sample  # another step wanted more
         model = ctx.model(self._teacher(attempts[0]))
-        prompt = model.prompt(self.messages(sample), self._profile(sample), self.generation_kwargs)
+        prompt = self._prompt(model, sample)
         draws = [self._draw(prompt, attempt) for attempt in attempts]
         answers = await model.generate(prompt, draws)
         candidates = [self._candidate(answer, sample, prompt) for answer in answers if isinstance(answer, Answer)]
@@ -127,6 +129,17 @@ class TextGeneration(SampleStep):
             if isinstance(error, NotAsked) or not more_to_come:
                 raise error
         return replace(sample, candidates=(*sample.candidates, *candidates), failures=(*sample.failures, *failures))
+
+    def prompts(self, sample: Sample, ctx: Context) -> list[Prompt]:
+        """What each of the models would be asked.
+
+        Raises:
+            SampleError: as `messages`; or the record's decode profile is no profile.
+        """
+        return [self._prompt(ctx.model(name), sample) for name in self.models()]
+
+    def _prompt(self, model: Model, sample: Sample) -> Prompt:
+        return model.prompt(self.messages(sample), self._profile(sample), self.generation_kwargs)
 
     def messages(self, sample: Sample) -> list[Message]:
         """The chat messages of a sample's prompt.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
@@ -15,6 +16,8 @@ class ScoreFromExecEval(SampleStep):
     With the default weights an answer that runs has 0.5, one whose result is the gold's has 1. A part that the gate
     does not know (no gold query) is left out of the mean. A candidate without a verdict, or with `error`, has no score.
     """
+
+    rewrites: ClassVar[bool] = False
 
     gate: str = Field("SQLiteExecEval", description="name of the gate whose verdict counts")
     exec_pass: float = Field(0.5, ge=0, description="weight of: the answer runs")
@@ -47,6 +50,8 @@ class ScoreFromExecEval(SampleStep):
 
 class SelectBest(SampleStep):
     """Selects up to `k` accepted candidates: the highest score first, no score last, the earlier attempt on a tie."""
+
+    rewrites: ClassVar[bool] = False
 
     k: int = Field(1, gt=0)
     distinct: bool = Field(True, description="of equal answers only the best counts")

@@ -51,7 +51,10 @@ class Brake(Protocol):
 
 
 class ModelClient:
-    """Implements `core.step.Model` for one configured model, with one endpoint or several."""
+    """Implements `core.step.Model` for one configured model, with one endpoint or several.
+
+    Without providers it answers from the store alone; what is not there is a SampleError, `not_stored`.
+    """
 
     def __init__(
         self, name: str, config: ModelConfig, providers: Sequence[Provider], store: ResponseStore, brake: Brake
@@ -150,6 +153,9 @@ class ModelClient:
                 return None
 
     async def _ask_once(self, prompt: Prompt, draws: dict[str, Draw]) -> dict[str, Answer | SampleError]:
+        if not self.router.endpoints:
+            message = f"{self.name}: this answer is not stored, and nobody is asked for it"
+            return dict.fromkeys(draws, SampleError("not_stored", message))
         done = asyncio.Event()
         self._asking |= dict.fromkeys(draws, done)
         try:

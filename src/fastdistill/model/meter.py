@@ -108,7 +108,7 @@ class Meter:
             "in_flight_mean": round(mean, 2),
             "in_flight_peak": self.peak,
             "concurrency": concurrency,
-            "slot_utilisation": round(mean / concurrency, 4),
+            "slot_utilisation": round(mean / max(1, concurrency), 4),
             "busy": self.busy.summary(),
             "queued": self.queued.summary(),
             "cost_usd": self.cost,

@@ -28,6 +28,7 @@ class PythonExecEval(Gate):
     """
 
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
+    alone: ClassVar[bool] = True
 
     tests_field: str = Field("tests", description="the record's field with the tests, in one of the three forms")
     entry_point_field: str | None = Field(None, description="the field with the name of the function to write")

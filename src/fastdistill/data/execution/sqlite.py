@@ -33,6 +33,7 @@ class SQLiteExecEval(Gate):
     """
 
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
+    alone: ClassVar[bool] = True
 
     db_path: str = Field(description='a SQLite file; may be a template over the record: "dbs/{{ db_id }}.sqlite"')
     gold_field: str | None = Field("gold_sql", description="the record's field with the gold query; null: none")
@@ -43,6 +44,7 @@ class SQLiteExecEval(Gate):
     workers: int | None = Field(None, gt=0, le=64, description="worker processes; by default one a core, two at most")
 
     _pool: SqlitePool | None = PrivateAttr(None)
+    _used: set[Path] = PrivateAttr(default_factory=set)
 
     @field_validator("db_path")
     @classmethod
@@ -58,13 +60,17 @@ class SQLiteExecEval(Gate):
         return self
 
     def inputs(self) -> Sequence[Path]:
-        return () if self._template else (Path(self.db_path).expanduser(),)
+        """The database, or all that the records seen so far have named."""
+        return sorted(self._used) if self._template else (Path(self.db_path).expanduser(),)
+
+    def inputs_for(self, sample: Sample) -> Sequence[Path]:
+        return (Path(self._path(sample)),)
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
         """Raises InputError if `db_path` names one database and that can't be read."""
         async with SqlitePool(self.workers, self.limits) as pool:
-            for path in self.inputs():
+            for path in () if self._template else self.inputs():
                 trial = await pool.evaluate(SqlJob(str(path), "SELECT 1"))
                 if trial.reason is SqlReason.DATABASE_UNREADABLE:
                     raise InputError(f"{self.name}.db_path: {trial.detail}")
@@ -87,7 +93,9 @@ class SQLiteExecEval(Gate):
         return [self._verdict(task.result()) for task in tasks]
 
     def _path(self, sample: Sample) -> str:
-        return str(Path(render(self._template, sample) if self._template else self.db_path).expanduser())
+        path = Path(render(self._template, sample) if self._template else self.db_path).expanduser()
+        self._used.add(path)
+        return str(path)
 
     def _gold(self, sample: Sample) -> str | Verdict | None:
         """The gold query, None where none is wanted, or the verdict on a record that should have one."""
