@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
 
+from fastdistill.control.calibration import Calibration
 from fastdistill.core.stats import Rate, wilson
 from fastdistill.core.step import Step
 from fastdistill.core.types import Candidate, Failure, FinishReason, Outcome, Sample, Status
+from fastdistill.data.judge import LLMJudge
 
 EXAMPLES = 3
 
@@ -86,6 +88,7 @@ class Tally:
         self.gates: dict[str, GateCount] = {}
         self.failures: dict[tuple[str, str], FailureCount] = {}
         self.hashes: defaultdict[str, ContentHash] = defaultdict(ContentHash)
+        self.calibrations = {step.name: Calibration(step) for step in steps if isinstance(step, LLMJudge)}
 
     def add(self, sample: Sample) -> None:
         self.samples += 1
@@ -147,6 +150,8 @@ class Tally:
             }
             if step.name in self.gates:
                 stage["candidates"] = _gate_report(self.gates[step.name])
+            if step.name in self.calibrations:
+                stage["calibration"] = self.calibrations[step.name].report()
             stages.append(stage)
             in_stream = kept
         return stages
@@ -163,7 +168,11 @@ class Tally:
         if candidate.score is not None:
             self.scores[round(candidate.score, 2)] += 1
         self.hashes["candidates"].add(candidate.candidate_id, completion.text)
+        for calibration in self.calibrations.values():
+            calibration.add(candidate)
         for verdict in candidate.verdicts:
+            if verdict.detail.get("calibration"):
+                continue  # it decides nothing
             gate = self.gates.setdefault(verdict.gate, GateCount())
             gate.outcomes[verdict.outcome] += 1
             if verdict.outcome is not Outcome.PASS:
