@@ -224,6 +224,69 @@ def diff_runs(
     show_diff(run_a, run_b, output_dir, group_by, json)
 
 
+@app.command("eval")
+def evaluate_model(
+    config: Config,
+    data: Annotated[Path, typer.Option(help="The records to evaluate on; the same file for all models.")],
+    role: Annotated[str, typer.Option(help="A name under `models:`; one that is not there begins as the teacher.")],
+    model: Annotated[str | None, typer.Option(help="The model's name at its server.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Where it is served.")] = None,
+    provider: Annotated[str | None, typer.Option(help="Which kind of server that is.")] = None,
+    draws: Annotated[int, typer.Option("-n", "--draws", min=1, help="Answers to each record.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Records at most.")] = None,
+    config_env: ConfigEnv = None,
+    config_run: ConfigRun = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    run_id: Annotated[str | None, typer.Option(help="A name of your own for the run's folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+) -> None:
+    """Ask a served model the records of an evaluation split, and judge its answers by the pipeline's gates."""
+    from fastdistill.control.evaluate import evaluate
+    from fastdistill.control.progress import live
+    from fastdistill.control.session import unwatched
+
+    given = {"model": model, "base_url": base_url, "provider": provider}
+    result = evaluate(
+        _load(config, config_env, config_run, set_),
+        data,
+        role=role,
+        changes={field: value for field, value in given.items() if value is not None},
+        draws=draws,
+        limit=limit,
+        output_dir=output_dir,
+        run_id=run_id,
+        watch=unwatched if quiet else live,
+    )
+    _ended(result, quiet)
+
+
+@app.command("compare")
+def compare_runs(
+    runs: Annotated[list[str], typer.Argument(help="Two or more; the last is compared with each of the others.")],
+    group_by: Annotated[str | None, typer.Option(help="A record's field: its samples belong together.")] = None,
+    epsilon: Annotated[float, typer.Option(min=0, help="Scores no further apart agree.")] = 0.1,
+    json: Annotated[Path | None, typer.Option(help="Write all of it to this file.")] = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Models side by side, like teacher, student before and student after: rates, tests, agreement of scores."""
+    from fastdistill.control.compare import show_comparison
+
+    show_comparison(runs, output_dir, group_by, epsilon, json)
+
+
+@app.command("lineage")
+def lineage(
+    run: str,
+    group_by: Annotated[str | None, typer.Option(help="A record's field: its samples belong together.")] = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """The chain of runs behind RUN (`lineage: {parent: RUN}`), each tested against its parent and the first."""
+    from fastdistill.control.lineage import show_lineage
+
+    show_lineage(run, output_dir, group_by)
+
+
 @app.command()
 def export(
     run: str,

@@ -52,6 +52,7 @@ class Proofs:
         # A run that finds every answer in the store contacts nobody: what an earlier one learnt still holds.
         earlier = read_json(folder.manifest)["models"] if folder.manifest.exists() else {}
         self._endpoints_before = {name: model.get("endpoints", []) for name, model in earlier.items()}
+        self._descent = self._descended(pipeline.lineage.parent)
 
     def begin(self) -> None:
         write_json(self._folder.manifest, self._manifest(None, "running", None, ""))
@@ -100,6 +101,24 @@ class Proofs:
         with atomic(folder.report_html) as file:
             file.write(render_html(manifest, quality, timing))
         return RunResult(folder.run_id, folder.path, folder.dist, code, manifest, quality, timing)
+
+    def _descended(self, parent: str | None) -> dict[str, Any]:
+        """What the manifest says of where a run comes from. `generation` counts the teachers that came before.
+
+        Raises:
+            InputError: there is no such parent.
+        """
+        role = self._pipeline.lineage.role
+        if self._lineage is not None:
+            before = read_json(RunFolder(self._folder.root, self._lineage.parent_run_id).manifest)
+            descent = {"parent_run_id": self._lineage.parent_run_id, "generation": before.get("generation", 0)}
+            return {"kind": "regate", **descent, "role": before.get("role")}
+        kind = "run" if role is None else "eval"
+        if parent is None:
+            return {"kind": kind, "parent_run_id": None, "generation": 0, "role": role}
+        found = RunFolder.find(self._folder.root, parent)
+        generation = read_json(found.manifest).get("generation", 0) + 1
+        return {"kind": kind, "parent_run_id": found.run_id, "generation": generation, "role": role}
 
     def _quality(self, floor: list[dict[str, Any]]) -> dict[str, Any]:
         tally = self._tally
@@ -165,8 +184,7 @@ class Proofs:
             "schema": 1,
             "run_id": folder.run_id,
             "name": self._pipeline.name,
-            "kind": "regate" if self._lineage else "run",
-            "parent_run_id": self._lineage and self._lineage.parent_run_id,
+            **self._descent,
             "verdicts_reused": dict(sorted(self._lineage.reused.items())) if self._lineage else {},
             "status": status,
             "exit_code": code,

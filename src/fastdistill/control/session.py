@@ -64,6 +64,15 @@ class RunResult:
     timing: Mapping[str, Any]
 
 
+class Origin(BaseModel):
+    """What a run descends from, for the manifest; it changes nothing that the run does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parent: str | None = Field(None, description="an earlier run under the same artifacts root, by its id or beginning")
+    role: str | None = Field(None, description="set by `fastdistill eval`: whose answers these are")
+
+
 class Pipeline(BaseModel):
     """A named list of steps and the models that they ask.
 
@@ -78,6 +87,7 @@ class Pipeline(BaseModel):
     require: Floor = Floor()
     target: Target | None = None
     budget: Budget = Budget()
+    lineage: Origin = Origin()
     max_error_rate: float = Field(0.1, ge=0, le=1, description="share of samples that may fail before the run stops")
 
     @field_validator("models", mode="before")
@@ -155,6 +165,7 @@ class Pipeline(BaseModel):
             "require": self.require.model_dump(mode="json", exclude_defaults=True),
             "target": self.target and self.target.model_dump(mode="json"),
             "budget": self.budget.model_dump(mode="json", exclude_defaults=True),
+            "lineage": self.lineage.model_dump(mode="json", exclude_defaults=True),
             "max_error_rate": self.max_error_rate,
         }
 
