@@ -41,7 +41,12 @@ def clean_sql(text: str) -> tuple[str, tuple[Cut, ...]]:
     body = text.strip()
     before: list[Cut] = []
     after: list[Cut] = []
-    while not _is_plain(body) and (narrowed := next(filter(None, (rule(body) for rule in _RULES)), None)):
+    while not _is_plain(body):
+        # Of what begins like a query, only the last rule cuts anything.
+        rules = _RULES[-1:] if _QUERY.match(body) else _RULES
+        narrowed = next((found for rule in rules if (found := rule(body))), None)
+        if narrowed is None:
+            break
         body = narrowed.body.strip()
         before += _whole(narrowed.before)
         after[:0] = _whole(narrowed.after)
@@ -133,6 +138,8 @@ def _quotes(text: str) -> _Narrowed | None:
 
 def _statements(text: str) -> _Narrowed | None:
     """The first statement that is a query, or the first of all if none is; what follows it goes."""
+    if text.endswith(";") and _is_plain(text[:-1]) and not _OPENS.search(text) and text.count("'") % 2 == 0:
+        return _Narrowed(text[:-1], (), [Cut("semicolon", ";")])
     if not _STATEMENT.match(text):
         return None
     first_end = end = _statement_end(text, 0)
@@ -310,6 +317,7 @@ _MARK = rf"```|</?{_THINK_NAME}>|</\w+>|<\||\[/\w+\]|\*\*(?=\s*+(?:\n|\Z))|(?<=[
 # that no sentence begins with.
 _GOES_ON = "|".join(sorted(KEYWORDS - _SENTENCE_OPENERS))
 _CUTTING = re.compile(rf"[;`]|</|<\||<{_THINK_NAME}>|\[/|\*\*|\.\Z|\n(?!\s*+(?ai:{_GOES_ON})\b)")
+_OPENS = re.compile(r"[\"\[]|--|/\*")  # what might not be closed before the end
 _MARKUP = re.compile(r"(?:```|</?\w+>|<\|\w+\|>|\[/\w+\]|\*\*|[.\s])++")
 _TOKEN = re.compile(
     rf"""(?P<end>{_MARK}) | (?P<semicolon>;) | (?P<space>\s++)
