@@ -1,6 +1,6 @@
-"""Tells most keys that never came before without asking the disk. Forgets nothing, and may take a new key for an old."""
+"""Tells most keys that never came before without asking the disk. Forgets none, but may take a new one for old."""
 
-_BITS = 23  # 1 MB: of a million keys 4% are taken for old ones
+_BITS = 23  # 1 MB; of a million keys 4% are taken for old ones
 
 
 class Seen:

@@ -320,10 +320,7 @@ def _run(work: Coroutine[Any, Any, RunResult]) -> RunResult:
 
 @contextmanager
 def _seldom_collected() -> Iterator[None]:
-    """Samples make hardly any cycles, so that to look for them is a tenth of a run's CPU: it is done less often.
-
-    What was there before is left out: it stays anyway, and there is more of it than of anything a run makes.
-    """
+    """Looks for cycles less often, of which samples make hardly any, and never among what was there before the run."""
     threshold = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)

@@ -41,12 +41,7 @@ def clean_sql(text: str) -> tuple[str, tuple[Cut, ...]]:
     body = text.strip()
     before: list[Cut] = []
     after: list[Cut] = []
-    while not _is_plain(body):
-        # Of what begins like a query, only the last rule cuts anything.
-        rules = _RULES[-1:] if _QUERY.match(body) else _RULES
-        narrowed = next((found for rule in rules if (found := rule(body))), None)
-        if narrowed is None:
-            break
+    while not _is_plain(body) and (narrowed := next(filter(None, (rule(body) for rule in _RULES)), None)):
         body = narrowed.body.strip()
         before += _whole(narrowed.before)
         after[:0] = _whole(narrowed.after)
