@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import RunResult
+from fastdistill.core.errors import TeacherError
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, TokenLogprob
 from fastdistill.data.judge import CRITERIA, LLMJudge, PairwiseJudge
 from tests.servers import Call, Reply, Script, choose, openai_server, status
@@ -159,6 +160,43 @@ def test_several_judges_decide_by_the_mean_and_their_agreement_is_reported(tmp_p
     assert 0 < agreement["alpha"] < 1
     split = [v for _, v in verdicts(samples) if v.detail["judges"] == {"judge": 1.0, "other": 5.0}]
     assert {v.score for v in split} == {0.5}
+
+
+def closed_port() -> str:
+    with openai_server() as server:
+        pass
+    return server.url
+
+
+@pytest.mark.parametrize("step", ["LLMJudge", "PairwiseJudge"])
+def test_a_judge_that_nobody_can_reach_says_nothing_and_ends_no_run(tmp_path: Path, step: str) -> None:
+    with openai_server(choose(ANSWERS)) as teacher:
+        made = config(teacher.url, write_records(tmp_path, RECORDS[:20]), make_database(tmp_path), num_generations=6)
+        made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": closed_port()}
+        made["steps"][6]["SQLiteExecEval"]["require"] = "exec_pass"
+        made["steps"][7:8] = [{step: {"task": "{{ instruction }}"}}]
+        result = parse_pipeline(made).run(output_dir=tmp_path / "artifacts")
+    samples = list(read_samples(result.path / "ledger.sqlite"))
+    assert result.exit_code == 0
+    if step == "LLMJudge":
+        assert {(v.outcome, v.reason) for _, v in verdicts(samples)} == {(Outcome.ERROR, "judge_unavailable")}
+        assert any("nobody answers" in v.detail["detail"] for _, v in verdicts(samples))
+    else:
+        assert {c.score for s in samples for c in s.accepted} == {None}
+        assert {f.reason for s in samples for f in s.failures} == {"judge_unavailable"}
+
+
+def test_a_judge_that_refuses_the_key_ends_the_run_at_once(tmp_path: Path) -> None:
+    with openai_server(knows, models=("judge",), api_key="k") as judge, openai_server(choose(ANSWERS)) as teacher:
+        made = config(teacher.url, write_records(tmp_path, RECORDS[:20]), make_database(tmp_path))
+        made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": judge.url}
+        made["steps"].insert(7, {"LLMJudge": {"task": "{{ instruction }}"}})
+        with pytest.raises(TeacherError, match=r"401.*VLLM_API_KEY"):
+            parse_pipeline(made).run(output_dir=tmp_path / "artifacts")
+        made["models"]["judge"] |= {"model": "nobody", "api_key": "k"}
+        with pytest.raises(TeacherError, match="nobody"):
+            parse_pipeline(made).run(output_dir=tmp_path / "other")
+    assert judge.counters.answered == 0
 
 
 def test_an_answer_can_not_end_its_own_quotation(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import msgspec
 from pydantic import Field, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import FatalError, NotAsked, SampleError
+from fastdistill.core.errors import FatalError, NotAsked, SampleError, Unreachable
 from fastdistill.core.step import Context, Gate, SampleStep
 from fastdistill.core.types import (
     Answer,
@@ -202,8 +202,7 @@ class LLMJudge(Gate):
         raise AssertionError("the second word is the last")
 
     async def _completion(self, name: str, messages: list[Message], ctx: Context) -> Completion | SampleError:
-        model = ctx.model(name)
-        (answer,) = await model.generate(model.prompt(messages, self._profile, {}), [Draw(0, self.seed)])
+        answer = await _answer(name, messages, self._profile, self.seed, ctx)
         if isinstance(answer, NotAsked):
             raise answer  # the run ends: that says nothing of the judge
         return answer.completion if isinstance(answer, Answer) else answer
@@ -325,8 +324,7 @@ class PairwiseJudge(SampleStep):
         parts.append("Which answer is better? Reply with one word: A, B or tie.")
         system = _SYSTEM.replace("grade one answer", "compare two answers").replace("<answer>", "the answers")
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "\n".join(parts)}]
-        model = ctx.model(self.model)
-        (answer,) = await model.generate(model.prompt(messages, self.decode_profile, {}), [Draw(0, self.seed)])
+        answer = await _answer(self.model, messages, self.decode_profile, self.seed, ctx)
         if isinstance(answer, SampleError):
             raise answer
         said = answer.completion.text.strip().strip(".*\"'").lower()
@@ -336,6 +334,18 @@ class PairwiseJudge(SampleStep):
 
 
 _SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+
+
+async def _answer(
+    name: str, messages: list[Message], profile: DecodeProfile, seed: int | None, ctx: Context
+) -> Answer | SampleError:
+    """What a judge says. One that nobody can reach ends no run; one that refuses its key, or the model, does."""
+    model = ctx.model(name)
+    try:
+        (answer,) = await model.generate(model.prompt(messages, profile, {}), [Draw(0, seed)])
+    except Unreachable as error:
+        return SampleError(JudgeReason.UNAVAILABLE, str(error))
+    return answer
 
 
 def _tagged(tag: str, text: str) -> str:
