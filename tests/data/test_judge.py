@@ -21,6 +21,9 @@ from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 GOLD = {record["instruction"]: record["gold_sql"] for record in RECORDS}
 
 
+REFUSED = {"<answer>": status(400, "501: not a decision model", times=None)}
+
+
 def asked(call: Call) -> str:
     """What a judge was asked, or the one message of a probe."""
     return call.messages[min(1, len(call.messages) - 1)]["content"]
@@ -228,6 +231,66 @@ def test_a_judge_over_logprobs_asks_for_one_token(tmp_path: Path) -> None:
     asked = [b for b in judge.counters.bodies if "<answer>" in b["messages"][-1]["content"]]
     assert {(b["max_tokens"], b["logprobs"], b["top_logprobs"]) for b in asked} == {(1, True, 20)}
     assert {v.score for _, v in verdicts(samples)} == {1.0}
+
+
+def decides(call: Call, name: str, question: Any) -> list[float]:
+    """Right answers are at the upper two levels, and true, wrong ones at the lower two."""
+    right = any(at in call.prompt and graded(call) == gold for at, gold in GOLD.items())
+    if question["type"] == "noul":
+        return [0.9, 0.1] if right else [0.2, 0.8]
+    return [0.0, 0.0, 0.0, 0.25, 0.75] if right else [0.75, 0.25, 0.0, 0.0, 0.0]
+
+
+def test_typed_decisions_are_read_as_the_expected_score(tmp_path: Path) -> None:
+    fields = {"read": "decision", "must": ["answers_question"]}
+    result, samples, judge = judged(tmp_path, knows, fields, records=15, decides=decides)
+    assert {v.score for _, v in verdicts(samples) if v.outcome is Outcome.PASS} == {3.75 / 4}
+    assert stage(result)["calibration"]["mcc"] == 1
+    (body, *_) = [body for body in judge.counters.bodies if "questions" in body]
+    assert body.keys() == {"model", "state", "questions"}, "transformers serve takes nothing else"
+    assert len(body["questions"]["score"]["criteria"]) == 5
+    assert body["questions"]["must answers_question"]["type"] == "noul"
+    paid = judge.counters.paths["/v1/systemone"]
+    assert 0 < paid == result.timing["models"]["judge"]["requests"]
+
+
+def test_a_decision_that_must_be_true_outweighs_the_score(tmp_path: Path) -> None:
+    def never(call: Call, name: str, question: Any) -> list[float]:
+        return [0.1, 0.9] if question["type"] == "noul" else [0, 0, 0, 0, 1]
+
+    fields = {"read": "decision", "must": ["no_extra_output"]}
+    _, samples, _ = judged(tmp_path, knows, fields, records=6, decides=never, label_mass=None)
+    assert {v.reason for _, v in verdicts(samples) if not v.detail.get("calibration")} == {"criterion"}
+
+
+def test_a_decision_over_labels_that_were_hardly_considered_is_an_error(tmp_path: Path) -> None:
+    # vLLM's, for a type of question that the model was not trained on: the shares look normal all the same.
+    fields = {"read": "decision", "must": ["answers_question"]}
+    masses = {"noul": 0.998, "score": 5e-6}
+    _, samples, _ = judged(tmp_path, knows, fields, records=6, decides=decides, label_mass=masses.__getitem__)
+    assert {(v.outcome, v.reason) for _, v in verdicts(samples)} == {(Outcome.ERROR, "low_label_mass")}
+    assert "5e-06" in verdicts(samples)[0][1].detail["detail"]
+
+
+def test_a_changed_question_is_decided_anew_and_the_same_one_is_not_paid_twice(tmp_path: Path) -> None:
+    def paid(**fields: Any) -> int:
+        (tmp_path / "city.db").unlink(missing_ok=True)
+        found = judged(tmp_path, knows, {"read": "decision", **fields}, records=6, decides=decides)
+        return int(found[2].counters.paths["/v1/systemone"])
+
+    assert paid() > 0
+    assert paid(min_score=3) == 0
+    assert paid(must=["answers_question"]) > 0
+
+
+@pytest.mark.parametrize(("habits", "said"), [({}, "read: logprobs"), ({"faults": REFUSED}, "501: not a decision")])
+def test_a_server_without_decisions_ends_the_run_with_the_remedy(
+    tmp_path: Path, habits: dict[str, Any], said: str
+) -> None:
+    habits = {**habits, "decides": decides} if habits else habits
+    with pytest.raises(TeacherError, match="read: logprobs") as caught:
+        judged(tmp_path, knows, {"read": "decision"}, records=6, **habits)
+    assert said in str(caught.value)
 
 
 def test_pairs_are_compared_in_both_orders_and_a_judge_who_takes_the_first_decides_nothing(tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_two_samples_that_ask_for_some_of_the_same_pay_for_each_answer_once(tmp_
     with openai_server(latency=0.1) as server:
         answers = run(go())
         assert texts(answers[1])[:2] == texts(answers[0])
-        assert server.counters.choices - 4 == 4, "the probe takes four choices"
+        assert server.counters.choices - 5 == 4, "the probe takes five choices"
 
 
 def test_when_the_first_is_cancelled_the_second_asks_and_pays_once(tmp_path: Path) -> None:

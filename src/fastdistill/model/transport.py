@@ -162,13 +162,28 @@ class Version(msgspec.Struct):
 class Token(msgspec.Struct):
     """A token and its log-probability: OpenAI's form, which is Ollama's too."""
 
-    token: str
+    token: str  # `token_id:17` where ids were asked for
     logprob: float
     top_logprobs: "list[Token] | None" = None
+    bytes: list[int] | None = None
+    id: int | None = None  # llama.cpp
 
     def scored(self) -> TokenLogprob:
-        tops = tuple((top.token, top.logprob) for top in self.top_logprobs or ())
-        return TokenLogprob(self.token, self.logprob, tops)
+        tops = sorted(self.top_logprobs or (), key=lambda top: -top.logprob)  # vLLM puts the sampled token first
+        ids = [number for top in tops if (number := top.number) is not None]
+        pairs = tuple([(top.text, top.logprob) for top in tops])
+        return TokenLogprob(self.text, self.logprob, pairs, self.number, tuple(ids) if len(ids) == len(tops) else ())
+
+    @property
+    def number(self) -> int | None:
+        digits = self.token.removeprefix("token_id:")
+        return self.id if digits == self.token or not digits.isdecimal() else int(digits)
+
+    @property
+    def text(self) -> str:
+        if self.bytes is None or not self.token.startswith("token_id:"):
+            return self.token
+        return bytes(self.bytes).decode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)

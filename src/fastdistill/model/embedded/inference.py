@@ -152,9 +152,8 @@ class Engine:
         logprobs = log_softmax(logits)
         best = np.argsort(-logprobs, kind="stable")[:top]
         decode = self.tokenizer.decode
-        return TokenLogprob(
-            decode([token]), float(logprobs[token]), tuple((decode([int(i)]), float(logprobs[i])) for i in best)
-        )
+        tops = tuple((decode([int(i)]), float(logprobs[i])) for i in best)
+        return TokenLogprob(decode([token]), float(logprobs[token]), tops, token, tuple(map(int, best)))
 
 
 def log_softmax(logits: Array) -> NDArray[np.float64]:

@@ -8,14 +8,15 @@ import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import msgspec
 from pydantic import Field
 
-from fastdistill.core.types import Completion, Prompt, Usage
+from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
 from fastdistill.model.embedded.wire import Key, Ready, Result
-from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, check_wires
 
 _LINE_LIMIT = 1 << 24  # bytes; an answer with all its log-probabilities is one line
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "logprobs", "top_logprobs")
@@ -47,15 +48,17 @@ class EmbeddedProvider:
         self._asked = 0
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
+        asked = {name: value for name, value in prompt.parameters.items() if name != "token_ids"}  # always given
+        check_wires("embedded", replace(prompt, parameters=asked))
         request = {
             "messages": prompt.messages,
             "n": n,
             "seed": seed,
-            "stop": prompt.parameters.get("stop", ()),
-            **{name: prompt.parameters[name] for name in _SAMPLING if name in prompt.parameters},
+            "stop": asked.get("stop", ()),
+            **{name: asked[name] for name in _SAMPLING if name in asked},
         }
-        for name in sorted(prompt.parameters.keys() - {*_SAMPLING, "stop", "revision"}):
-            if prompt.parameters[name] != _NEUTRAL.get(name):
+        for name in sorted(asked.keys() - {*_SAMPLING, "stop", "revision"}):
+            if asked[name] != _NEUTRAL.get(name):
                 raise ProviderError(
                     ErrorKind.UNSUPPORTED, f"embedded: the model does not take {name}; remove it", parameter=name
                 )
@@ -71,6 +74,7 @@ class EmbeddedProvider:
                 usage=Usage(result.prompt_tokens if at == 0 else 0, choice.tokens),
                 model=model,
                 build=model,
+                logprob_basis=LogprobBasis.RAW if choice.logprobs is not None else None,
                 logprobs=choice.logprobs,
             )
             for at, choice in enumerate(result.choices)
@@ -89,6 +93,10 @@ class EmbeddedProvider:
             logprobs=True,
             json_schema=False,
             seed=True,
+            logprob_basis=LogprobBasis.RAW,
+            max_top=20,
+            has_token_ids=True,
+            can_score_prompt=False,
         )
 
     async def load(self) -> Load | None:
