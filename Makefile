@@ -29,7 +29,7 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(INSTALL) --editable '.[dev,servers]'
+	$(INSTALL) --editable '.[dev,dedup,servers]'
 	touch $@
 
 clean:

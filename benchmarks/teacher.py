@@ -161,6 +161,16 @@ class Chance:
         """Seconds that one choice holds a slot, prefill apart."""
         return self.draw(content, self.prompt(content), seed, choice).latency
 
+    def fault(self, draw: Draw, attempt: int) -> str:
+        """What goes wrong with the attempt-th request for a choice: a name, or nothing."""
+        at = (draw.fault + attempt * 0.6180339887498949) % 1  # the golden ratio spreads the attempts evenly
+        for name in ("429", "500", "reset", "truncated", "hang"):
+            share: float = getattr(self._options, f"fail_{name}")
+            if at < share:
+                return name
+            at -= share
+        return ""
+
 
 def answer(content: str, draw: Draw) -> str:
     """The text of one choice: right, runs but wrong, does not run, or no SQL at all."""
@@ -337,24 +347,9 @@ class Teacher:
         return None
 
     def _fault(self, draw: Draw) -> str:
-        options = self.options
-        shares = {
-            "429": options.fail_429,
-            "500": options.fail_500,
-            "reset": options.fail_reset,
-            "truncated": options.fail_truncated,
-            "hang": options.fail_hang,
-        }
-        if not any(shares.values()):
-            return ""
         attempt = self._attempts.get(draw.key, 0)
         self._attempts[draw.key] = attempt + 1
-        at = (draw.fault + attempt * 0.6180339887498949) % 1  # the golden ratio spreads the attempts evenly
-        for name, share in shares.items():
-            if at < share:
-                return name
-            at -= share
-        return ""
+        return self.chance.fault(draw, attempt)
 
     # --- slots ---
 

@@ -32,6 +32,7 @@ class TestContext:
     def __init__(self, folder: Path, models: Mapping[str, Model] | None = None) -> None:
         self.dist = folder / "dist"
         self.discarded: list[Sample] = []
+        self.reports: dict[str, dict[str, object]] = {}
         self._models = models or {}
         self._numbers = count()
         self._database = sqlite3.connect(folder / "index.sqlite", isolation_level=None)
@@ -54,6 +55,9 @@ class TestContext:
 
     def close(self) -> None:
         self._database.close()
+
+    def report(self, step: str, found: Mapping[str, object]) -> None:
+        self.reports[step] = dict(found)
 
     @property
     def reasons(self) -> list[str]:

@@ -16,18 +16,25 @@ if TYPE_CHECKING:
     from fastdistill.core.step import Gate as Gate
     from fastdistill.core.step import SampleStep as SampleStep
     from fastdistill.core.step import StreamStep as StreamStep
+    from fastdistill.data.decontaminate import Decontaminate as Decontaminate
+    from fastdistill.data.execution.math import MathExecEval as MathExecEval
     from fastdistill.data.execution.python import PythonExecEval as PythonExecEval
     from fastdistill.data.execution.sqlite import SQLiteExecEval as SQLiteExecEval
+    from fastdistill.data.export.hard import ExportHardCases as ExportHardCases
+    from fastdistill.data.export.preference import ExportPreference as ExportPreference
     from fastdistill.data.export.sft import ExportSFT as ExportSFT
     from fastdistill.data.generate import TextGeneration as TextGeneration
     from fastdistill.data.load import LoadJsonl as LoadJsonl
+    from fastdistill.data.near_duplicates import NearDuplicates as NearDuplicates
     from fastdistill.data.parse import CleanSqlOutput as CleanSqlOutput
     from fastdistill.data.parse_python import CleanPythonOutput as CleanPythonOutput
     from fastdistill.data.prepare import CanonicalizeFields as CanonicalizeFields
     from fastdistill.data.prepare import Deduplicate as Deduplicate
+    from fastdistill.data.rationale import SplitRationale as SplitRationale
     from fastdistill.data.rules import RuleFilter as RuleFilter
     from fastdistill.data.select import ScoreFromExecEval as ScoreFromExecEval
     from fastdistill.data.select import SelectBest as SelectBest
+    from fastdistill.data.vote import MajorityVote as MajorityVote
 
 _HOMES = {
     "Pipeline": "fastdistill.control.session",
@@ -40,17 +47,24 @@ _HOMES = {
     "SampleStep": "fastdistill.core.step",
     "StreamStep": "fastdistill.core.step",
     "SQLiteExecEval": "fastdistill.data.execution.sqlite",
+    "MathExecEval": "fastdistill.data.execution.math",
     "PythonExecEval": "fastdistill.data.execution.python",
+    "ExportHardCases": "fastdistill.data.export.hard",
     "ExportSFT": "fastdistill.data.export.sft",
+    "ExportPreference": "fastdistill.data.export.preference",
     "TextGeneration": "fastdistill.data.generate",
     "LoadJsonl": "fastdistill.data.load",
     "CleanSqlOutput": "fastdistill.data.parse",
     "CleanPythonOutput": "fastdistill.data.parse_python",
     "CanonicalizeFields": "fastdistill.data.prepare",
     "Deduplicate": "fastdistill.data.prepare",
+    "NearDuplicates": "fastdistill.data.near_duplicates",
+    "Decontaminate": "fastdistill.data.decontaminate",
     "RuleFilter": "fastdistill.data.rules",
     "ScoreFromExecEval": "fastdistill.data.select",
     "SelectBest": "fastdistill.data.select",
+    "SplitRationale": "fastdistill.data.rationale",
+    "MajorityVote": "fastdistill.data.vote",
 }
 
 __all__ = list(_HOMES)

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from itertools import groupby
+from time import perf_counter
 
 from fastdistill.core.errors import FatalError, SampleError, boundary
 from fastdistill.core.run import Run
 from fastdistill.core.step import SampleStep, Step, StreamStep
 from fastdistill.core.types import Sample, Status
+
+_TURN = 0.005  # seconds, before others have theirs
 
 
 async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
@@ -35,15 +38,18 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
                 left -= 1
                 fused = [step for step in group if isinstance(step, SampleStep)]
                 await run_samples(fused, samples, run, last=left == 0)
-                samples = run.read_back(last=left == 0)
+                samples = await run.read_back(last=left == 0)
             else:
                 for step in group:
                     assert isinstance(step, StreamStep)
                     samples = step.run(samples, run)
+        turn = perf_counter()
         for sample in samples:  # the exports write as this loop pulls
             if not in_ledger:
                 await run.finished(sample, last=True)
-            await asyncio.sleep(0)
+            if (now := perf_counter()) - turn > _TURN:
+                await asyncio.sleep(0)
+                turn = now
 
 
 async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run, *, last: bool) -> None:

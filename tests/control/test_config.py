@@ -343,3 +343,16 @@ def test_a_resolved_config_is_the_same_pipeline_again(tmp_path: Path) -> None:
 def test_a_config_error_is_a_fatal_error() -> None:
     with pytest.raises(FatalError):
         parse_pipeline([], {})
+
+
+def test_another_provider_replaces_a_model_and_the_same_one_is_merged() -> None:
+    base = {"models": {"teacher": {"provider": "ollama", "model": "a", "num_ctx": 8}}}
+    assert merge(base, {"models": {"teacher": {"model": "b"}}})["models"]["teacher"] == {
+        "provider": "ollama",
+        "model": "b",
+        "num_ctx": 8,
+    }
+    other = {"provider": "replay", "path": "recorded.jsonl"}
+    assert merge(base, {"models": {"teacher": other}})["models"]["teacher"] == other
+    same = merge(base, {"models": {"teacher": {"provider": "ollama", "model": "b"}}})
+    assert same["models"]["teacher"]["num_ctx"] == 8

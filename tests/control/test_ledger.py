@@ -125,7 +125,7 @@ def test_a_saved_sample_can_be_read_at_once(tmp_path: Path) -> None:
         async with Ledger(tmp_path / "ledger.sqlite") as ledger:
             for n in range(5):
                 await ledger.save(sample(n, candidate("a")))
-                assert [found.index for found in ledger.samples()] == list(range(n + 1))
+                assert [found.index for found in await ledger.samples()] == list(range(n + 1))
 
     asyncio.run(go())
 
@@ -141,7 +141,7 @@ def test_only_open_samples_are_still_in_the_stream_and_all_stay_in_the_ledger(tm
             ledger.submit(failed)
             await ledger.save(sample(0, candidate("b")))
             await ledger.save(sample(3))
-            return list(ledger.samples())
+            return list(await ledger.samples())
 
     assert [found.index for found in asyncio.run(go())] == [0, 3]
     assert list(read_samples(path)) == [sample(0, candidate("b")), failed, duplicate, sample(3)]

@@ -215,3 +215,37 @@ def count(path: Path) -> int:
     (found,) = connection.execute("SELECT count(*) FROM responses").fetchone()
     connection.close()
     return int(found)
+
+
+def test_a_prompt_that_is_asked_again_is_kept_once(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+
+    async def go() -> None:
+        async with ResponseStore(path) as store:
+            await asyncio.gather(*(store.put(PROMPT, [answer("side by side", n)]) for n in range(3)))
+            await store.put(PROMPT, [answer("later", 3)])
+
+    asyncio.run(go())
+    connection = sqlite3.connect(path)
+    found = connection.execute("SELECT count(*), count(DISTINCT r.prompt), count(DISTINCT p.id) FROM responses r"
+                               " JOIN prompts p ON p.id = r.prompt").fetchone()  # fmt: skip
+    connection.close()
+    assert found == (4, 1, 1)
+
+
+def test_a_store_whose_prompts_have_hashes_for_ids_takes_more_answers(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        "CREATE TABLE prompts (id BLOB PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT);"
+        "CREATE TABLE responses (key BLOB PRIMARY KEY, prompt BLOB, seed INTEGER, attempt INTEGER, completion TEXT);"
+        "INSERT INTO prompts VALUES (x'00ff', 'vllm', 'm', '[]', '{}');"
+    )
+    connection.close()
+    put(path, [answer("a")])
+    put(path, [answer("b", 1)])
+    assert [each.text for each in stored(path, [answer("").key, answer("", 1).key]) if each] == ["a", "b"]
+    connection = sqlite3.connect(path)
+    joined = connection.execute("SELECT p.model FROM responses r JOIN prompts p ON p.id = r.prompt").fetchall()
+    connection.close()
+    assert joined == [("m",), ("m",)]

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from fastdistill.core.types import Candidate, Outcome, Sample, Status, Verdict
-from fastdistill.data.export.sft import ROWS_PER_GROUP, ExportSFT
+from fastdistill.core.types import Candidate, Cut, Outcome, Sample, Status, Verdict
+from fastdistill.data.export.dataset import ROWS_PER_GROUP
+from fastdistill.data.export.sft import ExportSFT
 from tests.context import TestContext, candidate
 
 ASKED = ({"role": "system", "content": "Return SQL only."}, {"role": "user", "content": "Wie viele Sänger?"})
@@ -51,7 +52,7 @@ def test_each_shape_has_its_own_file_and_no_row_has_both(ctx: TestContext) -> No
         "fd_seed": 0,
         "fd_attempt": 0,
         "fd_score": None,
-        "fd_gates": [{"gate": "rules", "outcome": "pass", "reason": "ok"}],
+        "fd_gates": [{"gate": "rules", "outcome": "pass", "reason": "ok", "score": None}],
     }
     rows = {"sft": {"messages": [*ASKED, answer], **columns}}
     rows["sft_pc"] = {"prompt": list(ASKED), "completion": [answer], **columns}
@@ -198,3 +199,99 @@ def test_a_sample_that_can_not_be_written_costs_itself_alone(
 def test_a_wrong_config_is_found_before_anything_is_spent(config: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         ExportSFT(**config)
+
+
+def explained(attempt: int = 0, kind: str = "rationale") -> Candidate:
+    return replace(accepted("SELECT 1", attempt), cuts=(Cut("prose", "Hi"), Cut(kind, "because")))
+
+
+def written(ctx: TestContext, step: ExportSFT, *candidates: Candidate) -> list[dict[str, Any]]:
+    export(ctx, step, sample(0, candidates))
+    return lines(ctx.dist / "sft_pc" / "train.jsonl")
+
+
+def test_multitask_writes_answer_and_rationale_as_two_tasks_of_one_split(ctx: TestContext) -> None:
+    label, rationale, bare = written(
+        ctx, ExportSFT(target="multitask"), explained(), explained(1, "unusable_rationale")
+    )
+    assert [row["prompt"][0]["content"] for row in (label, rationale)] == [
+        "[label] Return SQL only.",
+        "[rationale] Return SQL only.",
+    ]
+    assert label["prompt"][1:] == rationale["prompt"][1:] == [ASKED[1]]
+    assert [row["completion"][0]["content"] for row in (label, rationale, bare)] == ["SELECT 1", "because", "SELECT 1"]
+    assert [row["fd_id"] for row in (label, rationale, bare)] == ["id-0#0#label", "id-0#0#rationale", "id-0#1#label"]
+    assert [row["fd_part"] for row in (label, rationale, bare)] == ["label", "rationale", "label"]
+    (without_system, _) = written(ctx, ExportSFT(target="multitask", system_prompt=""), explained())
+    assert without_system["prompt"] == [{"role": "system", "content": "[label]"}, ASKED[1]]
+
+
+def test_concat_puts_the_rationale_first(ctx: TestContext) -> None:
+    (row,) = written(ctx, ExportSFT(target="concat"), explained(), accepted("SELECT 2", 1))
+    assert row["completion"][0]["content"] == "### RATIONALE\nbecause\n\n### ANSWER\nSELECT 1"
+    (row,) = written(ctx, ExportSFT(target="concat", concat_format="{rationale} #### {answer}"), explained())
+    assert row["completion"][0]["content"] == "because #### SELECT 1"
+
+
+def test_concat_of_a_sample_without_any_rationale_is_left_out_with_a_reason(ctx: TestContext) -> None:
+    assert written(ctx, ExportSFT(target="concat"), accepted()) == []
+    assert ctx.reasons == ["no_rationale"]
+
+
+def test_answer_only_knows_nothing_of_rationales(ctx: TestContext) -> None:
+    (row,) = written(ctx, ExportSFT(), explained())
+    assert row["completion"][0]["content"] == "SELECT 1"
+    assert "fd_part" not in row
+
+
+def test_a_rationale_of_a_rejected_answer_is_dropped(ctx: TestContext) -> None:
+    rejected = explained(1).judged(Verdict("exec", "f", Outcome.FAIL, "mismatch"))
+    rows = written(ctx, ExportSFT(target="multitask"), explained(), rejected)
+    assert {row["fd_attempt"] for row in rows} == {0}
+
+
+def test_prompts_are_of_all_that_was_asked(ctx: TestContext) -> None:
+    failed = candidate("no", messages=ASKED).judged(Verdict("exec", "f", Outcome.FAIL, "mismatch"))
+    export(ctx, ExportSFT(shapes=("prompt",), keep_fields=("q",)), sample(0), sample(1, [failed], q="x"), sample(2, []))
+    rows = lines(ctx.dist / "prompts" / "train.jsonl")
+    assert [row["fd_sample_id"] for row in rows] == ["id-0", "id-1"]
+    assert rows[1] == {"prompt": list(ASKED), "fd_sample_id": "id-1", "fd_task_id": "task-1", "fd_q": "x"}
+    assert pq.read_table(ctx.dist / "prompts" / "train.parquet").to_pylist() == rows
+
+
+def test_steps_of_other_names_have_rows_of_their_own(ctx: TestContext) -> None:
+    student = replace(accepted("b"), step="student", candidate_id="other")
+    rows = written(ctx, ExportSFT(), replace(accepted("a"), step="TextGeneration"), student)
+    assert [row["fd_id"] for row in rows] == ["id-0#0", "id-0#student.0"]
+
+
+@pytest.mark.parametrize(
+    ("format_", "files"),
+    [
+        ("trl", ["sft_pc/train.parquet", "sft_pc/validation.parquet"]),
+        ("axolotl", ["sft/train.parquet", "sft/validation.parquet"]),
+        ("llamafactory", ["sft/train.parquet", "sft/validation.parquet"]),
+        ("mlx", ["mlx/train.jsonl", "mlx/valid.jsonl"]),  # a split named `validation` is silently not evaluated
+        ("openai", ["openai/sft_train.jsonl", "openai/sft_valid.jsonl"]),
+    ],
+)
+def test_a_trainer_gets_the_files_that_it_reads(ctx: TestContext, format_: str, files: list[str]) -> None:
+    export(ctx, ExportSFT(formats=(format_,), validation=0.5), *(sample(n) for n in range(20)))
+    assert sorted(path.relative_to(ctx.dist).as_posix() for path in ctx.dist.rglob("*.*")) == files
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        path = ctx.dist / file
+        rows += pq.read_table(path).to_pylist() if path.suffix == ".parquet" else lines(path)
+    assert len(rows) == 20
+    shape = ["prompt", "completion"] if format_ == "trl" else ["messages"]
+    for row in rows:
+        assert [name for name in row if not name.startswith("fd_")] == shape
+        assert all(isinstance(row[name], list) for name in shape)
+        if format_ == "openai":
+            assert list(row) == ["messages"]  # it refuses keys that it does not know
+
+
+def test_trainers_and_file_formats_can_be_asked_for_together(ctx: TestContext) -> None:
+    export(ctx, ExportSFT(formats=("parquet", "trl", "mlx"), shapes=("prompt_completion",)), sample())
+    files = sorted(path.relative_to(ctx.dist).as_posix() for path in ctx.dist.rglob("*.*"))
+    assert files == ["mlx/train.jsonl", "sft_pc/train.parquet"]

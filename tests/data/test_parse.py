@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastdistill.core.types import Cut, Sample
-from fastdistill.data.parse import LONGEST, CleanSqlOutput, clean_sql
+from fastdistill.data.parse import _RULES, LONGEST, CleanSqlOutput, _is_plain, clean_sql
 from tests.context import TestContext, candidate
 
 # --- laws ---
@@ -41,6 +41,16 @@ def test_every_character_is_in_the_answer_or_in_a_cut_in_order(text: str) -> Non
     assert all(piece.strip() == piece != "" for piece in pieces)
     around = [(pieces[:n], pieces[n:]) for n in range(len(pieces) + 1)]
     assert any(letters("".join([*before, answer, *after])) == letters(text) for before, after in around)
+
+
+LINES = ["", "FROM t", "WHERE a = 'x'", "for all", "This query", "1. First", "'b'", "and b > 2", "<think>", "Note: x"]
+
+
+@given(st.lists(st.sampled_from(LINES + PIECES.split("¦")), max_size=6), st.sampled_from([" ", "\n", ""]))
+@example(["FROM a", "/* a"], "\n")
+def test_what_is_taken_for_plain_at_once_has_nothing_to_cut(rest: list[str], joint: str) -> None:
+    text = joint.join(["SELECT a", *rest]).strip()
+    assert not _is_plain(text) or [rule(text) for rule in _RULES] == [None] * len(_RULES)
 
 
 NAMES = st.sampled_from(

@@ -3,13 +3,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
 
 from fastdistill.core.step import SampleStep
-from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.core.types import Candidate, Cut, Outcome, Sample, Verdict
 from fastdistill.data.select import ScoreFromExecEval, SelectBest
 from tests.context import TestContext, candidate
 
@@ -95,3 +95,36 @@ def test_nothing_accepted_selects_nothing(ctx: TestContext) -> None:
     sample = run(ctx, SelectBest(), CANDIDATES[2])
     assert sample.selection == ()
     assert sample.chosen == ()
+
+
+@pytest.mark.parametrize(
+    ("form", "answers"),
+    [
+        ("sql", ("SELECT a FROM t", "select A  from t;", "SELECT b FROM t", "no query")),
+        ("python", ("x = (1)", "x = 1  # one", "y = 1", "x =")),
+    ],
+)
+def test_answers_may_count_as_equal_but_for_how_they_are_written(
+    ctx: TestContext, form: Literal["sql", "python"], answers: tuple[str, ...]
+) -> None:
+    candidates = [scored(at, 1.0 - 0.1 * at, answer) for at, answer in enumerate(answers)]
+    assert [c.attempt for c in run(ctx, SelectBest(k=9, distinct=form), *candidates).chosen] == [0, 2, 3]
+    assert [c.attempt for c in run(ctx, SelectBest(k=9), *candidates).chosen] == [0, 1, 2, 3]
+
+
+def test_of_equal_ways_to_the_answer_only_the_best_counts(ctx: TestContext) -> None:
+    def reasoned(attempt: int, text: str) -> Candidate:
+        return replace(scored(attempt, 1.0 - attempt / 10, f"answer {attempt}"), cuts=(Cut("rationale", text),))
+
+    sample = run(
+        ctx,
+        SelectBest(k=9, distinct="path"),
+        reasoned(0, "First 3 + 4 = 7, so 7 * 2 = $14."),
+        reasoned(1, "We add: 3+4=7. Doubled, that is 7*2 = 14"),
+        reasoned(2, "Each is doubled: 3 * 2 = 6 and 4 * 2 = 8, in all 6 + 8 = 14."),
+        reasoned(3, "Filter by country,\nthen count."),
+        reasoned(4, "filter by  country, then count."),
+        scored(5, 0.1, "SELECT a  FROM t"),
+        scored(6, 0.0, "select a from t"),
+    )
+    assert [chosen.attempt for chosen in sample.chosen] == [0, 2, 3, 5]

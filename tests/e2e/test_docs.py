@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -34,8 +35,9 @@ from fastdistill.control.registry import PROVIDERS, STEPS, provider_class, step_
 from fastdistill.control.session import Pipeline
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import ExitCode
+from fastdistill.data.execution.math import MathLimits, MathReason
+from fastdistill.data.execution.python_child import PythonReason
 from fastdistill.data.execution.python_pool import PythonLimits
-from fastdistill.data.execution.python_worker import PythonReason
 from fastdistill.data.execution.sandbox import IsolationLevel
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
 from fastdistill.data.generate import Until
@@ -174,6 +176,8 @@ def test_every_config_shown_is_valid(page: Path) -> None:
         shown = yaml.safe_load(block.text)
         if isinstance(shown, list):
             shown = {"steps": [*PREPARED, *shown]}
+        elif isinstance(after := shown.get("steps"), list) and "LoadJsonl" not in after[0]:
+            shown |= {"steps": [*PREPARED, *after]}  # the steps after generation, for regate
         base = BASE
         if "provider" in shown.get("models", {}).get("teacher", {}):
             base = {**BASE, "models": {}}
@@ -246,12 +250,17 @@ def test_gates_names_every_reason_with_its_outcome_and_every_limit(language: str
         outcome = "pass" if rule is RuleReason.OK else "fail"
         assert f"| `{rule}` | {outcome} |" in section(page, "RuleFilter")
     text = prose(page)
-    sql, python = text.split("\n## PythonExecEval\n")
-    reasons: dict[str, Iterable[SqlReason | PythonReason]] = {sql: SqlReason, python: PythonReason}
+    sql, rest = text.split("\n## PythonExecEval\n")
+    python, maths = rest.split("\n## MathExecEval\n")
+    reasons: dict[str, Iterable[SqlReason | PythonReason | MathReason]] = {
+        sql: SqlReason,
+        python: PythonReason,
+        maths: MathReason,
+    }
     for part, known in reasons.items():
         for reason in known:
             assert f"| `{reason}` | {reason.outcome} |" in part
-    for part, limits in ((sql, SqlLimits()), (python, PythonLimits())):
+    for part, limits in ((sql, SqlLimits()), (python, PythonLimits()), (maths, MathLimits())):
         for name, value in asdict(limits).items():
             assert f"| `{name}` | {value} |" in part
     assert all(f"\n| `{level}` |" in python for level in IsolationLevel)
@@ -366,7 +375,7 @@ def plays(
     """Every page being played, two at a time."""
     release = write_release(tmp_path_factory.mktemp("release"))
     with (
-        ollama_server(teacher, models=["llama3.1:8b"]) as ollama,
+        ollama_server(teacher, models=["llama3.1:8b", "student-model"]) as ollama,
         openai_server(teacher, models=["gpt-4o-mini"], api_key="sk-...") as openai,
         ThreadPoolExecutor(2) as pool,
     ):
@@ -388,6 +397,15 @@ def test_the_readme_tells_what_its_commands_print(plays: dict[Path, Future[list[
     assert any("2 of 2 accepted" in text for text in printed)
     assert "wikisql-train-00003" in printed[-1]
     assert "ready" in plays[DOCS / "teachers.md"].result()[0]
+
+
+@pytest.mark.slow
+def test_the_math_page_tells_what_its_gate_says(plays: dict[Path, Future[list[str]]]) -> None:
+    _, run, verdicts = plays[DOCS / "math_gsm8k.md"].result()
+    assert "MathExecEval" in run
+    outcomes = Counter((outcome, reason) for _, _, outcome, reason, *_ in ast.literal_eval(verdicts))
+    assert outcomes[("pass", "match")] >= 5
+    assert {("error", "ambiguous"), ("fail", "mismatch"), ("fail", "no_answer")} <= outcomes.keys()
 
 
 @pytest.mark.slow

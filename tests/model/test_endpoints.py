@@ -430,11 +430,34 @@ def test_nobody_is_asked_twice_while_others_wait_or_requests_are_counted(
             assert asker.client.meter.hedged == hedged
 
     def slowly(call: Call) -> float:
-        return 0.4 if call.prompt == "straggler" else quick(call) + (0.05 if call.prompt.startswith("R") else 0.0)
+        if call.prompt == "straggler":
+            return 0.8  # beyond the 99th percentile, but not yet four times as much
+        if call.prompt in ("Q50", "Q51", "Q52", "Q53"):
+            return 0.4
+        return quick(call) + (0.05 if call.prompt.startswith("R") else 0.0)
 
     with openai_server(latency=slowly) as one, openai_server(latency=slowly) as other:
         run(go())
         assert answers(one, other)["straggler"] == 1
+
+
+def test_a_request_that_a_server_has_lost_is_asked_again_there_while_others_wait(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([server.url], tmp_path, hedge=None, max_concurrency=4, timeout=60) as asker:
+            work = asyncio.create_task(asker.ask_all(400))
+            assert complete(await work, 400)
+            meter = asker.client.meter
+            assert 1 <= meter.hedged <= 8
+            assert asker.store.count() == meter.answers == 400
+            assert meter.lost_tokens > 0 and meter.tokens > sum(
+                answer.completion.usage.completion_tokens + answer.completion.usage.prompt_tokens
+                for answer in await work
+            ), "what was called off may have cost something"
+            assert meter.reserved_tokens == meter.in_flight == 0
+
+    with openai_server(latency=quick, faults={"Q200": hang()}) as server:
+        run(go())
+        assert answers(server)["Q200"] == 1
 
 
 def test_when_the_run_ends_a_straggler_is_not_asked_again_and_still_comes_home(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistill.model.limits import BURST, CUT, AdaptiveLimit, FixedLimit, Limit, Pace
+from fastdistill.model.limits import BURST, AdaptiveLimit, FixedLimit, Limit, Pace
 from fastdistill.model.provider import Load
 
 MEDIAN, SIGMA = 0.2, 0.6  # seconds, of a lognormal distribution
@@ -151,22 +151,22 @@ def test_it_follows_a_capacity_that_halves_and_then_doubles(slots: int, requests
 
 
 @pytest.mark.parametrize(
-    ("slowed", "slots"),
+    ("slowed", "slots", "within"),
     [
-        (lambda batch: 1 + batch / 32, 256),  # a batch of 256 still answers the most
-        (lambda batch: 1 + batch / 128, 256),
-        (lambda batch: 1 + (batch / 32) ** 2, 100_000),  # 32 at a time are best, 64 answer a fifth less
-        (lambda batch: 1 + (batch / 128) ** 2, 100_000),
+        (lambda batch: 1 + batch / 32, 256, 1.12),  # a batch of 256 still answers the most
+        (lambda batch: 1 + batch / 128, 256, 1.1),
+        (lambda batch: 1 + (batch / 32) ** 2, 100_000, 1.1),  # 32 at a time are best, 64 answer a fifth less
+        (lambda batch: 1 + (batch / 128) ** 2, 100_000, 1.15),  # the ramp goes beyond before an answer shows it
     ],
     ids=["saturates at 32", "saturates at 128", "best at 32", "best at 128"],
 )
 def test_where_answers_slow_down_as_the_batch_grows_it_finds_a_good_batch(
-    slowed: Callable[[int], float], slots: int
+    slowed: Callable[[int], float], slots: int, within: float
 ) -> None:
     work = lognormal(10_000, 0)
     times = {tried: simulate(FixedLimit(tried), work, slots, slowed=slowed).seconds for tried in TRIED}
     own = simulate(adaptive(), work, slots, slowed=slowed).seconds
-    assert own < 1.2 * min(times.values())
+    assert own < within * min(times.values())
     assert own < sorted(times.values())[len(times) // 2], "better than half of the settings that one might have chosen"
 
 
@@ -190,12 +190,12 @@ def test_a_small_server_is_not_buried_however_long_the_run(slots: int) -> None:
 # --- servers that refuse, break, or are slow ---
 
 
-@pytest.mark.parametrize("allowed", [20, 100])
+@pytest.mark.parametrize("allowed", [10, 20, 100])
 def test_a_server_that_refuses_beyond_a_number_costs_few_refusals_and_little_time(allowed: int) -> None:
     work = lognormal(10_000, 0)
     best = simulate(FixedLimit(allowed), work, 100_000).seconds
     outcome = simulate(adaptive(), work, 100_000, refuses_beyond=allowed)
-    assert outcome.seconds < 1.25 * best
+    assert outcome.seconds < 1.05 * best
     assert outcome.refused < 200, "in 10,000 requests"
     assert max(outcome.capacities[len(work) // 2 :]) <= 1.1 * allowed
 
@@ -204,9 +204,12 @@ def test_a_burst_of_refusals_is_one_cut() -> None:
     limit = AdaptiveLimit(start=100)
     for at in range(40):
         limit.rate_limited(begun=1.0, now=1.1 + at / 1000)
-    assert limit.capacity == round(100 * CUT)
+    assert limit.capacity == 95
     limit.rate_limited(begun=1.2, now=1.3)
-    assert limit.capacity == round(round(100 * CUT) * CUT), "sent after the cut: another burst"
+    assert limit.capacity == 86, "sent after the cut: another burst, and a deeper cut"
+    for at in range(2, 12):
+        limit.rate_limited(at, at)
+    assert limit.capacity < 5, "until there are few, whatever the server's reason"
 
 
 def test_after_a_refusal_that_does_not_come_again_the_limit_recovers() -> None:
@@ -215,7 +218,7 @@ def test_after_a_refusal_that_does_not_come_again_the_limit_recovers() -> None:
     outcome = simulate(limit, lognormal(20_000, 1), 64)
     assert max(outcome.capacities) >= 64, "a 429 in the first moment does not hold it down"
     again = limit.capacity
-    for burst in range(1, 4):
+    for burst in range(1, 7):
         limit.rate_limited(1e4 + burst, 1e4 + burst)
     assert limit.capacity < 0.5 * again
     outcome = simulate(limit, lognormal(20_000, 2), 64)

@@ -39,7 +39,7 @@ def test_what_every_request_would_meet_stops_the_run(kind: ErrorKind) -> None:
     assert decided(kind) == Stop(kind.value)
 
 
-@pytest.mark.parametrize("kind", [ErrorKind.TOO_LONG, ErrorKind.BAD_REQUEST])
+@pytest.mark.parametrize("kind", [ErrorKind.TOO_LONG, ErrorKind.BAD_REQUEST, ErrorKind.NOT_RECORDED])
 def test_what_is_wrong_with_the_sample_costs_the_sample(kind: ErrorKind) -> None:
     assert decided(kind) == GiveUp(kind.value)
 

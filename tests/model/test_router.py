@@ -3,7 +3,6 @@
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Coroutine, Sequence
-from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.prefix import NoBrake
 from benchmarks.teacher import BLOCK, Options, serving
 from fastdistill.control.store import ResponseStore
 from fastdistill.core.decode import DecodeProfile
@@ -286,23 +286,26 @@ def test_all_that_was_under_way_when_an_endpoint_died_counts_as_one_failure() ->
     assert endpoint.cooling_until == 6.0
 
 
-def test_a_spare_slot_is_elsewhere_if_there_is_one_and_never_taken_from_those_who_wait() -> None:
+def test_a_second_request_goes_elsewhere_if_it_can_and_never_before_those_who_wait() -> None:
     async def go() -> None:
         asker = Asker(8, 2)
         first, other = asker.endpoints
         await asker.ask(*(f"Q{number}" for number in range(5)))  # the first has the lower load
-        with asker.router.spare(prompt("again"), besides=first) as spare:
-            assert spare is other
+        async with asker.router.slot(prompt("again"), besides=first) as second:
+            assert second is other
         await asker.ask(*(f"R{number}" for number in range(4)))
-        with asker.router.spare(prompt("again"), besides=first) as spare:
-            assert spare is (other if other.free else first)
+        async with asker.router.slot(prompt("again"), besides=first):
+            assert asker.in_flight == [8, 2], "the last one that is free"
         await asker.ask(*(f"S{number}" for number in range(2)))
-        with asker.router.spare(prompt("again"), besides=first) as spare:
-            assert spare is None
+        waiting = asyncio.ensure_future(asker.router.slot(prompt("again"), besides=first).__aenter__())
+        await settle()
+        assert not waiting.done() and asker.in_flight == [8, 2]
+        waiting.cancel()
+        await settle()
         await asker.let_all_go()
         other.cool(now(), now(), 30)
-        with asker.router.spare(prompt("again"), besides=first) as spare:
-            assert spare is first
+        async with asker.router.slot(prompt("again"), besides=first) as second:
+            assert second is first
         assert asker.in_flight == [0, 0]
 
     run(go())
@@ -417,15 +420,6 @@ def cached_by_turns(texts: Sequence[str], servers: int) -> float:
         while len(cache) * BLOCK // 4 > CACHE:
             cache.popitem(last=False)
     return hits / total
-
-
-class NoBrake:
-    def check(self, tokens: int, dollars: float) -> bool:
-        return False
-
-    async def pause(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.Event().wait(), seconds)
 
 
 # The simulated teacher's process is given its pipes' ends back when they are collected.

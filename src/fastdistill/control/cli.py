@@ -11,7 +11,7 @@ import typer
 from fastdistill.core.errors import ExitCode, FatalError
 
 if TYPE_CHECKING:
-    from fastdistill.control.session import Pipeline
+    from fastdistill.control.session import Pipeline, RunResult
 
 app = typer.Typer(
     name="fastdistill",
@@ -77,17 +77,12 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
 ) -> None:
     """Distil the data set. After a crash or Ctrl-C, run the same command again: it goes on where it was."""
-    from fastdistill.control.progress import live, summary
+    from fastdistill.control.progress import live
 
     pipeline = _load(config, config_env, config_run, set_)
     gc.freeze()  # what is imported by now stays: no pause of the event loop for looking through it
     result = pipeline.run(output_dir=output_dir, run_id=run_id, watch=None if quiet else live)
-    if not quiet:
-        from rich.console import Console
-
-        summary(result, Console())
-    if result.exit_code is not ExitCode.OK:
-        fail(str(result.manifest["message"]), result.exit_code)
+    _ended(result, quiet)
 
 
 @pipeline_app.command()
@@ -168,6 +163,148 @@ def explain(run: str, sample_id: str, output_dir: OutputDir = None) -> None:
     show_sample(run, sample_id, output_dir)
 
 
+@app.command("regate")
+def regate_run(
+    run: str,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="The steps after generation, or the whole pipeline.")
+    ] = None,
+    config_env: ConfigEnv = None,
+    config_run: ConfigRun = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    run_id: Annotated[str | None, typer.Option(help="A name of your own for the new run's folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+) -> None:
+    """Judge the stored candidates of RUN again, under other gates: a new run, and no teacher is asked."""
+    from fastdistill.control.progress import live
+    from fastdistill.control.regate import regate
+    from fastdistill.control.session import unwatched
+
+    layers = [layer for layer in (config, config_env, config_run) if layer is not None]
+    watch = unwatched if quiet else live
+    _ended(regate(run, layers, set_ or (), output_dir=output_dir, run_id=run_id, watch=watch), quiet)
+
+
+@app.command("audit")
+def audit_gates(
+    config: Config,
+    config_env: ConfigEnv = None,
+    config_run: ConfigRun = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    mutants: Annotated[int, typer.Option(min=1, help="Mutants of a sample and an operator, at most.")] = 2,
+    seed: Annotated[int, typer.Option(help="Which mutants are drawn.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+) -> None:
+    """Measure the gates against the truth: gold answers must pass, broken ones must not. No teacher is asked."""
+    from fastdistill.control.audit import audit, show_audit
+    from fastdistill.control.folder import artifacts_root
+    from fastdistill.control.progress import live
+    from fastdistill.control.session import unwatched
+
+    pipeline = _load(config, config_env, config_run, set_)
+    watch = unwatched if quiet else live
+    reports = audit(pipeline, output_dir=output_dir, mutants=mutants, seed=seed, watch=watch)
+    if not quiet:
+        show_audit(reports, artifacts_root(output_dir))
+
+
+@app.command("diff")
+def diff_runs(
+    run_a: str,
+    run_b: str,
+    group_by: Annotated[str | None, typer.Option(help="A record's field: its samples belong together.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all of it to this file.")] = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Which samples RUN_B won and lost against RUN_A, by gate and reason, and whether that is more than chance."""
+    from fastdistill.control.diff import show_diff
+
+    show_diff(run_a, run_b, output_dir, group_by, json)
+
+
+@app.command("eval")
+def evaluate_model(
+    config: Config,
+    data: Annotated[Path, typer.Option(help="The records to evaluate on; the same file for all models.")],
+    role: Annotated[str, typer.Option(help="A name under `models:`; one that is not there begins as the teacher.")],
+    model: Annotated[str | None, typer.Option(help="The model's name at its server.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Where it is served.")] = None,
+    provider: Annotated[str | None, typer.Option(help="Which kind of server that is.")] = None,
+    draws: Annotated[int, typer.Option("-n", "--draws", min=1, help="Answers to each record.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Records at most.")] = None,
+    config_env: ConfigEnv = None,
+    config_run: ConfigRun = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    run_id: Annotated[str | None, typer.Option(help="A name of your own for the run's folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+) -> None:
+    """Ask a served model the records of an evaluation split, and judge its answers by the pipeline's gates."""
+    from fastdistill.control.evaluate import evaluate
+    from fastdistill.control.progress import live
+    from fastdistill.control.session import unwatched
+
+    given = {"model": model, "base_url": base_url, "provider": provider}
+    result = evaluate(
+        _load(config, config_env, config_run, set_),
+        data,
+        role=role,
+        changes={field: value for field, value in given.items() if value is not None},
+        draws=draws,
+        limit=limit,
+        output_dir=output_dir,
+        run_id=run_id,
+        watch=unwatched if quiet else live,
+    )
+    _ended(result, quiet)
+
+
+@app.command("compare")
+def compare_runs(
+    runs: Annotated[list[str], typer.Argument(help="Two or more; the last is compared with each of the others.")],
+    group_by: Annotated[str | None, typer.Option(help="A record's field: its samples belong together.")] = None,
+    epsilon: Annotated[float, typer.Option(min=0, help="Scores no further apart agree.")] = 0.1,
+    json: Annotated[Path | None, typer.Option(help="Write all of it to this file.")] = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Models side by side, like teacher, student before and student after: rates, tests, agreement of scores."""
+    from fastdistill.control.compare import show_comparison
+
+    show_comparison(runs, output_dir, group_by, epsilon, json)
+
+
+@app.command("lineage")
+def lineage(
+    run: str,
+    group_by: Annotated[str | None, typer.Option(help="A record's field: its samples belong together.")] = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """The chain of runs behind RUN (`lineage: {parent: RUN}`), each tested against its parent and the first."""
+    from fastdistill.control.lineage import show_lineage
+
+    show_lineage(run, output_dir, group_by)
+
+
+@app.command()
+def export(
+    run: str,
+    formats: Annotated[
+        list[str], typer.Option("--format", "-f", help="parquet, jsonl, trl, axolotl, llamafactory, mlx or openai.")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="An export's option: ExportSFT.validation=0.05", metavar="A.B=C")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="A new folder; by default `export` in the run's folder.")] = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Write a finished run's data set again, as other trainers read it. Nothing is asked and nothing is judged."""
+    from fastdistill.control.export import export_run
+
+    export_run(run, formats, set_ or (), to, output_dir)
+
+
 @app.command()
 def doctor(
     config: Config,
@@ -203,6 +340,53 @@ def wikisql(
         left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(split.left_out.items())) or "none"
         print(f"{name}: {split.records:,} records over {split.tables:,} tables; left out: {left_out}")
     print(f"written to {prepared.folder}")
+
+
+Published = Annotated[Path, typer.Option(help="The file as it was published.")]
+Samples = Annotated[int, typer.Option(min=1, help="Training records, at most.")]
+Seed = Annotated[int, typer.Option(help="Which records are drawn.")]
+Prepared = Annotated[Path | None, typer.Option(help="Folder to write; by default in ~/.cache/fastdistill/datasets.")]
+
+
+@prepare_app.command()
+def mbpp(source: Published, samples: Samples = 1000, seed: Seed = 13, output: Prepared = None) -> None:
+    """MBPP: Python functions to write, with their tests (sanitized-mbpp.json, mbpp.jsonl, or CodeT's)."""
+    from fastdistill.data.code_tasks import prepare_mbpp
+
+    print(prepare_mbpp(source, samples, seed, output))
+
+
+@prepare_app.command()
+def humaneval(source: Published, samples: Samples = 1000, seed: Seed = 13, output: Prepared = None) -> None:
+    """HumanEval: Python functions to complete, with their tests (HumanEval.jsonl, HumanEval.jsonl.gz)."""
+    from fastdistill.data.code_tasks import prepare_humaneval
+
+    print(prepare_humaneval(source, samples, seed, output))
+
+
+@prepare_app.command()
+def gsm8k(
+    source: Annotated[Path, typer.Option(help="The folder with train.jsonl and test.jsonl, or one such file.")],
+    samples: Samples = 1000,
+    seed: Seed = 13,
+    output: Prepared = None,
+) -> None:
+    """GSM8K: grade-school problems with their final answers and worked solutions."""
+    from fastdistill.data.gsm8k import prepare_gsm8k
+
+    print(prepare_gsm8k(source, samples, seed, output))
+
+
+def _ended(result: "RunResult", quiet: bool) -> None:
+    """Tells what a run came to, and ends with its exit code."""
+    if not quiet:
+        from rich.console import Console
+
+        from fastdistill.control.progress import summary
+
+        summary(result, Console())
+    if result.exit_code is not ExitCode.OK:
+        fail(str(result.manifest["message"]), result.exit_code)
 
 
 def _load(config: Path, config_env: Path | None, config_run: Path | None, set_: list[str] | None) -> "Pipeline":

@@ -33,12 +33,21 @@ def load_pipeline(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Pipe
     Raises:
         ConfigError: with every problem found, each with its path.
     """
-    merged: Any = {}
+    return parse_pipeline(load_layers(layers, overrides))
+
+
+def load_layers(layers: Sequence[Path], overrides: Sequence[str] = (), base: Any = None) -> Any:
+    """Some YAML files and `a.b=c` overrides, one laid on the other, the first on `base`.
+
+    Raises:
+        ConfigError: a file can't be read, or a layer changes a step that is not there.
+    """
+    merged = {} if base is None else base
     for path in layers:
         merged = merge(merged, read_yaml(path))
     for override in overrides:
-        merged = merge(merged, _nested(override))
-    return parse_pipeline(merged)
+        merged = merge(merged, nested_override(override))
+    return merged
 
 
 def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) -> Pipeline:
@@ -89,6 +98,8 @@ def read_yaml(path: Path) -> Any:
 def merge(base: Any, over: Any) -> Any:
     """`over` laid on `base`: mappings are merged, a mapping on a list changes its named items, all else replaces."""
     if isinstance(base, dict) and isinstance(over, dict):
+        if over.get("provider", base.get("provider")) != base.get("provider"):
+            return deepcopy(over)  # another provider has other keys
         merged = {key: merge(value, over[key]) if key in over else deepcopy(value) for key, value in base.items()}
         return merged | {key: deepcopy(value) for key, value in over.items() if key not in base}
     if isinstance(base, list) and isinstance(over, dict):
@@ -224,7 +235,7 @@ def _validated(kind: type[Parsed], body: dict[str, Any], path: str, problems: li
         return None
 
 
-def _nested(override: str) -> Any:
+def nested_override(override: str) -> Any:
     """`a.b=c` as the mapping that it stands for; the value is YAML."""
     path, equals, text = override.partition("=")
     if not equals or not path.strip("."):

@@ -5,7 +5,6 @@ The answers are stored like any others, so the run itself will not pay for them 
 
 import heapq
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +15,7 @@ from pydantic import PrivateAttr
 
 from fastdistill.control.folder import RunFolder, artifacts_root
 from fastdistill.control.ledger import read_samples
-from fastdistill.control.session import Pipeline, execute, run_in_loop
+from fastdistill.control.session import Pipeline, execute, run_in_loop, unwatched
 from fastdistill.core.errors import InputError
 from fastdistill.core.stats import Total, project_mean, project_share
 from fastdistill.core.step import Context, SampleStep, StreamStep
@@ -79,7 +78,7 @@ def run_shortened(pipeline: Pipeline, few: StreamStep, output_dir: Path | None) 
     root = artifacts_root(output_dir)
     with TemporaryDirectory(prefix="fastdistill-") as scratch:
         folder = RunFolder(root, "preview", Path(scratch) / "run")
-        result = run_in_loop(execute(shortened(pipeline, few), folder, lambda _: nullcontext()))
+        result = run_in_loop(execute(shortened(pipeline, few), folder, unwatched))
         return list(read_samples(folder.ledger)), dict(result.timing)
 
 

@@ -1,5 +1,6 @@
 """The run-level quality floor (`require:`). A rate is judged by the lower bound of its 95% interval."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,8 +26,13 @@ class Floor(BaseModel):
         default_factory=dict, description="by the name of a gate"
     )
 
-    def check(self, tally: Tally) -> list[dict[str, Any]]:
-        """One entry for each requirement, with what was reached and whether that is enough."""
+    audited: bool = Field(False, description="every gate must have been audited as it is now, with the files it reads")
+
+    def check(self, tally: Tally, audits: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
+        """One entry for each requirement, with what was reached and whether that is enough.
+
+        `audits` has each gate that can be audited, None where it was not.
+        """
         counts = {"min_total": tally.statuses[Status.OPEN], "min_accepted": tally.accepted_samples}
         rates = {
             "accept_rate": tally.accept_rate(),
@@ -46,6 +52,10 @@ class Floor(BaseModel):
         for gate, required in self.pass_rate.items():
             count = tally.gates.get(gate)
             checks.append(_rate_check(f"pass_rate.{gate}", required, count.pass_rate() if count else wilson(0, 0)))
+        if self.audited:
+            known = [audit is not None for audit in (audits or {}).values()]
+            counts = {"required": len(known), "reached": sum(known)}
+            checks.append({"requirement": "audited", **counts, "met": all(known)})
         return checks
 
 

@@ -4,15 +4,17 @@ It can be computed again from the records and the response store, so a new start
 """
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import msgspec
 
-from fastdistill.control.store import prompt_row
-from fastdistill.control.writer import Statement, Writer, connect, fault
+from fastdistill.control.store import prompt_columns
+from fastdistill.control.writer import Writer, connect, fault, insert, transaction
 from fastdistill.core.types import (
     Candidate,
     Completion,
@@ -30,10 +32,10 @@ CREATE TABLE IF NOT EXISTS samples (
     idx INTEGER PRIMARY KEY, sample_id TEXT, task_id TEXT, source TEXT, status TEXT,
     record TEXT, input TEXT, selection TEXT, failures TEXT);
 CREATE TABLE IF NOT EXISTS prompts (
-    id BLOB PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT);
+    id INTEGER PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT);
 CREATE TABLE IF NOT EXISTS candidates (
     id INTEGER PRIMARY KEY, idx INTEGER, place INTEGER, candidate_id TEXT, step TEXT, attempt INTEGER, seed INTEGER,
-    key TEXT, prompt BLOB, outcome TEXT, answer TEXT, score REAL, cuts TEXT, completion TEXT);
+    key TEXT, prompt INTEGER, outcome TEXT, answer TEXT, score REAL, cuts TEXT, completion TEXT);
 CREATE TABLE IF NOT EXISTS verdicts (
     id INTEGER PRIMARY KEY, idx INTEGER, place INTEGER, ordinal INTEGER, gate TEXT, fingerprint TEXT, outcome TEXT,
     reason TEXT, score REAL, detail TEXT);
@@ -51,7 +53,7 @@ class Ledger:
         self.path = path
         for leftover in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
             leftover.unlink(missing_ok=True)
-        self._writer = Writer(path, SCHEMA, durable=False)
+        self._writer = Writer(path, SCHEMA, _write_all, durable=False, every=0.02)
 
     async def __aenter__(self) -> "Ledger":
         await self._writer.__aenter__()
@@ -63,19 +65,22 @@ class Ledger:
         await self._writer.__aexit__(kind, error, trace)
 
     async def save(self, sample: Sample) -> None:
-        """Writes a sample whole, in place of what was written of it before."""
-        await self._writer.write(_statements(sample))
+        """Writes a sample whole, in place of what was written of it before; soon, not at once."""
+        if self._writer.crowded:
+            await self._writer.write(None)
+        self.submit(sample)
 
     def submit(self, sample: Sample) -> None:
-        """As `save`, without waiting for it."""
-        self._writer.submit(_statements(sample))
+        """As `save`, for what can't wait."""
+        self._writer.submit(_rows(sample))
 
-    def leave_out_after(self, index: int) -> None:
+    async def leave_out_after(self, index: int) -> None:
         """Samples beyond this one are not part of the data set: the run had enough."""
-        self._writer.submit([("UPDATE samples SET status = 'skipped' WHERE idx > ? AND status = 'open'", [(index,)])])
+        await self._writer.write(index)
 
-    def samples(self) -> Iterator[Sample]:
+    async def samples(self) -> Iterator[Sample]:
         """The samples that are still in the stream, in input order, lazily."""
+        await self._writer.write(None)
         return read_samples(self.path, "status = 'open'")
 
 
@@ -83,48 +88,82 @@ def read_samples(path: Path, where: str = "1", parameters: Sequence[Any] = ()) -
     """Samples of a ledger in input order, lazily; `where` is an SQL condition of ours on the table `samples`."""
     connection = connect(path, readonly=True)
     try:
-        for row in connection.execute(f"SELECT * FROM samples WHERE {where} ORDER BY idx", parameters):
-            first = row[0] * _PLACES
-            candidates = connection.execute(
-                "SELECT c.*, p.provider, p.model, p.messages, p.parameters FROM candidates c"
-                " JOIN prompts p ON p.id = c.prompt WHERE c.id BETWEEN ? AND ? ORDER BY c.id",
-                (first, first + _PLACES - 1),
-            ).fetchall()
-            verdicts = connection.execute(
-                "SELECT place, gate, fingerprint, outcome, reason, score, detail FROM verdicts"
-                " WHERE id BETWEEN ? AND ? ORDER BY id",
-                (first * _ORDINALS, (first + _PLACES) * _ORDINALS - 1),
-            ).fetchall()
-            yield _sample(row, candidates, verdicts)
+        found = connection.execute(f"SELECT * FROM samples WHERE {where} ORDER BY idx", parameters)
+        while rows := found.fetchmany(_READ_AT_A_TIME):
+            chosen = (_json([row[0] for row in rows]),)
+            candidates, verdicts = (
+                _by_sample(connection.execute(query, chosen)) for query in (_SELECT_CANDIDATES, _SELECT_VERDICTS)
+            )
+            for row in rows:
+                yield _sample(row, candidates.get(row[0], ()), verdicts.get(row[0], ()))
     except sqlite3.Error as error:
         raise fault(path, error) from error
     finally:
         connection.close()
 
 
-def _statements(sample: Sample) -> list[Statement]:
-    prompts = {id(c.prompt): c.prompt for c in sample.candidates}  # the candidates of a wave share theirs
-    prompt_rows = {key: prompt_row(prompt) for key, prompt in prompts.items()}
-    first = sample.index * _PLACES
-    placed = [(first + place, place, c) for place, c in enumerate(sample.candidates)]
-    return [
-        ("INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [_sample_row(sample)]),
-        ("DELETE FROM candidates WHERE id BETWEEN ? AND ?", [(first, first + _PLACES - 1)]),
-        ("DELETE FROM verdicts WHERE id BETWEEN ? AND ?", [(first * _ORDINALS, (first + _PLACES) * _ORDINALS - 1)]),
-        ("INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, ?)", list(prompt_rows.values())),
-        (
-            "INSERT OR REPLACE INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [(id_, sample.index, *_candidate_row(place, c, prompt_rows[id(c.prompt)][0])) for id_, place, c in placed],
-        ),
-        (
-            "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (id_ * _ORDINALS + ordinal, sample.index, place, ordinal, *_verdict_row(verdict))
-                for id_, place, c in placed
-                for ordinal, verdict in enumerate(c.verdicts)
-            ],
-        ),
-    ]
+_READ_AT_A_TIME = 64  # samples
+_WITHIN = "FROM json_each(?) s CROSS JOIN {0} ON {0}.id BETWEEN s.value * {1} AND (s.value + 1) * {1} - 1"
+_SELECT_CANDIDATES = (
+    "SELECT candidates.*, prompts.provider, prompts.model, prompts.messages, prompts.parameters "
+    + _WITHIN.format("candidates", _PLACES)
+    + " JOIN prompts ON prompts.id = candidates.prompt"
+)
+_SELECT_VERDICTS = "SELECT verdicts.* " + _WITHIN.format("verdicts", _PLACES * _ORDINALS)
+
+
+def _by_sample(rows: Iterable[tuple[Any, ...]]) -> dict[int, list[tuple[Any, ...]]]:
+    found: dict[int, list[tuple[Any, ...]]] = {}
+    for row in sorted(rows, key=itemgetter(0)):
+        found.setdefault(row[1], []).append(row)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the tables have of one sample."""
+
+    sample: tuple[Any, ...]
+    prompts: list[tuple[Any, ...]]
+    candidates: list[tuple[Any, ...]]
+    verdicts: list[tuple[Any, ...]]
+
+
+def _rows(sample: Sample) -> _Rows:
+    index = sample.index
+    first = index * _PLACES
+    prompts: dict[int, tuple[Any, ...]] = {}  # the candidates of a wave share theirs
+    candidates, verdicts = [], []
+    for place, candidate in enumerate(sample.candidates):
+        id_, prompt = first + place, candidate.prompt
+        if id(prompt) not in prompts:
+            prompts[id(prompt)] = (id_, *prompt_columns(prompt))
+        candidates.append((id_, index, place, *_candidate_columns(candidate, prompts[id(prompt)][0])))
+        for ordinal, v in enumerate(candidate.verdicts):
+            judged = (v.gate, v.fingerprint, v.outcome, v.reason, v.score, _json(v.detail) if v.detail else "{}")
+            verdicts.append((id_ * _ORDINALS + ordinal, index, place, ordinal, *judged))
+    return _Rows(_sample_row(sample), list(prompts.values()), candidates, verdicts)
+
+
+def _write_all(connection: sqlite3.Connection, entries: Sequence[_Rows | int]) -> None:
+    # Of two for the same sample the later one counts.
+    latest = {entry.sample[0]: entry for entry in entries if isinstance(entry, _Rows)}
+    with transaction(connection):
+        known = connection.execute(
+            "SELECT idx FROM samples WHERE idx IN (SELECT value FROM json_each(?))", (_json(list(latest)),)
+        )
+        for (index,) in known.fetchall():
+            for table, ids in (("prompts", _PLACES), ("candidates", _PLACES), ("verdicts", _PLACES * _ORDINALS)):
+                within = (index * ids, (index + 1) * ids - 1)
+                connection.execute(f"DELETE FROM {table} WHERE id BETWEEN ? AND ?", within)
+        insert(connection, "INSERT OR REPLACE INTO samples", [rows.sample for rows in latest.values()])
+        for table in ("prompts", "candidates", "verdicts"):
+            insert(
+                connection, f"INSERT INTO {table}", [row for rows in latest.values() for row in getattr(rows, table)]
+            )
+        for entry in entries:
+            if isinstance(entry, int):
+                connection.execute("UPDATE samples SET status = 'skipped' WHERE idx > ? AND status = 'open'", (entry,))
 
 
 _json_encoder = msgspec.json.Encoder()
@@ -144,25 +183,22 @@ def _sample_row(sample: Sample) -> tuple[Any, ...]:
     return (
         sample.index, sample.sample_id, sample.task_id, sample.source, sample.status, _json(sample.record),
         _json(list(sample.input) if taken else sample.input),
-        None if sample.selection is None else _json(sample.selection), _json(sample.failures),
+        None if sample.selection is None else _json(sample.selection),
+        _json(sample.failures) if sample.failures else "[]",
     )  # fmt: skip
 
 
-def _verdict_row(v: Verdict) -> tuple[Any, ...]:
-    return v.gate, v.fingerprint, v.outcome, v.reason, v.score, _json(v.detail)
-
-
-def _candidate_row(place: int, c: Candidate, prompt: bytes) -> tuple[Any, ...]:
+def _candidate_columns(c: Candidate, prompt: int) -> tuple[Any, ...]:
     return (
-        place, c.candidate_id, c.step, c.attempt, c.seed, c.key, prompt, c.outcome, c.answer, c.score,
-        _json(c.cuts), _json(c.completion),
+        c.candidate_id, c.step, c.attempt, c.seed, c.key, prompt, c.outcome, c.answer, c.score,
+        _json(c.cuts) if c.cuts else "[]", _json(c.completion),
     )  # fmt: skip
 
 
-def _sample(row: tuple[Any, ...], candidates: list[tuple[Any, ...]], verdicts: list[tuple[Any, ...]]) -> Sample:
+def _sample(row: tuple[Any, ...], candidates: Sequence[tuple[Any, ...]], verdicts: Sequence[tuple[Any, ...]]) -> Sample:
     index, sample_id, task_id, source, status, record, input_, selection, failures = row
     by_place: dict[int, list[Verdict]] = {}
-    for place, gate, fingerprint, outcome, reason, score, detail in verdicts:
+    for _, _, place, _, gate, fingerprint, outcome, reason, score, detail in verdicts:
         verdict = Verdict(gate, fingerprint, Outcome(outcome), reason, score, msgspec.json.decode(detail))
         by_place.setdefault(place, []).append(verdict)
     fields = msgspec.json.decode(record)

@@ -34,7 +34,14 @@ LOG_EVERY = 10.0  # seconds between two lines elsewhere
 TOKENS_SPAN = 10.0  # seconds that tokens/s looks back
 SAMPLES_SPAN = 60.0  # seconds that samples/s, accepted/min and the time left look back
 
-STYLES = {"accepted": "green", "rejected": "", "undecided": "yellow", "failed": "red", "duplicates": "dim"}
+STYLES = {
+    "accepted": "green",
+    "rejected": "",
+    "undecided": "yellow",
+    "failed": "red",
+    "duplicates": "dim",
+    "contaminated": "dim",
+}
 
 
 @contextmanager
@@ -238,7 +245,7 @@ def _funnel(quality: Mapping[str, Any]) -> "Table":
         "undecided": "a gate could not judge" if samples["undecided"] else "",
     }
     table = _table("", ">", "", "")
-    for name in ("read", "duplicates", "failed", "completed", "accepted", "undecided"):
+    for name in ("read", "duplicates", "contaminated", "failed", "completed", "accepted", "undecided"):
         style = STYLES.get(name, "") if samples[name] else "dim"
         bar = ProgressBar(max(samples["read"], 1), samples[name], 20, complete_style=style, finished_style=style)
         table.add_row(Text(name, style), Text(f"{samples[name]:,}", style), bar, Text(notes.get(name, ""), "dim"))
@@ -317,6 +324,9 @@ def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
         "manifest": result.path / "manifest.json",
     }
     yield from ((name, str(path)) for name, path in files.items() if path.exists())
+    if parent := result.manifest.get("parent_run_id"):
+        reused = _tallied(result.manifest["verdicts_reused"])
+        yield "judged", f"the candidates of {parent} again; verdicts taken over from it: {reused or 'none'}"
     if sample_id := _example(result.path / "ledger.sqlite"):
         root = result.path.parent.parent
         # The option is needed only where the command would not look anyway.
@@ -379,6 +389,7 @@ def _counts(tally: "Tally") -> dict[str, int]:
         "undecided": undecided,
         "failed": statuses[Status.FAILED],
         "duplicates": statuses[Status.DUPLICATE],
+        "contaminated": statuses[Status.CONTAMINATED],
     }
 
 

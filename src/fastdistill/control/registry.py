@@ -4,27 +4,32 @@ A third party adds a step or a provider with an entry point of the group `fastdi
 `fastdistill.providers`, named as in the config and pointing at the class.
 """
 
-import difflib
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
 STEPS = {
     "LoadJsonl": "fastdistill.data.load",
     "CanonicalizeFields": "fastdistill.data.prepare",
     "Deduplicate": "fastdistill.data.prepare",
+    "NearDuplicates": "fastdistill.data.near_duplicates",
+    "Decontaminate": "fastdistill.data.decontaminate",
     "TextGeneration": "fastdistill.data.generate",
     "CleanSqlOutput": "fastdistill.data.parse",
     "CleanPythonOutput": "fastdistill.data.parse_python",
     "RuleFilter": "fastdistill.data.rules",
     "SQLiteExecEval": "fastdistill.data.execution.sqlite",
     "PythonExecEval": "fastdistill.data.execution.python",
+    "SplitRationale": "fastdistill.data.rationale",
+    "MajorityVote": "fastdistill.data.vote",
+    "MathExecEval": "fastdistill.data.execution.math",
     "LLMJudge": "fastdistill.data.judge",
     "ScoreFromJudge": "fastdistill.data.judge",
     "PairwiseJudge": "fastdistill.data.judge",
     "ScoreFromExecEval": "fastdistill.data.select",
     "SelectBest": "fastdistill.data.select",
     "ExportSFT": "fastdistill.data.export.sft",
+    "ExportHardCases": "fastdistill.data.export.hard",
+    "ExportPreference": "fastdistill.data.export.preference",
 }
 
 PROVIDERS = {
@@ -34,6 +39,7 @@ PROVIDERS = {
     "sglang": "fastdistill.model.providers.openai:OpenAIProvider",
     "ollama": "fastdistill.model.providers.ollama:OllamaProvider",
     "embedded": "fastdistill.model.providers.embedded:EmbeddedProvider",
+    "replay": "fastdistill.model.providers.replay:ReplayProvider",
 }
 
 
@@ -61,6 +67,8 @@ def provider_class(kind: str) -> Any:
 
 def suggest(name: str, known: list[str]) -> str:
     """`did you mean ...?`, or the known names if none is near."""
+    import difflib
+
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else f"known are: {', '.join(sorted(known))}"
 
@@ -69,6 +77,8 @@ def _load(group: str, name: str, builtin: dict[str, str]) -> Any:
     if name in builtin:
         module, _, attribute = builtin[name].partition(":")
         return getattr(import_module(module), attribute)
+    from importlib.metadata import entry_points
+
     third_party = {point.name: point for point in entry_points(group=group)}
     if name in third_party:
         return third_party[name].load()

@@ -3,17 +3,17 @@
 import platform
 import sqlite3
 import sys
+from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from fastdistill.control.card import dataset_card
+from fastdistill.control.audited import audit_command, audits_of
+from fastdistill.control.card import complete_dataset
 from fastdistill.control.folder import RunFolder, read_json, write_json
-from fastdistill.control.report_html import render_html
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.tally import Tally, interval
 from fastdistill.core.canonical import digest
@@ -27,40 +27,51 @@ if TYPE_CHECKING:
 DEPENDENCIES = ("aiohttp", "jinja2", "msgspec", "numpy", "pyarrow", "pydantic", "sqlglot")
 
 
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Where the candidates of a run come from that asked no teacher."""
+
+    parent_run_id: str
+    files: dict[Path, str]
+    """The sha256 of the ledger with the candidates, and of what the verdicts depend on that were taken over."""
+    reused: Counter[str] = field(default_factory=Counter)
+    """By gate, the verdicts that were taken over from the parent."""
+
+
 class Proofs:
     """Writes what a run can show for itself, from its beginning (status `running`) to its end."""
 
-    def __init__(self, pipeline: "Pipeline", folder: RunFolder, tally: Tally) -> None:
+    def __init__(self, pipeline: "Pipeline", folder: RunFolder, tally: Tally, lineage: Lineage | None = None) -> None:
+        self._lineage = lineage
         self._pipeline = pipeline
         self._folder = folder
         self._tally = tally
         self._started = datetime.now(UTC)
+        self._audits: dict[str, dict[str, Any] | None] = {}
         self._begun = perf_counter()
         # A run that finds every answer in the store contacts nobody: what an earlier one learnt still holds.
         earlier = read_json(folder.manifest)["models"] if folder.manifest.exists() else {}
         self._endpoints_before = {name: model.get("endpoints", []) for name, model in earlier.items()}
+        self._descent = self._descended(pipeline.lineage.parent)
 
     def begin(self) -> None:
         write_json(self._folder.manifest, self._manifest(None, "running", None, ""))
 
     def finish_dist(self) -> None:
-        """Completes the data set's folder with its card and checksums, and puts it in place."""
-        dist = self._folder.dist_in_work
-        files = sorted(path for path in dist.rglob("*") if path.is_file())
-        with atomic(dist / "README.md") as file:
-            file.write(dataset_card(self._pipeline, self._tally, [path.relative_to(dist) for path in files]))
-        files = sorted(path for path in dist.rglob("*") if path.is_file())
-        lines = [f"{sha256_file(path)}  {path.relative_to(dist).as_posix()}\n" for path in files]
-        with atomic(dist / "checksums.txt") as file:
-            file.writelines(lines)
+        """Completes the data set's folder, and puts it in place."""
+        complete_dataset(self._folder.dist_in_work, self._folder.dist.name, self._pipeline, self._tally)
         self._folder.finish_dist()
 
     def finish(self, run: ActiveRun) -> "RunResult":
-        floor = self._pipeline.require.check(self._tally)
+        self._audits = audits_of(self._folder.root, self._pipeline.steps)
+        floor = self._pipeline.require.check(self._tally, self._audits)
         missed = [check["requirement"] for check in floor if not check["met"]]
         status, code, message = "complete", ExitCode.OK, ""
         if missed:
             status, code, message = "below_floor", ExitCode.FLOOR, f"below the floor: {', '.join(missed)}"
+            if "audited" in missed:
+                gates = ", ".join(gate for gate, audit in self._audits.items() if audit is None)
+                message += f"\n{gates}: not audited as it is now: {audit_command(self._folder)}"
         elif (enough := run.exhausted() or run.enough) and (enough.exit_code or not self._tally.failed):
             code, message = enough.exit_code, enough.message
         elif self._tally.failed:
@@ -79,6 +90,7 @@ class Proofs:
     def _write(
         self, run: ActiveRun, floor: list[dict[str, Any]], status: str, code: ExitCode, message: str
     ) -> "RunResult":
+        from fastdistill.control.report_html import render_html
         from fastdistill.control.session import RunResult
 
         folder = self._folder
@@ -90,6 +102,24 @@ class Proofs:
             file.write(render_html(manifest, quality, timing))
         return RunResult(folder.run_id, folder.path, folder.dist, code, manifest, quality, timing)
 
+    def _descended(self, parent: str | None) -> dict[str, Any]:
+        """What the manifest says of where a run comes from. `generation` counts the teachers that came before.
+
+        Raises:
+            InputError: there is no such parent.
+        """
+        role = self._pipeline.lineage.role
+        if self._lineage is not None:
+            before = read_json(RunFolder(self._folder.root, self._lineage.parent_run_id).manifest)
+            descent = {"parent_run_id": self._lineage.parent_run_id, "generation": before.get("generation", 0)}
+            return {"kind": "regate", **descent, "role": before.get("role")}
+        kind = "run" if role is None else "eval"
+        if parent is None:
+            return {"kind": kind, "parent_run_id": None, "generation": 0, "role": role}
+        found = RunFolder.find(self._folder.root, parent)
+        generation = read_json(found.manifest).get("generation", 0) + 1
+        return {"kind": kind, "parent_run_id": found.run_id, "generation": generation, "role": role}
+
     def _quality(self, floor: list[dict[str, Any]]) -> dict[str, Any]:
         tally = self._tally
         tokens = tally.completion_tokens + tally.prompt_tokens
@@ -99,6 +129,7 @@ class Proofs:
             "samples": {
                 "read": tally.samples,
                 "duplicates": tally.statuses[Status.DUPLICATE],
+                "contaminated": tally.statuses[Status.CONTAMINATED],
                 "failed": tally.failed,
                 "completed": tally.statuses[Status.OPEN],
                 "accepted": tally.accepted_samples,
@@ -118,7 +149,10 @@ class Proofs:
                 "completion": tally.completion_tokens,
                 "accepted_samples_per_1000_tokens": per_1000,
             },
-            "stages": tally.stages(),
+            "stages": [
+                stage | ({"audit": audit} if (audit := self._audits.get(stage["step"])) else {})
+                for stage in tally.stages()
+            ],
             "failures": [
                 {"step": step, "reason": reason, "count": count.count, "examples": count.examples}
                 for (step, reason), count in sorted(tally.failures.items())
@@ -140,26 +174,30 @@ class Proofs:
     def _manifest(self, run: ActiveRun | None, status: str, code: ExitCode | None, message: str) -> dict[str, Any]:
         folder, tally = self._folder, self._tally
         ended = status != "running"
-        inputs = {path for step in self._pipeline.steps for path in step.inputs()} if ended else ()
+        steps = self._pipeline.steps if ended else ()
+        used = {path.absolute(): content for step in steps for path, content in step.used().items()}
+        used |= self._lineage.files if self._lineage else {}
+        read = {path.absolute() for step in steps for path in step.inputs() if path.is_file()} - used.keys()
+        inputs = used | {path: sha256_file(path) for path in read}
         outputs = sorted(folder.dist.rglob("*")) if status in ("complete", "below_floor") else ()
         return {
             "schema": 1,
             "run_id": folder.run_id,
             "name": self._pipeline.name,
+            **self._descent,
+            "verdicts_reused": dict(sorted(self._lineage.reused.items())) if self._lineage else {},
             "status": status,
             "exit_code": code,
             "message": message,
             "started": self._started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds") if ended else None,
             "config_sha256": digest(self._pipeline.resolved()),
-            "versions": {
-                "fastdistill": version("fastdistill"),
-                "python": platform.python_version(),
-                "sqlite": sqlite3.sqlite_version,
-                "platform": f"{sys.platform}-{platform.machine()}",
-                **{name: version(name) for name in DEPENDENCIES},
-            },
-            "inputs": [_file_entry(path, path.absolute()) for path in sorted(inputs) if path.is_file()],
+            "versions": versions() if ended else {},
+            "environment": {step.name: facts for step in self._pipeline.steps if (facts := step.environment())},
+            "inputs": [
+                {"path": path.as_posix(), "bytes": path.stat().st_size if path.is_file() else None, "sha256": content}
+                for path, content in sorted(inputs.items())
+            ],
             "models": {
                 name: {
                     "provider": config.provider,
@@ -182,6 +220,19 @@ class Proofs:
             "content_sha256": {stage: str(content) for stage, content in sorted(tally.hashes.items())},
             "outputs": [_file_entry(path, path.relative_to(folder.path)) for path in outputs if path.is_file()],
         }
+
+
+def versions() -> dict[str, str]:
+    """What this run was made with: ours, the interpreter's, the libraries'."""
+    from importlib.metadata import version
+
+    return {
+        "fastdistill": version("fastdistill"),
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+        "platform": f"{sys.platform}-{platform.machine()}",
+        **{name: version(name) for name in DEPENDENCIES},
+    }
 
 
 def failures_message(tally: Tally) -> str:

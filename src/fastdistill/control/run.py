@@ -17,7 +17,7 @@ from fastdistill.core.timing import StepTime, Timer
 from fastdistill.core.types import Sample, Status
 from fastdistill.model.client import ModelClient
 
-_KEYS_IN_MEMORY = 10_000  # of each index
+_KEYS_IN_MEMORY = 2_000  # of each index: to write more at once would hold the loop
 _ENOUGH_TO_JUDGE = 50  # samples before `max_error_rate` can stop a run midway
 
 
@@ -74,17 +74,20 @@ class ActiveRun:
         else:
             self._count(sample)
 
+    def report(self, step: str, found: Mapping[str, object]) -> None:
+        self.tally.reports[step] = dict(found)
+
     async def finished(self, sample: Sample, *, last: bool) -> None:
         await self._ledger.save(sample)
         # What fails early does not come again; all else counts once, when no more can happen to it.
         if last or sample.status is not Status.OPEN:
             self._count(sample)
 
-    def read_back(self, *, last: bool) -> Iterator[Sample]:
+    async def read_back(self, *, last: bool) -> Iterator[Sample]:
         self._counted = last
         if self._progress.reached and self._cutoff is not None:
-            self._ledger.leave_out_after(self._cutoff)
-        return first_accepted(self._ledger.samples(), self._target.accepted if self._target else None)
+            await self._ledger.leave_out_after(self._cutoff)
+        return first_accepted(await self._ledger.samples(), self._target.accepted if self._target else None)
 
     @property
     def stopping(self) -> bool:
@@ -167,7 +170,7 @@ class Indexes:
         # An empty name is SQLite's own temporary file: it spills to disk and is never seen by anybody else.
         self._connection = sqlite3.connect("", isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=OFF")
-        self._connection.execute("PRAGMA cache_size=-8000")
+        self._connection.execute("PRAGMA cache_size=-4000")
         self._opened = 0
 
     def open(self, name: str) -> KeyIndex:

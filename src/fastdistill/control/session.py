@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from fastdistill.control.floor import Floor
 from fastdistill.control.folder import RunFolder, artifacts_root
 from fastdistill.control.ledger import Ledger
 from fastdistill.control.registry import provider_class
-from fastdistill.control.reports import Proofs
+from fastdistill.control.reports import Lineage, Proofs
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.store import ResponseStore
 from fastdistill.control.tally import Tally
@@ -35,6 +35,11 @@ from fastdistill.pipeline import run_pipeline
 
 Watch: TypeAlias = Callable[[ActiveRun], AbstractContextManager[None]]
 """Something that looks on while a run is at work, like the progress display."""
+
+
+def unwatched(run: ActiveRun) -> AbstractContextManager[None]:
+    """Nobody looks on."""
+    return nullcontext()
 
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -59,6 +64,15 @@ class RunResult:
     timing: Mapping[str, Any]
 
 
+class Origin(BaseModel):
+    """What a run descends from, for the manifest; it changes nothing that the run does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parent: str | None = Field(None, description="an earlier run under the same artifacts root, by its id or beginning")
+    role: str | None = Field(None, description="set by `fastdistill eval`: whose answers these are")
+
+
 class Pipeline(BaseModel):
     """A named list of steps and the models that they ask.
 
@@ -73,6 +87,7 @@ class Pipeline(BaseModel):
     require: Floor = Floor()
     target: Target | None = None
     budget: Budget = Budget()
+    lineage: Origin = Origin()
     max_error_rate: float = Field(0.1, ge=0, le=1, description="share of samples that may fail before the run stops")
 
     @field_validator("models", mode="before")
@@ -118,6 +133,12 @@ class Pipeline(BaseModel):
             for place, gate in named
             if gate not in gates
         ]
+        problems += [
+            f"steps[{at}].{step.name}: there is no step named {other!r}; there are: {', '.join(names)}"
+            for at, step in enumerate(self.steps)
+            for other in step.steps()
+            if other not in names
+        ]
         unpriced = [name for name, config in self.models.items() if config.price is None]
         if self.budget.max_cost_usd is not None and unpriced:
             problems.append(f"budget.max_cost_usd: needs a price at models.{', models.'.join(unpriced)}")
@@ -144,6 +165,7 @@ class Pipeline(BaseModel):
             "require": self.require.model_dump(mode="json", exclude_defaults=True),
             "target": self.target and self.target.model_dump(mode="json"),
             "budget": self.budget.model_dump(mode="json", exclude_defaults=True),
+            "lineage": self.lineage.model_dump(mode="json", exclude_defaults=True),
             "max_error_rate": self.max_error_rate,
         }
 
@@ -159,20 +181,30 @@ class Pipeline(BaseModel):
         Raises:
             FatalError: the run could not be finished; everything that was paid for is stored.
         """
-        if run_id is not None and not re.fullmatch(_NAME, run_id):
-            raise ConfigError(f"run_id: {run_id!r} can't name a folder; use letters, digits, '.', '_' and '-'")
-        root = artifacts_root(Path(output_dir) if output_dir is not None else None)
-        folder = RunFolder(root, run_id or self.run_id)
-        return run_in_loop(execute(self, folder, watch or (lambda _: nullcontext())))
+        return run_in_loop(
+            execute(self, run_folder(output_dir, self.run_id if run_id is None else run_id), watch or unwatched)
+        )
 
 
-async def execute(pipeline: Pipeline, folder: RunFolder, watch: Watch) -> RunResult:
-    """Runs a pipeline in its folder, in the running event loop."""
+def run_folder(output_dir: Path | str | None, run_id: str) -> RunFolder:
+    """Raises ConfigError if `run_id` can't name a folder."""
+    if not re.fullmatch(_NAME, run_id):
+        raise ConfigError(f"run_id: {run_id!r} can't name a folder; use letters, digits, '.', '_' and '-'")
+    return RunFolder(artifacts_root(Path(output_dir) if output_dir is not None else None), run_id)
+
+
+async def execute(
+    pipeline: Pipeline, folder: RunFolder, watch: Watch, steps: Sequence[Step] = (), lineage: Lineage | None = None
+) -> RunResult:
+    """Runs a pipeline in its folder, in the running event loop.
+
+    With a `lineage`, `steps` stand in for the pipeline's, which are those reported, and no server is asked.
+    """
     with folder.held():
         tally = Tally(pipeline.steps)
-        proofs = Proofs(pipeline, folder, tally)
+        proofs = Proofs(pipeline, folder, tally, lineage)
         with atomic(folder.config) as file:
-            yaml.safe_dump(pipeline.resolved(), file, sort_keys=False, allow_unicode=True, width=100)
+            yaml.safe_dump(_literal(pipeline.resolved()), file, sort_keys=False, allow_unicode=True, width=100)
         folder.begin_dist()
         proofs.begin()
         run: ActiveRun | None = None
@@ -182,7 +214,7 @@ async def execute(pipeline: Pipeline, folder: RunFolder, watch: Watch) -> RunRes
                 ledger = await stack.enter_async_context(Ledger(folder.ledger))
                 brake = _Brake()
                 models = {
-                    name: ModelClient(name, config, _providers(config, folder, brake), store, brake)
+                    name: ModelClient(name, config, () if lineage else _providers(config, folder, brake), store, brake)
                     for name, config in pipeline.models.items()
                 }
                 for model in models.values():
@@ -198,7 +230,7 @@ async def execute(pipeline: Pipeline, folder: RunFolder, watch: Watch) -> RunRes
                 )
                 stack.callback(run.close)
                 with watch(run), stops_on_signals(run, folder):
-                    await run_pipeline(pipeline.steps, run)
+                    await run_pipeline(steps or pipeline.steps, run)
                 run.check_error_rate_at_end()
             proofs.finish_dist()
             return proofs.finish(run)
@@ -290,6 +322,15 @@ def _providers(config: ModelConfig, folder: RunFolder, brake: _Brake) -> list[Pr
     # A provider whose requests outlive a run keeps them under the root, and wants to know when the run winds down.
     make = partial(kind.in_run, root=folder.root, brake=brake) if hasattr(kind, "in_run") else kind
     return [make(endpoint) for endpoint in config.endpoints()]
+
+
+def _literal(value: Any) -> Any:
+    """A value as a config must have it to be read as it is: no variable is meant by `${`."""
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_literal(inner) for inner in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value
 
 
 def _named(steps: tuple[Step, ...]) -> Iterator[Step]:

@@ -5,22 +5,33 @@ The key is made of what would change the answer (see `core.types.Draw.key`), so 
 
 import hashlib
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeAlias
 
 import msgspec
 
-from fastdistill.control.writer import Writer, connect, fault
+from fastdistill.control.writer import Writer, connect, fault, insert, transaction
 from fastdistill.core.types import Answer, Completion, Prompt
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS prompts (
-    id BLOB PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT);
+    id INTEGER PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT);
 CREATE TABLE IF NOT EXISTS responses (
-    key BLOB PRIMARY KEY, prompt BLOB, seed INTEGER, attempt INTEGER, completion TEXT);
+    key BLOB PRIMARY KEY, prompt INTEGER, seed INTEGER, attempt INTEGER, completion TEXT);
 PRAGMA user_version = 1;
 """
+
+# Ids of prompts are numbers one after the other: a hash would write to a page of its own for each answer. A prompt that
+# comes again after so many others is written again.
+_PROMPTS_REMEMBERED = 4096
+
+PromptColumns: TypeAlias = tuple[str, str, str, str]
+"""provider, model, messages, parameters"""
+
+_Entry: TypeAlias = tuple[PromptColumns, Sequence[tuple[bytes, int | None, int, str]]]
+"""A prompt and answers to it: key, seed, attempt, completion."""
 
 
 class ResponseStore:
@@ -28,7 +39,8 @@ class ResponseStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._writer = Writer(path, SCHEMA, durable=True)
+        self._writer = Writer(path, SCHEMA, self._write_all, durable=True, every=0.003)
+        self._prompts: dict[bytes, int] = {}  # ids of the latest, by hash
         self._encode = msgspec.json.Encoder().encode
         self._decode = msgspec.json.Decoder(Completion).decode
 
@@ -59,28 +71,40 @@ class ResponseStore:
 
     async def put(self, prompt: Prompt, answers: Sequence[Answer]) -> None:
         encode = self._encode
-        asked = prompt_row(prompt)
-        rows = [
-            (bytes.fromhex(a.key), asked[0], a.draw.seed, a.draw.attempt, encode(a.completion).decode())
-            for a in answers
-        ]
-        await self._writer.write(
-            [
-                ("INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, ?)", [asked]),
-                # The first answer under a key stays: whoever comes later asked for something that was there.
-                ("INSERT OR IGNORE INTO responses VALUES (?, ?, ?, ?, ?)", rows),
-            ]
-        )
+        rows = [(bytes.fromhex(a.key), a.draw.seed, a.draw.attempt, encode(a.completion).decode()) for a in answers]
+        await self._writer.write((prompt_columns(prompt), rows))
+
+    def _write_all(self, connection: sqlite3.Connection, entries: Sequence[_Entry]) -> None:
+        new: dict[bytes, int] = {}
+        prompts, responses = [], []
+        with transaction(connection):
+            (last,) = connection.execute("SELECT max(rowid) FROM prompts").fetchone()
+            for asked, rows in entries:
+                content = hashlib.sha256("\x1f".join(asked).encode()).digest()
+                id_ = self._prompts.get(content) or new.get(content)
+                if id_ is None:
+                    id_ = new[content] = last = (last or 0) + 1
+                    prompts.append((id_, *asked))
+                responses += [(key, id_, *rest) for key, *rest in rows]
+            insert(connection, "INSERT INTO prompts", prompts)
+            # The first answer under a key stays: whoever comes later asked for something that was there.
+            insert(connection, "INSERT OR IGNORE INTO responses", responses)
+        self._prompts |= new
+        while len(self._prompts) > _PROMPTS_REMEMBERED:
+            del self._prompts[next(iter(self._prompts))]
 
 
-def prompt_row(prompt: Prompt) -> tuple[bytes, str, str, str, str]:
-    """A prompt as the table `prompts` has it. Its id is of the very bytes: a prompt's digest takes equal text in
-    another Unicode form for the same, and does not tell providers apart.
-    """
-    content = (
-        prompt.provider,
-        prompt.model,
-        msgspec.json.encode(prompt.messages).decode(),
-        msgspec.json.encode(prompt.parameters).decode(),
-    )
-    return (hashlib.sha256("\x1f".join(content).encode()).digest(), *content)
+def prompt_columns(prompt: Prompt) -> PromptColumns:
+    messages = msgspec.json.encode(prompt.messages).decode()
+    return prompt.provider, prompt.model, messages, _encode_once(prompt.parameters)
+
+
+_latest: tuple[Mapping[str, Any], str] = ({}, "{}")
+
+
+def _encode_once(parameters: Mapping[str, Any]) -> str:
+    """The JSON of a mapping that mostly is the very one of the last call: a step asks with the same parameters."""
+    global _latest
+    if parameters is not _latest[0]:
+        _latest = (parameters, msgspec.json.encode(parameters).decode())
+    return _latest[1]

@@ -88,6 +88,7 @@ class Tally:
         self.gates: dict[str, GateCount] = {}
         self.failures: dict[tuple[str, str], FailureCount] = {}
         self.hashes: defaultdict[str, ContentHash] = defaultdict(ContentHash)
+        self.reports: dict[str, dict[str, Any]] = {}  # by step: what it says of its whole work
         self.calibrations = {step.name: Calibration(step) for step in steps if isinstance(step, LLMJudge)}
 
     def add(self, sample: Sample) -> None:
@@ -95,16 +96,15 @@ class Tally:
         self.statuses[sample.status] += 1
         if sample.status is not Status.OPEN:
             self.left_at.setdefault(sample.failures[-1].step, Counter())[sample.status] += 1
-        if sample.status not in (Status.DUPLICATE, Status.SKIPPED):
+        if sample.status not in (Status.DUPLICATE, Status.CONTAMINATED, Status.SKIPPED):
             for failure in sample.failures:
                 self._fail(failure)
         self.hashes["samples"].add(sample.sample_id, sample.source)
-        for candidate in sample.candidates:
-            self._candidate(candidate)
+        outcomes = [self._candidate(candidate) for candidate in sample.candidates]
         if sample.status is Status.OPEN:
-            self.accepted_samples += bool(sample.accepted)
-            undecided = any(c.outcome is Outcome.ERROR for c in sample.candidates)
-            self.undecided_samples += undecided and not sample.accepted
+            accepted = Outcome.PASS in outcomes
+            self.accepted_samples += accepted
+            self.undecided_samples += Outcome.ERROR in outcomes and not accepted
             for rank, candidate in enumerate(sample.chosen):
                 self.selected += 1
                 self.hashes["selected"].add(candidate.candidate_id, str(rank), candidate.answer)
@@ -150,21 +150,27 @@ class Tally:
             }
             if step.name in self.gates:
                 stage["candidates"] = _gate_report(self.gates[step.name])
+            if step.name in self.reports:
+                stage["report"] = self.reports[step.name]
             if step.name in self.calibrations:
                 stage["calibration"] = self.calibrations[step.name].report()
+            if found := step.findings():
+                stage["findings"] = dict(found)
             stages.append(stage)
             in_stream = kept
         return stages
 
-    def _candidate(self, candidate: Candidate) -> None:
+    def _candidate(self, candidate: Candidate) -> Outcome:
+        outcome = candidate.outcome
         self.candidates += 1
-        self.outcomes[candidate.outcome] += 1
+        self.outcomes[outcome] += 1
         prompt, completion = candidate.prompt, candidate.completion
         self.finish_reasons[completion.finish_reason] += 1
         self.prompt_tokens += completion.usage.prompt_tokens
         self.completion_tokens += completion.usage.completion_tokens
         self.served[prompt.provider, prompt.model, completion.model or "", completion.build or ""] += 1
-        self.cuts.update(cut.kind for cut in candidate.cuts)
+        for cut in candidate.cuts:
+            self.cuts[cut.kind] += 1
         if candidate.score is not None:
             self.scores[round(candidate.score, 2)] += 1
         self.hashes["candidates"].add(candidate.candidate_id, completion.text)
@@ -187,6 +193,7 @@ class Tally:
                 gate.errors[group] += 1
                 _keep(gate.error_examples.setdefault(group, []), str(error))
             self.hashes[verdict.gate].add(candidate.candidate_id, verdict.outcome, verdict.reason)
+        return outcome
 
     def _fail(self, failure: Failure) -> None:
         count = self.failures.setdefault((failure.step, failure.reason), FailureCount())

@@ -1,46 +1,61 @@
 """A SQLite file with one writer thread. Writes are grouped by themselves: what arrives while one commit is under
-way goes into the next, so nothing waits for a timer and the event loop never waits for the disk.
+way, or too soon after it, goes into the next. The event loop never waits for the disk.
 """
 
 import asyncio
 import sqlite3
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Empty, SimpleQueue
 from threading import Thread
+from time import monotonic, sleep
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeVar
 
 from fastdistill.core.errors import EnvironmentFault
 
-Statement: TypeAlias = tuple[str, Sequence[Sequence[Any]]]
-"""An SQL statement and the rows to run it with."""
+_MOST_WAITING = 10_000  # entries, before whoever brings more has to wait
+_CHECKPOINT = 4_000  # pages of WAL: a page that is written again and again goes to the file once
 
-_Job: TypeAlias = tuple[Sequence[Statement], "asyncio.Future[None] | None"]
+Entry = TypeVar("Entry")
 
 
-class Writer:
+class Writer(Generic[Entry]):
     """Owns the writing connection to `path`; use as an async context manager.
 
-    `durable` files survive the process being killed at any moment (WAL: a commit is in the system's hands), and a
-    power cut up to the last checkpoint; the others are for what can be computed again.
+    `write_all` writes a group of entries in one `transaction`, in the writer's thread; a group begins `every` so many
+    seconds at most. `durable` files survive the process being killed at any moment (WAL: a commit is in the system's
+    hands), and a power cut up to the last checkpoint; the others are for what can be computed again.
     """
 
-    def __init__(self, path: Path, schema: str, *, durable: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        schema: str,
+        write_all: Callable[[sqlite3.Connection, Sequence[Entry]], None],
+        *,
+        durable: bool,
+        every: float,
+    ) -> None:
         self.path = path
         self._schema = schema
+        self._write_all = write_all
         self._durable = durable
-        self._jobs: Queue[_Job | None] = Queue(10_000)
+        self._every = every
+        self._jobs: SimpleQueue[tuple[Entry | None, asyncio.Future[None] | None] | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._unreported: EnvironmentFault | None = None
 
-    async def __aenter__(self) -> "Writer":
+    async def __aenter__(self) -> "Writer[Entry]":
         self._loop = asyncio.get_running_loop()
         connection = connect(self.path)
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute(f"PRAGMA synchronous={'NORMAL' if self._durable else 'OFF'}")
+            connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT}")
             connection.executescript(self._schema)
         except sqlite3.Error as error:
             connection.close()
@@ -58,26 +73,36 @@ class Writer:
         if self._unreported is not None and error is None:
             raise self._unreported
 
-    async def write(self, statements: Sequence[Statement]) -> None:
-        """Returns once the statements are committed, all or none of them.
+    async def write(self, entry: Entry | None) -> None:
+        """Returns once the entry, and all before it, are committed; None stands for nothing but those before.
 
-        Writes that come together are committed together, statement by statement: of two for the same row the later
-        one must win whatever stands between them.
+        The commit goes on even if who asked for it is cancelled: the answer was paid for.
 
         Raises:
             EnvironmentFault: the disk is full, or the file can't be written.
         """
         done: asyncio.Future[None] = self._loop.create_future()
-        self._jobs.put((statements, done))
-        # The commit goes on even if who asked for it is cancelled: the answer was paid for.
-        await asyncio.shield(done)
+        self._jobs.put((entry, done))
+        await done
 
-    def submit(self, statements: Sequence[Statement]) -> None:
-        """Hands the statements over without waiting; what goes wrong is raised by the next `write`, or at the end."""
-        self._jobs.put((statements, None))
+    def submit(self, entry: Entry) -> None:
+        """Hands the entry over without waiting; what goes wrong is raised by the next call, or at the end."""
+        if self._unreported is not None:
+            raise self._unreported
+        while self.crowded:  # by a generator that never lets the loop have its turn
+            sleep(self._every)
+        self._jobs.put((entry, None))
+
+    @property
+    def crowded(self) -> bool:
+        return self._jobs.qsize() >= _MOST_WAITING
 
     def _work(self, connection: sqlite3.Connection) -> None:
+        earliest = 0.0
         while (job := self._jobs.get()) is not None:
+            if (early := earliest - monotonic()) > 0:
+                sleep(early)
+            earliest = monotonic() + self._every
             batch = [job]
             while len(batch) < 1000:
                 try:
@@ -88,7 +113,7 @@ class Writer:
                     self._jobs.put(None)  # to be found by the outer loop, after this batch
                     break
                 batch.append(more)
-            error = self._commit(connection, [statement for statements, _ in batch for statement in statements])
+            error = self._commit(connection, [entry for entry, _ in batch if entry is not None])
             waiting = [done for _, done in batch if done is not None]
             self._unreported = error or self._unreported
             if waiting:
@@ -99,19 +124,39 @@ class Writer:
                 connection.execute("PRAGMA journal_mode=DELETE")  # one file, for whoever reads it from now on
         connection.close()
 
-    def _commit(self, connection: sqlite3.Connection, statements: Iterable[Statement]) -> EnvironmentFault | None:
+    def _commit(self, connection: sqlite3.Connection, entries: Sequence[Entry]) -> EnvironmentFault | None:
         try:
-            with connection:
-                connection.execute("BEGIN IMMEDIATE")
-                # One call for all rows of a statement, whoever wrote them; the statements in their first order.
-                merged: dict[str, list[Sequence[Any]]] = {}
-                for sql, rows in statements:
-                    merged.setdefault(sql, []).extend(rows)
-                for sql, all_rows in merged.items():
-                    connection.executemany(sql, all_rows)
+            self._write_all(connection, entries)
         except (sqlite3.Error, OverflowError, UnicodeError) as error:  # uncaught, the thread would end and all wait
             return fault(self.path, error)
         return None
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All that is written within it, or nothing."""
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def insert(connection: sqlite3.Connection, into: str, rows: Sequence[Sequence[Any]]) -> None:
+    """`into` is like `INSERT INTO t`.
+
+    Many rows are one statement: each run of one gives up the interpreter's lock, and has to wait for it again.
+    """
+    at = 0
+    for size in (64, 8, 1):
+        while len(rows) - at >= size:
+            some = rows[at : at + size]
+            connection.execute(_insert(into, len(some[0]), size), list(chain.from_iterable(some)))
+            at += size
+
+
+@lru_cache
+def _insert(into: str, width: int, size: int) -> str:
+    row = f"({', '.join('?' * width)})"
+    return f"{into} VALUES {', '.join([row] * size)}"
 
 
 def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:

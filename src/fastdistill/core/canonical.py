@@ -7,11 +7,12 @@ otherwise follows in spirit).
 """
 
 import hashlib
-import json
 import math
 import unicodedata
 from collections.abc import Mapping
 from typing import TypeAlias
+
+import msgspec
 
 _LONGEST_INTEGER = 14_000  # bits; Python itself refuses to write or read more than 4,300 digits
 
@@ -28,7 +29,7 @@ def canonical_json(value: object) -> bytes:
             after NFC, or any type that JSON has not (bytes, dates, sets ...).
     """
     try:
-        return _encode(_normal(value, ())).encode()
+        return _form(value, ())
     except UnicodeEncodeError as error:
         raise NotCanonical("$: holds a lone surrogate, which UTF-8 can't encode") from error
     except RecursionError as error:
@@ -50,37 +51,45 @@ def joined_digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode
+_quote = msgspec.json.Encoder().encode  # of a string: UTF-8, escaped as little as JSON allows
+
+# The usual one first: to ask an abstract class takes long, and to make an union each time, too.
+_OBJECT = (dict, Mapping)
+_ARRAY = (list, tuple)
 
 _Path: TypeAlias = "tuple[_Path, str | int] | tuple[()]"
 """Where in a value we are, the last step last: put into words only for an error."""
 
 
-def _normal(value: object, path: _Path) -> object:
+def _form(value: object, path: _Path) -> bytes:
     if isinstance(value, str):
-        return value if value.isascii() else unicodedata.normalize("NFC", value)
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        if value.bit_length() > _LONGEST_INTEGER:
-            raise NotCanonical(f"{_words(path)}: an integer of more than 4,200 digits; write it as a string")
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise NotCanonical(f"{_words(path)}: {value} is not a JSON number")
-        return int(value) if value.is_integer() else float(value)
-    if isinstance(value, dict | Mapping):
-        normal: dict[str, object] = {}
+        return _quote(value if value.isascii() else unicodedata.normalize("NFC", value))
+    if isinstance(value, _OBJECT):
+        members: dict[str, bytes] = {}
         for key, inner in value.items():
             if not isinstance(key, str):
                 raise NotCanonical(f"{_words(path)}: key {key!r} is not a string")
             name = key if key.isascii() else unicodedata.normalize("NFC", key)
-            if name in normal:
+            if name in members:
                 raise NotCanonical(f"{_words(path)}: key {name!r} appears twice after Unicode normalisation")
-            normal[name] = _normal(inner, (path, key))
-        return normal
-    if isinstance(value, list | tuple):
-        return [_normal(inner, (path, index)) for index, inner in enumerate(value)]
+            # What nearly every member is, without a call of its own.
+            plain = type(inner) is str and inner.isascii()
+            members[name] = _quote(inner) if plain else _form(inner, (path, key))
+        return b"{" + b",".join([_quote(name) + b":" + members[name] for name in sorted(members)]) + b"}"
+    if isinstance(value, _ARRAY):
+        return b"[" + b",".join([_form(inner, (path, index)) for index, inner in enumerate(value)]) + b"]"
+    if value is None:
+        return b"null"
+    if isinstance(value, bool):
+        return b"true" if value else b"false"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise NotCanonical(f"{_words(path)}: {value} is not a JSON number")
+        return (str(int(value)) if value.is_integer() else float.__repr__(value)).encode()
+    if isinstance(value, int):
+        if value.bit_length() > _LONGEST_INTEGER:
+            raise NotCanonical(f"{_words(path)}: an integer of more than 4,200 digits; write it as a string")
+        return int.__repr__(value).encode()
     kind = type(value).__name__
     raise NotCanonical(f"{_words(path)}: {kind} has no JSON form; convert it to a string or a number")
 

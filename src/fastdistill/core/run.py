@@ -30,6 +30,6 @@ class Run(Context, Protocol):
         """Writes a sample to the ledger, to be read back; `last`: it has gone through the last sample step."""
         ...
 
-    def read_back(self, *, last: bool) -> Iterator[Sample]:
+    async def read_back(self, *, last: bool) -> Iterator[Sample]:
         """The finished samples that are still in the stream, in input order."""
         ...

@@ -1,6 +1,7 @@
 """Small statistics with their sources: intervals for rates, and a histogram that stays small at any count."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -83,24 +84,24 @@ def _total(mean: float, below: float, above: float, population: int, *, seen: fl
     return Total(mean * population, max(seen, (mean - below) * population), (mean + above) * population)
 
 
-_GROWTH = math.log(1.02)
+_PER_E = 1 / math.log(1.02)  # buckets
 
 
 @dataclass(slots=True)
 class Histogram:
     """Durations in buckets that grow by 2%: any quantile is right to 1%, whatever the count."""
 
-    buckets: dict[int, int] = field(default_factory=dict)
+    buckets: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     count: int = 0
     total: float = 0.0
     longest: float = 0.0
 
     def add(self, seconds: float) -> None:
-        bucket = round(math.log(max(seconds, 1e-7)) / _GROWTH)
-        self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
+        self.buckets[round(math.log(seconds if seconds > 1e-7 else 1e-7) * _PER_E)] += 1
         self.count += 1
         self.total += seconds
-        self.longest = max(self.longest, seconds)
+        if seconds > self.longest:
+            self.longest = seconds
 
     def quantile(self, q: float) -> float:
         """The q-quantile in seconds; 0 if nothing was added."""
@@ -109,7 +110,7 @@ class Histogram:
         for bucket in sorted(self.buckets):
             seen += self.buckets[bucket]
             if seen >= wanted:
-                return min(math.exp(bucket * _GROWTH), self.longest)
+                return min(math.exp(bucket / _PER_E), self.longest)
         return 0.0
 
     def summary(self) -> dict[str, float | int]:

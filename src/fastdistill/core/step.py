@@ -5,9 +5,9 @@ coroutine over one sample (generate, parse, gate, select). Consecutive sample st
 """
 
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -23,8 +23,13 @@ from fastdistill.core.types import Answer, Candidate, Draw, Message, Outcome, Pr
 class Model(Protocol):
     """A model behind its response store: the only way a step gets an answer."""
 
-    def prompt(self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any]) -> Prompt:
-        """A prompt for this model. `extra` are fields passed on to the server as they are."""
+    def prompt(
+        self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any], sample: Sample | None = None
+    ) -> Prompt:
+        """A prompt for this model. `extra` are fields passed on to the server as they are.
+
+        `sample` is whom it is for: only answers recorded elsewhere may be found by it; no other model looks at it.
+        """
         ...
 
     async def generate(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
@@ -64,6 +69,20 @@ class Context(Protocol):
         """Takes a sample out of the stream, with its reason; it stays in the ledger."""
         ...
 
+    def report(self, step: str, found: Mapping[str, Any]) -> None:
+        """Puts what a step has to say of its whole work into the quality report, with the step's stage."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """A way to break a right answer. `operator` names its kind; `apply` writes the mutant."""
+
+    operator: str
+    apply: Callable[[], str]
+    may_be_equal: bool = True
+    """The mutant may mean the same as the answer all the same."""
+
 
 class Step(BaseModel):
     """A step is its configuration. `name` is what reports call it; the pipeline numbers repeated ones."""
@@ -88,6 +107,14 @@ class Step(BaseModel):
         """Files that this step reads; the manifest records their hashes."""
         return ()
 
+    def used(self) -> Mapping[Path, str]:
+        """Files that records named, with the sha256 of each at its first use; the manifest records them too."""
+        return {}
+
+    def findings(self) -> Mapping[str, Any]:
+        """What the quality report says of this step, after a run, beyond what it counts itself."""
+        return {}
+
     def count(self) -> int:
         """How many samples this step brings into the stream, for the progress display. May read files."""
         return 0
@@ -96,8 +123,16 @@ class Step(BaseModel):
         """Names of the gates whose verdicts this step reads; checked before anything is spent."""
         return ()
 
+    def environment(self) -> Mapping[str, Any]:
+        """What of this machine the step's work depends on; the manifest records it."""
+        return {}
+
     def models(self) -> Sequence[str]:
         """Names of the models that this step asks; checked before anything is spent."""
+        return ()
+
+    def steps(self) -> Sequence[str]:
+        """Names of other steps whose candidates this step tells apart; checked before anything is spent."""
         return ()
 
     @asynccontextmanager
@@ -117,6 +152,9 @@ class StreamStep(Step):
 
 
 class SampleStep(Step):
+    rewrites: ClassVar[bool] = True
+    """Whether it may change an answer that is there: a verdict given before it was on another answer."""
+
     @abstractmethod
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         """The sample with what this step found. It may see a sample again that has got more candidates since.
@@ -140,13 +178,35 @@ class Gate(SampleStep):
     A candidate that an earlier gate failed is not judged again: gates are ordered cheapest first.
     """
 
+    rewrites: ClassVar[bool] = False
+
+    alone: ClassVar[bool] = False
+    """Of a gate that writes `judge_all`: its verdict on a candidate does not depend on the others all the same."""
+
+    def inputs_for(self, sample: Sample) -> Sequence[Path]:
+        """Files that a verdict on this sample depends on; `inputs` has them all once the samples have passed."""
+        return self.inputs()
+
+    def gold(self, sample: Sample) -> str | None:
+        """The record's right answer, as a teacher would write it; None if this gate knows of none."""
+        return None
+
+    def mutations(self, gold: str, sample: Sample) -> Sequence[Mutation]:
+        """Ways to break a right answer, for an audit of what this gate lets through."""
+        return ()
+
+    def stricter(self) -> "Gate | None":
+        """A gate that tells more answers from gold than this one, for an audit of what it let through."""
+        return None
+
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        open_ = [c for c in sample.candidates if c.outcome is not Outcome.FAIL and c.verdict(self.name) is None]
+        name = self.name
+        open_ = [c for c in sample.candidates if c.outcome is not Outcome.FAIL and c.verdict(name) is None]
         if not open_:
             return sample
         verdicts = await self.judge_all(open_, sample, ctx)
         judged = {c.candidate_id: c.judged(v) for c, v in zip(open_, verdicts, strict=True)}
-        return replace(sample, candidates=tuple(judged.get(c.candidate_id, c) for c in sample.candidates))
+        return sample.with_candidates([judged.get(c.candidate_id, c) for c in sample.candidates])
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         return [await self.judge(candidate, sample, ctx) for candidate in candidates]
@@ -156,3 +216,8 @@ class Gate(SampleStep):
 
     def verdict(self, outcome: Outcome, reason: str, score: float | None = None, **detail: Any) -> Verdict:
         return Verdict(self.name, self.fingerprint, outcome, reason, score, detail)
+
+
+def is_generation(step: Step) -> bool:
+    """Whether a step asks a model for candidates; a gate that asks one wants its verdict."""
+    return isinstance(step, SampleStep) and not isinstance(step, Gate) and bool(step.models())

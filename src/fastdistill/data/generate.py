@@ -1,20 +1,18 @@
 """Generation: renders a sample's prompt and asks a model for candidates. Knows no provider and no server."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import NotAsked, SampleError
-from fastdistill.core.step import Context, SampleStep
+from fastdistill.core.step import Context, Model, SampleStep
 from fastdistill.core.types import Answer, Candidate, Draw, Failure, Message, Prompt, Sample
-from fastdistill.data.template import compile_template, render
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from fastdistill.data.template import Template, compile_template, render
 
 
 class Until(BaseModel):
@@ -40,9 +38,12 @@ class TextGeneration(SampleStep):
     the next one does.
 
     `template` and `system_prompt` are Jinja templates over the record's fields; a field that is missing fails the
-    sample before anything is asked. Each prompt has its own seeds, made of the prompt and `seed`, one after the other
-    for its draws, so that samples are drawn independently of each other (`seed: null` leaves it to the server).
+    sample before anything is asked. Of a list of templates each draw takes the next. Each prompt has its own seeds,
+    made of the prompt and `seed`, one after the other for its draws, so that samples are drawn independently of each
+    other (`seed: null` leaves it to the server).
     """
+
+    rewrites: ClassVar[bool] = False
 
     model: str = Field("teacher", description="a name under `models:`")
     teachers: tuple[str, ...] = Field((), description="names under `models:` in place of `model`, the weakest first")
@@ -50,7 +51,7 @@ class TextGeneration(SampleStep):
     num_generations: int = Field(1, ge=1, description="candidates of a sample, at most")
     until: Until | None = None
     system_prompt: str | None = None
-    template: str
+    template: str | tuple[str, ...] = Field(min_length=1)
     decode_profile: DecodeProfile = DecodeProfile()
     decode_profile_field: str | None = Field(
         "decode_profile", description="where a record has this field, its entries win over the step's profile"
@@ -65,9 +66,9 @@ class TextGeneration(SampleStep):
 
     @field_validator("template", "system_prompt")
     @classmethod
-    def _compiles(cls, text: str | None) -> str | None:
-        if text is not None:
-            compile_template(text)
+    def _compiles(cls, text: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for each in (text,) if isinstance(text, str) else text or ():
+            compile_template(each)
         return text
 
     @field_validator("generation_kwargs")
@@ -111,25 +112,63 @@ class TextGeneration(SampleStep):
         attempts = self._attempts(sample)
         if not attempts or (attempts[0] and not self.wants_more(sample) and self._only is None):
             return sample  # another step wanted more
-        model = ctx.model(self._teacher(attempts[0]))
-        prompt = model.prompt(self.messages(sample), self._profile(sample), self.generation_kwargs)
-        draws = [self._draw(prompt, attempt) for attempt in attempts]
-        answers = await model.generate(prompt, draws)
-        candidates = [self._candidate(answer, sample, prompt) for answer in answers if isinstance(answer, Answer)]
+        asked = await self._ask(ctx.model(self._teacher(attempts[0])), sample, attempts)
+        candidates = [
+            self._candidate(answer, sample, prompt) for prompt, _, answer in asked if isinstance(answer, Answer)
+        ]
+        if len(candidates) == len(asked):
+            return sample.with_candidates((*sample.candidates, *candidates))
         failures = [
             Failure(self.name, answer.reason, str(answer), draw.attempt)
-            for draw, answer in zip(draws, answers, strict=True)
+            for _, draw, answer in asked
             if isinstance(answer, SampleError)
         ]
         if not candidates and not sample.candidates:
-            error = next(answer for answer in answers if isinstance(answer, SampleError))
+            error = next(answer for _, _, answer in asked if isinstance(answer, SampleError))
             more_to_come = self._only is not None or attempts.stop < self.num_generations
             if isinstance(error, NotAsked) or not more_to_come:
                 raise error
         return replace(sample, candidates=(*sample.candidates, *candidates), failures=(*sample.failures, *failures))
 
-    def messages(self, sample: Sample) -> list[Message]:
-        """The chat messages of a sample's prompt.
+    def prompts(self, sample: Sample, ctx: Context) -> list[Prompt]:
+        """What each of the models would be asked, with each of the templates.
+
+        Raises:
+            SampleError: as `messages`; or the record's decode profile is no profile.
+        """
+        variants = range(len(self._users))
+        return [self._prompt(ctx.model(name), sample, variant) for name in self.models() for variant in variants]
+
+    def _prompt(self, model: Model, sample: Sample, variant: int) -> Prompt:
+        messages = self.messages(sample, variant)
+        return model.prompt(messages, self._profile(sample), self.generation_kwargs, sample)
+
+    async def _ask(
+        self, model: Model, sample: Sample, attempts: range
+    ) -> list[tuple[Prompt, Draw, Answer | SampleError]]:
+        """What came of each attempt, in their order; the templates take turns."""
+        count = len(self._users)
+        asked = []
+        for variant in {attempt % count: None for attempt in attempts}:
+            prompt = self._prompt(model, sample, variant)
+            asked.append((prompt, [self._draw(prompt, a) for a in attempts if a % count == variant]))
+        if len(asked) == 1:  # as a rule; it needs no task of its own
+            answers = [await model.generate(*asked[0])]
+        else:
+            # What was paid for comes home, also where one of the prompts is refused for good.
+            home = await asyncio.gather(*(model.generate(*each) for each in asked), return_exceptions=True)
+            answers = [each for each in home if not isinstance(each, BaseException)]
+            for error in (each for each in home if isinstance(each, BaseException)):
+                raise error
+        found = [
+            (prompt, draw, answer)
+            for (prompt, draws), drawn in zip(asked, answers, strict=True)
+            for draw, answer in zip(draws, drawn, strict=True)
+        ]
+        return sorted(found, key=lambda each: each[1].attempt)
+
+    def messages(self, sample: Sample, variant: int = 0) -> list[Message]:
+        """The chat messages of a sample's prompt, made with one of the templates.
 
         Raises:
             SampleError: `missing_field`, or `template_error` with what Jinja says.
@@ -138,7 +177,7 @@ class TextGeneration(SampleStep):
         if self._system is not None:
             system = self._system if isinstance(self._system, str) else render(self._system, sample)
             messages.append({"role": "system", "content": system})
-        messages.append({"role": "user", "content": render(self._user, sample)})
+        messages.append({"role": "user", "content": render(self._users[variant], sample)})
         return messages
 
     def _candidate(self, answer: Answer, sample: Sample, prompt: Prompt) -> Candidate:
@@ -186,11 +225,12 @@ class TextGeneration(SampleStep):
             raise SampleError("bad_decode_profile", f"{place}: {where}: {first['msg']}") from error
 
     @cached_property
-    def _user(self) -> "Template":
-        return compile_template(self.template)
+    def _users(self) -> list[Template]:
+        templates = (self.template,) if isinstance(self.template, str) else self.template
+        return [compile_template(template) for template in templates]
 
     @cached_property
-    def _system(self) -> "Template | str | None":
+    def _system(self) -> Template | str | None:
         text = self.system_prompt
         return text if text is None or "{" not in text else compile_template(text)
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import cached_property
 from itertools import permutations
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 from pydantic import Field, field_validator, model_validator
@@ -31,11 +31,7 @@ from fastdistill.core.types import (
     Sample,
     Verdict,
 )
-from fastdistill.data.template import compile_template, render
-
-if TYPE_CHECKING:
-    from jinja2 import Template
-
+from fastdistill.data.template import Template, compile_template, render
 
 T = TypeVar("T")
 
@@ -283,7 +279,7 @@ class LLMJudge(Gate):
         return {"decision": {"score": score, **musts}}
 
     @cached_property
-    def _templates(self) -> "tuple[Template, Template | None]":
+    def _templates(self) -> tuple[Template, Template | None]:
         return compile_template(self.task), None if self.reference is None else compile_template(self.reference)
 
     @cached_property

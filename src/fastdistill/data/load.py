@@ -147,6 +147,19 @@ class _File:
             raise InputError(f"{self.path}: can't be read as Parquet: {error}; fetch the file again") from error
 
 
+def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each record of one file and where it stands, as `LoadJsonl` reads them.
+
+    Raises:
+        InputError: the file can't be read, or one of its lines.
+    """
+    file = _File.found(path)
+    for entry in file.entries(file.path.name):
+        if isinstance(entry.content, SampleError):
+            raise InputError(f"{file.path.parent}/{entry.content}")
+        yield entry.source, entry.content
+
+
 def _count(path: Path) -> int:
     if path.name.endswith(".parquet"):
         from pyarrow.parquet import read_metadata

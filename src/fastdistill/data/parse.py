@@ -6,7 +6,7 @@ answer, untouched. It never repairs: what is not SQL stays as it is, for the gat
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.types import Candidate, Cut, Sample
@@ -23,14 +23,12 @@ class CleanSqlOutput(SampleStep):
     """
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        return replace(sample, candidates=tuple(map(_cleaned, sample.candidates)))
+        return sample.with_candidates(map(_cleaned, sample.candidates))
 
 
 def _cleaned(candidate: Candidate) -> Candidate:
     answer, cuts = clean_sql(candidate.answer)
-    if answer == candidate.answer:
-        return candidate
-    return replace(candidate, answer=answer, cuts=(*candidate.cuts, *cuts))
+    return candidate if answer == candidate.answer else candidate.parsed(answer, cuts)
 
 
 def clean_sql(text: str) -> tuple[str, tuple[Cut, ...]]:
@@ -43,11 +41,16 @@ def clean_sql(text: str) -> tuple[str, tuple[Cut, ...]]:
     body = text.strip()
     before: list[Cut] = []
     after: list[Cut] = []
-    while narrowed := next(filter(None, (rule(body) for rule in _RULES)), None):
+    while not _is_plain(body) and (narrowed := next(filter(None, (rule(body) for rule in _RULES)), None)):
         body = narrowed.body.strip()
         before += _whole(narrowed.before)
         after[:0] = _whole(narrowed.after)
     return body, (*before, *after)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether it surely is one query and nothing else. Most are, and no rule has to read them token by token."""
+    return _QUERY.match(text) is not None and _CUTTING.search(text) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +90,9 @@ def _fence(text: str) -> _Narrowed | None:
         return None
     blocks = list(_FENCED.finditer(text))
     found = next((block for block in blocks if _QUERY.match(block["code"].lstrip())), None)
-    opened = [block for block in blocks if not text[: block.start()].rpartition("\n")[2].strip(" \t>")]
-    found = found or next((block for block in opened if _query_start(block["code"]) is not None), None)
+    if found is None:
+        opened = [block for block in blocks if not text[: block.start()].rpartition("\n")[2].strip(" \t>")]
+        found = next((block for block in opened if _query_start(block["code"]) is not None), None)
     if found is None:
         return None
     return _Narrowed(
@@ -302,6 +306,10 @@ _QUOTED_BEFORE = re.compile(r"['\"`]++\Z")
 
 # None of these can stand in SQL outside of a string or a comment.
 _MARK = rf"```|</?{_THINK_NAME}>|</\w+>|<\||\[/\w+\]|\*\*(?=\s*+(?:\n|\Z))|(?<=[A-Za-z)\]'\"`])\.(?=\s*+\Z)"
+# Without any of these, even in a string, a text that begins like a query ends like one. A line may go on with a keyword
+# that no sentence begins with.
+_GOES_ON = "|".join(sorted(KEYWORDS - _SENTENCE_OPENERS))
+_CUTTING = re.compile(rf"[;`]|</|<\||<{_THINK_NAME}>|\[/|\*\*|\.\Z|\n(?!\s*+(?ai:{_GOES_ON})\b)")
 _MARKUP = re.compile(r"(?:```|</?\w+>|<\|\w+\|>|\[/\w+\]|\*\*|[.\s])++")
 _TOKEN = re.compile(
     rf"""(?P<end>{_MARK}) | (?P<semicolon>;) | (?P<space>\s++)

@@ -5,7 +5,6 @@ It never repairs and never runs anything: what is not code stays as it is, for t
 
 import keyword
 import re
-from dataclasses import replace
 
 from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.types import Cut, Sample
@@ -23,11 +22,7 @@ class CleanPythonOutput(SampleStep):
     """
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        cleaned = []
-        for candidate in sample.candidates:
-            answer, cuts = clean_python(candidate.answer)
-            cleaned.append(replace(candidate, answer=answer, cuts=(*candidate.cuts, *cuts)))
-        return replace(sample, candidates=tuple(cleaned))
+        return sample.with_candidates(c.parsed(*clean_python(c.answer)) for c in sample.candidates)
 
 
 def clean_python(text: str) -> tuple[str, tuple[Cut, ...]]:

@@ -41,7 +41,7 @@ class CanonicalizeFields(StreamStep):
         content = _pick(sample, self.fields)
         task_id = self._task_id(sample)
         try:
-            return replace(sample, input=content, task_id=task_id, sample_id=sample_id(task_id, content))
+            return sample.identified(task_id, sample_id(task_id, content), content)
         except NotCanonical as error:
             raise SampleError("not_canonical", f"{sample.source}: {error}") from error
 

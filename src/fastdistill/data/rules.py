@@ -2,6 +2,7 @@
 
 import re
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -48,11 +49,11 @@ class RuleFilter(Gate):
         return self._finish(candidate) or self._length(candidate.answer) or self._text(candidate.answer)
 
     def _finish(self, candidate: Candidate) -> Verdict | None:
-        match candidate.completion.finish_reason:
-            case FinishReason.CONTENT_FILTER:
-                return self._fail(RuleReason.CONTENT_FILTERED)
-            case FinishReason.LENGTH if not self.allow_truncated:
-                return self._fail(RuleReason.TRUNCATED, tokens=candidate.completion.usage.completion_tokens)
+        reason = candidate.completion.finish_reason
+        if reason is FinishReason.CONTENT_FILTER:
+            return self._fail(RuleReason.CONTENT_FILTERED)
+        if reason is FinishReason.LENGTH and not self.allow_truncated:
+            return self._fail(RuleReason.TRUNCATED, tokens=candidate.completion.usage.completion_tokens)
         return None
 
     def _length(self, answer: str) -> Verdict | None:
@@ -76,6 +77,10 @@ class RuleFilter(Gate):
                 )
         if self.sql and (problem := sql_problem(answer)):
             return self._fail(RuleReason.UNPARSABLE_SQL, problem=problem)
+        return self._passed
+
+    @cached_property
+    def _passed(self) -> Verdict:
         return self.verdict(Outcome.PASS, RuleReason.OK)
 
     def _fail(self, reason: RuleReason, **detail: Any) -> Verdict:

@@ -1,12 +1,16 @@
 """Scores candidates from what the gates found, and picks the best. Judges nothing itself."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.data.near_duplicates import CANONICAL
+from fastdistill.data.rationale import rationale_of
 
 
 class ScoreFromExecEval(SampleStep):
@@ -15,6 +19,8 @@ class ScoreFromExecEval(SampleStep):
     With the default weights an answer that runs has 0.5, one whose result is the gold's has 1. A part that the gate
     does not know (no gold query) is left out of the mean. A candidate without a verdict, or with `error`, has no score.
     """
+
+    rewrites: ClassVar[bool] = False
 
     gate: str = Field("SQLiteExecEval", description="name of the gate whose verdict counts")
     exec_pass: float = Field(0.5, ge=0, description="weight of: the answer runs")
@@ -30,7 +36,7 @@ class ScoreFromExecEval(SampleStep):
         return self
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        return replace(sample, candidates=tuple(self._scored(candidate) for candidate in sample.candidates))
+        return sample.with_candidates(map(self._scored, sample.candidates))
 
     def _scored(self, candidate: Candidate) -> Candidate:
         verdict = candidate.verdict(self.gate)
@@ -48,15 +54,49 @@ class ScoreFromExecEval(SampleStep):
 class SelectBest(SampleStep):
     """Selects up to `k` accepted candidates: the highest score first, no score last, the earlier attempt on a tie."""
 
+    rewrites: ClassVar[bool] = False
+
     k: int = Field(1, gt=0)
-    distinct: bool = Field(True, description="of equal answers only the best counts")
+    distinct: bool | Literal["sql", "python", "path"] = Field(
+        True,
+        description="of equal answers only the best counts; sql, python: equal but for how they are written; path: of"
+        " equal ways to the answer",
+    )
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         ranked = sorted(sample.accepted, key=_rank)
         if self.distinct:
-            first = {candidate.answer: candidate for candidate in reversed(ranked)}
-            ranked = [candidate for candidate in ranked if first[candidate.answer] is candidate]
-        return replace(sample, selection=tuple(candidate.candidate_id for candidate in ranked[: self.k]))
+            key = _KEYS.get(self.distinct, _answer)
+            first: dict[Hashable, Candidate] = {}
+            for candidate in ranked:
+                first.setdefault(key(candidate), candidate)
+            ranked = list(first.values())
+        return sample.selected(tuple(candidate.candidate_id for candidate in ranked[: self.k]))
+
+
+def _answer(candidate: Candidate) -> Hashable:
+    return candidate.answer
+
+
+_EQUATION = re.compile(r"\d[\d.,\s+*/×÷()%$-]*=\s*\$?\d[\d.,]*")
+
+
+def _path(candidate: Candidate) -> Hashable:
+    """How an answer was reached: the equations of its rationale (RFT, arXiv:2308.01825), or else its words.
+
+    Without a rationale the answer itself is looked at.
+    """
+    text = rationale_of(candidate) or candidate.answer
+    equations = tuple(re.sub(r"[\s$]|[.,]$", "", found) for found in _EQUATION.findall(text))
+    return equations or " ".join(text.split()).casefold()
+
+
+def _written(form: str) -> Callable[[Candidate], Hashable]:
+    return lambda candidate: CANONICAL[form](candidate.answer)
+
+
+_KEYS: dict[bool | str, Callable[[Candidate], Hashable]] = {form: _written(form) for form in CANONICAL}
+_KEYS["path"] = _path
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float, int, str]:

@@ -6,7 +6,6 @@ the schema, in the gold query and in the database. A query means what the offici
 must give what the official one gives on the official database.
 """
 
-import os
 import random
 import re
 import shutil
@@ -25,6 +24,7 @@ import msgspec
 from fastdistill.core.errors import InputError
 from fastdistill.core.files import atomic
 from fastdistill.data.parse import KEYWORDS
+from fastdistill.data.prepared import cache_folder
 
 URL = "https://github.com/salesforce/WikiSQL/raw/master/data.tar.bz2"
 
@@ -98,11 +98,6 @@ def prepare_wikisql(
                 with Path(scratch, file_name).open("rb") as draft, atomic(output / file_name, "wb") as file:
                     shutil.copyfileobj(draft, file)
     return Prepared(output, **prepared)
-
-
-def cache_folder() -> Path:
-    """Where data sets are kept: `FASTDISTILL_CACHE_DIR`, or ~/.cache/fastdistill."""
-    return Path(os.environ.get("FASTDISTILL_CACHE_DIR") or "~/.cache/fastdistill").expanduser()
 
 
 # --- the release ---

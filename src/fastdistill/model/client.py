@@ -7,17 +7,20 @@ answer. It knows no wire protocol (providers do) and no file format (the store d
 import asyncio
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from time import perf_counter
 from typing import Any, Protocol
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError, Unreachable
+from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
-from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt
+from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample
+from fastdistill.model.hedge import first_of
 from fastdistill.model.limits import AdaptiveLimit, FixedLimit, Limit, Pace
-from fastdistill.model.meter import Meter
+from fastdistill.model.meter import InFlight, Meter
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
 from fastdistill.model.retry import GiveUp, Retry, Stop, decide
 from fastdistill.model.router import Endpoint, Router
@@ -51,7 +54,10 @@ class Brake(Protocol):
 
 
 class ModelClient:
-    """Implements `core.step.Model` for one configured model, with one endpoint or several."""
+    """Implements `core.step.Model` for one configured model, with one endpoint or several.
+
+    Without providers it answers from the store alone; what is not there is a SampleError, `not_stored`.
+    """
 
     def __init__(
         self, name: str, config: ModelConfig, providers: Sequence[Provider], store: ResponseStore, brake: Brake
@@ -63,6 +69,7 @@ class ModelClient:
         self._store = store
         self._brake = brake
         self._pace = Pace(config.requests_per_minute, config.tokens_per_minute)
+        self._hedges = (config.hedges if config.hedge is None else config.hedge) and self._pace.unlimited
         self._pacing = asyncio.Lock()
         self._probing = asyncio.Lock()
         self._probed = False
@@ -70,14 +77,20 @@ class ModelClient:
         self._unstorable: FatalError | None = None
         self._asking: dict[str, asyncio.Event] = {}
         self._asked_with: tuple[DecodeProfile | None, dict[str, Any], dict[str, Any]] = (None, {}, {})
+        self._most_tokens: tuple[Mapping[str, Any], int] = ({}, 0)  # of the latest parameters, by one answer
         self._answered_at = 0.0  # when the last answer came, by perf_counter
-        self._longest = (0, 0.0)  # of how many requests, the 99th percentile in seconds
+        self._took = Histogram()  # seconds, of requests that were answered
+        self._longest = (0, 0.0)  # of how many of them, the 99th percentile in seconds
 
-    def prompt(self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any]) -> Prompt:
+    def prompt(
+        self, messages: Sequence[Message], decode: DecodeProfile, extra: dict[str, Any], sample: Sample | None = None
+    ) -> Prompt:
         same, same_extra, parameters = self._asked_with
         if decode is not same or extra is not same_extra:
             parameters = decode.parameters() | self.config.parameters() | extra
             self._asked_with = (decode, extra, parameters)
+        if self.config.recorded and sample is not None:
+            parameters = parameters | {"sample": [sample.task_id, sample.sample_id]}
         return Prompt(self.config.provider, self.config.model, tuple(messages), parameters)
 
     async def generate(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
@@ -103,6 +116,8 @@ class ModelClient:
         Raises:
             TeacherError: none can be used, or one refuses for good; the message says what to do.
         """
+        if self._probed:
+            return
         async with self._probing:
             if self._refusal is not None:
                 raise self._refusal
@@ -155,24 +170,30 @@ class ModelClient:
                 return None
 
     async def _ask_once(self, prompt: Prompt, draws: dict[str, Draw]) -> dict[str, Answer | SampleError]:
+        if not self.router.endpoints:
+            message = f"{self.name}: this answer is not stored, and nobody is asked for it"
+            return dict.fromkeys(draws, SampleError("not_stored", message))
         done = asyncio.Event()
-        self._asking |= dict.fromkeys(draws, done)
+        for key in draws:
+            self._asking[key] = done
         try:
             await self.ready()
-            answers = await self._ask(prompt, list(draws.values()))
+            answers = await self._ask(prompt, draws)
         finally:
             for key in draws:
                 del self._asking[key]
             done.set()
-        return {draw.key(prompt): answer for draw, answer in zip(draws.values(), answers, strict=True)}
+        return dict(zip(draws, answers, strict=True))
 
-    async def _ask(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
-        """One answer for each draw: in one request where the servers bring several choices, else side by side."""
+    async def _ask(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
+        """One answer for each draw, by its key: in one request where the servers bring several choices, else side by
+        side.
+        """
         if len(draws) == 1:
             return await self._request(prompt, draws)
         if all(endpoint.asks_n for endpoint in self.router.endpoints if endpoint.capabilities is not None):
             together = await self._request(prompt, draws)
-            if rest := draws[len(together) :]:
+            if rest := dict(islice(draws.items(), len(together), None)):
                 alone = await self._ask_alone(prompt, rest)
                 # A refused request says nothing of `n` unless its draws are answered one by one.
                 if any(isinstance(answer, Answer) for answer in alone):
@@ -182,31 +203,32 @@ class ModelClient:
             return together
         return await self._ask_alone(prompt, draws)
 
-    async def _ask_alone(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
+    async def _ask_alone(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._settled(prompt, draw)) for draw in draws]
+            tasks = [group.create_task(self._settled(prompt, {key: draw})) for key, draw in draws.items()]
         settled = [task.result() for task in tasks]
         for fatal in settled:
             if isinstance(fatal, FatalError):
                 raise fatal
         return [answer for answer in settled if not isinstance(answer, FatalError)]
 
-    async def _settled(self, prompt: Prompt, draw: Draw) -> Answer | SampleError | FatalError:
+    async def _settled(self, prompt: Prompt, draw: Mapping[str, Draw]) -> Answer | SampleError | FatalError:
         """What is fatal to the run comes back as a value: raised, it would cancel siblings that are being paid for."""
         try:
-            (answer,) = await self._request(prompt, [draw])
+            (answer,) = await self._request(prompt, draw)
         except FatalError as error:
             return error
         return answer
 
-    async def _request(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
+    async def _request(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
         """Answers for the first of the draws; of several, the others are to be asked for one by one."""
         failures: list[ErrorKind] = []
         tries = 0
         while True:
             tries += 1
+            begun = perf_counter()
             try:
-                answers = await self._in_slot(prompt, draws)
+                return await self._in_slot(prompt, draws, begun)
             except NotAsked as enough:
                 return [enough for _ in draws]
             except ProviderError as error:
@@ -218,7 +240,7 @@ class ModelClient:
                 match decide(error, failures, self.config.max_retries, random.random()):
                     case Retry(delay):
                         self.meter.retries[error.kind] += 1
-                        waited = await self._back_off(delay, error.kind)
+                        waited = await self._back_off(delay, error.kind, begun)
                         # A short wait is no full try, but a prompt that breaks a healthy server must come to an end.
                         if waited or tries > 3 * self.config.max_retries:
                             failures.append(error.kind)
@@ -226,27 +248,26 @@ class ModelClient:
                         return [SampleError(reason, f"{self.name}: {error}") for _ in draws]
                     case Stop():
                         raise self._refused(error) from error
-            else:
-                return [*answers]
 
-    async def _back_off(self, delay: float, kind: ErrorKind) -> bool:
-        """Waits before the next try, but no longer than until the server is seen to answer others again.
+    async def _back_off(self, delay: float, kind: ErrorKind, begun: float) -> bool:
+        """Waits before the next try, but no longer than until the server is seen to answer others.
 
-        Whether the whole delay has passed. With several endpoints the next one is asked at once: the one that failed
-        cools.
+        `begun` is when the request was first in line. Whether the whole delay has passed. With several endpoints the
+        next one is asked at once: the one that failed cools.
         """
-        failed_at = now = perf_counter()
-        until = failed_at + (delay if len(self.router.endpoints) == 1 else 0)
+        now = perf_counter()
+        until = now + (delay if len(self.router.endpoints) == 1 else 0)
         while now < until:
+            if kind in _OVER_WHEN_ANSWERED and self._answered_at > begun:
+                return False
             pause = min(until - now, _LOOKS_EVERY)
             await self._brake.pause(pause)
-            over = kind in _OVER_WHEN_ANSWERED and self._answered_at > failed_at
-            if over or perf_counter() - now < pause / 2:  # a pause that is cut short: the run winds down
-                return not over
+            if perf_counter() - now < pause / 2:  # cut short: the run winds down
+                return True
             now = perf_counter()
         return True
 
-    async def _in_slot(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer]:
+    async def _in_slot(self, prompt: Prompt, draws: Mapping[str, Draw], begun: float) -> list[Answer | SampleError]:
         """One request, once the budget, the pace and a slot allow it; asked a second time if it straggles.
 
         The slot is held until the answers are stored, so that no more can ever be lost than requests are in flight.
@@ -256,8 +277,8 @@ class ModelClient:
             ProviderError: it failed.
             FatalError: the run ends, or the answers could not be stored.
         """
-        begun = perf_counter()
-        worst = self._worst_tokens(prompt, len(draws))
+        characters = sum([len(message["content"]) for message in prompt.messages])
+        worst = self._worst_tokens(prompt, characters, len(draws))
         async with self.router.slot(prompt) as endpoint:
             if endpoint.capabilities is None:  # it was not there at first contact
                 self._brake.check(worst, self.meter.worst_cost(worst))
@@ -268,26 +289,27 @@ class ModelClient:
             await self._paced(worst)
             if self._unstorable is not None:
                 raise self._unstorable
-            queued = perf_counter() - begun
+            sent = perf_counter()
             tokens = 0
             try:
-                with self.meter.request(queued, worst):
-                    completions = await self._hedged(endpoint, prompt, draws)
+                with self.meter.request(sent - begun, worst) as flight:
+                    completions = await self._hedged(endpoint, prompt, draws, flight)
                     # Counted before the reservation ends, lest a budget sees neither.
-                    for completion in completions:
-                        self.meter.answered(completion, _characters(prompt))
-                tokens = sum(c.usage.prompt_tokens + c.usage.completion_tokens for c in completions)
+                    tokens = flight.answered(completions, characters)
             finally:
                 self._pace.correct(tokens - worst)
-                observe(queued=queued, busy=perf_counter() - begun - queued)
-            answers = [Answer(d, d.key(prompt), c, stored=False) for d, c in zip(draws, completions, strict=False)]
+                observe(queued=sent - begun, busy=perf_counter() - sent)
+            answers = [
+                Answer(draw, key, completion, stored=False)
+                for (key, draw), completion in zip(draws.items(), completions, strict=False)
+            ]
             try:
                 await self._store.put(prompt, answers)
             except FatalError as error:
                 self._unstorable = error  # before the slot is free for the next, which could not be stored either
                 raise
         await self._measure(endpoint)
-        return answers
+        return [*answers]
 
     async def _paced(self, worst: int) -> None:
         """Returns when a request of up to so many tokens may go out; one after the other where there is a pace.
@@ -306,69 +328,61 @@ class ModelClient:
         while self._brake.check(worst, dollars):
             await self._brake.pause(0.05)  # what is in flight may cost less than it could
 
-    async def _hedged(self, endpoint: Endpoint, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
-        """The answer of the first of two: the second is asked where the first takes longer than 99% do."""
-        # Asked again of the same server, the same request takes as long: by default there must be another one.
-        by_default = self.config.hedges and len(self.router.endpoints) > 1
-        wanted = by_default if self.config.hedge is None else self.config.hedge
-        if not (wanted and self._pace.unlimited) or self.meter.busy.count < _ENOUGH_TO_HEDGE:
-            return await self._complete(endpoint, prompt, draws)
-        first = asyncio.ensure_future(self._complete(endpoint, prompt, draws))
-        racing = [first]
-        failed: ProviderError | None = None
-        try:
-            await asyncio.wait(racing, timeout=self._straggling_after())
-            if not first.done() and self.router.idle:
-                racing.append(asyncio.ensure_future(self._again(endpoint, prompt, draws)))
-            for answer in asyncio.as_completed(racing):
-                try:
-                    return await answer
-                except NotAsked:
-                    continue  # there is no second
-                except ProviderError as error:
-                    failed = error
-            assert failed is not None
-            raise failed
-        finally:
-            for task in racing:
-                task.cancel()
-            await asyncio.gather(*racing, return_exceptions=True)
+    async def _hedged(
+        self, endpoint: Endpoint, prompt: Prompt, draws: Mapping[str, Draw], flight: InFlight
+    ) -> list[Completion]:
+        """The first of two answers: the second is asked for where the first takes longer than others do."""
+        first = self._complete(endpoint, prompt, draws)
+        if not self._hedges:
+            return await first
+        return await first_of(first, lambda: self._again(endpoint, prompt, draws, flight), self._due)
 
-    def _straggling_after(self) -> float:
-        """Seconds that 99% of requests take less than; worked out anew when a tenth more are known."""
-        count, seconds = self._longest
-        if self.meter.busy.count > 1.1 * count:
-            seconds = self.meter.busy.quantile(0.99)
-            self._longest = (self.meter.busy.count, seconds)
-        return seconds
+    def _due(self, waited: float) -> float:
+        """Seconds until a request that has taken so long may be asked a second time, or is looked at again; 0: now.
 
-    async def _again(self, first: Endpoint, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
-        worst = self._worst_tokens(prompt, len(draws))
-        with self.router.spare(prompt, besides=first) as endpoint:
-            if endpoint is None:
-                raise NotAsked("not_asked", "no slot is idle any more")
+        Past the 99th percentile it may be, if slots are idle. Past four times as much the server has lost it, most
+        likely: that is worth a slot which others wait for.
+        """
+        count, longest = self._longest
+        if self._took.count > 1.1 * count:
+            longest = self._took.quantile(0.99)
+            self._longest = (self._took.count, longest)
+        if self._took.count < _ENOUGH_TO_HEDGE:
+            return _LOOKS_EVERY
+        if waited < longest:
+            return longest - waited
+        return 0.0 if self.router.idle or waited > _LOST * longest else max(longest / 4, 0.01)
+
+    async def _again(
+        self, first: Endpoint, prompt: Prompt, draws: Mapping[str, Draw], flight: InFlight
+    ) -> list[Completion]:
+        async with self.router.slot(prompt, besides=first) as endpoint:
             try:
-                if self._brake.check(worst, self.meter.worst_cost(worst)):
+                if self._brake.check(flight.worst, self.meter.worst_cost(flight.worst)):
                     raise NotAsked("not_asked", "the budget is taken")
             except FatalError as error:
                 raise NotAsked("not_asked", "the run ends") from error  # the first comes home all the same
-            with self.meter.again(worst):
-                return await self._complete(endpoint, prompt, draws)
+            flight.again()
+            return await self._complete(endpoint, prompt, draws)
 
-    async def _complete(self, endpoint: Endpoint, prompt: Prompt, draws: Sequence[Draw]) -> list[Completion]:
+    async def _complete(self, endpoint: Endpoint, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Completion]:
         """One request to one endpoint; what it shows of the endpoint is noted there."""
         clock = asyncio.get_running_loop().time
         begun = clock()
         busy = endpoint.free <= 0
+        first = next(iter(draws.values()))
+        seed = first.attempt if self.config.recorded else first.seed
         try:
-            completions = await endpoint.provider.complete(prompt, seed=draws[0].seed, n=len(draws))
+            completions = await endpoint.provider.complete(prompt, seed=seed, n=len(draws))
         except ProviderError as error:
             self._note_failure(endpoint, error, begun, clock())
             raise
         endpoint.answered()
         self._answered_at = perf_counter()
-        tokens = sum(completion.usage.completion_tokens for completion in completions)
-        endpoint.limit.answered(begun, clock(), tokens, busy=busy)
+        tokens = sum([completion.usage.completion_tokens for completion in completions])
+        now = clock()
+        self._took.add(now - begun)
+        endpoint.limit.answered(begun, now, tokens, busy=busy)
         endpoint.asks_n = endpoint.asks_n and len(completions) >= len(draws)
         if not completions:
             raise ProviderError(ErrorKind.GARBLED, "the response has no choices")
@@ -413,16 +427,13 @@ class ModelClient:
             return True
         return False
 
-    def _worst_tokens(self, prompt: Prompt, n: int) -> int:
+    def _worst_tokens(self, prompt: Prompt, characters: int, n: int) -> int:
         """Tokens that a request may cost at most: a prompt has no more tokens than bytes, nor than seen so far."""
-        prompt_tokens = math.ceil(_characters(prompt) * self.meter.tokens_per_character)
-        parameters = prompt.parameters
-        limits = (
-            parameters.get("max_tokens"),
-            parameters.get("max_completion_tokens"),
-            (parameters.get("options") or {}).get("num_predict"),
-        )
-        return prompt_tokens + n * max((limit for limit in limits if isinstance(limit, int)), default=0)
+        parameters, most = self._most_tokens
+        if prompt.parameters is not parameters:
+            most = _most_tokens(prompt.parameters)
+            self._most_tokens = (prompt.parameters, most)
+        return math.ceil(characters * self.meter.tokens_per_character) + n * most
 
 
 _LOOKS_EVERY = 0.25  # seconds
@@ -431,10 +442,17 @@ _OVER_WHEN_ANSWERED = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, Er
 _GONE = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.OVERLOADED}
 _MEASURED_EVERY = 0.5  # seconds
 _ENOUGH_TO_HEDGE = 100  # answers, before the 99th percentile means anything
+_LOST = 4  # times the 99th percentile
 
 
-def _characters(prompt: Prompt) -> int:
-    return sum(len(message["content"]) for message in prompt.messages)
+def _most_tokens(parameters: Mapping[str, Any]) -> int:
+    """Tokens of one answer, at most; 0 where nothing limits them."""
+    limits = (
+        parameters.get("max_tokens"),
+        parameters.get("max_completion_tokens"),
+        (parameters.get("options") or {}).get("num_predict"),
+    )
+    return max((limit for limit in limits if isinstance(limit, int)), default=0)
 
 
 def _limit(config: ModelConfig) -> Limit:

@@ -6,11 +6,13 @@ it could. So the limit grows while answers take about as long as at their best, 
 one and a half slots' worth keeps the slots busy, and shrinks beyond that. Now and then it tries more and less, and
 keeps what the throughput says: a batch that slows every answer down and still answers more in all is worth it.
 
-A 429 cuts the limit once for each burst; it comes back to just below where the 429 came, and tries more with care.
+A 429 cuts the limit once for each burst: by a little, and deeper with each burst that follows at once. From there it
+halves the way to where the 429 came, and tries more with care.
 
 Latency is per token, so that longer answers are not taken for a longer queue.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,14 +21,15 @@ from fastdistill.model.provider import Load
 HEADROOM = 1.25  # requests in flight for each slot: an answer that leaves finds the next one waiting
 CROWDED = 2.5
 BURST = 2.0  # seconds
-CUT = 0.7  # after a 429; one cut for each burst
+CUT = 0.7  # at most, after a 429; one cut for each burst
 RAMP = 2  # more in flight for each answer, at first
 SMALLEST_WINDOW = 16  # answers
 STEADY_WINDOW = 128  # answers, once the ramp is over: chance must not decide
 STEP = 1.5  # a trial is of so many times more, or less
 SPOILT = 0.1  # broken requests for each answer
-JUST_BELOW = 0.95  # of the capacity at which a 429 came: that far it comes back at once
-PROBE_EVERY = 8  # windows
+JUST_BELOW = 0.95  # the first cut; squared with each one that follows without a window of answers between
+NEAR = 0.98
+PROBE_EVERY = 16  # windows
 OLD = 1.002  # the best latency is forgotten by this much a window, in case the work has changed
 GROWTH = 1.02  # beyond a capacity where a 429 came, with the first trial after it
 
@@ -106,13 +109,14 @@ class AdaptiveLimit:
         self._window: _Window | None = None
         self._settling = 0  # answers still to come of requests sent under an earlier capacity
         self._quiet = 0  # windows since the last trial
+        self._rest = 1  # windows between trials: more with each one that does not pay
         self._best = float("inf")  # seconds a token, without a queue as far as is known
         self._latency = 0.0  # of the last window
         self._trial: _Trial | None = None
         self._last_cut = float("-inf")
         self._refused_at = float("inf")  # a capacity beyond which a 429 may come
         self._care = GROWTH  # how far beyond it the next trial may go
-        self._return_to = 0.0  # after a cut
+        self._cut = JUST_BELOW  # with the next 429
         self._measured = False  # the server's metrics rule
 
     def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None:
@@ -132,7 +136,7 @@ class AdaptiveLimit:
         if window.answers >= window.wanted and now > window.begun:
             self._window = None
             self._close(window, now)
-            wanted = self.capacity // 2 if self._ramping else max(STEADY_WINDOW, 2 * self.capacity)
+            wanted = self.capacity // 4 if self._ramping else max(STEADY_WINDOW, 2 * self.capacity)
             self._window = _Window(now, max(SMALLEST_WINDOW, wanted))
 
     def rate_limited(self, begun: float, now: float) -> None:
@@ -141,11 +145,16 @@ class AdaptiveLimit:
         self._last_cut = now
         self._refused_at = self.capacity
         self._care = GROWTH
-        self._return_to = JUST_BELOW * self.capacity
         self._ramping = False
-        self._trial = None
-        self._quiet = 0
-        self._change(self.capacity * CUT)
+        if self._trial is not None:
+            self._change(self._trial.capacity)  # where none came
+            self._trial = None
+            self._quiet, self._rest = 0, PROBE_EVERY
+        else:
+            self._change(min(self.capacity * self._cut, self.capacity - 1))
+            self._cut = max(self._cut**2, CUT)
+            self._quiet, self._rest = PROBE_EVERY // 2, PROBE_EVERY
+        self._window = _Window(now, max(STEADY_WINDOW, 2 * self.capacity))
 
     def broke(self) -> None:
         if self._window is not None:
@@ -166,6 +175,7 @@ class AdaptiveLimit:
                 self._change(self._trial.capacity)
                 self._trial = None
             return
+        self._cut = JUST_BELOW
         throughput = window.tokens / (now - window.begun)
         latency = window.seconds / window.tokens
         sped_up = latency < max(0.8 * self._latency, HEADROOM * self._best)  # a queue has gone: capacity was added
@@ -178,10 +188,7 @@ class AdaptiveLimit:
                 self._change(slots * CROWDED / HEADROOM)
         elif self._trial is not None:
             self._judge(self._trial, throughput)
-        elif self.capacity < round(self._return_to):
-            self._change(min(self.capacity * 1.1 + 1, self._return_to))
-        elif sped_up or self._quiet >= PROBE_EVERY:
-            self._return_to = 0.0
+        elif sped_up or self._quiet >= self._rest:
             crowded = self.capacity > CROWDED * HEADROOM * slots
             more = min(self.capacity * STEP, self._reach(), max(self._bearable(window, now), self.capacity))
             self._trial = _Trial(self.capacity, throughput)
@@ -192,11 +199,11 @@ class AdaptiveLimit:
         """Keeps what was tried if more is clearly more, or less is as good."""
         self._trial = None
         more = self.capacity > trial.capacity
-        pays = 1 + 0.16 * (self.capacity / trial.capacity - 1) if more else 0.9
+        pays = 1 + 0.12 * (self.capacity / trial.capacity - 1) if more else 0.9
         if throughput > trial.throughput * pays:
-            self._quiet = PROBE_EVERY  # it paid: look further
+            self._quiet = self._rest = 1  # it paid: look further
             return
-        self._quiet = 0
+        self._quiet, self._rest = 0, min(2 * self._rest, PROBE_EVERY)
         if not more:
             self._best *= CROWDED / HEADROOM  # it was not a queue that made the answers slow
         self._change(trial.capacity)
@@ -206,7 +213,11 @@ class AdaptiveLimit:
         return self._patience * window.answers / max(now - window.begun, 1e-3)
 
     def _reach(self) -> float:
-        """How far the limit may grow: beyond where a 429 came by a little, and by more each time that none comes."""
+        """How far the limit may grow: half of the way to where a 429 came, and from close to there on beyond it, by a
+        little, and by more each time that none comes.
+        """
+        if self.capacity < NEAR * self._refused_at:
+            return math.ceil((self.capacity + self._refused_at) / 2) if self._refused_at < math.inf else math.inf
         self._refused_at *= self._care
         self._care = min(self._care**2, STEP)
         return max(self._refused_at, self.capacity + 1)

@@ -1,11 +1,10 @@
 """What a model cost and how busy it was, counted while it happens. Wall-clock figures: reports only, never data."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 from fastdistill.core.stats import Histogram
 from fastdistill.core.types import Completion, Usage
@@ -21,10 +20,10 @@ class Meter:
     answers: int = 0  # paid for in this run
     stored: int = 0  # found in the response store
     retries: Counter[str] = field(default_factory=Counter)
-    usage: Usage = field(default_factory=Usage)
     busy: Histogram = field(default_factory=Histogram)
     queued: Histogram = field(default_factory=Histogram)
     hedged: int = 0  # requests asked a second time
+    lost_tokens: int = 0  # that these may have cost where they were called off; in `usage` too
     in_flight: int = 0
     peak: int = 0
     reserved_tokens: int = 0  # that the requests in flight may cost at most
@@ -34,41 +33,50 @@ class Meter:
     _densest: float | None = None  # tokens for a character of a prompt, the most that was seen
     _integral: float = 0.0  # in-flight requests times seconds
     _changed: float = 0.0
+    _prompt_tokens: int = 0
+    _completion_tokens: int = 0
+    _cached_tokens: int = 0
+    _reasoning_tokens: int = 0
 
-    @contextmanager
-    def request(self, queued: float, tokens: int) -> Iterator[None]:
+    def request(self, queued: float, tokens: int) -> "InFlight":
         """Holds one request in flight, which waited `queued` seconds and may cost up to `tokens`."""
-        begun = self._move(+1)
-        self.first = self.first or begun
-        self.requests += 1
-        try:
-            with self._reserved(tokens):
-                yield
-        finally:
-            self.last = self._move(-1)
-            self.busy.add(self.last - begun)
-            self.queued.add(queued)
+        return InFlight(self, queued, tokens)
 
-    @contextmanager
-    def again(self, tokens: int) -> Iterator[None]:
-        """Holds a second request for the same answer in flight."""
-        self.hedged += 1
-        with self._reserved(tokens):
-            yield
+    def reserve(self, tokens: int) -> None:
+        self.reserved_tokens += tokens
+        self.reserved_cost += self.worst_cost(tokens)
 
-    def answered(self, completion: Completion, characters: int) -> None:
+    def move(self, change: int) -> float:
+        now = perf_counter()
+        if self._changed:
+            self._integral += self.in_flight * (now - self._changed)
+        self.in_flight += change
+        self.peak = max(self.peak, self.in_flight)
+        self._changed = now
+        return now
+
+    def answered(self, usage: Usage, characters: int) -> None:
         """An answer was paid for; its prompt has so many characters."""
         self.answers += 1
-        if completion.usage.prompt_tokens and characters:
-            ratio = completion.usage.prompt_tokens / characters
-            self._densest = max(self._densest or 0.0, ratio)
-        used, new = self.usage, completion.usage
-        self.usage = Usage(
-            used.prompt_tokens + new.prompt_tokens,
-            used.completion_tokens + new.completion_tokens,
-            used.cached_tokens + new.cached_tokens,
-            used.reasoning_tokens + new.reasoning_tokens,
-        )
+        if usage.prompt_tokens and characters:
+            self._densest = max(self._densest or 0.0, usage.prompt_tokens / characters)
+        self._count(usage)
+
+    def lost(self, usage: Usage) -> None:
+        """A request was called off that may have cost so much."""
+        self.lost_tokens += usage.prompt_tokens + usage.completion_tokens
+        self._count(usage)
+
+    def _count(self, usage: Usage) -> None:
+        self._prompt_tokens += usage.prompt_tokens
+        self._completion_tokens += usage.completion_tokens
+        self._cached_tokens += usage.cached_tokens
+        self._reasoning_tokens += usage.reasoning_tokens
+
+    @property
+    def usage(self) -> Usage:
+        """What was paid for in this run, and what requests that were called off may have cost."""
+        return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens, self._reasoning_tokens)
 
     @property
     def tokens_per_character(self) -> float:
@@ -78,7 +86,7 @@ class Meter:
     @property
     def tokens(self) -> int:
         """Tokens paid for in this run, prompts and answers."""
-        return self.usage.prompt_tokens + self.usage.completion_tokens
+        return self._prompt_tokens + self._completion_tokens
 
     def worst_cost(self, tokens: int) -> float:
         """US dollars for that many tokens, at the dearer of the two prices; 0 without a price."""
@@ -99,36 +107,66 @@ class Meter:
             "answers_from_store": self.stored,
             "retries": dict(sorted(self.retries.items())),
             "hedged": self.hedged,
-            "prompt_tokens": self.usage.prompt_tokens,
-            "completion_tokens": self.usage.completion_tokens,
-            "cached_tokens": self.usage.cached_tokens,
+            "lost_tokens": self.lost_tokens,
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "cached_tokens": self._cached_tokens,
             "window_s": round(window, 3),
             "requests_per_s": round(self.requests / window, 3) if window else None,
-            "completion_tokens_per_s": round(self.usage.completion_tokens / window, 1) if window else None,
+            "completion_tokens_per_s": round(self._completion_tokens / window, 1) if window else None,
             "in_flight_mean": round(mean, 2),
             "in_flight_peak": self.peak,
             "concurrency": concurrency,
-            "slot_utilisation": round(mean / concurrency, 4),
+            "slot_utilisation": round(mean / max(1, concurrency), 4),
             "busy": self.busy.summary(),
             "queued": self.queued.summary(),
             "cost_usd": self.cost,
         }
 
-    @contextmanager
-    def _reserved(self, tokens: int) -> Iterator[None]:
-        dollars = self.worst_cost(tokens)
-        self.reserved_tokens += tokens
-        self.reserved_cost += dollars
-        try:
-            yield
-        finally:
-            self.reserved_tokens -= tokens
-            self.reserved_cost -= dollars
 
-    def _move(self, change: int) -> float:
-        now = perf_counter()
-        self._integral += self.in_flight * (now - self._changed) if self._changed else 0.0
-        self.in_flight += change
-        self.peak = max(self.peak, self.in_flight)
-        self._changed = now
-        return now
+class InFlight:
+    """One request in flight, with what it may cost at `worst`; of use once, in `with`."""
+
+    __slots__ = ("_asked", "_begun", "_meter", "_queued", "worst")
+
+    def __init__(self, meter: Meter, queued: float, worst: int) -> None:
+        self.worst = worst
+        self._meter = meter
+        self._queued = queued
+        self._asked = 1
+
+    def __enter__(self) -> Self:
+        meter = self._meter
+        self._begun = meter.move(+1)
+        meter.first = meter.first or self._begun
+        meter.requests += 1
+        meter.reserve(self.worst)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        meter = self._meter
+        meter.reserve(-self._asked * self.worst)
+        meter.last = meter.move(-1)
+        meter.busy.add(meter.last - self._begun)
+        meter.queued.add(self._queued)
+
+    def again(self) -> None:
+        """The same is asked a second time."""
+        self._asked += 1
+        self._meter.hedged += 1
+        self._meter.reserve(self.worst)
+
+    def answered(self, completions: Sequence[Completion], characters: int) -> int:
+        """It was answered; the tokens of it.
+
+        One that was asked a second time is counted twice: nobody says what the request that was called off had cost by
+        then, but it was for the same draw, so the winner's usage is what it would have come to.
+        """
+        tokens = 0
+        for completion in completions:
+            usage = completion.usage
+            tokens += usage.prompt_tokens + usage.completion_tokens
+            self._meter.answered(usage, characters)
+            if self._asked > 1:
+                self._meter.lost(usage)
+        return tokens

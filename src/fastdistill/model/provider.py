@@ -30,6 +30,7 @@ class ErrorKind(StrEnum):
     TOO_LONG = "context_too_long"
     UNSUPPORTED = "unsupported"  # the server names a parameter it does not take: `parameter`
     BAD_REQUEST = "bad_request"  # any other 4xx
+    NOT_RECORDED = "not_recorded"  # a recording does not have the answer
 
 
 class ProviderError(Exception):
@@ -148,6 +149,8 @@ class ModelConfig(BaseModel):
     """Requests in flight at first, where `max_concurrency` is not set: the limit then finds itself."""
     finds_itself: ClassVar[bool] = True
     """False: `first_concurrency` is right for good."""
+    recorded: ClassVar[bool] = False
+    """True: answers exist already. A prompt says which sample it is for, and each draw has its attempt as its seed."""
 
     @property
     def hedges(self) -> bool:

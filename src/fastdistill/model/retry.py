@@ -6,7 +6,7 @@
 | | the default of 8 retries waits out an outage of 45 seconds |
 | 408, 502, 503, 504, 429 | again, after half to all of that backoff and no less than Retry-After (up to 120 s) |
 | 500 and other 5xx | again once; then the sample is given up: a poisoned prompt can break a server |
-| context too long, any other 4xx | the sample is given up |
+| context too long, any other 4xx, not recorded | the sample is given up |
 | wrong key, unknown model, unsupported parameter | the run stops: every request would end like this |
 | retries used up | the sample is given up; but the run stops if nobody listens any more |
 
@@ -23,7 +23,7 @@ BACKOFF_CAP = 30.0
 RETRY_AFTER_CAP = 120.0
 
 _FATAL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.UNSUPPORTED}
-_HOPELESS = {ErrorKind.TOO_LONG, ErrorKind.BAD_REQUEST}
+_HOPELESS = {ErrorKind.TOO_LONG, ErrorKind.BAD_REQUEST, ErrorKind.NOT_RECORDED}
 _THROTTLED = {ErrorKind.RATE_LIMITED, ErrorKind.OVERLOADED}
 
 

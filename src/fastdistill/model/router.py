@@ -8,8 +8,8 @@ request of a prefix leads: while it is under way, those that would follow let ot
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -72,28 +72,24 @@ class Endpoint:
         backoff = min(LONGEST_COOLING, 0.5 * 2.0 ** min(self.coolings, 10))
         self.cooling_until = max(self.cooling_until, now + (backoff if seconds is None else seconds))
 
-    def warmth(self, prefixes: Sequence[int]) -> int:
-        """How many of the prefixes, from the shortest, it has seen."""
-        seen = 0
-        for prefix in prefixes:  # in a loop, as this runs some hundred times for each request
-            if prefix not in self._warm:
-                break
+    def knows(self, prefixes: Sequence[int]) -> tuple[int, int, bool]:
+        """How many of the prefixes, from the shortest, it has seen; the tick at which the longest of these was used
+        last; whether the next longer one is being computed there now.
+        """
+        warm, seen, used = self._warm, 0, 0
+        for prefix in prefixes:  # in plain loops, as this runs up to `LOOKAHEAD` times for each request
+            if (tick := warm.get(prefix)) is None:
+                # Each prefix begins with the shorter ones: if the next one is not on its way, no longer one is.
+                return seen, used, prefix in self._led
             seen += 1
-        return seen
-
-    def used(self, prefixes: Sequence[int], seen: int) -> int:
-        """The tick at which the longest of the `seen` prefixes was used last."""
-        return self._warm[prefixes[seen - 1]] if seen else 0
-
-    def follows(self, prefixes: Sequence[int], seen: int) -> bool:
-        """Whether a longer prefix than the `seen` ones that it has is being computed there now."""
-        # Each prefix begins with the shorter ones: if the next one is not on its way, no longer one is.
-        return seen < len(prefixes) and prefixes[seen] in self._led
+            used = tick
+        return seen, used, False
 
     def begin(self, prefixes: tuple[int, ...]) -> None:
         self.in_flight += 1
         self.latest = prefixes
-        self._led.update(prefixes)
+        for prefix in prefixes:
+            self._led[prefix] += 1
 
     def end(self, prefixes: Sequence[int], tick: int) -> None:
         self.in_flight -= 1
@@ -101,17 +97,48 @@ class Endpoint:
             self._led[prefix] -= 1
             if self._led[prefix] <= 0:
                 del self._led[prefix]
-            self._warm[prefix] = tick
-            self._warm.move_to_end(prefix)
-        while len(self._warm) > REMEMBERED:
-            self._warm.popitem(last=False)
+        _remember(self._warm, prefixes, tick, REMEMBERED)
 
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    slot: "asyncio.Future[Endpoint]"
-    prefixes: tuple[int, ...]
-    passed: int = 0
+class Slot:
+    """A request that waits for a slot, and then holds it: `async with router.slot(prompt) as endpoint`."""
+
+    __slots__ = ("_router", "_turn", "besides", "endpoint", "longest", "passed", "prefixes", "shared")
+
+    def __init__(
+        self, router: "Router", prefixes: tuple[int, ...], shared: tuple[int, ...], besides: Endpoint | None
+    ) -> None:
+        self.besides = besides
+        self.prefixes = prefixes
+        self.shared = shared  # those that some other request had before: only these can make it fit an endpoint
+        self.longest = shared[-1] if shared else 0
+        self.passed = 0
+        self.endpoint: Endpoint | None = None
+        self._router = router
+        self._turn: asyncio.Future[None] | None = None  # for one that must wait
+
+    async def __aenter__(self) -> Endpoint:
+        self._router.enter(self)
+        if self.endpoint is None:
+            self._turn = asyncio.get_running_loop().create_future()
+            try:
+                await self._turn
+            except asyncio.CancelledError:
+                self._router.leave(self)
+                raise
+            assert self.endpoint is not None
+        return self.endpoint
+
+    async def __aexit__(self, *_: object) -> None:
+        self._router.leave(self)
+
+    def give(self, endpoint: Endpoint) -> None:
+        if self._turn is not None:
+            if self._turn.done():  # it was cancelled, and has not noticed yet
+                return
+            self._turn.set_result(None)
+        self.endpoint = endpoint
+        endpoint.begin(self.prefixes)
 
 
 class Router:
@@ -122,7 +149,9 @@ class Router:
         self.endpoints = tuple(endpoints)
         self._ends = ends
         self._ending = False
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Slot] = deque()
+        self._asked: OrderedDict[int, int] = OrderedDict()  # prefixes of all requests, the latest last
+        self._latest: tuple[Prompt | None, tuple[int, ...]] = (None, ())
         self._wake: asyncio.TimerHandle | None = None
         self._ticks = 0
 
@@ -133,79 +162,75 @@ class Router:
     @property
     def idle(self) -> bool:
         """Whether there are slots that nobody waits for."""
-        return not self._waiting and bool(self._ready(asyncio.get_running_loop().time()))
+        return not self._waiting and self._next(asyncio.get_running_loop().time()) is not None
 
-    @asynccontextmanager
-    async def slot(self, prompt: Prompt) -> AsyncIterator[Endpoint]:
-        """Holds a slot for one request; waits while every endpoint is full or cooling."""
-        prefixes = _prefixes(prompt)
-        waiting = _Waiting(asyncio.get_running_loop().create_future(), prefixes)
-        self._waiting.append(waiting)
+    def slot(self, prompt: Prompt, besides: Endpoint | None = None) -> Slot:
+        """Holds a slot for one request; waits while every endpoint is full or cooling.
+
+        `besides` is taken only by one that is alone in line, and finds no other endpoint with a free slot.
+        """
+        prefixes = self._prefixes(prompt)
+        known = 0
+        for prefix in prefixes:
+            if prefix not in self._asked:
+                break
+            known += 1
+        _remember(self._asked, prefixes, 0, REMEMBERED * len(self.endpoints))
+        return Slot(self, prefixes, prefixes[:known], besides)
+
+    def enter(self, slot: Slot) -> None:
+        self._waiting.append(slot)
         self._fill()
-        try:
-            endpoint = await waiting.slot
-        except asyncio.CancelledError:
-            if waiting.slot.done() and not waiting.slot.cancelled():
-                waiting.slot.result().end(prefixes, self._tick())
-            else:
-                with suppress(ValueError):  # when a slot came to it after it was cancelled
-                    self._waiting.remove(waiting)
-            self._fill()
-            raise
-        try:
-            yield endpoint
-        finally:
-            endpoint.end(prefixes, self._tick())
+
+    def leave(self, slot: Slot) -> None:
+        """Of one that has its slot, or does not want one any more."""
+        if slot.endpoint is not None:
+            self._end(slot.endpoint, slot.prefixes)
+        else:
+            with suppress(ValueError):  # when a slot came to it after it was cancelled
+                self._waiting.remove(slot)
             self._fill()
 
-    @contextmanager
-    def spare(self, prompt: Prompt, besides: Endpoint) -> Iterator[Endpoint | None]:
-        """Holds a slot that nobody waits for, at another endpoint if there is one; None if all are taken."""
-        ready = [] if self._waiting else self._ready(asyncio.get_running_loop().time())
-        if not ready:
-            yield None
-            return
-        endpoint = min(ready, key=lambda e: (e is besides, e.load))
-        prefixes = _prefixes(prompt)
-        endpoint.begin(prefixes)
-        try:
-            yield endpoint
-        finally:
-            endpoint.end(prefixes, self._tick())
-            self._fill()
-
-    def _tick(self) -> int:
+    def _end(self, endpoint: Endpoint, prefixes: tuple[int, ...]) -> None:
         self._ticks += 1
-        return self._ticks
+        endpoint.end(prefixes, self._ticks)
+        self._fill()
 
-    def _ready(self, now: float) -> list[Endpoint]:
-        return [e for e in self.endpoints if e.free > 0 and (e.cooling_until <= now or self._ending)]
+    def _next(self, now: float, besides: Endpoint | None = None) -> Endpoint | None:
+        """The endpoint with the lowest load of those that have a free slot and do not cool."""
+        best = None
+        for endpoint in self.endpoints:
+            if endpoint is besides or endpoint.free <= 0 or (endpoint.cooling_until > now and not self._ending):
+                continue
+            if best is None or endpoint.load < best.load:
+                best = endpoint
+        return best
 
     def _fill(self) -> None:
         """Hands out every slot that is free."""
         while self._waiting:
             now = asyncio.get_running_loop().time()
-            ready = self._ready(now)
-            if not ready:
+            alone = self._waiting[0] if len(self._waiting) == 1 else None
+            endpoint = self._next(now, alone.besides if alone else None) or self._next(now)
+            if endpoint is None:
                 self._wake_when_cool(now)
                 return
-            endpoint = min(ready, key=lambda e: e.load)
-            waiting = self._choose(endpoint)
-            if not waiting.slot.done():  # else it was cancelled, and has not noticed yet
-                endpoint.begin(waiting.prefixes)
-                waiting.slot.set_result(endpoint)
+            self._choose(endpoint).give(endpoint)
 
-    def _choose(self, endpoint: Endpoint) -> _Waiting:
+    def _choose(self, endpoint: Endpoint) -> Slot:
         """Takes the request that fits an endpoint best off the queue; of equals the oldest."""
         oldest = self._waiting[0]
-        # What goes on where the endpoint was last, and was answered there, fits as well as anything can.
-        goes_on = oldest.prefixes == endpoint.latest and endpoint.warmth(oldest.prefixes) == len(oldest.prefixes)
-        settled = not oldest.prefixes or goes_on or oldest.passed >= LOOKAHEAD
-        if settled or len(self._waiting) == 1:
+        if len(self._waiting) == 1 or oldest.passed >= LOOKAHEAD:
             return self._waiting.popleft()
-        best, best_fit = 0, self._fit(endpoint, oldest)
-        for at, waiting in enumerate(islice(self._waiting, LOOKAHEAD)):
-            if at and (fit := self._fit(endpoint, waiting)) > best_fit:
+        # What goes on where the endpoint was last, and was answered there, fits as well as anything can.
+        if oldest.prefixes == endpoint.latest and endpoint.knows(oldest.prefixes)[0] == len(oldest.prefixes):
+            return self._waiting.popleft()
+        fits = {0: (0, 0)}  # by the longest prefix, which stands for all of them
+        best, best_fit = 0, (-len(oldest.prefixes) - 1, 0)
+        for at, slot in enumerate(islice(self._waiting, LOOKAHEAD)):
+            if (fit := fits.get(slot.longest)) is None:
+                fit = fits[slot.longest] = self._fit(endpoint, slot.shared)
+            if fit > best_fit:
                 best, best_fit = at, fit
         if best == 0:
             return self._waiting.popleft()
@@ -214,17 +239,24 @@ class Router:
         del self._waiting[best]
         return chosen
 
-    def _fit(self, endpoint: Endpoint, waiting: _Waiting) -> tuple[int, int]:
-        prefixes = waiting.prefixes
-        here = endpoint.warmth(prefixes)
-        used = endpoint.used(prefixes, here)
+    def _fit(self, endpoint: Endpoint, prefixes: tuple[int, ...]) -> tuple[int, int]:
+        here, used, follows = endpoint.knows(prefixes)
         elsewhere, used_elsewhere = here, 0
         for other in self.endpoints:
-            if other is not endpoint and (seen := other.warmth(prefixes)) >= elsewhere and seen:
-                elsewhere = seen
-                used_elsewhere = max(used_elsewhere, other.used(prefixes, seen))
-        behind = len(prefixes) if endpoint.follows(prefixes, here) else 0
+            if other is not endpoint:
+                seen, tick, _ = other.knows(prefixes)
+                if seen >= elsewhere and seen:
+                    elsewhere, used_elsewhere = seen, max(used_elsewhere, tick)
+        behind = len(prefixes) if follows else 0
         return (2 * here - elsewhere - behind, used - used_elsewhere)
+
+    def _prefixes(self, prompt: Prompt) -> tuple[int, ...]:
+        """Hashes of a prompt's beginnings of 256, 512, 1,024 ... characters, the whole prompt not among them."""
+        if prompt is not self._latest[0]:  # the draws of one prompt come one after the other
+            text = "\x1f".join([message["content"] for message in prompt.messages])
+            lengths = (PREFIX << power for power in range((len(text) // PREFIX).bit_length()))
+            self._latest = (prompt, tuple([hash(text[:length]) for length in lengths if length < len(text)]))
+        return self._latest[1]
 
     def _wake_when_cool(self, now: float) -> None:
         cooling = [e.cooling_until for e in self.endpoints if e.free > 0 and e.cooling_until > now]
@@ -243,10 +275,9 @@ class Router:
         self._fill()
 
 
-def _prefixes(prompt: Prompt) -> tuple[int, ...]:
-    """Hashes of a prompt's beginnings of 256, 512, 1,024 ... characters, the whole prompt not among them."""
-    if sum(len(message["content"]) for message in prompt.messages) <= PREFIX:
-        return ()
-    text = "\x1f".join(message["content"] for message in prompt.messages)
-    lengths = (PREFIX << power for power in range(len(text).bit_length()))
-    return tuple(hash(text[:length]) for length in lengths if length < len(text))
+def _remember(prefixes: OrderedDict[int, int], new: Sequence[int], tick: int, most: int) -> None:
+    for prefix in new:
+        prefixes[prefix] = tick
+        prefixes.move_to_end(prefix)
+    while len(prefixes) > most:
+        prefixes.popitem(last=False)

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from fastdistill.core.errors import EnvironmentFault
 from fastdistill.core.types import Outcome, Sample, Verdict
 from fastdistill.data.execution.python import PythonExecEval
-from fastdistill.data.execution.sandbox import Isolation, IsolationLevel, ProcessLimits, available_isolation, wrapped
+from fastdistill.data.execution.python_pool import PythonLimits
+from fastdistill.data.execution.sandbox import Isolation, IsolationLevel, available_isolation, wrapped
 from tests.context import TestContext, candidate
 
 AVAILABLE = available_isolation()
@@ -82,6 +83,46 @@ def test_a_gold_that_fails_its_own_tests_is_an_error_for_every_candidate(tmp_pat
     assert found.detail["detail"].startswith("gold: assertion: test 1")
 
 
+SLEEP, SPIN = "__import__('time').sleep(1000)", "while True: pass"
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"code": f"def add(a, b):\n    {SPIN}"}, "gold_invalid"),
+        ({"code": f"def add(a, b):\n    {SLEEP}"}, "wall_timeout"),
+        ({"tests": [SPIN]}, "tests_limit"),
+        ({"tests": [SLEEP]}, "wall_timeout"),
+    ],
+)
+def test_gold_or_tests_that_hang_are_an_error_within_the_limits(
+    record: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    sleeps = reason == "wall_timeout"  # as soon as the wall clock says so; for the others it has all the time
+    gate = PythonExecEval(gold_field="code", limits=PythonLimits(cpu_s=1, wall_s=1.0 if sleeps else 90.0))
+    (found,) = judged(gate, MBPP | record, [ADD], tmp_path)
+    assert (found.outcome, found.reason) == (Outcome.ERROR, reason)
+    assert found.detail["detail"].startswith("gold: ")
+
+
+@needs_sandbox
+def test_a_sample_that_comes_again_is_judged_by_the_same_gold(tmp_path: Path) -> None:
+    broken = MBPP | {"code": "def add(a, b): return 0"}
+    gate = PythonExecEval(gold_field="code")
+    samples = [Sample(n, "test.jsonl:1", r, candidates=(candidate(ADD, 0),)) for n, r in enumerate([MBPP, broken] * 2)]
+
+    async def run() -> list[str]:
+        context = TestContext(tmp_path)
+        try:
+            async with gate.opened(context):
+                return [(await gate.run(sample, context)).candidates[0].verdicts[0].reason for sample in samples]
+        finally:
+            context.close()
+
+    assert asyncio.run(run()) == ["passed", "gold_invalid"] * 2
+
+
 @needs_sandbox
 @pytest.mark.parametrize(
     "record",
@@ -121,13 +162,16 @@ def test_less_isolation_than_asked_for_is_refused_with_the_remedy(tmp_path: Path
         judged(PythonExecEval(name="exec", min_isolation=IsolationLevel.BUBBLEWRAP), MBPP, ["x"], tmp_path)
 
 
+def test_the_manifest_is_told_what_is_in_force() -> None:
+    assert PythonExecEval().environment() == {"isolation": AVAILABLE.level, "mechanism": str(AVAILABLE)}
+
+
 def test_levels_are_ordered_and_described() -> None:
     assert IsolationLevel.BUBBLEWRAP.reaches(IsolationLevel.LANDLOCK)
     assert not IsolationLevel.LANDLOCK.reaches(IsolationLevel.BUBBLEWRAP)
     assert str(Isolation((), 0, ("no Landlock", "no bubblewrap"))) == "none; no Landlock; no bubblewrap"
     assert str(Isolation((IsolationLevel.LANDLOCK,), 4, ())) == "landlock, Landlock 4, seccomp"
     assert wrapped(["python"], IsolationLevel.LANDLOCK, ["/usr"]) == ["python"]
-    assert ProcessLimits(1, 1 << 20).descriptors == 64
 
 
 def test_a_level_that_does_not_exist_is_refused_when_the_config_is_read() -> None:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import pytest
 
+from fastdistill.data.execution.python_child import PythonReason as R
 from fastdistill.data.execution.python_pool import (
     InputOutput,
     PoolClosedError,
@@ -22,7 +23,6 @@ from fastdistill.data.execution.python_pool import (
     PythonLimits,
     PythonPool,
 )
-from fastdistill.data.execution.python_worker import PythonReason as R
 from fastdistill.data.execution.sandbox import IsolationLevel, available_isolation
 
 QUICK = PythonLimits(cpu_s=1, wall_s=20.0, memory_bytes=256 << 20)
@@ -93,11 +93,11 @@ def syscall(number: int, *arguments: str) -> Attack:
 
 FORGED = """
 import json, os, struct
-def spray(message):
+def spray(message, framed=True):
     body = json.dumps(message).encode()
     for fd in range(64):
         try:
-            os.write(fd, struct.pack('>I', len(body)) + body)
+            os.write(fd, struct.pack('>I', len(body)) * framed + body)
         except OSError:
             pass
 """
@@ -202,13 +202,19 @@ ATTACKS = {
         "    for value in list(frame.f_locals.values()):\n"
         "        if isinstance(value, dict) and 'token' in value:\n"
         "            body = json.dumps([value['token'], 'passed', '']).encode()\n"
-        "            os.write(3, struct.pack('>I', len(body)) + body)\n"
+        "            os.write(4, body)\n"
         "            os._exit(0)\n    frame = frame.f_back\n"
         "return 0",
         R.ASSERTION,
         fools_solo=True,
     ),
     "sprayed_result": attack(FORGED + "def f(x):\n    spray(['', 'passed', ''])\n    os._exit(0)", R.OPAQUE, R.EXITED),
+    "sprayed_report": attack(
+        FORGED + "def f(x):\n    spray(['', 'passed', ''], framed=False)\n    os._exit(0)",
+        R.OPAQUE,
+        R.EXITED,
+        R.LIMIT_RESULT,
+    ),
     "forged_load": attack(FORGED + "spray(['failed', 'passed', ''])\nos._exit(0)", R.OPAQUE, R.EXITED),
     "forged_reply": attack(
         FORGED + "spray(['loaded', {'f': ['value', 1]}])\nos._exit(0)", R.EXCEPTION, R.OPAQUE, R.EXITED
@@ -573,6 +579,20 @@ def test_a_prompt_is_continued_and_its_helpers_are_the_records_own() -> None:
     forged = "    return 1\ndef double(x): return 0\n"
     assert verdict_on(forged, check, setup=prompt, entry_point="solve") is R.ASSERTION
     assert verdict_on("    return x", "assert same(3) == 3", setup="def same(x):") is R.PASSED
+
+
+@needs_sandbox
+def test_the_entry_point_may_have_the_name_of_a_builtin_and_no_other_name_may() -> None:
+    code = "def sum(a, b): return a + b\ndef len(x): return 7\n"
+    assert verdict_on(code, "assert sum(1, 2) == 3", entry_point="sum") is R.PASSED
+    assert verdict_on(code, "assert sum(1, 2) == len([5])", entry_point="sum") is R.ASSERTION
+
+
+@needs_sandbox
+def test_a_setup_that_is_broken_by_itself_is_no_fault_of_the_tests() -> None:
+    setup = "limit = undefined\n"
+    assert verdict_on(CORRECT, CHECK, setup=setup, entry_point="f") is R.EXCEPTION
+    assert verdict_on(CORRECT, CHECK, setup="undefined = 3\n" + setup, entry_point="f") is R.PASSED
 
 
 @needs_sandbox

@@ -4,6 +4,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from fastdistill.data.execution.sqlite_guard import (
     SqlLimits,
     SqlReason,
 )
-from fastdistill.data.execution.sqlite_worker import Evaluator
+from fastdistill.data.execution.sqlite_worker import Evaluation, Evaluator, SqlJob
 
 
 def build(path: Path, script: str) -> Path:
@@ -38,8 +39,12 @@ def database(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def guarded(database: Path) -> Iterator[GuardedConnection]:
-    with GuardedConnection(database, SqlLimits()) as connection:
+    with closing(GuardedConnection(database, SqlLimits())) as connection:
         yield connection
+
+
+def ask(evaluator: Evaluator, *job: Any, **options: Any) -> Evaluation:
+    return evaluator.evaluate(SqlJob(*job, **options))
 
 
 def refusal(connection: GuardedConnection, sql: str) -> QueryError:
@@ -139,7 +144,7 @@ def test_the_operation_count_is_the_same_on_every_run(guarded: GuardedConnection
 
 def test_each_cap_has_its_reason(database: Path) -> None:
     numbers = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c LIMIT {}) SELECT {} FROM c"
-    with GuardedConnection(database, SqlLimits(ops=50_000, rows=10, result_bytes=2000)) as connection:
+    with closing(GuardedConnection(database, SqlLimits(ops=50_000, rows=10, result_bytes=2000))) as connection:
         assert len(connection.query(numbers.format(10, "i")).rows) == 10
         assert refusal(connection, numbers.format(11, "i")).reason is SqlReason.LIMIT_ROWS
         assert refusal(connection, numbers.format(9, "i, printf('%300d', i)")).reason is SqlReason.LIMIT_BYTES
@@ -151,20 +156,20 @@ def test_each_cap_has_its_reason(database: Path) -> None:
 
 def test_a_database_may_hold_longer_values_than_a_query_may_build(tmp_path: Path) -> None:
     path = build(tmp_path / "long.db", "CREATE TABLE t(x, y); INSERT INTO t VALUES (hex(zeroblob(100000)), 7), (1, 2)")
-    with GuardedConnection(path, SqlLimits()) as connection:
+    with closing(GuardedConnection(path, SqlLimits())) as connection:
         assert refusal(connection, "SELECT x FROM t").reason is SqlReason.LIMIT_BYTES
         assert connection.allow_stored_values()
         assert connection.query("SELECT length(x) FROM t").rows == ((200_000,), (1,))
         assert refusal(connection, "SELECT x || x FROM t").reason is SqlReason.LIMIT_BYTES
         assert not connection.allow_stored_values()
-    with Evaluator() as evaluator:
-        assert evaluator.evaluate(str(path), "SELECT x FROM t", "SELECT x FROM t").reason is SqlReason.MATCH
+    with closing(Evaluator()) as evaluator:
+        assert ask(evaluator, str(path), "SELECT x FROM t", "SELECT x FROM t").reason is SqlReason.MATCH
 
 
 def test_text_that_is_not_utf8_can_be_read(tmp_path: Path) -> None:
     path = build(tmp_path / "latin.db", "CREATE TABLE t(x TEXT); INSERT INTO t VALUES (CAST(x'e9' AS TEXT))")
-    with Evaluator() as evaluator:
-        verdict = evaluator.evaluate(str(path), "SELECT x FROM t", "SELECT x FROM t")
+    with closing(Evaluator()) as evaluator:
+        verdict = ask(evaluator, str(path), "SELECT x FROM t", "SELECT x FROM t")
     assert verdict.reason is SqlReason.MATCH
     assert verdict.result_signature
 
@@ -200,7 +205,10 @@ def test_a_damaged_page_is_the_databases_fault(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[4096:4120] = b"\xff" * 24
     path.write_bytes(content)
-    with GuardedConnection(path, SqlLimits()) as connection, pytest.raises(DatabaseUnreadableError, match="malformed"):
+    with (
+        closing(GuardedConnection(path, SqlLimits())) as connection,
+        pytest.raises(DatabaseUnreadableError, match="malformed"),
+    ):
         connection.query("SELECT x FROM t")
 
 
@@ -210,48 +218,48 @@ def test_changes_in_a_write_ahead_log_are_not_overlooked(tmp_path: Path) -> None
         writer.executescript("PRAGMA journal_mode=WAL; CREATE TABLE t(x); INSERT INTO t VALUES (1)")
         with pytest.raises(DatabaseUnreadableError, match="write-ahead log"):
             GuardedConnection(path, SqlLimits())
-    with GuardedConnection(path, SqlLimits()) as connection:
+    with closing(GuardedConnection(path, SqlLimits())) as connection:
         assert connection.query("SELECT x FROM t").rows == ((1,),)
     assert [file.name for file in tmp_path.iterdir()] == ["wal.db"]
 
 
 def test_a_database_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
     path = build(tmp_path / "a.db", "CREATE TABLE t(x); INSERT INTO t VALUES (1)")
-    with Evaluator() as evaluator:
-        assert evaluator.evaluate(str(path), "SELECT x FROM t", "SELECT max(x) FROM t").reason is SqlReason.MATCH
+    with closing(Evaluator()) as evaluator:
+        assert ask(evaluator, str(path), "SELECT x FROM t", "SELECT max(x) FROM t").reason is SqlReason.MATCH
         build(tmp_path / "b.db", "CREATE TABLE t(x); INSERT INTO t VALUES (1), (2)").replace(path)
-        verdict = evaluator.evaluate(str(path), "SELECT x FROM t", "SELECT max(x) FROM t")
+        verdict = ask(evaluator, str(path), "SELECT x FROM t", "SELECT max(x) FROM t")
     assert (verdict.reason, verdict.row_count) == (SqlReason.MISMATCH, 2)
 
 
 def test_gold_is_judged_before_the_candidate(database: Path) -> None:
-    with Evaluator() as evaluator:
-        verdict = evaluator.evaluate(str(database), "SELECT name FROM t", "SELECT nope FROM t")
+    with closing(Evaluator()) as evaluator:
+        verdict = ask(evaluator, str(database), "SELECT name FROM t", "SELECT nope FROM t")
         assert (verdict.reason, verdict.outcome) == (SqlReason.GOLD_INVALID, "error")
         assert verdict.detail == "gold: sql_error: no such column: nope"
         assert (verdict.exec_pass, verdict.gold_match, verdict.row_count) == (True, None, 2)
         for gold in ("SELECT random()", "DROP TABLE t", "", "SELECT date('now') FROM t"):
-            assert evaluator.evaluate(str(database), "SELECT 1", gold).reason is SqlReason.GOLD_INVALID
+            assert ask(evaluator, str(database), "SELECT 1", gold).reason is SqlReason.GOLD_INVALID
 
 
 def test_without_gold_the_question_is_whether_it_executes(database: Path) -> None:
-    with Evaluator() as evaluator:
-        passed = evaluator.evaluate(str(database), "SELECT 5")
+    with closing(Evaluator()) as evaluator:
+        passed = ask(evaluator, str(database), "SELECT 5")
         assert (passed.reason, passed.exec_pass, passed.gold_match) == (SqlReason.EXECUTED, True, None)
-        failed = evaluator.evaluate(str(database), "SELEC 5")
+        failed = ask(evaluator, str(database), "SELEC 5")
         assert (failed.reason, failed.exec_pass, failed.outcome) == (SqlReason.SQL_ERROR, False, "fail")
 
 
 def test_a_gold_without_rows_is_weak(database: Path) -> None:
-    with Evaluator() as evaluator:
-        assert evaluator.evaluate(str(database), "SELECT x FROM 'Mixed Case'", "SELECT id FROM t WHERE 0").weak_gold
-        assert not evaluator.evaluate(str(database), "SELECT id FROM t", "SELECT id FROM t").weak_gold
+    with closing(Evaluator()) as evaluator:
+        assert ask(evaluator, str(database), "SELECT x FROM 'Mixed Case'", "SELECT id FROM t WHERE 0").weak_gold
+        assert not ask(evaluator, str(database), "SELECT id FROM t", "SELECT id FROM t").weak_gold
 
 
 def test_a_limit_without_an_order_is_ambiguous_unless_it_cuts_nothing(database: Path) -> None:
-    with Evaluator() as evaluator:
-        cut = evaluator.evaluate(str(database), "SELECT name FROM t LIMIT 1", "SELECT name FROM t LIMIT 1")
-        whole = evaluator.evaluate(str(database), "SELECT name FROM t", "SELECT name FROM t LIMIT 9")
+    with closing(Evaluator()) as evaluator:
+        cut = ask(evaluator, str(database), "SELECT name FROM t LIMIT 1", "SELECT name FROM t LIMIT 1")
+        whole = ask(evaluator, str(database), "SELECT name FROM t", "SELECT name FROM t LIMIT 9")
     assert (cut.reason, whole.reason) == (SqlReason.GOLD_AMBIGUOUS, SqlReason.MATCH)
 
 
@@ -260,22 +268,22 @@ def test_ties_are_broken_whatever_the_collation(tmp_path: Path) -> None:
         tmp_path / "case.db",
         "CREATE TABLE t(a TEXT COLLATE NOCASE, b INT); INSERT INTO t VALUES ('x', 1), ('X', 1), ('y', 2)",
     )
-    with Evaluator() as evaluator:
+    with closing(Evaluator()) as evaluator:
         for gold in ("SELECT a FROM t ORDER BY b", "SELECT a FROM t UNION ALL SELECT b FROM t WHERE 0 ORDER BY a"):
-            verdict = evaluator.evaluate(str(path), "SELECT a FROM t ORDER BY b, a COLLATE BINARY", gold)
+            verdict = ask(evaluator, str(path), "SELECT a FROM t ORDER BY b, a COLLATE BINARY", gold)
             assert verdict.reason is SqlReason.MATCH, verdict
 
 
 def test_order_and_columns_can_be_chosen(database: Path) -> None:
     gold, reverse = "SELECT id, name FROM t ORDER BY id", "SELECT name, id FROM t ORDER BY id DESC"
     path = str(database)
-    with Evaluator() as evaluator:
-        assert evaluator.evaluate(path, reverse, gold).reason is SqlReason.MISMATCH
-        assert evaluator.evaluate(path, reverse, gold, order="ignore").reason is SqlReason.MATCH
-        assert evaluator.evaluate(path, reverse, gold, "strict", "ignore").reason is SqlReason.MISMATCH
+    with closing(Evaluator()) as evaluator:
+        assert ask(evaluator, path, reverse, gold).reason is SqlReason.MISMATCH
+        assert ask(evaluator, path, reverse, gold, order="ignore").reason is SqlReason.MATCH
+        assert ask(evaluator, path, reverse, gold, "strict", "ignore").reason is SqlReason.MISMATCH
         tied = ("SELECT name FROM t ORDER BY 1 = 1, id DESC", "SELECT name FROM t ORDER BY 1 = 1")
-        assert evaluator.evaluate(path, *tied).reason is SqlReason.MATCH
-        assert evaluator.evaluate(path, *tied, order="strict").reason is SqlReason.MISMATCH
+        assert ask(evaluator, path, *tied).reason is SqlReason.MATCH
+        assert ask(evaluator, path, *tied, order="strict").reason is SqlReason.MISMATCH
 
 
 def test_every_reason_has_an_outcome() -> None:

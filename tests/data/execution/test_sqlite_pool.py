@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
-from fastdistill.data.execution.sqlite_pool import PoolClosedError, SqlitePool, WorkerStartError
+from fastdistill.data.execution.sqlite_pool import SqlitePool
 from fastdistill.data.execution.sqlite_worker import Evaluation, SqlJob
+from fastdistill.data.execution.worker_pool import PoolClosedError, WorkerStartError
 
 T = TypeVar("T")
 Runner = Callable[[Coroutine[Any, Any, T]], T]
@@ -51,7 +52,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def judge(*jobs: SqlJob, workers: int = 2, limits: SqlLimits | None = None, batch: int = 16) -> list[Evaluation]:
     async def run() -> list[Evaluation]:
         async with SqlitePool(workers, limits, batch) as pool:
-            return await asyncio.gather(*map(pool.evaluate, jobs))
+            return await pool.judge(jobs)
 
     return asyncio.run(run())
 
@@ -393,11 +394,11 @@ def test_a_worker_killed_while_idle_is_replaced(database: Path, run: Runner[None
     async def scenario() -> None:
         before = children()
         async with SqlitePool(1) as pool:
-            await pool.evaluate(SqlJob(str(database), "SELECT 1"))
+            await pool.judge([SqlJob(str(database), "SELECT 1")])
             (worker,) = children() - before
             os.kill(worker, signal.SIGKILL)
             await asyncio.sleep(pause)  # so that the loop knows, or does not
-            verdict = await pool.evaluate(SqlJob(str(database), "SELECT 2"))
+            (verdict,) = await pool.judge([SqlJob(str(database), "SELECT 2")])
             assert verdict.reason is SqlReason.EXECUTED
 
     run(scenario())
@@ -408,7 +409,7 @@ def test_a_worker_killed_twice_from_outside_is_an_error(database: Path, run: Run
     async def scenario() -> None:
         before = children()
         async with SqlitePool(1, SqlLimits(cpu_s=60, wall_s=60)) as pool:
-            pending = asyncio.ensure_future(pool.evaluate(SqlJob(str(database), ENDLESS_CALL, "SELECT 1")))
+            pending = asyncio.ensure_future(pool.judge([SqlJob(str(database), ENDLESS_CALL, "SELECT 1")]))
             killed: set[int] = set()
             while len(killed) < 2:
                 await until(lambda: bool(children() - before - killed))
@@ -416,7 +417,7 @@ def test_a_worker_killed_twice_from_outside_is_an_error(database: Path, run: Run
                 await until(lambda worker=worker: cpu_ticks(worker) > 20)  # type: ignore[misc]
                 os.kill(worker, signal.SIGKILL)
                 killed.add(worker)
-            verdict = await pending
+            (verdict,) = await pending
         assert (verdict.reason, verdict.outcome, verdict.gold_match) == (SqlReason.SANDBOX_DIED, "error", None)
         assert verdict.detail == "candidate: worker killed by SIGKILL"
 
@@ -438,14 +439,14 @@ def cpu_ticks(pid: int) -> int:
 def test_a_cancelled_caller_disturbs_nobody(database: Path, run: Runner[None]) -> None:
     async def scenario() -> None:
         async with SqlitePool(1, SqlLimits(cpu_s=0.3)) as pool:
-            slow = asyncio.ensure_future(pool.evaluate(SqlJob(str(database), ENDLESS_CALL)))
-            others = [asyncio.ensure_future(pool.evaluate(SqlJob(str(database), f"SELECT {i}"))) for i in range(20)]
+            slow = asyncio.ensure_future(pool.judge([SqlJob(str(database), ENDLESS_CALL)]))
+            others = [asyncio.ensure_future(pool.judge([SqlJob(str(database), f"SELECT {i}")])) for i in range(20)]
             await asyncio.sleep(0.05)
             slow.cancel()
             others[3].cancel()
             answers = await asyncio.gather(*others, return_exceptions=True)
             assert isinstance(answers.pop(3), asyncio.CancelledError)
-            assert {a.reason for a in answers if isinstance(a, Evaluation)} == {SqlReason.EXECUTED}
+            assert {a[0].reason for a in answers if isinstance(a, list)} == {SqlReason.EXECUTED}
             assert len(answers) == 19
 
     run(scenario())
@@ -458,7 +459,7 @@ def test_cancelling_the_owner_leaves_no_process(database: Path, run: Runner[None
 
     async def owner() -> None:
         async with SqlitePool(2, SqlLimits(cpu_s=60, wall_s=60)) as pool:
-            await asyncio.gather(*(pool.evaluate(SqlJob(str(database), ENDLESS_CALL)) for _ in range(40)))
+            await asyncio.gather(*(pool.judge([SqlJob(str(database), ENDLESS_CALL)]) for _ in range(40)))
 
     async def scenario() -> None:
         task = asyncio.ensure_future(owner())
@@ -476,12 +477,12 @@ def test_cancelling_the_owner_leaves_no_process(database: Path, run: Runner[None
 def test_closing_answers_those_who_wait(database: Path, run: Runner[None]) -> None:
     async def scenario() -> None:
         async with SqlitePool(1, batch=2) as pool:
-            waiting = [asyncio.ensure_future(pool.evaluate(SqlJob(str(database), ENDLESS_CALL))) for _ in range(30)]
+            waiting = [asyncio.ensure_future(pool.judge([SqlJob(str(database), ENDLESS_CALL)])) for _ in range(30)]
             await asyncio.sleep(0.05)
         answers = await asyncio.gather(*waiting, return_exceptions=True)
         assert {type(answer) for answer in answers} == {PoolClosedError}
         with pytest.raises(PoolClosedError):
-            await pool.evaluate(SqlJob(str(database), "SELECT 1"))
+            await pool.judge([SqlJob(str(database), "SELECT 1")])
 
     run(scenario())
 
@@ -500,7 +501,7 @@ def test_an_error_of_the_owner_comes_out_as_it_is(run: Runner[None]) -> None:
 def test_the_event_loop_stays_free(database: Path, run: Runner[None]) -> None:
     async def scenario() -> None:
         async with SqlitePool(1, SqlLimits(cpu_s=0.3)) as pool:
-            pending = asyncio.ensure_future(pool.evaluate(SqlJob(str(database), ENDLESS_CALL)))
+            pending = asyncio.ensure_future(pool.judge([SqlJob(str(database), ENDLESS_CALL)]))
             beats = 0
             while not pending.done():
                 await asyncio.sleep(0.01)
@@ -517,7 +518,7 @@ def test_a_worker_inherits_no_secrets(database: Path, run: Runner[None], monkeyp
     async def scenario() -> None:
         before = children()
         async with SqlitePool(1) as pool:
-            await pool.evaluate(SqlJob(str(database), "SELECT 1"))
+            await pool.judge([SqlJob(str(database), "SELECT 1")])
             (worker,) = children() - before
             environment = environment_of(worker)
             assert "sk-secret" not in environment

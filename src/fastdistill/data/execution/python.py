@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from fastdistill.core.errors import EnvironmentFault
-from fastdistill.core.step import Context, Gate
+from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.data.execution.python_child import PythonReason
 from fastdistill.data.execution.python_pool import InputOutput, PythonEvaluation, PythonJob, PythonLimits, PythonPool
-from fastdistill.data.execution.python_worker import PythonReason
 from fastdistill.data.execution.sandbox import IsolationLevel, available_isolation
 
 
@@ -27,7 +27,9 @@ class PythonExecEval(Gate):
     imported, and no file can be written. A verdict's detail names the isolation that was in force.
     """
 
+    version: ClassVar[int] = 2
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
+    alone: ClassVar[bool] = True
 
     tests_field: str = Field("tests", description="the record's field with the tests, in one of the three forms")
     entry_point_field: str | None = Field(None, description="the field with the name of the function to write")
@@ -43,6 +45,11 @@ class PythonExecEval(Gate):
     workers: int | None = Field(None, gt=0, le=256, description="cases at a time; by default one a core and one more")
 
     _pool: PythonPool | None = PrivateAttr(None)
+    _golds: dict[PythonJob, PythonEvaluation] = PrivateAttr(default_factory=dict)
+
+    def environment(self) -> Mapping[str, Any]:
+        available = available_isolation()
+        return {"isolation": available.level, "mechanism": str(available)}
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
@@ -58,6 +65,7 @@ class PythonExecEval(Gate):
                 yield
             finally:
                 self._pool = None
+                self._golds.clear()
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         pool = self._pool
@@ -66,14 +74,27 @@ class PythonExecEval(Gate):
         if isinstance(job, PythonEvaluation):
             return [self._verdict(job, pool.level)] * len(candidates)
         if self.gold_field is not None:
-            gold = await pool.evaluate(job)
+            # A sample comes again with every wave of its answers.
+            gold = self._golds[job] = self._golds.get(job) or await pool.evaluate(job)
+            if len(self._golds) > _REMEMBERED:
+                del self._golds[next(iter(self._golds))]
             if gold.reason is not PythonReason.PASSED:
                 detail = f"gold: {gold.reason}: {gold.detail}"
-                reason = gold.reason if gold.reason in _NOT_ITS_FAULT else PythonReason.GOLD_INVALID
+                reason = gold.reason if gold.reason.outcome == "error" else PythonReason.GOLD_INVALID
                 return [self._verdict(PythonEvaluation(reason, detail), pool.level)] * len(candidates)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(pool.evaluate(replace(job, code=c.answer))) for c in candidates]
         return [self._verdict(task.result(), pool.level) for task in tasks]
+
+    def gold(self, sample: Sample) -> str | None:
+        gold = None if self.gold_field is None else sample.record.get(self.gold_field)
+        return gold if isinstance(gold, str) and gold.strip() else None
+
+    def mutations(self, gold: str, sample: Sample) -> Sequence[Mutation]:
+        from fastdistill.data.mutate_python import mutate_python
+
+        setup = sample.record.get(self.setup_field or "")
+        return mutate_python(gold, setup if isinstance(setup, str) else "")
 
     def _job(self, sample: Sample) -> PythonJob | PythonEvaluation:
         """The job that judges the record's gold (without gold: nothing), or what is wrong with the record."""
@@ -103,7 +124,8 @@ class PythonExecEval(Gate):
         return self.verdict(Outcome(seen.reason.outcome), seen.reason, **detail)
 
 
-_NOT_ITS_FAULT = frozenset({PythonReason.TESTS_INVALID, PythonReason.WALL_TIMEOUT, PythonReason.SANDBOX_DIED})
+_REMEMBERED = 1000
+"""Golds whose evaluation is kept, the latest; more than samples are usually open."""
 
 
 def _tests(value: object) -> tuple[str, ...] | tuple[InputOutput, ...]:

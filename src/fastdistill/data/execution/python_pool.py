@@ -7,6 +7,7 @@ never blames the program: what it stops runs once more, and then is an error.
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import secrets
@@ -14,18 +15,19 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Literal, Self
+from typing import BinaryIO, Literal, Self
 
 import fastdistill
 from fastdistill.core.errors import EnvironmentFault
 from fastdistill.core.timing import observe
 from fastdistill.data.execution import sandbox
-from fastdistill.data.execution.python_worker import EXIT_STATUS, HEADER, KILL, READY, PythonReason, Role, frame
+from fastdistill.data.execution.python_child import EXIT_STATUS, PythonReason
+from fastdistill.data.execution.python_worker import KILL, READY, Role
 
 _START_S = 30.0
 """Wall seconds for a zygote to start; it needs about 0.2 on an idle core."""
@@ -155,22 +157,16 @@ class PythonPool:
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
-    """How a process ended, by the kernel's account."""
-
-    status: int
-    cpu_s: float
-    killed: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _Run:
-    """All that was seen of one case."""
+    """All that was seen of one case; how its processes ended, by the kernel's account."""
 
     output: bytes
     report: bytes
-    program: _End
-    tester: _End | None
+    status: int
+    """The program's; negative: a signal."""
+    cpu_s: float
+    killed: bool
+    tester_status: int | None
     overflowed: bool
     timed_out: bool
 
@@ -201,29 +197,29 @@ class _Lane:
         token = secrets.token_hex(16)
         task = {"tests": job.tests, "setup": job.setup, "entry_point": job.entry_point, "token": token}
         if job.mode == "solo":
-            run = await self._run("solo", b"", frame({**task, "code": code}))
+            run = await self._run("solo", [_json({**task, "code": code})])
         else:
-            run = await self._run("split", frame(code), frame(task))
+            run = await self._run("split", [_json(code), _json(task)])
         reason, detail = PythonReason.EXITED, "its process ended"
-        with suppress(ValueError, TypeError, AttributeError):  # half a frame, or what a candidate sprayed
-            signature, word, text = json.loads(run.report[HEADER.size :])
+        with suppress(ValueError, TypeError, AttributeError):  # half a report, or what a candidate sprayed
+            signature, word, text = json.loads(run.report)
             if signature == token:
                 reason, detail = PythonReason(word), text.encode(errors="backslashreplace").decode()
         found = PythonEvaluation(reason, detail or None)
         if reason is PythonReason.EXITED or run.overflowed:
             found = self._fault(run) or found
-        return replace(found, near_limit=self._near_limit(run))
+        return replace(found, near_limit=run.cpu_s >= _NEAR_LIMIT * self._limits.cpu_s)
 
     async def _compare_outputs(self, code: str, pairs: Sequence[InputOutput]) -> PythonEvaluation:
         near_limit = False
         for place, pair in enumerate(pairs, 1):
             stdin, expected = (text.encode(errors="surrogatepass") for text in (pair.input, pair.output))
-            run = await self._run("stdio", frame(code) + stdin, None, 2 * len(expected))
-            near_limit |= self._near_limit(run)
+            run = await self._run("stdio", [_json(code), stdin], 2 * len(expected))
+            near_limit |= run.cpu_s >= _NEAR_LIMIT * self._limits.cpu_s
             found = self._fault(run)
-            if found is None and run.program.status:
-                reason = EXIT_STATUS.get(run.program.status, PythonReason.EXITED)
-                found = PythonEvaluation(reason, f"status {run.program.status}")
+            if found is None and run.status:
+                reason = EXIT_STATUS.get(run.status, PythonReason.EXITED)
+                found = PythonEvaluation(reason, f"status {run.status}")
             elif found is None and _lines(run.output) != _lines(expected):
                 found = PythonEvaluation(PythonReason.MISMATCH, "printed something else")
             if found:
@@ -232,55 +228,56 @@ class _Lane:
 
     def _fault(self, run: _Run) -> PythonEvaluation | None:
         """What the end of the processes says; None if the program's ended by itself."""
-        status = run.program.status
+        status = run.status
         if run.overflowed:
             return PythonEvaluation(PythonReason.LIMIT_OUTPUT, "printed too much")
-        if status == -signal.SIGXCPU or (status == -signal.SIGKILL and run.program.cpu_s > self._limits.cpu_s):
+        if status == -signal.SIGXCPU or (status == -signal.SIGKILL and run.cpu_s > self._limits.cpu_s):
             return PythonEvaluation(PythonReason.LIMIT_CPU, f"more than {self._limits.cpu_s} s of CPU time")
         if run.timed_out:
             return PythonEvaluation(PythonReason.WALL_TIMEOUT, f"no end within {self._limits.wall_s} s")
-        if run.tester and not run.report:
-            return PythonEvaluation(PythonReason.TESTS_LIMIT, f"the tester {_describe(run.tester.status)}")
+        if run.tester_status is not None and not run.report:
+            return PythonEvaluation(PythonReason.TESTS_LIMIT, f"the tester {_describe(run.tester_status)}")
         if status == -signal.SIGKILL:
             # Nothing in the sandbox may send this signal: it was us, or the machine (out of memory), or somebody.
-            return None if run.program.killed else PythonEvaluation(PythonReason.SANDBOX_DIED, _describe(status))
+            return None if run.killed else PythonEvaluation(PythonReason.SANDBOX_DIED, _describe(status))
         return PythonEvaluation(PythonReason.CRASHED, _describe(status)) if status < 0 else None
 
-    def _near_limit(self, run: _Run) -> bool:
-        return run.program.cpu_s >= _NEAR_LIMIT * self._limits.cpu_s
-
-    async def _run(self, role: Role, to_program: bytes, to_tester: bytes | None, expected_bytes: int = 0) -> _Run:
+    async def _run(self, role: Role, inputs: Sequence[bytes], expected_bytes: int = 0) -> _Run:
         """Runs one case to the end of all its processes.
 
         Raises:
             _ZygoteDiedError: and the lane is stopped; it starts again with the next case.
         """
         control = await self._started()
+        longest = [max(self._limits.output_bytes, expected_bytes), _REPORT_BYTES][: 1 if role == "stdio" else 2]
         try:
-            return await self._exchange(control, role, to_program, to_tester, expected_bytes)
+            with ExitStack() as stack:
+                pairs = [socket.socketpair() for _ in longest]
+                outputs = [stack.enter_context(ours) for ours, _ in pairs]
+                with ExitStack() as given:
+                    files = [given.enter_context(_sealed(content)).fileno() for content in inputs]
+                    files += [given.enter_context(theirs).fileno() for _, theirs in pairs]
+                    socket.send_fds(control, [role.encode()], files)
+                return await self._outcome(control, outputs, longest)
+        except OSError as error:
+            self.stop()
+            raise _ZygoteDiedError from error
         except BaseException:
             self.stop()  # the case may still be running
             raise
 
-    async def _exchange(
-        self, control: socket.socket, role: Role, to_program: bytes, to_tester: bytes | None, expected_bytes: int
-    ) -> _Run:
+    async def _outcome(self, control: socket.socket, outputs: Sequence[socket.socket], longest: Sequence[int]) -> _Run:
         loop = asyncio.get_running_loop()
-        limits = self._limits
         overflowed = timed_out = False
 
-        async def feed(link: socket.socket, message: bytes) -> None:
-            with suppress(OSError):  # it ended without reading all
-                await loop.sock_sendall(link, message)
-                link.shutdown(socket.SHUT_WR)
-
-        async def drain(link: socket.socket, longest: int) -> bytes:
+        async def drain(output: socket.socket, most: int) -> bytes:
             nonlocal overflowed
+            output.setblocking(False)
             seen = bytearray()
-            with suppress(OSError):  # it ended without reading all
-                while part := await loop.sock_recv(link, 1 << 16):
-                    seen += part[: longest + 1 - len(seen)]
-                    if len(seen) > longest and not overflowed:
+            with suppress(OSError):  # there is nobody left to kill it
+                while part := await loop.sock_recv(output, 1 << 16):
+                    seen += part[: most + 1 - len(seen)]
+                    if len(seen) > most and not overflowed:
                         overflowed = True
                         control.send(KILL)
             return bytes(seen)
@@ -289,43 +286,25 @@ class _Lane:
             async with asyncio.timeout(seconds):
                 return await loop.sock_recv(control, 4096)
 
-        with ExitStack() as stack:
-            pairs = [socket.socketpair() for _ in ([to_program] if to_tester is None else [to_program, to_tester])]
-            for ours, _ in pairs:
-                ours.setblocking(False)
-                stack.enter_context(ours)
-            try:
-                socket.send_fds(control, [role.encode()], [theirs.fileno() for _, theirs in pairs])
-            except OSError as error:
-                raise _ZygoteDiedError from error
-            finally:
-                for _, theirs in pairs:
-                    theirs.close()
-            links = [ours for ours, _ in pairs]
-            async with asyncio.TaskGroup() as group:
-                feeds = [group.create_task(feed(links[0], to_program))]
-                drains = [group.create_task(drain(links[0], max(limits.output_bytes, expected_bytes)))]
-                if to_tester is not None:
-                    feeds.append(group.create_task(feed(links[1], to_tester)))
-                    drains.append(group.create_task(drain(links[1], _REPORT_BYTES)))
-                ends = b""
-                with suppress(OSError, TimeoutError):
-                    try:
-                        ends = await end_of_case(limits.wall_s)
-                    except TimeoutError:
-                        timed_out = True
-                        control.send(KILL)
-                        ends = await end_of_case(_REAP_S)
-                if not ends:
-                    self.kill()
-                for task in feeds:
-                    task.cancel()
+        async with asyncio.TaskGroup() as group:
+            drains = [group.create_task(drain(*one)) for one in zip(outputs, longest, strict=True)]
+            ends = b""
+            with suppress(OSError, TimeoutError):
+                try:
+                    ends = await end_of_case(self._limits.wall_s)
+                except TimeoutError:
+                    timed_out = True
+                    control.send(KILL)
+                    ends = await end_of_case(_REAP_S)
+            if not ends:
+                self.kill()
         if not ends:
-            raise _ZygoteDiedError
+            raise ConnectionResetError
         output, report = drains[0].result(), b"".join(task.result() for task in drains[1:])
-        program, tester = (_End(*end) if end else None for end in map(json.loads(ends).get, ("program", "tester")))
-        assert program is not None
-        return _Run(output, report, program, tester, overflowed, timed_out)
+        processes = json.loads(ends)
+        status, cpu_s, killed = processes["program"]
+        tester_status = processes["tester"][0] if "tester" in processes else None
+        return _Run(output, report, status, cpu_s, killed, tester_status, overflowed, timed_out)
 
     def kill(self) -> None:
         """Ends the zygote and all that it runs; whoever listens to it learns that it is gone."""
@@ -358,12 +337,10 @@ class _Lane:
         return self._control
 
     def _start(self) -> None:
-        limits = sandbox.ProcessLimits(self._limits.cpu_s, self._limits.memory_bytes)
         readable = [*sandbox.readable_paths(), str(_PACKAGE)]
         settings = {
             "level": self._level,
-            "limits": asdict(limits),
-            "result_bytes": self._limits.result_bytes,
+            **asdict(self._limits),
             "readable": readable,
             "hidden": [str(_PACKAGE.parent)],
         }
@@ -384,6 +361,20 @@ class _Lane:
                 cwd=self._resources.enter_context(tempfile.TemporaryDirectory(prefix="fastdistill-")),
                 start_new_session=True,  # Ctrl-C in the terminal is not for it
             )
+
+
+@contextmanager
+def _sealed(content: bytes) -> Iterator[BinaryIO]:
+    """A file in memory that nobody can change any more, to be read from its beginning."""
+    with os.fdopen(os.memfd_create("input", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC), "w+b", buffering=0) as file:
+        file.write(content)
+        file.seek(0)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+        yield file
+
+
+def _json(message: object) -> bytes:
+    return json.dumps(message).encode()
 
 
 def _lines(output: bytes) -> list[bytes]:

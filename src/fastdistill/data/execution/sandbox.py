@@ -22,10 +22,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+if sys.platform == "linux":
+    _LIBC.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
 _INSIDE = "/empty"
 """The working folder under bubblewrap."""
+DESCRIPTORS = 64
+_STACK_BYTES = 16 << 20
+_THREADS = 128
+"""In all that share a lane's user namespace: binds under bubblewrap, unless root started it."""
 
 
 class IsolationLevel(StrEnum):
@@ -63,19 +70,6 @@ class Isolation:
         return "; ".join((found, *self.missing))
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessLimits:
-    """What one process may use."""
-
-    cpu_s: int
-    memory_bytes: int
-    """Address space: it bounds threads as well, each of which needs a stack."""
-    descriptors: int = 64
-    processes: int = 128
-    """Threads, in all that share a lane's user namespace: binds under bubblewrap, unless root started it."""
-    stack_bytes: int = 16 << 20
-
-
 @cache
 def available_isolation() -> Isolation:
     """What works here, found out by trying it once (some 50 ms)."""
@@ -88,7 +82,7 @@ def available_isolation() -> Isolation:
     if _LIBC.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, None, 0, 0) != -1 or ctypes.get_errno() != 14:
         return Isolation((), 0, ("this kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)",))
     levels, missing = [], []
-    landlock = max(0, _LIBC.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
+    landlock = max(0, _landlock_version())
     if landlock:
         levels.append(IsolationLevel.LANDLOCK)
     else:
@@ -123,61 +117,56 @@ def wrapped(command: Sequence[str], level: IsolationLevel, readable: Iterable[st
     ]
 
 
-def confine_files(readable: Iterable[str]) -> None:
-    """Takes from this process and its children all files but those under `readable`; does nothing without Landlock.
+def confine_zygote(level: IsolationLevel, memory_bytes: int, readable: Iterable[str]) -> None:
+    """Takes from this process and its children all files but those under `readable`, and bounds what they may use.
+
+    The address space, that is; it bounds threads as well, each of which needs a stack.
 
     Raises:
         OSError: the kernel refuses.
     """
-    version = _LIBC.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    bounds = {
+        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NOFILE: DESCRIPTORS,
+        resource.RLIMIT_STACK: _STACK_BYTES,
+        resource.RLIMIT_CORE: 0,
+    }
+    if level is IsolationLevel.BUBBLEWRAP:  # elsewhere it would count all that the user runs
+        bounds[resource.RLIMIT_NPROC] = _THREADS
+    for limit, value in bounds.items():
+        resource.setrlimit(limit, (value, value))
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _filter()
+    version = _landlock_version()
     if version < 1:
         return
     # Access to files, to TCP ports, and to abstract sockets and processes outside; later versions know more of them.
     file_rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)
     handled = struct.pack("QQQ", (1 << file_rights) - 1, 0b11, 0b11)[: 8 if version < 4 else 16 if version < 6 else 24]
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     ruleset = _checked(_LIBC.syscall(_LANDLOCK_CREATE_RULESET, handled, ctypes.c_size_t(len(handled)), 0))
-    try:
-        for path, rights in [*((path, _READ) for path in readable), ("/dev/null", _READ_FILE | _WRITE_FILE)]:
-            folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            try:
-                rule = struct.pack("=Qi", rights if Path(path).is_dir() else rights & ~_READ_DIR, folder)
-                _checked(_LIBC.syscall(_LANDLOCK_ADD_RULE, ruleset, 1, rule, 0))
-            finally:
-                os.close(folder)
-        _checked(_LIBC.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0))
-    finally:
-        os.close(ruleset)
+    for path, rights in [*((path, _READ) for path in readable), ("/dev/null", _READ_FILE | _WRITE_FILE)]:
+        folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = struct.pack("=Qi", rights if Path(path).is_dir() else rights & ~_READ_DIR, folder)
+        _checked(_LIBC.syscall(_LANDLOCK_ADD_RULE, ruleset, 1, rule, 0))
+        os.close(folder)
+    _checked(_LIBC.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0))
+    os.close(ruleset)
 
 
-def confine_process(limits: ProcessLimits, level: IsolationLevel) -> None:
-    """Takes from this process, for good, all but computing: limits on resources, and an allow-list of system calls.
+def confine_process(cpu_s: int) -> None:
+    """Takes from a child of the zygote, for good, all but computing: CPU time, and an allow-list of system calls.
 
-    For a child that was just forked: it is killed when its parent ends.
+    It is killed when its parent ends.
 
     Raises:
         OSError: the kernel refuses.
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    bounds = {
-        resource.RLIMIT_AS: limits.memory_bytes,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NOFILE: limits.descriptors,
-        resource.RLIMIT_STACK: limits.stack_bytes,
-        resource.RLIMIT_CORE: 0,
-    }
-    if level is IsolationLevel.BUBBLEWRAP:  # elsewhere it would count all that the user runs
-        bounds[resource.RLIMIT_NPROC] = limits.processes
-    for limit, value in bounds.items():
-        resource.setrlimit(limit, (value, value))
     # SIGXCPU, which says what happened, and SIGKILL a second later if it is ignored.
-    resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
-    program = _static_filter() + _rules({"kill": ((0, _ALL, (os.getpid(),)), (1, _ALL, _SIGNALS))})
-    program += _rules({"tgkill": ((0, _ALL, (os.getpid(),)), (2, _ALL, _SIGNALS))}) + _DENY
-    buffer = ctypes.create_string_buffer(program)
-    header = ctypes.create_string_buffer(struct.pack("HP", len(program) // _INSTRUCTION.size, ctypes.addressof(buffer)))
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
+    program = _filter().replace(struct.pack("=I", _ANYBODY), struct.pack("=I", os.getpid()))
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(_Program(len(program) // _INSTRUCTION.size, program)))
 
 
 def _bubblewrap_problem() -> str | None:
@@ -193,8 +182,13 @@ def _bubblewrap_problem() -> str | None:
     return "bubblewrap does not start"
 
 
-def _prctl(option: int, value: int, argument: int = 0) -> None:
-    _checked(_LIBC.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(argument), ctypes.c_ulong(0), ctypes.c_ulong(0)))
+def _landlock_version() -> int:
+    """0 or less: none."""
+    return int(_LIBC.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
+
+
+def _prctl(option: int, value: int, pointer: Any = None) -> None:
+    _checked(_LIBC.prctl(option, value, pointer, 0, 0))
 
 
 def _checked(result: int) -> int:
@@ -241,6 +235,8 @@ _ALL = 0xFFFFFFFF
 _HIGH = 0.5  # added to an argument's index: its upper half
 _SIGNALS = tuple(s for s in range(32) if s not in (signal.SIGKILL, signal.SIGSTOP))
 """Signals to oneself. The two that no handler sees would read like a death or a stall that the machine caused."""
+_ANYBODY = 0x5AFEC0DE
+"""Stands for the process itself, whose number is not known before it runs."""
 _Condition = tuple[float, int, Sequence[int]]
 """Argument, mask, and the values that are allowed under the mask."""
 
@@ -252,7 +248,14 @@ _RULES: Mapping[str, Sequence[_Condition]] = {
     "ioctl": ((1, _ALL, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),),  # terminal? FION*, FIO*CLEX
     "socketpair": ((1, 0xF, (1,)),),  # streams: a datagram socket could be sent anywhere
     "prlimit64": ((2, _ALL, (0,)), (2 + _HIGH, _ALL, (0,))),  # reading limits
+    "kill": ((0, _ALL, (_ANYBODY,)), (1, _ALL, _SIGNALS)),
+    "tgkill": ((0, _ALL, (_ANYBODY,)), (2, _ALL, _SIGNALS)),
 }
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("instructions", ctypes.c_ushort), ("code", ctypes.c_char_p))
+
 
 _INSTRUCTION = struct.Struct("=HBBI")
 _LOAD, _AND, _EQUAL, _JUMP, _RETURN = 0x20, 0x54, 0x15, 0x05, 0x06
@@ -276,8 +279,8 @@ def _numbers(table: str) -> dict[str, int]:
 
 
 @cache
-def _static_filter() -> bytes:
-    """The part of the filter that is the same for every process; falls through for all that it does not decide."""
+def _filter() -> bytes:
+    """The filter, in which `_ANYBODY` is still to be replaced."""
     numbers = _numbers(_ALLOWED).values()
     plain = b"".join(_instruction(_EQUAL, n, len(numbers) - i) for i, n in enumerate(numbers))
     return b"".join(
@@ -293,6 +296,7 @@ def _static_filter() -> bytes:
             _instruction(_EQUAL, _numbers(_CONDITIONAL)["clone3"], 0, 1),
             _instruction(_RETURN, _ERRNO | _ENOSYS),
             _rules(_RULES),
+            _DENY,
         )
     )
 

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Literal, NamedTuple
 
@@ -72,7 +73,7 @@ def compare(
         return Comparison.EQUAL
     if columns == "strict" or gold.width == 1:
         return Comparison.DIFFERENT
-    return _PermutationSearch(left, right, ends).run()
+    return _permuted(left, right, ends)
 
 
 def tie_cuts(ascending: Relation, descending: Relation) -> tuple[int, ...] | None:
@@ -136,9 +137,10 @@ _LEXEME = re.compile(
 )
 
 
-def tokenize(sql: str) -> list[Token]:
+@lru_cache(maxsize=32)  # a gold query is looked at several times in a row
+def tokenize(sql: str) -> tuple[Token, ...]:
     """The tokens of `sql`, as far as finding clauses needs them: operators come one character at a time."""
-    tokens = []
+    tokens: list[Token] = []
     depth = 0
     for lexeme in _LEXEME.finditer(sql):
         if lexeme.lastgroup == "skip":
@@ -149,7 +151,7 @@ def tokenize(sql: str) -> list[Token]:
         tokens.append(Token(text, lexeme.end(), depth))
         if text == "(":
             depth += 1
-    return tokens
+    return tuple(tokens)
 
 
 def top_level_order_by(sql: str) -> bool:
@@ -170,10 +172,7 @@ def break_ties(sql: str, width: int, direction: Direction) -> str:
     tokens = tokenize(sql)
     keys = ", ".join(f"{column} COLLATE BINARY {direction}" for column in range(1, width + 1))
     limit = _clause(tokens, "LIMIT")
-    body = tokens if limit is None else tokens[:limit]
-    while body and body[-1].text == ";":
-        body.pop()
-    end = body[-1].end if body else 0
+    end = next((token.end for token in reversed(tokens[:limit]) if token.text != ";"), 0)
     joint = "," if _clause(tokens, "ORDER", "BY") is not None else " ORDER BY"
     return f"{sql[:end]}{joint} {keys}{sql[end:]}"
 
@@ -229,66 +228,51 @@ class _BudgetSpentError(Exception):
     pass
 
 
-class _PermutationSearch:
+def _permuted(gold: tuple[Row, ...], other: tuple[Row, ...], ends: Sequence[int]) -> Comparison:
     """Backtracking over which column of `other` stands for each column of gold.
 
     A partial assignment splits the rows into classes: rows are in one class if they agree on the group of ties and on
     all columns assigned so far. It survives only while every class is as large as gold's, so most die at once.
     """
+    mine, others = list(zip(*gold, strict=True)), list(zip(*other, strict=True))
+    wanted, shapes = list(map(_shape, mine)), list(map(_shape, others))
+    if Counter(wanted) != Counter(shapes):
+        return Comparison.DIFFERENT
+    options = [[i for i, shape in enumerate(shapes) if shape == column] for column in wanted]
+    order = sorted(range(len(mine)), key=lambda column: len(options[column]))
+    first_alike = [others.index(column) for column in others]  # columns that look alike are tried once
+    tied = [group for group, (start, end) in enumerate(pairwise([0, *ends])) for _ in range(end - start)]
+    levels: list[tuple[dict[Hashable, int], list[int], Counter[int]]] = []
+    left = min(MAX_SEARCH_NODES, MAX_SEARCH_ROWS // len(gold))
 
-    def __init__(self, gold: tuple[Row, ...], other: tuple[Row, ...], ends: Sequence[int]) -> None:
-        self._gold: list[Row] = list(zip(*gold, strict=True))
-        self._other: list[Row] = list(zip(*other, strict=True))
-        self._nodes = min(MAX_SEARCH_NODES, MAX_SEARCH_ROWS // len(gold))
-        self._groups = [group for group, (start, end) in enumerate(pairwise([0, *ends])) for _ in range(end - start)]
-        # Columns that look alike are tried once.
-        self._first_alike = [self._other.index(column) for column in self._other]
-
-    def run(self) -> Comparison:
-        wanted, shapes = list(map(_shape, self._gold)), list(map(_shape, self._other))
-        if Counter(wanted) != Counter(shapes):
-            return Comparison.DIFFERENT
-        options = [[i for i, shape in enumerate(shapes) if shape == mine] for mine in wanted]
-        # Columns with one candidate are decided together; of the others, those with the fewest candidates first.
-        forced = [column for column, candidates in enumerate(options) if len(candidates) == 1]
-        chosen = [options[column][0] for column in forced]
-        self._order = sorted(set(range(len(options))).difference(forced), key=lambda column: len(options[column]))
-        self._options = options
-        classes: dict[Hashable, int] = {}
-        self._reference = [_number(zip(self._groups, *(self._gold[i] for i in forced), strict=True), classes)]
-        groups = [classes.get(key, -1) for key in zip(self._groups, *(self._other[i] for i in chosen), strict=True)]
-        self._levels: list[tuple[dict[Hashable, int], Counter[int]]] = []
-        try:
-            found = Counter(groups) == Counter(self._reference[0]) and self._assign(0, groups, frozenset(chosen))
-        except _BudgetSpentError:
-            return Comparison.UNDECIDED
-        return Comparison.EQUAL if found else Comparison.DIFFERENT
-
-    def _assign(self, depth: int, groups: list[int], used: frozenset[int]) -> bool:
-        if depth == len(self._order):
+    def assign(depth: int, groups: list[int], used: frozenset[int]) -> bool:
+        nonlocal left
+        if depth == len(order):
             return True
-        classes, sizes = self._level(depth)
+        if depth == len(levels):  # gold's classes once its columns up to this depth are assigned, and their sizes
+            classes: dict[Hashable, int] = {}
+            reference = levels[-1][1] if levels else tied
+            numbers = _number(zip(reference, mine[order[depth]], strict=True), classes)
+            levels.append((classes, numbers, Counter(numbers)))
+        classes, _, sizes = levels[depth]
         tried = set()
-        for column in self._options[self._order[depth]]:
-            if column in used or self._first_alike[column] in tried:
+        for column in options[order[depth]]:
+            if column in used or first_alike[column] in tried:
                 continue
-            tried.add(self._first_alike[column])
-            if not self._nodes:
-                raise _BudgetSpentError
-            self._nodes -= 1
-            refined = [classes.get(key, -1) for key in zip(groups, self._other[column], strict=True)]
-            if Counter(refined) == sizes and self._assign(depth + 1, refined, used | {column}):
+            tried.add(first_alike[column])
+            if len(options[order[depth]]) > 1:  # one that can only be this one is no search
+                left -= 1
+                if left < 0:
+                    raise _BudgetSpentError
+            refined = [classes.get(key, -1) for key in zip(groups, others[column], strict=True)]
+            if Counter(refined) == sizes and assign(depth + 1, refined, used | {column}):
                 return True
         return False
 
-    def _level(self, depth: int) -> tuple[dict[Hashable, int], Counter[int]]:
-        """Gold's classes once its columns up to this depth are assigned, and how large they are."""
-        if depth == len(self._levels):
-            classes: dict[Hashable, int] = {}
-            keys = zip(self._reference[depth], self._gold[self._order[depth]], strict=True)
-            self._reference.append(_number(keys, classes))
-            self._levels.append((classes, Counter(self._reference[-1])))
-        return self._levels[depth]
+    try:
+        return Comparison.EQUAL if assign(0, tied, frozenset()) else Comparison.DIFFERENT
+    except _BudgetSpentError:
+        return Comparison.UNDECIDED
 
 
 def _number(keys: Iterable[Hashable], classes: dict[Hashable, int]) -> list[int]:

@@ -1,48 +1,52 @@
 """Execution gate for SQL: runs each candidate on a SQLite database, in a sandbox, and compares it with the gold query.
 
-What is equal, what is safe and what each reason means is defined in `sql_equality` and `sqlite_guard`.
+What is equal, what is safe and what each reason means is defined in `sql_equality` and `sqlite_guard`. A path that a
+record gives is taken as it is: records are the user's own, and of a database only counts and hashes get out.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import asdict
-from functools import cached_property
+import sqlite3
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from fastdistill.core.errors import InputError
-from fastdistill.core.step import Context, Gate
+from fastdistill.core.files import sha256_file
+from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.data.execution.sqlite_copies import CopyError, PerturbedCopies
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
 from fastdistill.data.execution.sqlite_pool import SqlitePool
 from fastdistill.data.execution.sqlite_worker import Evaluation, SqlJob
-from fastdistill.data.template import compile_template, render
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from fastdistill.data.template import Template, compile_template, render
 
 
 class SQLiteExecEval(Gate):
     """Passes candidates that execute (`require: exec_pass`) or that give the gold query's result (`gold_match`).
 
     A verdict's detail has `exec_pass`, `exec_error`, `gold_match`, `result_signature`, `row_count` and `weak_gold`.
-    A gold query that can't judge is an `error`, never held against the candidate.
+    A gold query that can't judge is an `error`, never held against the candidate; on a perturbed copy it is left out.
     """
 
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
+    alone: ClassVar[bool] = True
 
     db_path: str = Field(description='a SQLite file; may be a template over the record: "dbs/{{ db_id }}.sqlite"')
     gold_field: str | None = Field("gold_sql", description="the record's field with the gold query; null: none")
     require: Literal["gold_match", "exec_pass"] = "gold_match"
     columns: Literal["any", "strict"] = Field("any", description="any: columns may stand in another order")
     order: Literal["auto", "ignore", "strict"] = Field("auto", description="auto: rows in order where gold orders them")
+    perturbations: int = Field(0, ge=0, le=16, description="perturbed copies of the database that must agree too")
     limits: SqlLimits = SqlLimits()
     workers: int | None = Field(None, gt=0, le=64, description="worker processes; by default one a core, two at most")
 
     _pool: SqlitePool | None = PrivateAttr(None)
+    _copies: PerturbedCopies | None = PrivateAttr(None)
+    _databases: dict[str, asyncio.Future[str | None]] = PrivateAttr(default_factory=dict)  # sha256 by path, once read
 
     @field_validator("db_path")
     @classmethod
@@ -55,39 +59,87 @@ class SQLiteExecEval(Gate):
     def _gold_to_match(self) -> Self:
         if self.require == "gold_match" and self.gold_field is None:
             raise ValueError("require: gold_match needs gold_field; without gold use require: exec_pass")
+        if self.require == "exec_pass" and self.perturbations:
+            raise ValueError("perturbations: only with require: gold_match, for they compare with gold")
         return self
 
     def inputs(self) -> Sequence[Path]:
         return () if self._template else (Path(self.db_path).expanduser(),)
 
+    def inputs_for(self, sample: Sample) -> Sequence[Path]:
+        return (Path(self._path(sample)),)
+
+    def used(self) -> Mapping[Path, str]:
+        whole = {path: read for path, read in self._databases.items() if read.done() and not read.cancelled()}
+        return {Path(path): content for path, read in whole.items() if (content := read.result())}
+
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
         """Raises InputError if `db_path` names one database and that can't be read."""
-        async with SqlitePool(self.workers, self.limits) as pool:
+        async with AsyncExitStack() as stack:
+            pool = await stack.enter_async_context(SqlitePool(self.workers, self.limits))
             for path in self.inputs():
-                trial = await pool.evaluate(SqlJob(str(path), "SELECT 1"))
+                (trial,) = await pool.judge([SqlJob(str(path), "SELECT 1")])
                 if trial.reason is SqlReason.DATABASE_UNREADABLE:
                     raise InputError(f"{self.name}.db_path: {trial.detail}")
-            self._pool = pool
+            if self.perturbations:
+                self._copies = await stack.enter_async_context(PerturbedCopies(self.perturbations))
+            self._pool, self._databases = pool, {}
             try:
                 yield
             finally:
-                self._pool = None
+                self._pool = self._copies = None
+                await asyncio.gather(*self._databases.values())
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         path = self._path(sample)
+        if path not in self._databases:
+            self._databases[path] = asyncio.ensure_future(asyncio.to_thread(_sha256, path))
         gold = self._gold(sample)
         if isinstance(gold, Verdict):
             return [gold] * len(candidates)
-        pool = self._pool
-        assert pool is not None, "the gate is used inside `opened`"
+        assert self._pool is not None, "the gate is used inside `opened`"
         jobs = [SqlJob(path, c.answer, gold, self.columns, self.order) for c in candidates]
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(pool.evaluate(job)) for job in jobs]
-        return [self._verdict(task.result()) for task in tasks]
+        verdicts = [self._verdict(seen) for seen in await self._pool.judge(jobs)]
+        if self._copies is not None:
+            matching = [at for at, verdict in enumerate(verdicts) if verdict.reason == SqlReason.MATCH]
+            again = await self._on_copies([jobs[at] for at in matching], self._copies, self._pool)
+            for at, (reason, found) in zip(matching, again, strict=True):
+                detail = {k: value for k, value in {**verdicts[at].detail, **found}.items() if value is not None}
+                verdicts[at] = self.verdict(Outcome(reason.outcome), reason, **detail)
+        return verdicts
+
+    async def _on_copies(
+        self, jobs: Sequence[SqlJob], copies: PerturbedCopies, pool: SqlitePool
+    ) -> list[tuple[SqlReason, dict[str, Any]]]:
+        """What queries that match gold on their database, the same one, come to on its copies."""
+        if not jobs:
+            return []
+        path = jobs[0].db_path
+        try:
+            content = await asyncio.shield(self._databases[path])  # others wait for it too
+            places = await copies.of(path, content or path)
+        except CopyError as error:
+            return [(SqlReason.DATABASE_UNREADABLE, {"gold_match": None, "detail": str(error)})] * len(jobs)
+        seen = await pool.judge([job._replace(db_path=place) for job in jobs for place in places])
+        return [_agreement(seen[at : at + len(places)]) for at in range(0, len(seen), len(places))]
+
+    def gold(self, sample: Sample) -> str | None:
+        gold = self._gold(sample)
+        return gold if isinstance(gold, str) else None
+
+    def mutations(self, gold: str, sample: Sample) -> Sequence[Mutation]:
+        from fastdistill.data.mutate_sql import mutate_sql
+
+        return mutate_sql(gold, _columns(self._path(sample)))
+
+    def stricter(self) -> "SQLiteExecEval":
+        """Demands gold's result on more copies of the database than this gate does."""
+        copies = max(8, min(16, 2 * self.perturbations))
+        return type(self)(**(self.model_dump() | {"require": "gold_match", "perturbations": copies}))
 
     def _path(self, sample: Sample) -> str:
-        return str(Path(render(self._template, sample) if self._template else self.db_path).expanduser())
+        return str(Path(render(self._template, sample)).expanduser()) if self._template else self._only_path
 
     def _gold(self, sample: Sample) -> str | Verdict | None:
         """The gold query, None where none is wanted, or the verdict on a record that should have one."""
@@ -107,10 +159,48 @@ class SQLiteExecEval(Gate):
             reason = SqlReason.EXECUTED  # whatever gold says
         elif self.require == "exec_pass" and seen.exec_pass is False and reason.outcome == "error":
             reason = SqlReason.SQL_ERROR
-        hidden = {"reason", "sqlite_version"} | (set() if seen.near_limit else {"near_limit"})
-        shown = {name: value for name, value in asdict(seen).items() if value not in (None, ()) and name not in hidden}
+        shown = {name: value for name, value in seen._asdict().items() if value not in (None, (), [])}
+        del shown["reason"]
+        if not seen.near_limit:
+            del shown["near_limit"]
         return self.verdict(Outcome(reason.outcome), reason, **shown)
 
     @cached_property
-    def _template(self) -> "Template | None":
+    def _only_path(self) -> str:
+        return str(Path(self.db_path).expanduser())
+
+    @cached_property
+    def _template(self) -> Template | None:
         return compile_template(self.db_path) if "{{" in self.db_path else None
+
+
+def _agreement(seen: Sequence[Evaluation]) -> tuple[SqlReason, dict[str, Any]]:
+    """The reason, and what a verdict's detail has of it. Only another result counts against a candidate."""
+    differs = [seed for seed, each in enumerate(seen) if each.reason is SqlReason.MISMATCH]
+    skipped = {str(seed): each.reason for seed, each in enumerate(seen) if each.reason is not SqlReason.MATCH}
+    if differs:
+        detail = f"another result than gold on the perturbed copy of seed {differs[0]}"
+        return SqlReason.MISMATCH_PERTURBED, {"gold_match": False, "perturbed_match": False, "detail": detail}
+    found: dict[str, Any] = {} if len(skipped) == len(seen) else {"perturbed_match": True}
+    return SqlReason.MATCH, found | ({"perturbed_skipped": skipped} if skipped else {})
+
+
+def _sha256(path: str) -> str | None:
+    try:
+        return sha256_file(Path(path))
+    except (OSError, ValueError):  # the worker says what is wrong with it
+        return None
+
+
+@lru_cache(maxsize=64)
+def _columns(path: str) -> Mapping[str, Sequence[str]]:
+    """The columns of each table, named in lower case; none if the database can't be read."""
+    query = "SELECT lower(m.name), c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type = 'table'"
+    columns: dict[str, list[str]] = {}
+    try:
+        with closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as database:
+            for table, column in database.execute(query):
+                columns.setdefault(table, []).append(column)
+    except sqlite3.Error:
+        return {}
+    return columns

@@ -8,13 +8,13 @@ limits on CPU time and memory.
 
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from fastdistill.data.execution.sql_equality import Relation, Row, Token, tokenize
 
@@ -28,6 +28,8 @@ class SqlReason(StrEnum):
     """It ran; there was no gold query to compare with."""
 
     MISMATCH = "mismatch"
+    MISMATCH_PERTURBED = "mismatch_perturbed"
+    """Right by luck: the result equals gold's on the database, and another one on a perturbed copy of it."""
     COLUMN_COUNT = "column_count"
     NOT_A_QUERY = "not_a_query"
     """Empty, only comments, several statements, or one that is not SELECT, VALUES or WITH ... SELECT."""
@@ -109,6 +111,10 @@ class QueryResult(Relation):
     """Tables and views of the database that the query refers to, sorted."""
 
 
+FileIdentity = tuple[int, int, int, int]
+"""Size, time of change, inode, device: whether a path still names the file that was opened."""
+
+
 class QueryError(Exception):
     """The query was refused or failed. `reason` is one of the failing reasons, the text is stable across runs."""
 
@@ -144,12 +150,6 @@ class GuardedConnection:
                 raise
             raise DatabaseUnreadableError(f"database {self.path}: {error}") from error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         self._connection.close()
 
@@ -170,6 +170,10 @@ class GuardedConnection:
         except MemoryError as error:
             raise QueryError(SqlReason.LIMIT_MEMORY, "out of memory", self._ops) from error
         except sqlite3.Error as error:
+            if self._connection.text_factory is str and str(error).startswith("Could not decode"):
+                # Some text is not UTF-8: slower from now on, with every byte of it kept.
+                self._connection.text_factory = lambda text: text.decode(*_TEXT)
+                return self.query(sql)
             raise self._explain(error) from error
         return QueryResult(width, tuple(rows), self._ops, size, tuple(sorted(self._tables)))
 
@@ -178,7 +182,7 @@ class GuardedConnection:
 
         Worth calling when a query failed with `LIMIT_BYTES`: a database may hold longer values than a query may build.
         """
-        if self._longest_value is not None or self.identity.size <= self._limits.value_bytes:
+        if self._longest_value is not None or self.identity[0] <= self._limits.value_bytes:
             return False
         try:
             with closing(_connect(self.path)) as unrestricted:
@@ -194,13 +198,12 @@ class GuardedConnection:
 
     def _guard(self) -> None:
         connection = self._connection
-        connection.text_factory = self._decode
         if sys.version_info >= (3, 12):  # real queries say = "san francisco", which some builds refuse
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, True)
         for pragma in ("query_only=1", "temp_store=2", "cache_size=-8000"):
             connection.execute(f"PRAGMA {pragma}").close()
-        names = connection.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")
-        self._schema = {str(name).lower(): str(name) for (name,) in names}
+        names = connection.execute("SELECT CAST(name AS BLOB) FROM sqlite_master WHERE type IN ('table', 'view')")
+        self._schema = {(shown := name.decode(*_TEXT)).lower(): shown for (name,) in names}
         for function in _TABLE_FUNCTIONS:
             # Setting one up looks like a write to sqlite_master, so it must come before the authorizer.
             try:
@@ -216,7 +219,6 @@ class GuardedConnection:
 
     def _forget(self) -> None:
         self._ops = 0
-        self._content_bytes = 0
         self._tables: set[str] = set()
         self._functions: set[str] = set()
         self._denied: SqlReason | None = None
@@ -226,22 +228,17 @@ class GuardedConnection:
         return self._ops >= self._limits.ops
 
     def _fetch(self, cursor: sqlite3.Cursor, rows: list[Row]) -> int:
-        width, size = len(cursor.description), 0
-        for row in cursor:
-            if len(rows) == self._limits.rows:
+        width, content, size = len(cursor.description), 0, 0
+        while batch := cursor.fetchmany(_ROWS_AT_ONCE):
+            rows += batch
+            content += sum(_length(cell) for row in batch for cell in row if isinstance(cell, str | bytes))
+            size = content + 8 * width * len(rows)
+            if len(rows) > self._limits.rows:
                 raise QueryError(SqlReason.LIMIT_ROWS, f"more than {self._limits.rows} rows", self._ops)
-            rows.append(row)
-            if bytes in map(type, row):
-                self._content_bytes += sum(len(cell) for cell in row if isinstance(cell, bytes))
-            size = self._content_bytes + 8 * width * len(rows)
             if size > self._limits.result_bytes:
                 message = f"result larger than {self._limits.result_bytes} bytes"
                 raise QueryError(SqlReason.LIMIT_BYTES, message, self._ops)
         return size
-
-    def _decode(self, text: bytes) -> str:
-        self._content_bytes += len(text)  # counted here, because each text passes through here anyway
-        return text.decode("utf-8", "surrogateescape")
 
     def _authorize(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
         if action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE):
@@ -277,40 +274,27 @@ class GuardedConnection:
         return QueryError(reason, str(error)[:_MESSAGE_CHARS], self._ops)
 
 
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """Tells whether a path still names the file that was opened."""
-
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-
-
 def file_identity(path: Path) -> FileIdentity:
     """Raises `DatabaseUnreadableError` if there is no such file."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise DatabaseUnreadableError(f"database {path}: {_os_text(error)}") from error
-    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
-def check_statement(sql: str, limits: SqlLimits) -> list[Token]:
+def check_statement(sql: str, limits: SqlLimits) -> tuple[Token, ...]:
     """The tokens of the one query in `sql`, without semicolons; `QueryError` for what its text alone rules out."""
-    if len(sql) > limits.sql_bytes:
-        raise QueryError(SqlReason.SQL_ERROR, "query string is too large")
-    if "\0" in sql:
-        raise QueryError(SqlReason.SQL_ERROR, "the query contains a null character")
     try:
-        encoded = sql.encode()
+        if len(sql) > limits.sql_bytes or len(sql.encode()) > limits.sql_bytes:
+            raise QueryError(SqlReason.SQL_ERROR, "query string is too large")
     except UnicodeEncodeError:
         raise QueryError(SqlReason.SQL_ERROR, "the query contains a lone surrogate") from None
-    if len(encoded) > limits.sql_bytes:
-        raise QueryError(SqlReason.SQL_ERROR, "query string is too large")
+    if "\0" in sql:
+        raise QueryError(SqlReason.SQL_ERROR, "the query contains a null character")
     tokens = tokenize(sql)
     while tokens and tokens[-1].text == ";":
-        tokens.pop()
+        tokens = tokens[:-1]
     if not tokens:
         raise QueryError(SqlReason.NOT_A_QUERY, "empty statement")
     if any(token.text == ";" for token in tokens):
@@ -320,7 +304,7 @@ def check_statement(sql: str, limits: SqlLimits) -> list[Token]:
     return tokens
 
 
-def reads_clock(tokens: list[Token], functions: set[str]) -> bool:
+def reads_clock(tokens: Sequence[Token], functions: set[str]) -> bool:
     """Whether a call of a date function takes the current time, which SQLite's authorizer does not show.
 
     A time that is put together at run time (`'n' || 'ow'`) is not seen.
@@ -346,7 +330,7 @@ def limit_process_heap(limits: SqlLimits) -> None:
         connection.execute(f"PRAGMA hard_heap_limit={limits.heap_bytes}").close()
 
 
-def _arguments(tokens: list[Token], index: int) -> int | None:
+def _arguments(tokens: Sequence[Token], index: int) -> int | None:
     """How many arguments the parenthesis at `index` holds; `None` if there is no parenthesis."""
     if index >= len(tokens) or tokens[index].text != "(":
         return None
@@ -382,12 +366,17 @@ def _longest_values(connection: sqlite3.Connection) -> Iterator[int]:
     ).fetchall()
     for (table,) in tables:
         columns = connection.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchall()
-        longest = ", ".join(f"max(length(CAST({_quoted(column)} AS BLOB)))" for (column,) in columns)
-        (lengths,) = connection.execute(f"SELECT {longest} FROM {_quoted(table)}").fetchall()
+        longest = ", ".join(f"max(length(CAST({quoted(column)} AS BLOB)))" for (column,) in columns)
+        (lengths,) = connection.execute(f"SELECT {longest} FROM {quoted(table)}").fetchall()
         yield from (length for length in lengths if length is not None)
 
 
-def _quoted(name: str) -> str:
+def _length(cell: str | bytes) -> int:
+    return len(cell) if isinstance(cell, bytes) or cell.isascii() else len(cell.encode(*_TEXT))
+
+
+def quoted(name: str) -> str:
+    """An identifier as SQL takes it, whatever is in it."""
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -400,6 +389,8 @@ def _words(text: str) -> frozenset[str]:
 
 
 _OPS_PER_TICK = 1000
+_ROWS_AT_ONCE = 16  # between two looks at the size of the result: a row may have 200 cells of 100 kB
+_TEXT = ("utf-8", "surrogateescape")
 _MESSAGE_CHARS = 500  # a syntax error quotes the token it stumbled on, however long
 
 _STATIC_LIMITS = {

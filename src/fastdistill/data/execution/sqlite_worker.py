@@ -1,33 +1,22 @@
 """Judges one SQL answer against one gold query; as a program (`python -m`), the worker process of `sqlite_pool`.
 
-The program reads batches of jobs from its standard input and answers each on its standard output as soon as it is
-judged, so that whoever reads knows which job was running when the process died. What a death means is for the pool to
-say. It imports only the standard library, for it must start fast, and again after every kill.
-
-Frames in both directions are a 4-byte big-endian length and JSON. In: a list of jobs, each the fields of `SqlJob`.
-Out: `"ready"` once; `"gold"` or `"candidate"` when a query of that kind starts after one of the other; and for each
-job, in order, the fields of its `Evaluation`.
+It imports only the standard library, for it must start fast, and again after every kill. What its death means is for
+the pool to say. On the wire of `worker_process` a job is the fields of a `SqlJob`, a result those of an `Evaluation`,
+and a phase is `"gold"` or `"candidate"`: a query of that kind starts after one of the other.
 """
 
 import json
-import os
-import resource
-import signal
-import sqlite3
-import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from contextlib import closing
+from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import Literal, NamedTuple
 
 from fastdistill.data.execution.sql_equality import (
     Columns,
     Comparison,
-    Direction,
     break_ties,
     compare,
     signature,
@@ -37,7 +26,6 @@ from fastdistill.data.execution.sql_equality import (
 )
 from fastdistill.data.execution.sqlite_guard import (
     DatabaseUnreadableError,
-    FileIdentity,
     GuardedConnection,
     QueryError,
     QueryResult,
@@ -46,21 +34,18 @@ from fastdistill.data.execution.sqlite_guard import (
     file_identity,
     limit_process_heap,
 )
+from fastdistill.data.execution.worker_process import Channel, confine_process
 
 Order = Literal["auto", "ignore", "strict"]
 """`auto`: rows count in order, modulo ties, if gold has a top-level ORDER BY. `strict`: in gold's very order."""
 
-HEADER = struct.Struct(">I")
-READY = "ready"
-
-_MAX_CONNECTIONS = 8
+_MAX_CONNECTIONS = 16
 _MAX_GOLD_ENTRIES = 4096
 _MAX_GOLD_BYTES = 32_000_000
 _NEAR_LIMIT = 0.8
 
 
-@dataclass(frozen=True, slots=True)
-class SqlJob:
+class SqlJob(NamedTuple):
     """One candidate to judge. Without `gold_sql` the question is only whether it executes as a query."""
 
     db_path: str
@@ -70,8 +55,7 @@ class SqlJob:
     order: Order = "auto"
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """The verdict on one candidate, and what was seen of it. `None` stands for unknown."""
 
     reason: SqlReason
@@ -87,12 +71,11 @@ class Evaluation:
     row_count: int | None = None
     columns: int | None = None
     ops: int | None = None
-    tables: tuple[str, ...] = ()
+    tables: Sequence[str] = ()
     weak_gold: bool = False
     """Gold returns no rows: many wrong queries match it."""
     near_limit: bool = False
     """It took 80% or more of the budget of operations: another version of SQLite may judge it differently."""
-    sqlite_version: str = sqlite3.sqlite_version
 
     @property
     def outcome(self) -> Literal["pass", "fail", "error"]:
@@ -119,10 +102,6 @@ class _Gold:
     """Under a top-level ORDER BY: the result with its ties in a fixed order, to which `cuts` belong."""
     cuts: tuple[int, ...] = ()
 
-    @property
-    def size(self) -> int:
-        return sum(result.size for result in (self.result, self.ordered) if result is not None)
-
 
 class Evaluator:
     """Judges in this process, keeping connections and gold results; `enter` is told of each phase before it begins.
@@ -136,33 +115,18 @@ class Evaluator:
         self._limits = limits or SqlLimits()
         self._enter = enter
         self._connections: OrderedDict[str, GuardedConnection] = OrderedDict()
-        self._golds: OrderedDict[tuple[str, FileIdentity, str], _Gold] = OrderedDict()
+        self._golds: dict[tuple[object, ...], _Gold] = {}
         self._gold_bytes = 0
         self._fresh = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes all connections and forgets all gold results."""
         while self._connections:
             self._connections.popitem()[1].close()
-        self._golds.clear()
-        self._gold_bytes = 0
+        self._forget_golds()
 
-    def evaluate(
-        self,
-        db_path: str,
-        candidate_sql: str,
-        gold_sql: str | None = None,
-        columns: Columns = "any",
-        order: Order = "auto",
-    ) -> Evaluation:
+    def evaluate(self, job: SqlJob) -> Evaluation:
         """Never raises for anything wrong with the database or either query: that is a reason."""
-        job = SqlJob(db_path, candidate_sql, gold_sql, columns, order)
         try:
             return self._evaluate(job)
         except MemoryError:
@@ -194,9 +158,8 @@ class Evaluator:
             weak_gold=gold is not None and gold.result is not None and not gold.result.rows,
         )
         if isinstance(candidate, QueryError):
-            return replace(verdict, exec_pass=False, exec_error=str(candidate))
-        return replace(
-            verdict,
+            return verdict._replace(exec_pass=False, exec_error=str(candidate))
+        return verdict._replace(
             exec_pass=True,
             result_signature=signature(candidate, ordered=job.order == "strict"),
             row_count=len(candidate.rows),
@@ -207,28 +170,28 @@ class Evaluator:
 
     def _connect(self, db_path: str) -> GuardedConnection:
         connection = self._connections.pop(db_path, None)
-        if connection is not None and connection.identity != file_identity(Path(db_path)):
+        if connection is not None and connection.identity != file_identity(connection.path):
             connection.close()
             connection = None
-        if connection is None:
-            connection = GuardedConnection(db_path, self._limits)
+        connection = connection or GuardedConnection(db_path, self._limits)
         self._connections[db_path] = connection
         if len(self._connections) > _MAX_CONNECTIONS:
             self._connections.popitem(last=False)[1].close()
         return connection
 
     def _gold(self, connection: GuardedConnection, sql: str) -> _Gold:
-        key = (str(connection.path), connection.identity, sql)
+        key = (connection.path, connection.identity, sql)
         gold = self._golds.get(key)
-        if gold is not None:
-            self._golds.move_to_end(key)
-            return gold
-        gold = self._settle(connection, sql)
-        self._golds[key] = gold
-        self._gold_bytes += gold.size
-        while len(self._golds) > _MAX_GOLD_ENTRIES or (self._gold_bytes > _MAX_GOLD_BYTES and len(self._golds) > 1):
-            self._gold_bytes -= self._golds.popitem(last=False)[1].size
+        if gold is None:
+            if len(self._golds) >= _MAX_GOLD_ENTRIES or self._gold_bytes > _MAX_GOLD_BYTES:
+                self._forget_golds()  # all at once: a sample's candidates come one after the other
+            gold = self._golds[key] = self._settle(connection, sql)
+            self._gold_bytes += sum(result.size for result in (gold.result, gold.ordered) if result is not None)
         return gold
+
+    def _forget_golds(self) -> None:
+        self._golds.clear()
+        self._gold_bytes = 0
 
     def _settle(self, connection: GuardedConnection, sql: str) -> _Gold:
         """Runs gold, and where rows could come in several orders, twice more to see which of them are tied."""
@@ -238,14 +201,12 @@ class Evaluator:
         ordered = top_level_order_by(sql)
         if not ordered and not top_level_limit(sql):
             return _Gold(result=result)
-        directions: tuple[Direction, Direction] = ("ASC", "DESC")
-        sorted_both_ways = []
-        for direction in directions:
-            run = self._run(connection, break_ties(sql, result.width, direction), Phase.GOLD)
+        ascending = self._run(connection, break_ties(sql, result.width, "ASC"), Phase.GOLD)
+        descending = self._run(connection, break_ties(sql, result.width, "DESC"), Phase.GOLD)
+        for run in (ascending, descending):
             if isinstance(run, QueryError):
                 return _Gold(SqlReason.GOLD_INVALID, f"gold, with its ties broken: {run.reason}: {run}")
-            sorted_both_ways.append(run)
-        ascending, descending = sorted_both_ways
+        assert isinstance(ascending, QueryResult) and isinstance(descending, QueryResult)
         cuts = tie_cuts(ascending, descending)
         if cuts is None:
             return _Gold(SqlReason.GOLD_AMBIGUOUS, "gold: its LIMIT cuts through tied rows")
@@ -292,68 +253,20 @@ _REASONS = {
 }
 
 
-def frame(message: object) -> bytes:
-    """ASCII JSON, so that lone surrogates survive the way."""
-    payload = json.dumps(message, separators=(",", ":")).encode()
-    return HEADER.pack(len(payload)) + payload
-
-
-def to_wire(value: SqlJob | Evaluation) -> list[Any]:
-    return [getattr(value, field.name) for field in fields(value)]
-
-
-def evaluation_from_wire(values: list[Any]) -> Evaluation:
-    named = dict(zip(_EVALUATION_FIELDS, values, strict=True))
-    return Evaluation(**{**named, "reason": SqlReason(named["reason"]), "tables": tuple(named["tables"])})
-
-
-_EVALUATION_FIELDS = tuple(field.name for field in fields(Evaluation))
-
-
-def serve(requests: BinaryIO, answers: BinaryIO, limits: SqlLimits) -> None:
-    """Answers until `requests` ends. Every query runs under a timer of CPU time that kills the process with SIGPROF."""
-
-    def send(message: object) -> None:
-        answers.write(frame(message))
-        answers.flush()
-
-    announced = Phase.CANDIDATE
-
-    def enter(phase: Phase) -> None:
-        nonlocal announced
-        signal.setitimer(signal.ITIMER_PROF, 0 if phase is Phase.COMPARE else limits.cpu_s)
-        if phase not in (announced, Phase.COMPARE):
-            send(phase)
-            announced = phase
-
-    send(READY)
-    with Evaluator(limits, enter=enter) as evaluator:
-        while header := requests.read(HEADER.size):
-            for job in json.loads(requests.read(*HEADER.unpack(header))):
-                send(to_wire(evaluator.evaluate(*job)))
-
-
-def confine_process(limits: SqlLimits) -> None:
-    """Takes from this process, for good, what judging SQL does not need. A system that lacks a limit goes without."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes our input
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    for limit, value in (
-        (resource.RLIMIT_AS, limits.memory_bytes),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        with suppress(ValueError, OSError):  # macOS refuses RLIMIT_AS
-            resource.setrlimit(limit, (value, value))
-    limit_process_heap(limits)
-
-
 def main() -> None:
     limits = SqlLimits(**json.loads(sys.argv[1]))
-    confine_process(limits)
-    try:
-        serve(sys.stdin.buffer, sys.stdout.buffer, limits)
-    except BrokenPipeError:  # the parent is gone
-        os._exit(1)
+    confine_process(limits.memory_bytes)
+    limit_process_heap(limits)
+    channel = Channel(limits.cpu_s, Phase.CANDIDATE)
+
+    def enter(phase: Phase) -> None:
+        if phase is Phase.COMPARE:
+            channel.rest()
+        else:
+            channel.begin(phase)
+
+    with closing(Evaluator(limits, enter=enter)) as evaluator:
+        channel.serve(lambda job: evaluator.evaluate(SqlJob(*job)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistill.data.execution.python_worker import NotPlainError, PythonReason, decode, encode
+from fastdistill.data.execution.python_child import PythonReason
+from fastdistill.data.execution.python_values import NotPlainError, decode, encode
 
 
 class Equal(int):

@@ -1,0 +1,290 @@
+"""Measures the gates of a pipeline against the truth, and asks no teacher.
+
+Each record's gold answer takes the teacher's place: a gate that fails it rejects falsely. Then the gold answers are
+broken, one place at a time, and a gate that passes a broken one accepts falsely, unless it means the same after all:
+where there is a stricter gate (for SQL: perturbed copies of the database) it tells the two apart, and otherwise such a
+mutant is counted as `survived`, equivalent or untested.
+"""
+
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pydantic import PrivateAttr
+
+from fastdistill.control.audited import audit_file, files_of, is_audited
+from fastdistill.control.card import percent
+from fastdistill.control.folder import RunFolder, artifacts_root, write_json
+from fastdistill.control.reports import versions
+from fastdistill.control.session import Pipeline, Watch, execute, run_in_loop, unwatched
+from fastdistill.control.tally import interval
+from fastdistill.core.errors import InputError, SampleError
+from fastdistill.core.stats import Rate, wilson
+from fastdistill.core.step import Context, Gate, Mutation, SampleStep, Step, is_generation
+from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Prompt, Sample, Verdict
+
+GOLD = "gold"
+_PROMPT = Prompt("audit", "gold", (), {})
+
+
+class Finding(StrEnum):
+    """What a gate made of an answer whose truth is known."""
+
+    PASSED = "passed"  # gold
+    FALSE_REJECT = "false_reject"
+    BROKEN_GOLD = "broken_gold"  # the gate could not judge gold, so its mutants are left out
+    REJECTED = "rejected"  # a mutant
+    FALSE_ACCEPT = "false_accept"
+    SURVIVED = "survived"  # passed, and not told from gold: equivalent or untested
+    UNDECIDED = "undecided"  # a mutant that the gate could not judge
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An answer that a gate judged otherwise than it should, or could not judge."""
+
+    index: int
+    source: str
+    sample_id: str
+    operator: str
+    finding: Finding
+    reason: str
+    answer: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What is put in the teacher's place. `gate`: it was made for this one alone."""
+
+    operator: str
+    text: str
+    gold: str
+    gate: str | None = None
+    may_be_equal: bool = False
+
+
+def audit(
+    pipeline: Pipeline, *, output_dir: Path | None = None, mutants: int = 2, seed: int = 0, watch: Watch = unwatched
+) -> list[dict[str, Any]]:
+    """Audits every gate that asks no model, and writes a report of each under the artifacts root.
+
+    Args:
+        mutants: how many to try at most of each sample and each operator, drawn at random by `seed`.
+
+    Raises:
+        InputError: no gate knows of a gold answer.
+        FatalError: the records or a database can't be read.
+    """
+    first = next((at for at, step in enumerate(pipeline.steps) if isinstance(step, SampleStep)), len(pipeline.steps))
+    steps = tuple(step for step in pipeline.steps[first:] if isinstance(step, SampleStep))
+    measured = _Measured(name="Audit", judging=steps, mutants=mutants, seed=seed)
+    shortened = Pipeline(name=pipeline.name, steps=(*pipeline.steps[:first], measured), max_error_rate=1)
+    with TemporaryDirectory(prefix="fastdistill-") as scratch:
+        folder = RunFolder(Path(scratch), "audit", Path(scratch) / "run")
+        result = run_in_loop(execute(shortened, folder, watch))
+    gates = [step for step in steps if isinstance(step, Gate) and is_audited(step)]
+    if not any(measured.counts):
+        raise InputError(
+            f"{pipeline.name}: no gold answer was found, so there is nothing to measure with; gold_field of an"
+            " execution gate names the record's field with it"
+        )
+    records = {name: result.manifest[name] for name in ("name", "inputs", "content_sha256")}
+    records["samples"] = result.quality["samples"]
+    reports = [measured.report(gate) | {"measured_on": records} for gate in gates]
+    for gate, report in zip(gates, reports, strict=True):
+        write_json(audit_file(artifacts_root(output_dir), gate), report)
+    return reports
+
+
+class _Measured(SampleStep):
+    """Takes gold answers and mutants through all steps after generation; every gate judges what concerns it."""
+
+    judging: tuple[Step, ...]
+    mutants: int
+    seed: int
+
+    _counts: Counter[tuple[str, str, Finding]] = PrivateAttr(default_factory=Counter)
+    _cases: dict[str, list[Case]] = PrivateAttr(default_factory=dict)
+    _stricter: dict[str, Gate] = PrivateAttr(default_factory=dict)
+
+    @property
+    def counts(self) -> Counter[tuple[str, str, Finding]]:
+        """By gate, operator and finding."""
+        return self._counts
+
+    @asynccontextmanager
+    async def opened(self, ctx: Context) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for step in self.judging:
+                if isinstance(step, Gate) and is_audited(step) and (stricter := step.stricter()):
+                    self._stricter[step.name] = stricter
+                    await stack.enter_async_context(stricter.opened(ctx))
+                await stack.enter_async_context(step.opened(ctx))
+            yield
+
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        answers = self._answers(sample)
+        if not answers:
+            raise SampleError("no_gold", f"{sample.source}: no gate finds a gold answer in this record")
+        candidates = tuple(_candidate(at, answer.text) for at, answer in enumerate(answers))
+        if not any(is_generation(step) for step in self.judging):
+            sample = replace(sample, candidates=candidates)
+        for step in self.judging:
+            assert isinstance(step, SampleStep)
+            if is_generation(step):
+                sample = replace(sample, candidates=candidates)
+            elif not isinstance(step, Gate):
+                sample = await step.run(sample, ctx)
+            elif is_audited(step):
+                mine = [a for a in answers if a.gate in (None, step.name) and a.gold == (step.gold(sample) or a.gold)]
+                await self._measure(step, mine, [sample.candidates[answers.index(a)] for a in mine], sample, ctx)
+        return replace(sample, candidates=(), selection=None)
+
+    def _answers(self, sample: Sample) -> list[_Answer]:
+        chance = random.Random(f"{self.seed} {sample.sample_id}")
+        answers: dict[tuple[str, str | None], _Answer] = {}
+        for gate in (step for step in self.judging if isinstance(step, Gate) and is_audited(step)):
+            gold = gate.gold(sample)
+            if gold is None:
+                continue
+            answers.setdefault((gold, None), _Answer(GOLD, gold, gold))
+            by_operator: dict[str, list[Mutation]] = {}
+            for mutation in gate.mutations(gold, sample):
+                by_operator.setdefault(mutation.operator, []).append(mutation)
+            for operator, mutations in sorted(by_operator.items()):
+                for mutation in chance.sample(mutations, min(self.mutants, len(mutations))):
+                    text = mutation.apply()
+                    if text != gold:
+                        answer = _Answer(operator, text, gold, gate.name, mutation.may_be_equal)
+                        answers.setdefault((text, gate.name), answer)
+        return list(answers.values())
+
+    async def _measure(
+        self, gate: Gate, answers: Sequence[_Answer], candidates: Sequence[Candidate], sample: Sample, ctx: Context
+    ) -> None:
+        verdicts = await _judged(gate, candidates, sample, ctx)
+        passed = {a.gold for a, v in zip(answers, verdicts, strict=True) if a.operator == GOLD and v.outcome == "pass"}
+        doubtful = [
+            at
+            for at, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True))
+            if answer.may_be_equal and verdict.outcome is Outcome.PASS and answer.gold in passed
+        ]
+        told_apart = set()
+        if doubtful and (stricter := self._stricter.get(gate.name)):
+            again = await _judged(stricter, [candidates[at] for at in doubtful], sample, ctx)
+            told_apart = {at for at, v in zip(doubtful, again, strict=True) if v.outcome is Outcome.FAIL}
+        for at, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True)):
+            if answer.operator == GOLD:
+                finding = _OF_GOLD[verdict.outcome]
+            elif answer.gold not in passed:
+                continue
+            elif verdict.outcome is Outcome.PASS:
+                finding = Finding.SURVIVED if at in doubtful and at not in told_apart else Finding.FALSE_ACCEPT
+            else:
+                finding = Finding.REJECTED if verdict.outcome is Outcome.FAIL else Finding.UNDECIDED
+            self._counts[gate.name, answer.operator, finding] += 1
+            if finding not in (Finding.PASSED, Finding.REJECTED):
+                detail = ", ".join(f"{name}={value!r}" for name, value in verdict.detail.items())
+                place = (sample.index, sample.source, sample.sample_id)
+                case = Case(*place, answer.operator, finding, str(verdict.reason), answer.text, detail[:500])
+                self._cases.setdefault(gate.name, []).append(case)
+
+    def report(self, gate: Gate) -> dict[str, Any]:
+        """What was found of one gate, as its file has it."""
+        operators: dict[str, Counter[Finding]] = {}
+        for (name, operator, finding), count in sorted(self._counts.items()):
+            if name == gate.name:
+                operators.setdefault(operator, Counter())[finding] = count
+        golds = operators.pop(GOLD, Counter())
+        mutants = sum(operators.values(), Counter())
+        cases = sorted(self._cases.get(gate.name, ()), key=lambda case: (case.index, case.operator, case.answer))
+        return {
+            "gate": gate.name,
+            "type": type(gate).__name__,
+            "fingerprint": gate.fingerprint,
+            "rates": {
+                "golds": golds.total(),
+                "broken_golds": golds[Finding.BROKEN_GOLD],
+                "false_reject_rate": interval(
+                    wilson(golds[Finding.FALSE_REJECT], golds[Finding.FALSE_REJECT] + golds[Finding.PASSED])
+                ),
+                "mutants": mutants.total(),
+                **_accepts(mutants),
+            },
+            "operators": {
+                name: {finding: counts[finding] for finding in _OF_MUTANTS} | _accepts(counts)
+                for name, counts in operators.items()
+            },
+            "seed": self.seed,
+            "mutants_per_sample_and_operator": self.mutants,
+            "inputs": [{"path": path, "sha256": content} for path, content in sorted(files_of(gate).items())],
+            "versions": versions(),
+            "cases": [asdict(case) for case in cases],
+        }
+
+
+def show_audit(reports: Sequence[Mapping[str, Any]], root: Path) -> None:
+    """Prints what each gate lets through and holds back, with an example of each kind, and where all of it is."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for report in reports:
+        table = Table(title=Text(report["gate"], "bold"), title_justify="left", box=None)
+        for heading in ("answers", "rejected", "accepted", "survived", "error", "wrongly, 95% interval"):
+            table.add_column(heading, no_wrap=True)
+        rates = report["rates"]
+        wrong = rates["false_reject_rate"]
+        golds = (wrong["successes"], wrong["total"] - wrong["successes"], "", rates["broken_golds"])
+        table.add_row(GOLD, *map(str, golds), percent(Rate(**wrong)))
+        for name, found in report["operators"].items():
+            table.add_row(name, *(str(found[f]) for f in _OF_MUTANTS), percent(Rate(**found["false_accept_rate"])))
+        console.print(table)
+    for report in reports:
+        for finding in (Finding.FALSE_REJECT, Finding.FALSE_ACCEPT, Finding.BROKEN_GOLD, Finding.SURVIVED):
+            cases = [case for case in report["cases"] if case["finding"] == finding]
+            shown = 10 if finding is Finding.FALSE_REJECT else 2
+            for case in cases[:shown]:
+                words = f"{report['gate']}: {finding}: {case['source']} {case['operator']} {case['reason']}: "
+                console.print(Text(words, "bold") + Text(" ".join(case["answer"].split())[:200]), soft_wrap=True)
+            if len(cases) > shown:
+                console.print(Text(f"{report['gate']}: {finding}: {len(cases) - shown} more", "dim"))
+        path = root / "audits" / f"{report['fingerprint']}.json"
+        console.print(Text(f"{report['gate']}: {path}"), soft_wrap=True)
+
+
+_OF_MUTANTS = (Finding.REJECTED, Finding.FALSE_ACCEPT, Finding.SURVIVED, Finding.UNDECIDED)
+_OF_GOLD = {
+    Outcome.PASS: Finding.PASSED,
+    Outcome.FAIL: Finding.FALSE_REJECT,
+    Outcome.ERROR: Finding.BROKEN_GOLD,
+}
+
+
+def _accepts(counts: Counter[Finding]) -> dict[str, Any]:
+    """The rate of false accepts, and what it is at most: if nothing that survived is equivalent."""
+    accepted, survived, rejected = (counts[f] for f in (Finding.FALSE_ACCEPT, Finding.SURVIVED, Finding.REJECTED))
+    return {
+        "false_accept_rate": interval(wilson(accepted, accepted + rejected)),
+        "at_most": interval(wilson(accepted + survived, accepted + survived + rejected)),
+    }
+
+
+def _candidate(at: int, text: str) -> Candidate:
+    completion = Completion(text, FinishReason.STOP)
+    return Candidate(f"{at}", at, None, "", _PROMPT, completion, text)
+
+
+async def _judged(gate: Gate, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
+    """Each candidate by itself, at once where one has nothing to do with another."""
+    if gate.alone:
+        return await gate.judge_all(candidates, sample, ctx)
+    return [verdict for candidate in candidates for verdict in await gate.judge_all([candidate], sample, ctx)]

@@ -1,0 +1,204 @@
+"""Two runs sample by sample: what the second won and lost, at which gate and why, and whether it is more than chance.
+
+Only samples that both runs have are compared. A sample counts as accepted or not; one that a run could not decide
+(nothing accepted, and a gate that could not judge) is left out of the rates and counted apart.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdistill.control.card import percent
+from fastdistill.control.folder import RunFolder, artifacts_root, write_json
+from fastdistill.control.ledger import read_samples
+from fastdistill.control.tally import interval
+from fastdistill.core.compare import Difference, mcnemar, paired_bootstrap
+from fastdistill.core.errors import InputError
+from fastdistill.core.stats import Rate, wilson
+from fastdistill.core.types import Outcome, Sample, Status
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Fate(StrEnum):
+    """What became of a sample in one run."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+    UNDECIDED = "undecided"
+    FAILED = "failed"  # it never reached the gates' end: not accepted either
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A sample that one run accepted and the other did not, and what the other held against it."""
+
+    sample_id: str
+    task_id: str
+    source: str
+    at: str  # the gate, or the step that failed
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Run B against run A. Rates are of the `compared` samples; `difference` is B's rate minus A's."""
+
+    run_a: str
+    run_b: str
+    only_a: int
+    only_b: int
+    undecided: int
+    compared: int
+    accepted_a: Rate
+    accepted_b: Rate
+    both: int
+    difference: Difference
+    p_value: float
+    won: Sequence[Change]
+    lost: Sequence[Change]
+
+
+def compare(a: RunFolder, b: RunFolder, group_by: str | None = None) -> Comparison:
+    """Compares two runs by the ids of their samples.
+
+    Args:
+        group_by: a field of the records: samples that share it (a database, a table) are not independent.
+
+    Raises:
+        InputError: a run has no ledger, no sample is in both, or a record lacks the field.
+    """
+    before = {sample.sample_id: _ending(sample) for sample in _samples(a)}
+    differences: list[tuple[str, float]] = []
+    won: list[Change] = []
+    lost: list[Change] = []
+    both = only_b = undecided = 0
+    for sample in _samples(b):
+        first, now = before.pop(sample.sample_id, None), _ending(sample)
+        if first is None:
+            only_b += 1
+        elif Fate.UNDECIDED in (first.fate, now.fate):
+            undecided += 1
+        else:
+            both += first.fate is now.fate is Fate.ACCEPTED
+            gained = (now.fate is Fate.ACCEPTED) - (first.fate is Fate.ACCEPTED)
+            differences.append((_group(sample, group_by), gained))
+            if gained:
+                at, reason = _held_against(first, now) if gained > 0 else _held_against(now, first)
+                change = Change(sample.sample_id, sample.task_id, sample.source, at, reason)
+                (won if gained > 0 else lost).append(change)
+    compared = len(differences)
+    if not compared and not undecided:
+        raise InputError(f"{a.run_id} and {b.run_id} have no sample in common: were they made of the same records?")
+    return Comparison(
+        run_a=a.run_id,
+        run_b=b.run_id,
+        only_a=len(before),
+        only_b=only_b,
+        undecided=undecided,
+        compared=compared,
+        accepted_a=wilson(both + len(lost), compared),
+        accepted_b=wilson(both + len(won), compared),
+        both=both,
+        difference=paired_bootstrap(differences),
+        p_value=mcnemar(len(lost), len(won)),
+        won=won,
+        lost=lost,
+    )
+
+
+def show_diff(run_a: str, run_b: str, output_dir: Path | None, group_by: str | None, json: Path | None) -> None:
+    """Prints a comparison, and writes it with every sample to the file `json`."""
+    from rich.console import Console
+
+    root = artifacts_root(output_dir)
+    found = compare(RunFolder.find(root, run_a), RunFolder.find(root, run_b), group_by)
+    if json is not None:
+        rates = {name: interval(getattr(found, name)) for name in ("accepted_a", "accepted_b")}
+        write_json(json, asdict(found) | rates | {"group_by": group_by})
+    _print(found, Console())
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How a sample ended: the accepted candidates, and why each of the others was not."""
+
+    fate: Fate
+    accepted: tuple[str, ...]
+    rejected: Mapping[str, tuple[str, str]]  # gate and reason, by candidate; who came furthest is the last
+    failure: tuple[str, str]
+
+
+def _samples(folder: RunFolder) -> Iterator[Sample]:
+    if not folder.ledger.exists():
+        raise InputError(f"{folder.ledger}: this run has no ledger yet")
+    return read_samples(folder.ledger, "sample_id != '' AND status IN ('open', 'failed')")
+
+
+def _ending(sample: Sample) -> _Ending:
+    accepted = tuple(candidate.candidate_id for candidate in sample.accepted)
+    failed = [c for c in sample.candidates if c.outcome is Outcome.FAIL]
+    failed.sort(key=lambda candidate: len(candidate.verdicts))
+    rejected = {
+        c.candidate_id: next((v.gate, v.reason) for v in c.verdicts if v.outcome is Outcome.FAIL) for c in failed
+    }
+    failure = next(((f.step, f.reason) for f in reversed(sample.failures)), ("", "no candidates"))
+    if sample.status is Status.FAILED:
+        fate = Fate.FAILED
+    elif accepted:
+        fate = Fate.ACCEPTED
+    else:
+        fate = Fate.UNDECIDED if len(failed) < len(sample.candidates) else Fate.REJECTED
+    return _Ending(fate, accepted, rejected, failure)
+
+
+def _held_against(loser: _Ending, winner: _Ending) -> tuple[str, str]:
+    """Why a run did not accept a sample: what it held against an answer that the other accepted, if it has that one."""
+    same = [loser.rejected[candidate] for candidate in winner.accepted if candidate in loser.rejected]
+    if loser.fate is Fate.FAILED:
+        return loser.failure
+    return (same or [*loser.rejected.values()][-1:] or [loser.failure])[0]
+
+
+def _group(sample: Sample, group_by: str | None) -> str:
+    if group_by is None:
+        return sample.sample_id
+    if group_by not in sample.record:
+        raise InputError(f"{sample.source}: no field {group_by!r}; the record has: {', '.join(sample.record)}")
+    return repr(sample.record[group_by])
+
+
+def _print(found: Comparison, console: "Console") -> None:
+    from rich.table import Table
+
+    console.print(
+        f"{found.compared:,} samples compared; {found.undecided:,} undecided in one of them,"
+        f" {found.only_a:,} only in {found.run_a}, {found.only_b:,} only in {found.run_b}",
+        soft_wrap=True,
+    )
+    rates = Table("run", "accepted", "rate, 95% interval", box=None)
+    for run, rate in ((found.run_a, found.accepted_a), (found.run_b, found.accepted_b)):
+        rates.add_row(run, f"{rate.successes:,}", percent(rate))
+    console.print(rates)
+    estimate, low, high = (f"{100 * (value or 0.0):+.1f}" for value in asdict(found.difference).values())
+    console.print(f"difference: {estimate} points, 95% from {low} to {high}; McNemar p = {found.p_value:.3g}")
+    counted = [
+        (words, *key, of_one)
+        for words, changes in (("won", found.won), ("lost", found.lost))
+        for key, of_one in _by_reason(changes)
+    ]
+    if counted:
+        table = Table("", "at", "reason", "samples", "for example", box=None)
+        for words, at, reason, of_one in counted:
+            table.add_row(words, at, reason, f"{len(of_one):,}", ", ".join(c.task_id or c.source for c in of_one[:3]))
+        console.print(table)
+
+
+def _by_reason(changes: Sequence[Change]) -> list[tuple[tuple[str, str], list[Change]]]:
+    grouped: dict[tuple[str, str], list[Change]] = {}
+    for change in changes:
+        grouped.setdefault((change.at, change.reason), []).append(change)
+    return sorted(grouped.items(), key=lambda item: (-len(item[1]), item[0]))

@@ -1,0 +1,269 @@
+"""Judges the stored candidates of a run again, under other gates, and asks no teacher: a new run, with its lineage.
+
+The candidates come from the ledger of the earlier run, with their answers as the teacher gave them: it is judged what
+was asked then, whatever waves or races it was asked in. All of the pipeline after generation runs as in any run.
+"""
+
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from operator import ne
+from pathlib import Path
+
+from pydantic import ConfigDict
+
+from fastdistill.control.budget import first_accepted
+from fastdistill.control.config import load_layers, merge, parse_pipeline, read_yaml
+from fastdistill.control.folder import RunFolder, artifacts_root, read_json
+from fastdistill.control.ledger import read_samples
+from fastdistill.control.reports import Lineage, versions
+from fastdistill.control.session import Pipeline, RunResult, Watch, execute, run_folder, run_in_loop, unwatched
+from fastdistill.core.canonical import digest
+from fastdistill.core.errors import ConfigError, InputError, SampleError
+from fastdistill.core.files import sha256_file
+from fastdistill.core.step import Context, Gate, SampleStep, Step, StreamStep, is_generation
+from fastdistill.core.types import Candidate, Failure, Outcome, Sample, Status
+from fastdistill.data.generate import TextGeneration
+from fastdistill.model.provider import ModelConfig
+
+_KEPT = 1024  # stored samples in memory; more than are open at a time, as a rule
+_HOLDS = ConfigDict(arbitrary_types_allowed=True)  # steps of our own making, never in a config
+
+
+def regate(
+    run: str,
+    layers: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    output_dir: Path | None = None,
+    run_id: str | None = None,
+    watch: Watch = unwatched,
+) -> RunResult:
+    """Runs the gates of some YAML layers over the candidates of `run`, an id or its beginning.
+
+    Raises:
+        InputError: there is no such run, or it has left no candidates.
+        ConfigError: the layers make no pipeline, or one that reads other samples than `run` did.
+        FatalError: as for any run.
+    """
+    stored = StoredRun(RunFolder.find(artifacts_root(output_dir), run))
+    pipeline = regated(stored, layers, overrides)
+    own = digest(["regate", stored.folder.run_id, pipeline.run_id])[:8]
+    folder = run_folder(output_dir, f"{pipeline.name}-regate-{own}" if run_id is None else run_id)
+    if folder.run_id == stored.folder.run_id:
+        raise ConfigError(f"run_id: {run_id!r} is the run to be judged again; give the new one another name")
+    lineage = Lineage(stored.folder.run_id, stored.read)
+    steps = tuple(_replaying(stored, pipeline, lineage))
+    return run_in_loop(execute(pipeline, folder, watch, steps, lineage))
+
+
+class StoredRun:
+    """A finished run: its pipeline, its samples, and what its verdicts depended on.
+
+    Raises:
+        InputError: it has left no ledger, or has not ended.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        manifest = read_json(folder.manifest)
+        if manifest["status"] == "running" or not folder.ledger.exists():
+            raise InputError(f"{folder.path}: this run has not ended; run it again to its end, and then regate it")
+        self.config = read_yaml(folder.config)
+        self.pipeline = parse_pipeline(self.config)
+        self._hashes = {entry["path"]: entry["sha256"] for entry in manifest["inputs"]}
+        self._comparable = _judging(manifest["versions"]) == _judging(versions())
+        self._kept: OrderedDict[int, Sample] = OrderedDict()
+        self.read = {folder.ledger.absolute(): sha256_file(folder.ledger)}
+
+    def samples(self) -> Iterator[Sample]:
+        """All samples in input order, up to the one that made a target full."""
+        target = self.pipeline.target
+        for sample in first_accepted(read_samples(self.folder.ledger), target.accepted if target else None):
+            self._keep(sample)
+            yield sample
+
+    def sample(self, index: int) -> Sample:
+        if index not in self._kept:
+            self._keep(next(read_samples(self.folder.ledger, "idx = ?", (index,))))
+        return self._kept[index]
+
+    def asks_the_same(self, generation: Step, pipeline: Pipeline) -> bool:
+        """Whether a step of `pipeline` is a step of this run, and asks the same models."""
+        return any(
+            step.name == generation.name and step.fingerprint == generation.fingerprint for step in self.pipeline.steps
+        ) and self._same_models(generation, pipeline)
+
+    def gate_like(self, gate: Gate, pipeline: Pipeline) -> str | None:
+        """The name of the gate of this run whose verdict on an answer is as good as a new one by `gate`, if any."""
+        names = [step.name for step in self.pipeline.steps]
+        like = next((at for at, step in enumerate(self.pipeline.steps) if step.fingerprint == gate.fingerprint), None)
+        independent = (gate.alone or type(gate).judge_all is Gate.judge_all) and not gate.gates()
+        if like is None or not (independent and self._comparable and self._same_models(gate, pipeline)):
+            return None
+        # The ledger has each answer as it was at the end: the gate saw the same one if no step rewrote it since.
+        later = self.pipeline.steps[like + 1 :]
+        return None if any(isinstance(step, SampleStep) and step.rewrites for step in later) else names[like]
+
+    def unchanged(self, path: Path) -> bool:
+        """Whether a file is the one that the run read."""
+        path = path.absolute()
+        if path not in self.read and path.is_file():
+            self.read[path] = sha256_file(path)
+        return path in self.read and self.read[path] == self._hashes.get(path.as_posix())
+
+    def _same_models(self, step: Step, pipeline: Pipeline) -> bool:
+        return all(_identity(self.pipeline.models.get(m)) == _identity(pipeline.models[m]) for m in step.models())
+
+    def _keep(self, sample: Sample) -> None:
+        self._kept[sample.index] = sample
+        if len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+
+
+def regated(stored: StoredRun, layers: Sequence[Path], overrides: Sequence[str] = ()) -> Pipeline:
+    """The pipeline of an earlier run, changed as the layers say.
+
+    A list of steps stands for all steps after generation (or for all steps, if it has the generation too) and brings
+    its own `require`; a mapping changes the steps that it names. `target` and `budget` say when to stop asking, and are
+    left out.
+
+    Raises:
+        ConfigError: that is no pipeline, or one that would read other samples.
+    """
+    given = load_layers(layers)
+    if not isinstance(given, dict):
+        raise ConfigError("the config must be a mapping, like `steps:` and a list")
+    steps = given.get("steps")
+    base = dict(stored.config)
+    if isinstance(steps, list):
+        asking = _generating(stored.pipeline)
+        kinds = {type(stored.pipeline.steps[at]).__name__ for at in asking}
+        if kinds.isdisjoint(name for item in steps for name in (item if isinstance(item, dict) else [str(item)])):
+            given["steps"] = [*base["steps"][: asking[-1] + 1], *steps]
+        base.pop("require", None)
+    config = load_layers((), overrides, merge(base, given))
+    pipeline = parse_pipeline({key: value for key, value in config.items() if key not in ("target", "budget")})
+    before = [stored.pipeline.steps[: _generating(stored.pipeline)[0]], pipeline.steps[: _generating(pipeline)[0]]]
+    if len({tuple(step.fingerprint for step in steps) for steps in before}) > 1:
+        raise ConfigError(
+            f"steps: the samples are those that {stored.folder.run_id} has read, so the steps before generation"
+            " can't be others; leave them out, or use `fastdistill pipeline run`"
+        )
+    return pipeline
+
+
+def _generating(pipeline: Pipeline) -> list[int]:
+    """Where in a pipeline candidates are asked for.
+
+    Raises:
+        ConfigError: nowhere.
+    """
+    found = [at for at, step in enumerate(pipeline.steps) if is_generation(step)]
+    if not found:
+        raise ConfigError(f"{pipeline.name}: no step asks for candidates: there is nothing to judge again")
+    return found
+
+
+def _replaying(stored: StoredRun, pipeline: Pipeline, lineage: Lineage) -> Iterator[Step]:
+    """The steps to run: the stored samples in place of all before generation, and none that asks for candidates."""
+    yield _StoredSamples(name="StoredSamples", stored=stored)
+    for step in pipeline.steps[_generating(pipeline)[0] :]:
+        if is_generation(step):
+            same = stored.asks_the_same(step, pipeline)
+            yield _StoredCandidates(name=step.name, stored=stored, generation=step, same=same)
+        elif isinstance(step, Gate) and (name := stored.gate_like(step, pipeline)):
+            yield _StoredVerdicts(name=step.name, stored=stored, gate=step, like=name, lineage=lineage)
+        else:
+            yield step
+
+
+class _StoredSamples(StreamStep):
+    """The samples of the earlier run, as they were before anything was asked for them."""
+
+    model_config = _HOLDS
+
+    stored: StoredRun
+
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        for sample in self.stored.samples():
+            if sample.candidates and sample.status is not Status.SKIPPED:
+                yield replace(sample, candidates=(), selection=None, failures=(), status=Status.OPEN)
+            else:
+                ctx.discard(sample)
+
+
+class _StoredCandidates(SampleStep):
+    """The candidates that a generation step got then, as far as it would ask for them now."""
+
+    model_config = _HOLDS
+
+    stored: StoredRun
+    generation: Step
+    same: bool
+
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        before = self.stored.sample(sample.index)
+        failures = [failure for failure in before.failures if failure.step == self.name]
+        for failure in failures:
+            if failure.attempt is None:
+                raise SampleError(failure.reason, failure.message)
+        asked = None
+        if isinstance(self.generation, TextGeneration):
+            asked = {(prompt.provider, prompt.digest) for prompt in self.generation.prompts(sample, ctx)}
+        kept = []
+        for candidate in (c for c in before.candidates if c.step == self.name):
+            if self.same if asked is None else (candidate.prompt.provider, candidate.prompt.digest) in asked:
+                kept.append(replace(candidate, answer=candidate.completion.text, cuts=(), verdicts=(), score=None))
+            else:
+                message = f"{sample.source}: {self.name} would ask something else now; regate asks nobody"
+                failures.append(Failure(self.name, "not_stored", message, candidate.attempt))
+        if not kept and not sample.candidates:
+            last = failures[-1] if failures else Failure(self.name, "not_stored", f"{sample.source}: nothing is stored")
+            raise SampleError(last.reason, last.message)
+        return replace(sample, candidates=(*sample.candidates, *kept), failures=(*sample.failures, *failures))
+
+
+class _StoredVerdicts(SampleStep):
+    """A gate that judges what it has not judged before: not the same answer, or not by the same files."""
+
+    model_config = _HOLDS
+    rewrites = False
+
+    stored: StoredRun
+    gate: Gate
+    like: str
+    lineage: Lineage
+
+    @asynccontextmanager
+    async def opened(self, ctx: Context) -> AsyncIterator[None]:
+        async with self.gate.opened(ctx):
+            yield
+
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        if all(self.stored.unchanged(path) for path in self.gate.inputs_for(sample)):
+            before = {candidate.candidate_id: candidate for candidate in self.stored.sample(sample.index).candidates}
+            taken_over = [self._taken_over(candidate, before) for candidate in sample.candidates]
+            self.lineage.reused[self.name] += sum(map(ne, taken_over, sample.candidates))
+            sample = replace(sample, candidates=tuple(taken_over))
+        return await self.gate.run(sample, ctx)
+
+    def _taken_over(self, candidate: Candidate, before: Mapping[str, Candidate]) -> Candidate:
+        stored = before[candidate.candidate_id]
+        verdict = stored.verdict(self.like)
+        if candidate.outcome is Outcome.FAIL or candidate.verdict(self.name) or candidate.answer != stored.answer:
+            return candidate
+        # What could not be judged then is tried again: the machine may be less busy, a database mended.
+        if verdict is None or verdict.outcome is Outcome.ERROR:
+            return candidate
+        return candidate.judged(replace(verdict, gate=self.name))
+
+
+def _judging(found: Mapping[str, str]) -> dict[str, str]:
+    """The versions that a verdict may depend on: a step's fingerprint tells of our own code."""
+    return {name: version for name, version in found.items() if name != "fastdistill"}
+
+
+def _identity(config: ModelConfig | None) -> object:
+    return config and (config.provider, config.model, config.parameters())

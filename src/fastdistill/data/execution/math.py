@@ -1,0 +1,151 @@
+"""Execution gate for mathematics: compares the final answer of each candidate with gold's.
+
+What is the final answer and what is plainly equal is defined in `answer_math`, all other equality in `math_worker`.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from fractions import Fraction
+from typing import ClassVar, Literal
+
+from pydantic import Field, PrivateAttr
+
+from fastdistill.core.step import Context, Gate
+from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.data.answer_math import LONGEST, Equality, clean, compare, extract, is_costly, is_prose, without_unit
+from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool
+
+
+class MathReason(StrEnum):
+    MATCH = "match"
+
+    MISMATCH = "mismatch"
+    NO_ANSWER = "no_answer"
+
+    AMBIGUOUS = "ambiguous"
+    UNIT_UNCLEAR = "unit_unclear"
+    UNREADABLE = "unreadable"
+    COMPARE_BUDGET = "compare_budget"
+    GOLD_INVALID = "gold_invalid"
+    INFRA_TIMEOUT = "infra_timeout"
+    SANDBOX_DIED = "sandbox_died"
+
+    @property
+    def outcome(self) -> Literal["pass", "fail", "error"]:
+        """`error` means that the candidate could not be judged: it is never held against it."""
+        if self is MathReason.MATCH:
+            return "pass"
+        return "fail" if self in (MathReason.MISMATCH, MathReason.NO_ANSWER) else "error"
+
+
+@dataclass(frozen=True, slots=True)
+class MathLimits:
+    """What the comparison of one pair of expressions may cost."""
+
+    cpu_s: float = 2.0
+    wall_s: float = 30.0
+    """A backstop that never blames the answer."""
+    memory_bytes: int = 1 << 30
+    """Address space of a worker; with sympy it takes about 200 MB of it."""
+
+
+class MathPool(WorkerPool[tuple[str, str], MathReason]):
+    """Compares pairs of gold and answer, both cleaned."""
+
+    module = "fastdistill.data.execution.math_worker"
+    what = "math"
+
+    def __init__(self, workers: int | None = None, limits: MathLimits | None = None) -> None:
+        limits = limits or MathLimits()
+        super().__init__(workers, asdict(limits), limits.wall_s, batch=4)
+
+    def to_wire(self, job: tuple[str, str]) -> tuple[str, str]:
+        return job
+
+    def from_wire(self, message: list[str]) -> MathReason:
+        return MathReason(message[0])
+
+    async def died(
+        self, job: tuple[str, str], death: Death, judge: Callable[[tuple[str, str]], Awaitable[MathReason]]
+    ) -> MathReason:
+        return MathReason.INFRA_TIMEOUT if death.cause is Cause.WALL else MathReason.SANDBOX_DIED
+
+
+class MathExecEval(Gate):
+    """Passes candidates whose final answer equals gold's, exactly, unless a tolerance is given.
+
+    A verdict's detail has the extracted `answer`, `extracted` (how it was found) and `compared` (`exact`, `symbolic`).
+    What can't be decided is an `error`, never held against the candidate.
+    """
+
+    machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
+
+    gold_field: str = Field("answer", description="the record's field with the gold answer, alone or ending a solution")
+    extract: Literal["marked", "last_number"] = Field(
+        "marked", description="last_number: where no final answer is marked, the last number of the text counts"
+    )
+    tolerance: float = Field(
+        0.0, ge=0, lt=1, allow_inf_nan=False, description="numbers are equal within this share of gold"
+    )
+    absolute_tolerance: float = Field(0.0, ge=0, allow_inf_nan=False, description="or within this distance of gold")
+    limits: MathLimits = MathLimits()
+    workers: int | None = Field(None, gt=0, le=64, description="worker processes; by default one a core, two at most")
+
+    _pool: MathPool | None = PrivateAttr(None)
+
+    @asynccontextmanager
+    async def opened(self, ctx: Context) -> AsyncIterator[None]:
+        async with MathPool(self.workers, self.limits) as pool:
+            self._pool = pool
+            try:
+                yield
+            finally:
+                self._pool = None
+
+    async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
+        gold = _gold(sample.record.get(self.gold_field))
+        if gold is None:
+            detail = f"{sample.source}: no final answer in field {self.gold_field!r}"
+            return self._verdict(MathReason.GOLD_INVALID, detail=detail)
+        found = extract(candidate.answer, last_number=self.extract == "last_number")
+        if found is None:
+            return self._verdict(MathReason.NO_ANSWER)
+        seen = {"answer": found.answers[0], "extracted": found.method}
+        equalities = {compare(gold, answer, self._close) for answer in found.answers}
+        if equalities == {Equality.NOT_PLAIN} and len(found.answers) == 1:
+            return self._verdict(await self._symbolic(gold, found.answers[0]), **seen, compared="symbolic")
+        if len(found.answers) > 1 and equalities != {Equality.EQUAL}:
+            return self._verdict(MathReason.AMBIGUOUS, **seen | {"answer": " | ".join(found.answers[:4])})
+        return self._verdict(MathReason(equalities.pop()), **seen, compared="exact")
+
+    async def _symbolic(self, gold: str, answer: str) -> MathReason:
+        assert self._pool is not None, "the gate is used inside `opened`"
+        if is_costly(gold) or is_costly(answer):
+            return MathReason.COMPARE_BUDGET
+        (gold, unit), (answer, other) = without_unit(gold), without_unit(answer)
+        if unit and other and unit != other:
+            return MathReason.UNIT_UNCLEAR
+        if is_prose(gold) or is_prose(answer):
+            return MathReason.UNREADABLE
+        return await self._pool.evaluate((gold, answer))
+
+    def _close(self, gold: Fraction, number: Fraction) -> bool:
+        return abs(gold - number) <= max(abs(gold) * Fraction(self.tolerance), Fraction(self.absolute_tolerance))
+
+    def _verdict(self, reason: MathReason, **detail: str) -> Verdict:
+        return self.verdict(Outcome(reason.outcome), reason, None, **detail)
+
+
+def _gold(value: object) -> str | None:
+    """The gold answer of a record: a number, or a text that is the answer or ends in it."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    text = str(value)
+    if "####" in text or "\\boxed" in text:
+        found = extract(text)
+        answers = found.answers if found else ()
+    else:
+        answers = (clean(text),)
+    return answers[0] if len(answers) == 1 and 0 < len(answers[0]) <= LONGEST else None

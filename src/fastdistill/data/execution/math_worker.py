@@ -1,0 +1,146 @@
+"""Says whether two mathematical expressions are equal, by math-verify; as a program, the worker of `math.MathPool`.
+
+A supervisor that has everything imported forks a judge, which answers pair after pair. One that runs out of CPU time or
+memory costs 10 ms, for the supervisor forks the next; what was asked is `compare_budget`. math-verify's own time limits
+are off: they count whole seconds of wall time, and take running out of them for a difference. The text is parsed as
+LaTeX and never evaluated as Python.
+"""
+
+import ctypes
+import gc
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import sys
+import warnings
+from typing import Any, Literal
+
+from fastdistill.data.execution.worker_process import Channel, confine_process, line
+
+Finding = Literal["match", "mismatch", "unreadable", "compare_budget"]
+"""`unreadable`: one of the two is no expression."""
+
+
+def main() -> None:
+    limits = json.loads(sys.argv[1])
+    confine_process(limits["memory_bytes"])
+    channel = Channel(0, "candidate")
+    logging.disable()
+    warnings.simplefilter("ignore")
+    _equal(r"\frac{1}{\sqrt{2}}", r"\left(1, \frac{\sqrt{2}}{2}\right]")  # warms the grammar up
+    gc.freeze()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the grammar tells it there of every text that is none
+    judge = _Judge(limits["cpu_s"], limits["memory_bytes"])
+    channel.serve(lambda pair: [judge.ask(pair)])
+
+
+class _Judge:
+    """The forked process, and another one whenever it has died."""
+
+    def __init__(self, cpu_s: float, memory_bytes: int) -> None:
+        self._cpu_s = cpu_s
+        self._memory_bytes = memory_bytes
+        self._pid = 0
+
+    def ask(self, pair: list[str]) -> Finding:
+        if not self._pid:
+            self._fork()
+        self._questions.write(line(pair))
+        self._questions.flush()
+        if (found := self._findings.readline()).endswith(b"\n"):
+            return "match" if json.loads(found) else "mismatch"
+        status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        self._pid = 0
+        self._questions.close()
+        self._findings.close()
+        return "unreadable" if status == _UNREADABLE else "compare_budget"
+
+    def _fork(self) -> None:
+        (asked, ask), (told, tell) = os.pipe(), os.pipe()
+        self._pid = os.fork()
+        if self._pid:
+            os.close(asked)
+            os.close(tell)
+            self._questions, self._findings = os.fdopen(ask, "wb"), os.fdopen(told, "rb")
+            return
+        status = _UNREADABLE  # whatever math-verify raises: the end of this process is the boundary
+        try:
+            for descriptor, place in ((asked, 0), (tell, 1)):
+                os.dup2(descriptor, place)
+            os.closerange(3, 256)  # whoever waits for the supervisor's end waits for no judge
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            self._serve()
+        except (MemoryError, RecursionError):
+            status = _SPENT
+        finally:
+            os._exit(status)
+
+    def _serve(self) -> None:
+        for question in os.fdopen(0, "rb"):
+            gold, candidate = json.loads(question)
+            peak = _peak_bytes()
+            signal.setitimer(signal.ITIMER_PROF, self._cpu_s)  # kills with SIGPROF
+            equal = _equal(gold, candidate)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            if not equal and _peak_bytes() > max(peak, self._memory_bytes // 2):
+                raise MemoryError  # which sympy takes for a difference
+            os.write(1, line(equal))
+
+
+_UNREADABLE, _SPENT = 3, 4
+_PR_SET_PDEATHSIG = 1
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _equal(gold: str, candidate: str) -> bool:
+    from math_verify import verify
+
+    is_complex = any(re.search(r"\bi\b|\\sqrt\{?-", text) for text in (gold, candidate))
+    wanted, given = _expression(gold, is_complex), _expression(candidate, is_complex)
+    if _is_vector(wanted) != _is_vector(given):  # a column is a tuple
+        from sympy import Tuple
+
+        wanted, given = (Tuple(*side) if _is_vector(side) else side for side in (wanted, given))
+    options: dict[str, Any] = {"numeric_precision": 50, "timeout_seconds": None, "raise_on_error": True}
+    return bool(verify(wanted, given, allow_set_relation_comp=True, **options))
+
+
+def _is_vector(value: Any) -> bool:
+    return hasattr(value, "shape") and 1 in value.shape
+
+
+def _expression(text: str, is_complex: bool) -> Any:
+    """A sympy object. Decimals are exact: a rounded one equals neither 1/3 nor pi."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+    from sympy import I
+
+    for pattern, latex in _TO_LATEX:
+        text = pattern.sub(latex, text)
+    text = _DECIMAL.sub(lambda found: rf"\frac{{{int(found[1] + found[2])}}}{{{10 ** len(found[2])}}}", text)
+    plain = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
+    found = latex2sympy(normalize_latex(text, config=plain), is_real=not is_complex, convert_degrees=False)
+    return found.xreplace({symbol: I for symbol in found.free_symbols if is_complex and symbol.name == "i"})
+
+
+_DECIMAL = re.compile(r"(\d*)\.(\d+)")
+_TO_LATEX = [
+    (re.compile(pattern), latex)
+    for pattern, latex in (
+        (r"(?<![\\\w])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![\\\w])oo\b", r"\\infty"),
+        (r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|exp|infty)(?![A-Za-z])", r"\\\1 "),
+        (r"\*\*", "^"),
+        (r"\*", r"\\cdot "),
+    )
+]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Judges jobs in worker processes from asyncio: one bad job costs no other job anything. Knows nothing of the jobs.
+
+They travel in small batches to persistent workers (`worker_process`), and so do their results. When a worker dies or
+goes silent, what is left of its batch is judged again with each result sent at once, so that a second death shows the
+job that was running: it runs once more, alone, unless its own CPU time killed it, and the rest goes on in a new worker.
+Dying twice decides, and what it means is for the subclass to say, by its cause: CPU time spent is the job's own doing,
+a wall clock that ran out is not, nor is any other death.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from abc import ABC, abstractmethod
+from asyncio.subprocess import PIPE, Process
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from fastdistill.data.execution.worker_process import READY, line
+
+_START_S = 30.0
+"""Wall seconds for a worker to start; one that imports little needs about 0.1 on an idle core."""
+_READ_BYTES = 1 << 16
+_INHERITED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class PoolClosedError(Exception):
+    """The pool was closed before it could answer."""
+
+
+class WorkerStartError(Exception):
+    """A worker process could not be started: nothing can be judged."""
+
+
+class Cause(Enum):
+    CPU = auto()
+    WALL = auto()
+    OTHER = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a worker ended in the middle of a job, and what it was doing."""
+
+    cause: Cause
+    phase: str
+    status: str
+
+
+class WorkerPool(ABC, Generic[Job, Result]):
+    """An async context manager over `workers` processes, each started when it first gets a job.
+
+    Any number of tasks may ask at a time. They get `WorkerStartError` or `PoolClosedError`; anything wrong with a job
+    itself is a result.
+    """
+
+    module: ClassVar[str]
+    """The worker's program: gets `limits` as its one argument, in JSON, and serves a `worker_process.Channel`."""
+    what: ClassVar[str]
+    """What errors call it."""
+
+    def __init__(self, workers: int | None, limits: dict[str, Any], wall_s: float, batch: int) -> None:
+        self._workers = workers or min(2, os.cpu_count() or 1)
+        self._batch = batch
+        self._closed = True
+        self.arguments = json.dumps(limits)
+        self.wall_s = wall_s
+
+    async def __aenter__(self) -> Self:
+        self._queue: asyncio.Queue[_Ticket[Job, Result]] = asyncio.Queue()
+        self._unanswered: set[_Ticket[Job, Result]] = set()
+        self._lanes = asyncio.TaskGroup()
+        await self._lanes.__aenter__()
+        self._tasks = [self._lanes.create_task(self._serve_lane()) for _ in range(self._workers)]
+        self._closed = False
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._closed = True
+        for ticket in self._unanswered:
+            ticket.fail(PoolClosedError(f"{self.what} pool: closed before it could answer"))
+        for task in self._tasks:
+            task.cancel()
+        await self._lanes.__aexit__(None, None, None)
+
+    async def evaluate(self, job: Job) -> Result:
+        return (await self.judge([job]))[0]
+
+    async def judge(self, jobs: Sequence[Job]) -> list[Result]:
+        """The result of each job, in their order."""
+        if self._closed:
+            raise PoolClosedError(f"{self.what} pool: not open")
+        loop = asyncio.get_running_loop()
+        tickets: list[_Ticket[Job, Result]] = [_Ticket(self.fitted(job), loop.create_future()) for job in jobs]
+        self._unanswered.update(tickets)
+        try:
+            for ticket in tickets:
+                self._queue.put_nowait(ticket)
+            return await asyncio.gather(*(ticket.future for ticket in tickets))
+        finally:
+            self._unanswered.difference_update(tickets)
+
+    def fitted(self, job: Job) -> Job:
+        """The job as it is sent: no larger than its verdict needs."""
+        return job
+
+    @abstractmethod
+    def to_wire(self, job: Job) -> Any: ...
+
+    @abstractmethod
+    def from_wire(self, message: Any) -> Result: ...
+
+    @abstractmethod
+    async def died(self, job: Job, death: Death, judge: Callable[[Job], Awaitable[Result]]) -> Result:
+        """The verdict on a job that ended its worker twice. `judge` runs a job alone."""
+
+    async def _serve_lane(self) -> None:
+        lane = _Lane(self)
+        try:
+            while True:
+                tickets = deque([await self._queue.get()])
+                # A fair share, so that a burst spreads over all workers.
+                share = min(self._batch, 1 + self._queue.qsize() // self._workers)
+                while len(tickets) < share:
+                    tickets.append(self._queue.get_nowait())
+                tickets = deque(ticket for ticket in tickets if not ticket.future.done())  # its caller was cancelled
+                try:
+                    await lane.judge(tickets)
+                except WorkerStartError as error:
+                    for ticket in tickets:
+                        ticket.fail(error)
+        finally:
+            await lane.stop()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ticket(Generic[Job, Result]):
+    job: Job
+    future: asyncio.Future[Result]
+
+    def answer(self, result: Result) -> None:
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class _Lane(Generic[Job, Result]):
+    """One worker process at a time, replaced when it dies."""
+
+    def __init__(self, pool: WorkerPool[Job, Result]) -> None:
+        self._pool = pool
+        self._process: Process | None = None
+        self._phase = "candidate"
+        self._rest = b""  # of a message that has not come whole
+
+    async def judge(self, tickets: deque[_Ticket[Job, Result]]) -> None:
+        """Answers all tickets, removing each; raises `WorkerStartError`, leaving those it did not answer."""
+        again = False
+        while tickets and (death := await self._run(tickets, at_once=again)) is not None:
+            if again or len(tickets) == 1:  # then the first one left is the job that was running
+                decided = death if again and death.cause is Cause.CPU else None
+                tickets[0].answer(await self._judge_alone(tickets[0].job, decided))
+                tickets.popleft()
+            again = not again
+
+    async def stop(self) -> int:
+        """Kills the worker, if there is one, and waits until it is gone; its exit status, negative for a signal."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        with suppress(ProcessLookupError):
+            process.kill()
+        _pipe(process.stdin).close()
+        await process.communicate()
+        return await process.wait()
+
+    async def _run(self, tickets: deque[_Ticket[Job, Result]], *, at_once: bool) -> Death | None:
+        """Answers the tickets in order, removing each; how that ended, if it did not end well."""
+        process = await self._start()
+        stdin = _pipe(process.stdin)
+        cause = Cause.OTHER
+        try:
+            jobs = [self._pool.to_wire(ticket.job) for ticket in tickets]
+            stdin.write(line([at_once or len(tickets) == 1, jobs]))
+            async with asyncio.timeout(self._pool.wall_s):
+                await stdin.drain()
+            while tickets:
+                for message in await self._receive(process, self._pool.wall_s):
+                    if isinstance(message, str):
+                        self._phase = message
+                    else:
+                        tickets.popleft().answer(self._pool.from_wire(message))
+        except TimeoutError:
+            cause = Cause.WALL
+        except (EOFError, ConnectionError):
+            await process.wait()
+        else:
+            return None
+        phase, status = self._phase, await self.stop()
+        if status == -signal.SIGPROF:
+            cause = Cause.CPU
+        return Death(cause, phase, _describe(status))
+
+    async def _judge_alone(self, job: Job, death: Death | None = None) -> Result:
+        """The last run of a job that ended a worker, or seemed to; none after the `death` that decides."""
+        ticket: _Ticket[Job, Result] = _Ticket(job, asyncio.get_running_loop().create_future())
+        death = death or await self._run(deque([ticket]), at_once=True)
+        return ticket.future.result() if death is None else await self._pool.died(job, death, self._judge_alone)
+
+    async def _start(self) -> Process:
+        if self._process is not None:
+            if self._process.returncode is None and not _pipe(self._process.stdin).is_closing():
+                return self._process
+            await self.stop()  # it died while idle
+        what = f"{self._pool.what} worker"
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", self._pool.module, self._pool.arguments),
+                stdin=PIPE,
+                stdout=PIPE,
+                env=interpreter_environment(),
+                start_new_session=True,  # Ctrl-C in the terminal is not for it
+            )
+        )
+        try:
+            process = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            self._process = await starting  # uvloop loses a process whose start is cancelled; now `stop` ends it
+            raise
+        except OSError as error:
+            raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
+        self._process, self._phase, self._rest = process, "candidate", b""
+        try:
+            ready = await self._receive(process, _START_S)
+        except TimeoutError as error:
+            await self.stop()
+            raise WorkerStartError(f"{what}: not ready within {_START_S} s") from error
+        except EOFError as error:
+            await process.wait()
+            status = _describe(await self.stop())
+            raise WorkerStartError(f"{what}: {status} before it was ready; see its stderr") from error
+        assert ready == [READY]
+        return process
+
+    async def _receive(self, process: Process, timeout: float) -> list[Any]:
+        """What came whole of the next that came."""
+        async with asyncio.timeout(timeout):
+            received = await _pipe(process.stdout).read(_READ_BYTES)
+        if not received:
+            raise EOFError
+        *whole, self._rest = (self._rest + received).split(b"\n")
+        return [json.loads(message) for message in whole]
+
+
+def interpreter_environment() -> dict[str, str]:
+    """All that a worker gets: no secret of ours, and what an interpreter needs to find the same modules."""
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    return inherited | {"TZ": "UTC", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+_Pipe = TypeVar("_Pipe", asyncio.StreamReader, asyncio.StreamWriter)
+
+
+def _pipe(stream: _Pipe | None) -> _Pipe:
+    """One of the streams of a process that was started with `PIPE` for it."""
+    assert stream is not None
+    return stream
+
+
+def _describe(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

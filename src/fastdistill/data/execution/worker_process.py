@@ -1,0 +1,75 @@
+"""The worker's side of `worker_pool`: jobs in, results out, and a timer of CPU time. Knows nothing of what is judged.
+
+Lines of JSON in both directions. In: whether each result is sent at once, and a batch of jobs. Out: `"ready"` once; for
+each job, in order, its result; and where each is sent at once, the name of a phase when it begins after another one. It
+imports only the standard library, for a worker must start fast, and again after every kill.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic
+from typing import Any, BinaryIO
+
+READY = "ready"
+_HELD_BACK_S = 0.02
+"""How long a result may wait for those after it, so that they travel together."""
+
+
+def line(message: object) -> bytes:
+    """ASCII JSON, so that lone surrogates survive the way, and a line break."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+class Channel:
+    """Answers on standard output what comes in on standard input, until that ends or whoever reads is gone."""
+
+    def __init__(self, cpu_s: float, phase: str) -> None:
+        self._requests: BinaryIO = sys.stdin.buffer
+        self._answers: BinaryIO = sys.stdout.buffer
+        self._cpu_s = cpu_s
+        self._phase = phase
+        self._at_once = True
+
+    def begin(self, phase: str) -> None:
+        """Says what is run from now on, under a timer of CPU time that kills this process with SIGPROF."""
+        signal.setitimer(signal.ITIMER_PROF, self._cpu_s)
+        if self._at_once and phase != self._phase:
+            self._phase = phase
+            self._send(phase)
+
+    def rest(self) -> None:
+        """Ends the timer."""
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def serve(self, judge: Callable[[Any], object]) -> None:
+        try:
+            self._send(READY)
+            for request in self._requests:
+                self._at_once, jobs = json.loads(request)
+                flushed = monotonic()
+                for job in jobs:
+                    self._answers.write(line(judge(job)))
+                    if self._at_once or monotonic() > flushed + _HELD_BACK_S:
+                        self._answers.flush()
+                        flushed = monotonic()
+                self._answers.flush()
+        except BrokenPipeError:  # the parent is gone
+            os._exit(1)
+
+    def _send(self, message: object) -> None:
+        self._answers.write(line(message))
+        self._answers.flush()
+
+
+def confine_process(memory_bytes: int) -> None:
+    """Takes from this process, for good, what judging does not need. A system that lacks a limit goes without."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes our input
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for limit, value in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        with suppress(ValueError, OSError):  # macOS refuses RLIMIT_AS
+            resource.setrlimit(limit, (value, value))

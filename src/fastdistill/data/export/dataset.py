@@ -1,0 +1,398 @@
+"""What all exports share: prompts, splits, columns, and the one table of which files each trainer reads.
+
+A row has messages, never rendered text: the trainer applies its own chat template. All else about a row is in `fd_`
+columns, a prefix that no trainer gives a meaning. Knows no gate and runs no trainer.
+"""
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import msgspec
+from pydantic import Field, field_validator, model_validator
+
+from fastdistill.core.canonical import NotCanonical, digest
+from fastdistill.core.errors import SampleError
+from fastdistill.core.files import atomic
+from fastdistill.core.step import Context, StreamStep
+from fastdistill.core.types import Candidate, Sample, Status
+from fastdistill.data.template import compile_template, render
+
+ROWS_PER_GROUP = 1_000
+BYTES_PER_GROUP = 16 * 2**20
+INTERLEAVED_ROWS = 4_096
+
+Row = dict[str, Any]
+Messages = list[dict[str, str]]
+Write = Callable[[Row, bytes], None]
+"""Takes a row, and its JSON text."""
+
+
+class Format(StrEnum):
+    """A file format, with all of an export's folders in it, or a trainer, with what it reads."""
+
+    PARQUET = "parquet"
+    JSONL = "jsonl"
+    TRL = "trl"
+    AXOLOTL = "axolotl"
+    LLAMAFACTORY = "llamafactory"
+    MLX = "mlx"
+    OPENAI = "openai"
+
+
+class Shape(StrEnum):
+    """What a row is made of. No row has two shapes' columns: trainers silently prefer one of them."""
+
+    MESSAGES = "messages"
+    PROMPT_COMPLETION = "prompt_completion"
+    PROMPT = "prompt"
+    PREFERENCE = "preference"
+    KTO = "kto"
+    OPENAI_SFT = "openai_sft"
+    OPENAI_DPO = "openai_dpo"
+    LLAMAFACTORY_DPO = "llamafactory_dpo"
+
+
+class Example(NamedTuple):
+    """One example before it takes a shape."""
+
+    prompt: Messages
+    answer: Messages
+    columns: Mapping[str, Any]
+    rejected: Sequence[dict[str, str]] = ()
+    label: bool | None = None
+
+
+SHAPES: dict[Shape, Callable[[Example], Row]] = {
+    Shape.MESSAGES: lambda e: {"messages": [*e.prompt, *e.answer], **e.columns},
+    Shape.PROMPT_COMPLETION: lambda e: {"prompt": e.prompt, "completion": e.answer, **e.columns},
+    Shape.PROMPT: lambda e: {"prompt": e.prompt, **e.columns},
+    Shape.PREFERENCE: lambda e: {"prompt": e.prompt, "chosen": e.answer, "rejected": e.rejected, **e.columns},
+    Shape.KTO: lambda e: {"prompt": e.prompt, "completion": e.answer, "label": e.label, **e.columns},
+    # OpenAI refuses keys that it does not know.
+    Shape.OPENAI_SFT: lambda e: {"messages": [*e.prompt, *e.answer]},
+    Shape.OPENAI_DPO: lambda e: {
+        "input": {"messages": e.prompt, "tools": [], "parallel_tool_calls": True},
+        "preferred_output": e.answer,
+        "non_preferred_output": e.rejected,
+    },
+    # A list as `chosen` would be read as a broken row for fine-tuning.
+    Shape.LLAMAFACTORY_DPO: lambda e: {
+        "messages": e.prompt, "chosen": e.answer[0], "rejected": e.rejected[0], **e.columns
+    },
+}  # fmt: skip
+
+FOLDERS = {
+    Shape.MESSAGES: "sft",
+    Shape.PROMPT_COMPLETION: "sft_pc",
+    Shape.PROMPT: "prompts",
+    Shape.PREFERENCE: "preference",
+    Shape.KTO: "kto",
+}
+TRAINERS: dict[Format, dict[Shape, str]] = {
+    Format.TRL: {
+        Shape.PROMPT_COMPLETION: "sft_pc/{split}.parquet",
+        Shape.PREFERENCE: "preference/{split}.parquet",
+        Shape.KTO: "kto/{split}.parquet",
+    },
+    Format.AXOLOTL: {Shape.MESSAGES: "sft/{split}.parquet", Shape.PREFERENCE: "preference/{split}.parquet"},
+    Format.LLAMAFACTORY: {
+        Shape.MESSAGES: "sft/{split}.parquet",
+        Shape.LLAMAFACTORY_DPO: "lf/preference_{split}.jsonl",
+    },
+    Format.MLX: {Shape.MESSAGES: "mlx/{short}.jsonl"},
+    Format.OPENAI: {Shape.OPENAI_SFT: "openai/sft_{short}.jsonl", Shape.OPENAI_DPO: "openai/dpo_{short}.jsonl"},
+}
+"""The file that a trainer reads for a shape; `{short}` is `valid` where `{split}` is `validation`."""
+
+FD_COLUMNS = (
+    "fd_id",
+    "fd_sample_id",
+    "fd_candidate_id",
+    "fd_task_id",
+    "fd_model",
+    "fd_seed",
+    "fd_attempt",
+    "fd_score",
+    "fd_gates",
+)
+
+
+class Export(StreamStep):
+    """Writes files of the data set, and passes every sample on. A subclass says what examples a sample gives.
+
+    A row's prompt is what the model was asked, unless `template` or `system_prompt` says what the student will be
+    asked. The files appear when the last sample has passed, whole, or not at all.
+    """
+
+    writes: ClassVar[frozenset[Shape]]
+    """The shapes that this export can give."""
+
+    formats: tuple[Format, ...] = Field((Format.PARQUET, Format.JSONL), min_length=1)
+    shapes: tuple[Shape, ...] = Field(min_length=1, description="what parquet and jsonl are written of")
+    validation: float = Field(0.0, ge=0, lt=1, description="share of the groups that goes to validation.*")
+    group_by: str | None = Field(None, description="field whose values are never split; by default each sample is one")
+    system_prompt: str | None = Field(None, description="in place of the teacher's; empty: none")
+    template: str | None = Field(None, description="Jinja; the student's user message, in place of all the teacher saw")
+    keep_fields: tuple[str, ...] = Field((), description="fields of the record to keep, as text, in fd_<field>")
+
+    @field_validator("formats", "shapes", "keep_fields")
+    @classmethod
+    def _each_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("the list names something twice")
+        return values
+
+    @field_validator("formats", "shapes")
+    @classmethod
+    def _writes_it(cls, values: tuple[Format | Shape, ...]) -> tuple[Format | Shape, ...]:
+        offered = cls.offered() | (cls.writes & FOLDERS.keys())
+        if strange := [str(value) for value in values if value not in offered]:
+            raise ValueError(f"{cls.__name__} writes no {', '.join(strange)}")
+        return values
+
+    @field_validator("template")
+    @classmethod
+    def _template_compiles(cls, template: str | None) -> str | None:
+        if template is not None:
+            compile_template(template)
+        return template
+
+    @model_validator(mode="after")
+    def _columns_are_free(self) -> "Export":
+        for field in self.keep_fields:
+            if taken := [shape for shape in self.writes if f"fd_{field}" in self.columns(shape)]:
+                raise ValueError(f"keep_fields: {field}: there is a column fd_{field} already ({taken[0]})")
+        return self
+
+    @classmethod
+    def offered(cls) -> "set[Format]":
+        """The formats that this export has something for."""
+        trainers = {trainer for trainer, files in TRAINERS.items() if cls.writes & files.keys()}
+        return {Format.PARQUET, Format.JSONL} | trainers
+
+    @abstractmethod
+    def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
+        """The examples of a sample and the shapes each takes; what is worth a report is counted in `seen`.
+
+        Raises:
+            SampleError: the sample can't be written.
+        """
+
+    def columns(self, shape: Shape) -> tuple[str, ...]:
+        """Names of a shape's `fd_` columns, without those of `keep_fields`."""
+        return FD_COLUMNS
+
+    def report(self, seen: "Counter[str]") -> dict[str, Any]:
+        """What the quality report says of the rows."""
+        return dict(sorted(seen.items()))
+
+    def files(self, split: str) -> dict[str, Shape]:
+        """The files of one split, and what their rows are."""
+        short = "valid" if split == "validation" else split
+        return {
+            path.format(split=split, short=short): shape
+            for format_ in self.formats
+            for shape, path in (
+                TRAINERS[format_].items()
+                if format_ in TRAINERS
+                else ((shape, f"{FOLDERS[shape]}/{split}.{format_}") for shape in self.shapes)
+            )
+            if shape in self.writes
+        }
+
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        seen: Counter[str] = Counter()
+        with ExitStack() as stack:
+            writers: dict[str, dict[Shape, list[Write]]] = {}
+            for split in ["train", "validation"] if self.validation else ["train"]:
+                writers[split] = {}
+                for path, shape in self.files(split).items():
+                    write = stack.enter_context(self._file(ctx.dist / path, shape))
+                    writers[split].setdefault(shape, []).append(write)
+            wanted = [(shape, SHAPES[shape]) for shape in writers["train"]]
+            for sample in samples:
+                found: Counter[str] = Counter()
+                try:
+                    rows = self._rows(sample, wanted, found)
+                    split = self._split(sample) if rows else "train"
+                except SampleError as error:
+                    ctx.discard(sample.failed(self.name, error))
+                    continue
+                for shape, row, line in rows:
+                    for write in writers[split][shape]:
+                        write(row, line)
+                seen.update(found)
+                yield sample
+        ctx.report(self.name, self.report(seen))
+
+    def _rows(
+        self, sample: Sample, wanted: list[tuple[Shape, Callable[[Example], Row]]], seen: "Counter[str]"
+    ) -> list[tuple[Shape, Row, bytes]]:
+        if sample.status is not Status.OPEN:
+            return []
+        rows = []
+        for shapes, example in self.examples(sample, seen):
+            for shape, shaped in wanted:
+                if shape not in shapes:
+                    continue
+                row = shaped(example)
+                try:
+                    rows.append((shape, row, msgspec.json.encode(row)))
+                except UnicodeEncodeError as error:
+                    raise SampleError("not_unicode", f"{sample.source}: a lone surrogate in a row: {error}") from error
+        return rows
+
+    def prompt(self, sample: Sample, candidate: Candidate) -> Messages:
+        """What the student is asked: the candidate's own prompt, where nothing else is said."""
+        if self.template is None:
+            asked = [{"role": m["role"], "content": m["content"]} for m in candidate.prompt.messages]
+        else:
+            asked = [{"role": "user", "content": render(compile_template(self.template), sample)}]
+        if self.system_prompt is None:
+            return asked
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return system + [message for message in asked if message["role"] != "system"]
+
+    def candidate_columns(self, sample: Sample, candidate: Candidate) -> Row:
+        values = (
+            row_id(sample, candidate),
+            sample.sample_id,
+            candidate.candidate_id,
+            sample.task_id,
+            candidate.prompt.model,
+            candidate.seed,
+            candidate.attempt,
+            candidate.score,
+            [
+                {"gate": v.gate, "outcome": v.outcome.value, "reason": str(v.reason), "score": v.score}
+                for v in candidate.verdicts
+            ],
+        )
+        return dict(zip(FD_COLUMNS, values, strict=True)) | self.kept(sample)
+
+    def kept(self, sample: Sample) -> Row:
+        return {f"fd_{field}": _text(sample.record.get(field)) for field in self.keep_fields}
+
+    def _split(self, sample: Sample) -> str:
+        if not self.validation:
+            return "train"
+        if self.group_by is not None and self.group_by not in sample.record:
+            raise SampleError("missing_field", f"{sample.source}: no field {self.group_by}, which group_by names")
+        group = sample.sample_id if self.group_by is None else sample.record[self.group_by]
+        try:
+            share = int(digest(["split", group])[:13], 16) / 16**13
+        except NotCanonical as error:
+            raise SampleError("not_canonical", f"{sample.source}: {self.group_by}: {error}") from error
+        return "validation" if share < self.validation else "train"
+
+    @contextmanager
+    def _file(self, path: Path, shape: Shape) -> Iterator[Write]:
+        parquet = path.suffix == ".parquet"
+        with parquet_file(path, self._schema(shape)) if parquet else jsonl_file(path) as write:
+            if shape is Shape.KTO:
+                with interleaved(write) as write_in_turn:
+                    yield write_in_turn
+            else:
+                yield write
+
+    def _schema(self, shape: Shape) -> Any:
+        import pyarrow as pa
+
+        texts = [(name, pa.string()) for name in ("gate", "outcome", "reason")]
+        messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        types = dict.fromkeys(("messages", "prompt", "completion", "chosen", "rejected"), messages)
+        types |= dict.fromkeys(("fd_score", "fd_score_chosen", "fd_score_rejected", "fd_margin"), pa.float64())
+        types |= dict.fromkeys(("fd_seed", "fd_attempt", "fd_len_chosen", "fd_len_rejected"), pa.int64())
+        types |= {"fd_gates": pa.list_(pa.struct([*texts, ("score", pa.float64())])), "label": pa.bool_()}
+        kept = [f"fd_{field}" for field in self.keep_fields]
+        names = [*SHAPES[shape](Example([], [], {})), *self.columns(shape), *kept]
+        return pa.schema([(name, types.get(name, pa.string())) for name in names])
+
+
+def row_id(sample: Sample, candidate: Candidate) -> str:
+    """A row's `fd_id`: the sample id and the attempt, with the step where it has a name of its own."""
+    by = "" if candidate.step in ("", "TextGeneration") else f"{candidate.step}."
+    return f"{sample.sample_id}#{by}{candidate.attempt}"
+
+
+@contextmanager
+def interleaved(write: Write) -> Iterator[Write]:
+    """Rows come out shuffled within blocks, both labels evenly mixed: TRL's KTO trainer reads rows in their order.
+
+    The shuffle goes by each row's hash, so the same rows come out in the same order.
+    """
+    block: list[tuple[Row, bytes]] = []
+
+    def flush() -> None:
+        placed = []
+        for label in (True, False):
+            rows = sorted(
+                (each for each in block if each[0]["label"] is label), key=lambda each: sha256(each[1]).digest()
+            )
+            placed += [((place + 0.5) / len(rows), row, line) for place, (row, line) in enumerate(rows)]
+        for _, row, line in sorted(placed, key=lambda each: each[0]):
+            write(row, line)
+        block.clear()
+
+    def write_later(row: Row, line: bytes) -> None:
+        block.append((row, line))
+        if len(block) >= INTERLEAVED_ROWS:
+            flush()
+
+    yield write_later
+    flush()
+
+
+@contextmanager
+def jsonl_file(path: Path) -> Iterator[Write]:
+    """A JSON Lines file that is whole or absent."""
+    with atomic(path, "wb") as file:
+
+        def write(row: Row, line: bytes) -> None:
+            file.write(line + b"\n")
+
+        yield write
+
+
+@contextmanager
+def parquet_file(path: Path, schema: Any) -> Iterator[Write]:
+    """A Parquet file with this `pyarrow.Schema` that is whole or absent; no rows are a valid file too.
+
+    The same rows give the same bytes, with the same version of pyarrow. Row groups are bounded in rows and in bytes.
+    """
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    rows: list[Row] = []
+    size = 0
+    with atomic(path, "wb") as file, ParquetWriter(file, schema, compression="zstd") as writer:
+
+        def flush() -> None:
+            nonlocal size
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+            rows.clear()
+            size = 0
+
+        def write(row: Row, line: bytes) -> None:
+            nonlocal size
+            rows.append(row)
+            size += len(line)
+            if len(rows) >= ROWS_PER_GROUP or size >= BYTES_PER_GROUP:
+                flush()
+
+        yield write
+        if rows:
+            flush()
+
+
+def _text(value: Any) -> str | None:
+    """A field of a record as a column of text: a string as it is, anything else as JSON."""
+    if value is None or isinstance(value, str):
+        return value
+    return msgspec.json.encode(value, order="deterministic").decode()

@@ -1,0 +1,94 @@
+"""What says the same in almost the same words: questions by MinHash, answers by their canonical code."""
+
+import ast
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from fastdistill.core.errors import SampleError
+from fastdistill.core.step import Context, StreamStep
+from fastdistill.core.types import Failure, Sample, Status
+from fastdistill.data.decontaminate import words
+
+_PERMUTATIONS = 128  # an estimate of 0.8 is then off by 0.035, one standard deviation
+_LONGEST = 10_000
+"""Characters of code that is parsed; what is longer stays as it is."""
+
+
+class NearDuplicates(StreamStep):
+    """Leaves out samples whose text nearly is that of an earlier one; the first in input order stays.
+
+    Near means that the Jaccard similarity of their runs of `shingle` characters (words in lower case, without
+    punctuation) is at least `threshold`, as estimated by MinHash with 128 permutations; pairs are found by
+    locality-sensitive hashing, which may miss one close to the threshold. Memory grows by about 5 kB a sample.
+    """
+
+    fields: tuple[str, ...] = Field(min_length=1, description="the fields of the record that are compared, joined")
+    threshold: float = Field(0.8, gt=0, lt=1, description="similarity from which a sample is left out")
+    shingle: int = Field(5, ge=1, description="characters of a run")
+
+    @model_validator(mode="after")
+    def _installed(self) -> Self:
+        if find_spec("datasketch") is None:
+            raise ValueError("needs datasketch; run `pip install 'fastdistill[dedup]'`")
+        return self
+
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        from datasketch import LeanMinHash, MinHash, MinHashLSH
+
+        nearby = MinHashLSH(self.threshold, _PERMUTATIONS)
+        kept: dict[int, tuple[str, LeanMinHash]] = {}
+        for sample in samples:
+            try:
+                text = " ".join(words(sample.record, self.fields, sample.source))
+            except SampleError as error:
+                ctx.discard(sample.failed(self.name, error))
+                continue
+            sketch = MinHash(_PERMUTATIONS)
+            runs = {text[at : at + self.shingle].encode() for at in range(max(1, len(text) - self.shingle + 1))}
+            sketch.update_batch(sorted(runs))
+            lean = LeanMinHash(sketch)
+            similar = ((kept[at][0], kept[at][1].jaccard(lean)) for at in sorted(nearby.query(sketch)))
+            first = next(((name, share) for name, share in similar if share >= self.threshold), None)
+            if first is None:
+                kept[sample.index] = (f"{sample.source} ({sample.sample_id or 'no id'})", lean)
+                nearby.insert(sample.index, sketch)
+                yield sample
+            else:
+                message = f"{sample.source}: {first[1]:.0%} the same as {first[0]}"
+                failure = Failure(self.name, "near_duplicate", message)
+                ctx.discard(replace(sample, status=Status.DUPLICATE, failures=(*sample.failures, failure)))
+
+
+def canonical_sql(text: str) -> str:
+    """One text for queries that differ in case, space and comments alone; else the text itself."""
+    import sqlglot
+    from sqlglot.errors import SqlglotError
+    from sqlglot.expressions import Identifier
+
+    if len(text) > _LONGEST:
+        return text
+    with suppress(SqlglotError, RecursionError):
+        statements = [statement for statement in sqlglot.parse(text, dialect="sqlite") if statement is not None]
+        if len(statements) == 1:
+            for name in statements[0].find_all(Identifier):
+                if not name.quoted:  # what is quoted may be a string, as SQLite has it
+                    name.set("this", name.this.lower())
+            return statements[0].sql(dialect="sqlite", comments=False)
+    return text
+
+
+def canonical_python(text: str) -> str:
+    """One text for programs with the same syntax tree, whatever their space and comments; else the text itself."""
+    if len(text) > _LONGEST:
+        return text
+    with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.dump(ast.parse(text))
+    return text
+
+
+CANONICAL: dict[str, Callable[[str], str]] = {"sql": canonical_sql, "python": canonical_python}

@@ -1,0 +1,224 @@
+"""Answers recorded elsewhere, read from files: a teacher that needs no server. Never makes an answer up.
+
+A line of a recording (JSON Lines, `.gz` too) says what it answers, in one of three ways, and the answers to it:
+
+    {"messages": [{"role": "user", "content": "2 + 2?"}], "completions": ["4", "Four."]}
+    {"prompt": "2 + 2?", "completion": {"text": "4", "finish_reason": "stop", "usage": {"completion_tokens": 1}}}
+    {"key": "sum-17", "completion": "4"}
+
+`messages` are all of a prompt's messages, `prompt` is its last user message, `key` is a sample's task id or sample id.
+The answers to the same thing, over all lines in their order, are its attempts 0, 1, 2 ...
+"""
+
+import asyncio
+import gzip
+import hashlib
+import sqlite3
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import msgspec
+from pydantic import Field
+
+from fastdistill.core.canonical import digest
+from fastdistill.core.errors import EnvironmentFault, FatalError, InputError
+from fastdistill.core.files import sha256_file
+from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, Price, ProviderError
+from fastdistill.model.transport import split_thinking
+
+
+class ReplayConfig(ModelConfig):
+    provider: Literal["replay"] = "replay"
+    model: str = Field("replay", min_length=1, description="who gave the answers: part of their identity")
+    path: Path | tuple[Path, ...] = Field(description="a recording, or a list of them in order; `~` is your home")
+    price: Price | None = Price()
+
+    recorded: ClassVar[bool] = True
+    first_concurrency: ClassVar[int] = 256
+    finds_itself: ClassVar[bool] = False
+
+    @property
+    def files(self) -> Sequence[Path]:
+        paths = (self.path,) if isinstance(self.path, Path) else self.path
+        return [path.expanduser().absolute() for path in paths]
+
+    @cached_property
+    def digests(self) -> Sequence[str]:
+        """sha256 of each file.
+
+        Raises:
+            InputError: one can't be read.
+        """
+        digests = []
+        for path in self.files:
+            try:
+                digests.append(sha256_file(path))
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}; give the recording's path as `path`") from error
+        return digests
+
+    def parameters(self) -> dict[str, Any]:
+        """The files' content is part of every prompt: a changed recording is never answered from old entries."""
+        return super().parameters() | {"recording": self.digests}
+
+
+class ReplayProvider:
+    """Keeps the answers in a temporary database of SQLite's, which is a file once they are many."""
+
+    kind: ClassVar[str] = "replay"
+    notes: tuple[str, ...] = ()
+    Config: ClassVar[type[ModelConfig]] = ReplayConfig
+
+    def __init__(self, config: ReplayConfig) -> None:
+        self._config = config
+        self._answers: sqlite3.Connection | None = None
+        self._fault: FatalError | None = None
+
+    async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
+        """The answer to attempt number `seed`: see `ModelConfig.recorded`."""
+        assert self._answers is not None, "probed before"
+        assert seed is not None
+        for key in _keys_of(prompt):
+            found = "SELECT answer FROM answers WHERE key = ? ORDER BY rowid"
+            if answer := self._answers.execute(f"{found} LIMIT 1 OFFSET ?", (key, seed)).fetchone():
+                return [_completion(msgspec.json.decode(answer[0], type=_Answer), self._config.model)]
+            (count,) = self._answers.execute(f"SELECT count(*) FROM ({found})", (key,)).fetchone()
+            if count:
+                raise ProviderError(
+                    ErrorKind.NOT_RECORDED, f"attempt {seed} is not recorded: the prompt has {count} answers"
+                )
+        asked = prompt.messages[-1]["content"][:80]
+        raise ProviderError(
+            ErrorKind.NOT_RECORDED, f"nothing is recorded for the sample, nor for its messages, which end in {asked!r}"
+        )
+
+    async def probe(self) -> Capabilities:
+        """Raises InputError, with the file and the line, for what is no recording."""
+        if self._fault is not None:
+            raise self._fault
+        if self._answers is None:
+            try:
+                self._answers = await asyncio.to_thread(_indexed, self._config)
+            except FatalError as error:
+                self._fault = error
+                raise
+        answers, keys = self._answers.execute("SELECT count(*), count(DISTINCT key) FROM answers").fetchone()
+        return Capabilities(
+            endpoint=", ".join(map(str, self._config.files)),
+            server="fastdistill",
+            served_model=self._config.model,
+            n=False,
+            notes=(f"{answers} answers to {keys} prompts",),
+        )
+
+    async def load(self) -> Load | None:
+        return None
+
+    async def aclose(self) -> None:
+        if self._answers is not None:
+            self._answers.close()
+
+
+_KINDS = ("messages", "prompt", "key")
+
+
+class _Answer(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    text: str
+    finish_reason: FinishReason = FinishReason.STOP
+    thinking: str | None = None
+    usage: Usage = Usage()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    model: str | None = None
+    build: str | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str
+
+
+class _Line(msgspec.Struct):
+    messages: list[_Message] | None = None
+    prompt: str | None = None
+    key: str | int | None = None
+    completions: list[str | _Answer] | None = None
+    completion: str | _Answer | None = None
+
+
+def _indexed(config: ReplayConfig) -> sqlite3.Connection:
+    answers = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+    try:
+        answers.execute("CREATE TABLE answers (key BLOB, answer BLOB)")
+        answers.execute("BEGIN")
+        for path, known in zip(config.files, config.digests, strict=True):
+            answers.executemany("INSERT INTO answers VALUES (?, ?)", _rows(path, known))
+        answers.execute("CREATE INDEX by_key ON answers (key)")
+        answers.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise EnvironmentFault(f"replay: the temporary folder can't hold the recording: {error}; free space") from error
+    return answers
+
+
+def _rows(path: Path, known: str) -> Iterator[tuple[bytes, bytes]]:
+    """The key of what is answered, and an answer."""
+    number = 0
+    decoder = msgspec.json.Decoder(_Line)
+    try:
+        with path.open("rb") as raw:
+            # Answers are stored under the digest that was taken before: they must be of that very content.
+            if hashlib.file_digest(raw, "sha256").hexdigest() != known:
+                raise InputError(f"{path}: was changed after this run had begun; run it again")
+            raw.seek(0)
+            lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+            for number, text in enumerate(lines, start=1):  # noqa: B007 - `number` is for what is raised
+                if text.strip():
+                    line = decoder.decode(text)
+                    key = _key_of(line)
+                    for answer in _answers_of(line):
+                        yield key, msgspec.json.encode(answer)
+    except (ValueError, RecursionError) as error:  # of msgspec, of canonical JSON, and ours
+        raise InputError(f"{path}:{number}: not a line of a recording ({error}); see teachers.md, Replay") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: can't be read to its end: {error}; fetch the file again") from error
+    if number == 0:
+        raise InputError(f"{path}: empty; a recording has one JSON object a line")
+
+
+def _key_of(line: _Line) -> bytes:
+    given = [(kind, value) for kind in _KINDS if (value := getattr(line, kind)) not in (None, [], "")]
+    if len(given) != 1:
+        raise ValueError(f"needs one of {', '.join(_KINDS)}")
+    ((kind, value),) = given
+    return _key(kind, [[message.role, message.content] for message in value] if kind == "messages" else value)
+
+
+def _answers_of(line: _Line) -> Iterator[_Answer]:
+    given = [*(line.completions or ()), *([] if line.completion is None else [line.completion])]
+    if not given:
+        raise ValueError("needs completions, or one completion")
+    for answer in given:
+        yield _Answer(answer) if isinstance(answer, str) else answer
+
+
+def _keys_of(prompt: Prompt) -> Iterator[bytes]:
+    """Under what an answer to a prompt may be recorded, the closest first."""
+    for name in prompt.parameters.get("sample", ()):
+        yield _key("key", name)
+    yield _key("messages", [[message["role"], message["content"]] for message in prompt.messages])
+    yield _key("prompt", prompt.messages[-1]["content"])
+
+
+def _key(kind: str, value: object) -> bytes:
+    return bytes.fromhex(digest([kind, str(value) if kind == "key" else value]))
+
+
+def _completion(answer: _Answer, model: str) -> Completion:
+    thinking, text = answer.thinking, answer.text
+    if thinking is None:
+        thinking, text = split_thinking(text, answer.finish_reason)
+    build, logprobs = answer.build, answer.logprobs
+    return Completion(text, answer.finish_reason, answer.usage, thinking, answer.model or model, build, logprobs)

@@ -1,0 +1,167 @@
+"""Students evaluated under the pipeline's gates, models side by side, and chains of generations."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdistill.control.compare import measure, noise_floor, pair
+from fastdistill.control.config import parse_pipeline
+from fastdistill.control.evaluate import evaluate, evaluation
+from fastdistill.control.folder import RunFolder
+from fastdistill.control.lineage import advice, chain
+from fastdistill.control.session import Pipeline, RunResult
+from fastdistill.core.errors import ConfigError, InputError
+from tests.servers import Call, openai_server
+from tests.world import ANSWERS, RECORDS, config, make_database, write_records
+
+# Of the answers of `world`, the first two are right; the third runs and is wrong; the others can't run.
+SKILL = {"teacher": 0.5, "before": 0.2, "student": 0.9}
+EVAL = RECORDS[30:]
+
+
+def script(call: Call, index: int) -> str:
+    for question, answers in ANSWERS.items():
+        if question in call.prompt:
+            lucky = call.digest(index) % 1000 < 1000 * SKILL[call.model]
+            return str(answers[0 if lucky else 2])
+    return "none"
+
+
+@dataclass(frozen=True)
+class World:
+    folder: Path
+    url: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        made = config(self.url, self.folder / "train.jsonl", self.folder / "city.db", until={"accepted": 1})
+        return made | {"require": {"min_total": 1}, "target": {"accepted": 3}}
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return parse_pipeline(self.config)
+
+    def evaluate(self, role: str, draws: int = 4) -> RunResult:
+        changes = {} if role == "teacher" else {"model": role}
+        return evaluate(
+            self.pipeline, self.folder / "eval.jsonl", role=role, changes=changes, draws=draws,
+            output_dir=self.folder / "artifacts",
+        )  # fmt: skip
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fastdistill.control.cli", *arguments]
+        root = ["--output-dir", str(self.folder / "artifacts")]
+        return subprocess.run([*command, *root], capture_output=True, text=True, timeout=60, check=False)
+
+    def found(self, result: RunResult) -> RunFolder:
+        return RunFolder(self.folder / "artifacts", result.run_id)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    make_database(tmp_path)
+    write_records(tmp_path, RECORDS[:30])
+    write_records(tmp_path, EVAL, "eval.jsonl")
+    with openai_server(script, models=tuple(SKILL)) as server:
+        yield World(tmp_path, server.url)
+
+
+def test_an_evaluation_asks_every_record_the_same_number_of_times(world: World) -> None:
+    result = world.evaluate("student")
+    assert result.quality["samples"]["read"] == len(EVAL)
+    assert result.quality["candidates"]["generated"] == 4 * len(EVAL)  # no waves, no target
+    assert (result.manifest["kind"], result.manifest["role"]) == ("eval", "student")
+    assert result.manifest["models"]["student"]["model"] == "student"
+    assert "floor" in result.quality and not result.quality["floor"]
+    assert not list(result.dataset.rglob("*.jsonl"))  # nothing is made of it
+
+
+def test_the_config_of_an_evaluation_can_be_read_again(world: World) -> None:
+    plan = evaluation(world.pipeline, world.folder / "eval.jsonl", role="student", changes={"model": "before"}, draws=2)
+    again = parse_pipeline(plan.resolved())
+    assert again.run_id == plan.run_id
+    other = evaluation(world.pipeline, world.folder / "eval.jsonl", role="student", changes={"model": "x"}, draws=2)
+    assert other.run_id != plan.run_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({}, "there is no 'student'"), ({"model": "x", "timeout": -1}, "timeout"), ({"model": ""}, "model")],
+)
+def test_a_student_that_can_not_be_asked_is_a_config_error(world: World, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        evaluation(world.pipeline, world.folder / "eval.jsonl", role="student", changes=changes, draws=1)
+
+
+def test_a_better_student_is_told_apart_and_a_model_from_itself_is_not(world: World) -> None:
+    runs = {role: measure(world.found(world.evaluate(role)), None) for role in SKILL}
+    found = pair(runs["student"], runs["before"])
+    assert found.compared == len(EVAL)
+    assert found.won > found.lost
+    assert found.p_value < 0.01
+    assert found.difference.low is not None
+    assert found.difference.low > 0
+    assert found.scores is not None
+    same = pair(runs["student"], runs["student"])
+    assert (same.won, same.lost, same.p_value) == (0, 0, 1.0)
+    floor = noise_floor(runs["teacher"])
+    assert floor is not None
+    assert floor["mae"].estimate is not None
+    assert floor["mae"].estimate > 0  # at temperature 1 it does not even agree with itself
+
+
+def test_compare_prints_and_writes_what_it_found(world: World) -> None:
+    ids = [world.evaluate(role).run_id for role in ("teacher", "before", "student")]
+    out = world.folder / "compared.json"
+    done = world.command("compare", *ids, "--json", str(out), "--group-by", "db_id")
+    assert done.returncode == 0, done.stderr
+    assert "student: student" in done.stdout
+    assert "McNemar p" in done.stdout
+    assert "noise floor, teacher against itself" in done.stdout
+    written = json.loads(out.read_bytes())
+    assert [run["role"] for run in written["runs"]] == ["teacher", "before", "student"]
+    assert written["runs"][2]["accuracy"]["rate"] > written["runs"][1]["accuracy"]["rate"]
+    assert (written["runs"][0]["k"], written["runs"][0]["samples"]) == (4, len(EVAL))
+    # All records are about one database: there is one group, and no interval but its own value.
+    assert written["pairs"][0]["difference"]["low"] == written["pairs"][0]["difference"]["high"]
+    assert "no field 'table'" in world.command("compare", *ids, "--group-by", "table").stderr
+
+
+def test_runs_of_other_records_can_not_be_compared(world: World) -> None:
+    first = world.evaluate("student").run_id
+    write_records(world.folder, RECORDS[:5], "eval.jsonl")
+    plan = evaluation(world.pipeline, world.folder / "eval.jsonl", role="student", changes={"model": "before"}, draws=1)
+    second = plan.run(output_dir=world.folder / "artifacts", run_id="other").run_id
+    done = world.command("compare", first, second)
+    assert done.returncode == 3
+    assert "no sample in common" in done.stderr
+
+
+def test_generations_are_chained_and_the_chain_is_tested(world: World) -> None:
+    first = world.pipeline.run(output_dir=world.folder / "artifacts", run_id="born-0")
+    second = parse_pipeline(
+        world.config | {"models": {"teacher": world.config["models"]["teacher"] | {"model": "student"}},
+                        "lineage": {"parent": "born-0"}}
+    ).run(output_dir=world.folder / "artifacts", run_id="born-1")  # fmt: skip
+    assert (first.manifest["generation"], first.manifest["parent_run_id"]) == (0, None)
+    assert (second.manifest["generation"], second.manifest["parent_run_id"]) == (1, "born-0")
+    assert [folder.run_id for folder in chain(world.folder / "artifacts", "born-1")] == ["born-0", "born-1"]
+    done = world.command("lineage", "born-1")
+    assert done.returncode == 0, done.stderr
+    assert "against generation 0" in done.stdout
+    runs = [measure(world.found(first)), *[measure(world.found(second))] * 3]
+    stop = advice(runs, [pair(after, before) for before, after in pairwise(runs[1:])])
+    assert stop == ["stop: the last two generations can't be told from their parents"]
+
+
+def test_a_parent_that_is_not_there_is_told_before_anything_is_asked(world: World) -> None:
+    orphan = parse_pipeline(world.config | {"lineage": {"parent": "nobody"}})
+    with pytest.raises(InputError, match="no run 'nobody'"):
+        orphan.run(output_dir=world.folder / "artifacts")

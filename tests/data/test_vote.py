@@ -1,0 +1,85 @@
+import asyncio
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.data.vote import MajorityVote
+from tests.context import TestContext, candidate
+
+
+@pytest.fixture
+def ctx(tmp_path: Path) -> Iterator[TestContext]:
+    with closing(TestContext(tmp_path)) as context:
+        yield context
+
+
+def ran(attempt: int, result: str | None, outcome: Outcome = Outcome.PASS, **detail: Any) -> Candidate:
+    found = {} if result is None else {"result_signature": result}
+    return candidate(f"SELECT {attempt}", attempt).judged(
+        Verdict("SQLiteExecEval", "f", outcome, "executed", None, found | {"row_count": 1} | detail)
+    )
+
+
+def vote(ctx: TestContext, candidates: list[Candidate], **config: Any) -> list[tuple[str, str, float | None]]:
+    sample = asyncio.run(
+        MajorityVote(name="MajorityVote", **config).run(Sample(0, "t", {}, candidates=tuple(candidates)), ctx)
+    )
+    verdicts = [c.verdict("MajorityVote") for c in sample.candidates]
+    return [(str(v.outcome), v.reason, v.score) for v in verdicts if v is not None]
+
+
+def results(text: str) -> list[Candidate]:
+    return [ran(attempt, letter) for attempt, letter in enumerate(text)]
+
+
+def test_most_results_are_the_pseudo_gold_and_its_share_is_the_score(ctx: TestContext) -> None:
+    found = vote(ctx, results("aaaaabbc"))
+    assert found[:5] == [("pass", "pseudo_gold", 5 / 8)] * 5
+    assert found[5:] == [("fail", "minority", 2 / 8)] * 2 + [("fail", "minority", 1 / 8)]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("aaaaaaa", "too_few_votes"), ("aaaabbbb", "no_majority"), ("aaaabbcde", "no_majority")]
+)
+def test_without_a_majority_nobody_is_blamed(ctx: TestContext, text: str, reason: str) -> None:
+    assert set(vote(ctx, results(text))) == {("error", reason, None)}
+
+
+def test_answers_that_did_not_run_have_no_vote(ctx: TestContext) -> None:
+    unknown, failed = ran(8, "b", Outcome.ERROR), ran(9, "b", Outcome.FAIL)
+    found = vote(ctx, [*results("aaaaaaaa"), unknown, failed, ran(10, None)])
+    assert found[8:] == [("error", "no_result", None)] * 2  # the failed one is not looked at
+    assert found[0] == ("pass", "pseudo_gold", 1.0)
+
+
+def test_nothing_found_is_no_gold(ctx: TestContext) -> None:
+    empty = [ran(n, "a", row_count=0) for n in range(8)]
+    assert set(vote(ctx, empty)) == {("error", "nothing_found", None)}
+
+
+def test_each_wave_is_a_new_vote(ctx: TestContext) -> None:
+    step = MajorityVote(name="MajorityVote", min_votes=4)
+    first = asyncio.run(step.run(Sample(0, "t", {}, candidates=tuple(results("abb"))), ctx))
+    assert not first.accepted
+    more = Sample(0, "t", {}, candidates=(*first.candidates, *(ran(n, "b") for n in (3, 4))))
+    second = asyncio.run(step.run(more, ctx))
+    assert [c.attempt for c in second.accepted] == [1, 2, 3, 4]
+    assert all(sum(v.gate == "MajorityVote" for v in c.verdicts) == 1 for c in second.candidates)
+
+
+def test_where_gold_is_known_the_vote_is_measured(ctx: TestContext) -> None:
+    candidates = [ran(n, "a" if n else "b", gold_match=n > 0) for n in range(8)]
+    sample = asyncio.run(MajorityVote(name="MajorityVote").run(Sample(0, "t", {}, candidates=tuple(candidates)), ctx))
+    details = [v.detail for c in sample.candidates if (v := c.verdict("MajorityVote"))]
+    assert details[0] == {"votes": 8}
+    assert details[1:] == [{"votes": 8, "pseudo_gold_right": True}] * 7
+
+
+def test_half_is_no_majority() -> None:
+    with pytest.raises(ValidationError, match=r"greater than 0\.5"):
+        MajorityVote(min_share=0.5)
