@@ -454,7 +454,9 @@ class OpenAIServer(Server):
         ids = call.body["prompt"]
         if len(ids) + call.body["max_tokens"] > self.options.context:
             return self.error(400, f"This model's maximum context length is {self.options.context} tokens")
-        rows = [{str(at): {"logprob": -at / 1000, "rank": 1, "decoded_token": self.words[at]}} for at in ids]
+        rows = [
+            {str(at): {"logprob": -at / 1000, "rank": 1, "decoded_token": self.words.get(at, f"#{at}")}} for at in ids
+        ]
         choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": [None, *rows[1:]]}
         return web.json_response({"model": call.model, "choices": [choice]})
 

@@ -29,6 +29,8 @@ STEPS = {
     "SelectBest": "fastdistill.data.select",
     "ExportSFT": "fastdistill.data.export.sft",
     "ExportHardCases": "fastdistill.data.export.hard",
+    "ScoreTokens": "fastdistill.data.score_tokens",
+    "ExportLogprobs": "fastdistill.data.export.logprobs",
     "ExportPreference": "fastdistill.data.export.preference",
 }
 

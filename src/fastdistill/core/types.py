@@ -67,7 +67,8 @@ class LogprobBasis(StrEnum):
 class TokenLogprob:
     """A token of an answer, and its likeliest alternatives in descending order, itself perhaps among them.
 
-    Ids are of the model's own vocabulary, where the server gives them. Natural logarithms.
+    Ids are of the model's own vocabulary, where the server gives them. Natural logarithms, to 5 decimals: further
+    digits are noise of the server's arithmetic, and most of the room that an answer takes.
     """
 
     token: str

@@ -171,8 +171,9 @@ class Token(msgspec.Struct):
     def scored(self) -> TokenLogprob:
         tops = sorted(self.top_logprobs or (), key=lambda top: -top.logprob)  # vLLM puts the sampled token first
         ids = [number for top in tops if (number := top.number) is not None]
-        pairs = tuple([(top.text, top.logprob) for top in tops])
-        return TokenLogprob(self.text, self.logprob, pairs, self.number, tuple(ids) if len(ids) == len(tops) else ())
+        pairs = tuple([(top.text, round(top.logprob, 5)) for top in tops])
+        top_ids = tuple(ids) if len(ids) == len(tops) else ()
+        return TokenLogprob(self.text, round(self.logprob, 5), pairs, self.number, top_ids)
 
     @property
     def number(self) -> int | None:

@@ -323,7 +323,9 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         if len(found) != len(whole):
             raise self._garbled("prompt_logprobs are not one for each token", response)
         rows = [(token, (row or {}).get(str(token))) for token, row in zip(ids, found[len(begin) :], strict=True)]
-        scores = tuple([TokenLogprob(s.decoded_token or "", s.logprob, (), at) for at, s in rows if s is not None])
+        scores = tuple(
+            [TokenLogprob(s.decoded_token or "", round(s.logprob, 5), (), at) for at, s in rows if s is not None]
+        )
         if len(scores) != len(ids):
             raise self._garbled("prompt_logprobs lack a token of the prompt", response)
         said = "".join(score.token for score in scores)
