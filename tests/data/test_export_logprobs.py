@@ -26,9 +26,8 @@ def pipeline(
     rows = [{"question": f"Q{number}"} for number in range(records)]
     ask: Any = {"template": "{{ question }}", "decode_profile": dict(decode), **generation}
     loaded: list[Any] = [{"LoadJsonl": {"rows": rows}}, {"CanonicalizeFields": {"fields": ["question"]}}]
-    return parse_pipeline(
-        {"name": "scored", "models": dict(models), "steps": [*loaded, {"TextGeneration": ask}, *steps]}
-    )
+    loaded.append({"TextGeneration": ask})
+    return parse_pipeline({"name": "scored", "models": dict(models), "steps": [*loaded, *steps]})
 
 
 def teacher(url: str, provider: str = "vllm", **fields: Any) -> dict[str, Any]:
