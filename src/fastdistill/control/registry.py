@@ -40,6 +40,7 @@ PROVIDERS = {
     "vllm": "fastdistill.model.providers.openai:OpenAIProvider",
     "sglang": "fastdistill.model.providers.openai:OpenAIProvider",
     "ollama": "fastdistill.model.providers.ollama:OllamaProvider",
+    "litellm": "fastdistill.model.providers.litellm:LiteLLMProvider",
     "embedded": "fastdistill.model.providers.embedded:EmbeddedProvider",
     "replay": "fastdistill.model.providers.replay:ReplayProvider",
 }

@@ -51,7 +51,7 @@ _OWN = ("vllm", "sglang")  # servers of one's own
 
 _OFFICIAL_LACKS = ("top_k", "min_p", "repetition_penalty")  # https://platform.openai.com/docs/api-reference/chat
 
-_NEUTRAL: Mapping[str, tuple[float, ...]] = {
+NEUTRAL: Mapping[str, tuple[float, ...]] = {
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (1,)),
     **dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty"), (0,)),
     "top_k": (0, -1),
@@ -261,7 +261,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         if body.get("top_k") == 0 and own:
             body["top_k"] = -1  # vLLM before 0.8 and SGLang refuse 0
         if "response_format" in body:
-            body["response_format"] = _response_format(body["response_format"])
+            body["response_format"] = response_format(body["response_format"])
         if seed is not None:
             body["seed"] = seed
         if n > 1:
@@ -357,17 +357,13 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         answer = self._decode(response, _decode_answer)
         if answer.error is not None:
             raise self._error(None, response, body)
-        choices = [choice for choice in answer.choices or () if choice.message is not None and choice.error is None]
-        if not choices:
+        completions = completions_of(answer, n, self._basis)
+        if not completions:
             fault = next((choice.error for choice in answer.choices or () if choice.error is not None), None)
             if fault is None:
                 raise self._garbled("no choices", response)
             raise self._error(None, replace(response, body=msgspec.json.encode({"error": fault})), body)
-        if len(choices) > 1:
-            choices = sorted(choices, key=lambda choice: choice.index)[:n]
-        shares = _share(answer.usage or _Usage(), choices)
-        completions = [_completion(answer, choice, usage) for choice, usage in zip(choices, shares, strict=True)]
-        return [one if one.logprobs is None else replace(one, logprob_basis=self._basis) for one in completions]
+        return completions
 
     def _error(self, status: int | None, response: Response, body: Mapping[str, Any]) -> ProviderError:
         """The error that an answer stands for; `status` is None for one that came under 200."""
@@ -401,7 +397,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         return self._failed(kind, status, message, response)
 
     def _unsupported(self, name: str, value: object, why: str, *, status: int | None = None) -> ProviderError:
-        neutral = f"set it to {_NEUTRAL[name][0]:g}" if name in _NEUTRAL else "change or remove it"
+        neutral = f"set it to {NEUTRAL[name][0]:g}" if name in NEUTRAL else "change or remove it"
         shown = str(value) if len(str(value)) <= 60 else f"{str(value)[:60]} …"
         message = f"{self._where}: does not take {name}={shown} ({why}); {neutral}"
         return ProviderError(ErrorKind.UNSUPPORTED, message, status=status, parameter=name)
@@ -517,7 +513,7 @@ class _Choice(Struct):
         return self.logprobs.content if self.logprobs else None
 
 
-class _Answer(Struct):
+class ChatAnswer(Struct):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
     model: str | None = None
@@ -570,7 +566,7 @@ class _Models(Struct):
     data: list[_Model]
 
 
-_decode_answer = Decoder(_Answer).decode
+_decode_answer = Decoder(ChatAnswer).decode
 _PROBE_MESSAGES = ({"role": "user", "content": "Name three colours."},)
 _PROBE_SCHEMA = {
     "type": "object",
@@ -580,7 +576,16 @@ _PROBE_SCHEMA = {
 }
 
 
-def _completion(answer: _Answer, choice: _Choice, usage: Usage) -> Completion:
+def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasis.UNKNOWN) -> list[Completion]:
+    """Up to `n` completions, in the order of their index."""
+    choices = [choice for choice in answer.choices or () if choice.message is not None and choice.error is None]
+    if len(choices) > 1:
+        choices = sorted(choices, key=lambda choice: choice.index)[:n]
+    shares = _share(answer.usage or _Usage(), choices) if choices else []
+    return [_completion(answer, choice, usage, basis) for choice, usage in zip(choices, shares, strict=True)]
+
+
+def _completion(answer: ChatAnswer, choice: _Choice, usage: Usage, basis: LogprobBasis) -> Completion:
     message = choice.message or _Message()
     finish = "content_filter" if message.refusal and not message.content else choice.finish_reason
     tokens = choice.tokens
@@ -588,7 +593,9 @@ def _completion(answer: _Answer, choice: _Choice, usage: Usage) -> Completion:
         for token, number in zip(tokens, choice.token_ids, strict=True):
             token.id = number
     said = message.content or "", message.thinking, tokens
-    return completion(*said, finish=finish, usage=usage, model=answer.model, build=answer.system_fingerprint)
+    told: dict[str, Any] = {"model": answer.model, "build": answer.system_fingerprint}
+    told["logprob_basis"] = basis if tokens is not None else None
+    return completion(*said, finish=finish, usage=usage, **told)
 
 
 def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
@@ -610,7 +617,7 @@ def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
     return list(map(Usage, [usage.prompt_tokens or 0, *others], completions, [cached, *others], thoughts))
 
 
-def _response_format(asked: object) -> object:
+def response_format(asked: object) -> object:
     """A schema in OpenAI's envelope; what already has the wire's form stays as it is."""
     if asked == "json":
         return {"type": "json_object"}
@@ -621,7 +628,7 @@ def _response_format(asked: object) -> object:
 
 def _may_be_left_out(name: str, value: object) -> bool:
     # Without `n` one answer comes, and the client asks for the rest; without `seed` an answer is only not repeatable.
-    return name in ("n", "seed") or value in _NEUTRAL.get(name, ())
+    return name in ("n", "seed") or value in NEUTRAL.get(name, ())
 
 
 def _says_no_model(fault: Fault) -> bool:
