@@ -609,7 +609,7 @@ class OpenAIServer(Server):
                     entry["token"] = spelt
             choice["logprobs"] = {"content": scored}
         if call.body.get("return_token_ids") and self.options.ids == "asked":
-            choice["token_ids"] = [self.token_id(token) for token in tokens]
+            choice["response_token_ids"] = [self.token_id(token) for token in tokens]
         return choice
 
 

@@ -501,7 +501,8 @@ class _Message(Struct):
 
 
 class _Choice(Struct):
-    token_ids: list[int] | None = None
+    token_ids: list[int] | None = None  # vLLM
+    response_token_ids: list[int] | None = None  # SGLang
     index: int = 0
     message: _Message | None = None
     finish_reason: str | None = None
@@ -588,9 +589,9 @@ def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasi
 def _completion(answer: ChatAnswer, choice: _Choice, usage: Usage, basis: LogprobBasis) -> Completion:
     message = choice.message or _Message()
     finish = "content_filter" if message.refusal and not message.content else choice.finish_reason
-    tokens = choice.tokens
-    if tokens is not None and choice.token_ids is not None and len(tokens) == len(choice.token_ids):
-        for token, number in zip(tokens, choice.token_ids, strict=True):
+    tokens, ids = choice.tokens, choice.token_ids or choice.response_token_ids or ()
+    if tokens is not None and len(tokens) == len(ids):
+        for token, number in zip(tokens, ids, strict=True):
             token.id = number
     said = message.content or "", message.thinking, tokens
     told: dict[str, Any] = {"model": answer.model, "build": answer.system_fingerprint}
