@@ -71,13 +71,9 @@ class _Decision(msgspec.Struct, frozen=True):
     noul: float | None = None  # the probability of true
 
 
-class _Diagnosis(msgspec.Struct, frozen=True):
-    label_mass: float = 1.0
-
-
 class _Decisions(msgspec.Struct, frozen=True):
     answers: dict[str, _Decision]
-    diagnostics: dict[str, _Diagnosis] = {}
+    diagnostics: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,13 +249,13 @@ class LLMJudge(Gate):
             found = msgspec.json.decode(said.text, type=_Decisions)
         except msgspec.MsgspecError as error:
             return _Word(None, JudgeReason.UNPARSABLE, f"{error}: {said.text[:200]!r}")
-        flags = {name: found.answers.get(f"must {name}", _Decision()).noul for name in self.must}
-        score = found.answers.get("score", _Decision()).score
-        if score is None or None in flags.values():
+        flags = {name: found.answers[at].noul for name in self.must if (at := f"must {name}") in found.answers}
+        score = found.answers["score"].score if "score" in found.answers else None
+        criteria = {name: share > 0.5 for name, share in flags.items() if share is not None}
+        if score is None or len(criteria) < len(self.must):
             return _Word(None, JudgeReason.UNPARSABLE, f"a question has no answer: {said.text[:200]!r}")
-        criteria = {name: share is not None and share > 0.5 for name, share in flags.items()}
         # Probabilities look normal whatever share of all tokens the labels had.
-        mass = min((diagnosis.label_mass for diagnosis in found.diagnostics.values()), default=1.0)
+        mass = min((told.get("label_mass", 1.0) for told in found.diagnostics.values()), default=1.0)
         return self._hardly_considered(mass) or _Word(_Grade(_SCALE[0] + score, criteria))
 
     def _hardly_considered(self, mass: float) -> _Word | None:

@@ -65,10 +65,10 @@ def lacks(where: str, name: str) -> ProviderError:
     return ProviderError(ErrorKind.UNSUPPORTED, f"{where}: {_ONLY_SOME_HAVE[name]}", parameter=name)
 
 
-def check_wires(where: str, prompt: Prompt) -> None:
-    """Raises `lacks` for a prompt that asks for what only some servers have."""
+def check_wires(where: str, prompt: Prompt, *, has: str = "") -> None:
+    """Raises `lacks` for a prompt that asks for what only some servers have, and this one has not."""
     for name in _ONLY_SOME_HAVE:
-        if prompt.parameters.get(name):
+        if prompt.parameters.get(name) and name != has:
             raise lacks(where, name)
 
 

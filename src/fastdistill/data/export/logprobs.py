@@ -24,7 +24,7 @@ _HALF = ("token_logprobs", "top_logprobs")
 class Scores(NamedTuple):
     """Log-probabilities of one sequence of T tokens; the alternatives, k for each token, flat and row by row."""
 
-    basis: str
+    logprob_basis: str
     n_prompt_tokens: int | None
     tokens: Sequence[str]
     token_ids: Sequence[int] | None
@@ -104,20 +104,14 @@ class ExportLogprobs(StreamStep):
         elif not "".join(scores.tokens).startswith(completion.text):
             seen["axolotl_left_out.text_differs"] += 1  # tokens of thinking, or of a character in pieces
         else:
-            k = scores.k
-            tail_ids, tail = [list(range(k))] * self.template_tail, [[-math.log(k)] * k] * self.template_tail
-            starts = range(0, len(scores.top_ids), k)
             seen["axolotl_rows"] += 1
+            k, tail = scores.k, self.template_tail
             messages = [{"role": m["role"], "content": m["content"]} for m in candidate.prompt.messages]
-            yield (
-                "axolotl",
-                {
-                    "messages": [*messages, {"role": "assistant", "content": completion.text}],
-                    "target_token_ids": [list(scores.top_ids[at : at + k]) for at in starts] + tail_ids,
-                    "logprobs": [list(scores.top_logprobs[at : at + k]) for at in starts] + tail,
-                    "fd_id": row_id(sample, candidate),
-                },
-            )
+            row: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": completion.text}]}
+            starts = range(0, len(scores.top_ids), k)
+            row["target_token_ids"] = [scores.top_ids[at : at + k] for at in starts] + [[*range(k)]] * tail
+            row["logprobs"] = [scores.top_logprobs[at : at + k] for at in starts] + [[-math.log(k)] * k] * tail
+            yield "axolotl", row | {"fd_id": row_id(sample, candidate)}
 
 
 def _own(candidate: Candidate, sample: Sample) -> Scores | None:
@@ -133,7 +127,7 @@ def _own(candidate: Candidate, sample: Sample) -> Scores | None:
     ids = [token.id for token in tokens if token.id is not None]
     top_ids = [id_ for token in tokens for id_ in token.top_ids[:k]]
     return Scores(
-        basis=completion.logprob_basis or LogprobBasis.UNKNOWN,
+        logprob_basis=completion.logprob_basis or LogprobBasis.UNKNOWN,
         n_prompt_tokens=max(prompt_tokens) or None,
         tokens=[token.token for token in tokens],
         token_ids=ids if len(ids) == len(tokens) else None,
@@ -156,38 +150,32 @@ def _given(candidate: Candidate, gate: str) -> Scores | None:
 
 def _row(candidate: Candidate, sample: Sample, scores: Scores) -> dict[str, Any]:
     parameters = candidate.prompt.parameters
-    row = {
+    return scores._asdict() | {
         "fd_id": row_id(sample, candidate),
         "fd_candidate_id": candidate.candidate_id,
         "fd_model": candidate.prompt.model,
         "temperature": (parameters.get("options") or {}).get("temperature", parameters.get("temperature")),
-        "logprob_basis": scores.basis,
-        "k": scores.k,
-        "n_prompt_tokens": scores.n_prompt_tokens,
         "cut": bool(candidate.cuts),
-        "token_ids": scores.token_ids,
         "tokens": scores.tokens if scores.token_ids is None else None,
-        "token_logprobs": scores.token_logprobs,
-        "top_ids": scores.top_ids,
         "top_tokens": scores.top_tokens if scores.top_ids is None else None,
-        "top_logprobs": scores.top_logprobs,
+        "seq_logprob": math.fsum(scores.token_logprobs),
     }
-    return row | {"seq_logprob": math.fsum(scores.token_logprobs)}
 
 
 def _schema(form: str) -> Any:
     import pyarrow as pa
 
+    text, ids = pa.string(), pa.list_(pa.int32())
     if form == "axolotl":
-        turn = pa.struct([("role", pa.string()), ("content", pa.string())])
-        ids, floats = pa.list_(pa.list_(pa.int32())), pa.list_(pa.list_(pa.float32()))
-        named = [("messages", pa.list_(turn)), ("target_token_ids", ids), ("logprobs", floats), ("fd_id", pa.string())]
-        return pa.schema(named)
-    types = {"temperature": pa.float64(), "k": pa.int32(), "n_prompt_tokens": pa.int32(), "cut": pa.bool_()}
-    types |= dict.fromkeys(("token_ids", "top_ids"), pa.list_(pa.int32()))
-    types |= dict.fromkeys(("tokens", "top_tokens"), pa.list_(pa.string()))
-    types |= {"seq_logprob": pa.float64(), **dict.fromkeys(_HALF, pa.list_(pa.float16()))}
-    texts = ("fd_id", "fd_candidate_id", "fd_model")
-    order = [*texts, "temperature", "logprob_basis", "k", "n_prompt_tokens", "cut", "token_ids", "tokens"]
-    order += ["token_logprobs", "top_ids", "top_tokens", "top_logprobs", "seq_logprob"]
-    return pa.schema([(name, types.get(name, pa.string())) for name in order])
+        turns, floats = pa.list_(pa.struct([("role", text), ("content", text)])), pa.list_(pa.list_(pa.float32()))
+        named = {"messages": turns, "target_token_ids": pa.list_(ids), "logprobs": floats, "fd_id": text}
+        return pa.schema(list(named.items()))
+    texts, halves = pa.list_(text), pa.list_(pa.float16())
+    return pa.schema(
+        [
+            ("fd_id", text), ("fd_candidate_id", text), ("fd_model", text), ("temperature", pa.float64()),
+            ("logprob_basis", text), ("k", pa.int32()), ("n_prompt_tokens", pa.int32()), ("cut", pa.bool_()),
+            ("token_ids", ids), ("tokens", texts), ("token_logprobs", halves), ("top_ids", ids),
+            ("top_tokens", texts), ("top_logprobs", halves), ("seq_logprob", pa.float64()),
+        ]
+    )  # fmt: skip

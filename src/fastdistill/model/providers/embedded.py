@@ -8,7 +8,6 @@ import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -48,17 +47,16 @@ class EmbeddedProvider:
         self._asked = 0
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
-        asked = {name: value for name, value in prompt.parameters.items() if name != "token_ids"}  # always given
-        check_wires("embedded", replace(prompt, parameters=asked))
+        check_wires("embedded", prompt, has="token_ids")
         request = {
             "messages": prompt.messages,
             "n": n,
             "seed": seed,
-            "stop": asked.get("stop", ()),
-            **{name: asked[name] for name in _SAMPLING if name in asked},
+            "stop": prompt.parameters.get("stop", ()),
+            **{name: prompt.parameters[name] for name in _SAMPLING if name in prompt.parameters},
         }
-        for name in sorted(asked.keys() - {*_SAMPLING, "stop", "revision"}):
-            if asked[name] != _NEUTRAL.get(name):
+        for name in sorted(prompt.parameters.keys() - {*_SAMPLING, "stop", "revision", "token_ids"}):
+            if prompt.parameters[name] != _NEUTRAL.get(name):
                 raise ProviderError(
                     ErrorKind.UNSUPPORTED, f"embedded: the model does not take {name}; remove it", parameter=name
                 )

@@ -18,8 +18,6 @@ from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfi
 from fastdistill.model.providers.openai import NEUTRAL, ChatAnswer, completions_of, response_format
 from fastdistill.model.transport import error_kind
 
-_OWN = ("top_k", "min_p", "repetition_penalty")  # not OpenAI's: passed on if they are not neutral
-
 
 class LiteLLMConfig(ModelConfig):
     """`model` is LiteLLM's name, like `anthropic/claude-sonnet-4-5`; keys come from LiteLLM's own variables."""
@@ -50,30 +48,29 @@ class LiteLLMProvider:
         litellm, config = self._imported(), self._config
         check_wires("litellm", prompt)
         asked = {**prompt.parameters, "n": n if n > 1 else None, "seed": seed}
-        neutral = {name: NEUTRAL[name] for name in _OWN} | {"revision": (asked.get("revision"),), "stop": ((),)}
-        body = {name: value for name, value in asked.items() if value not in neutral.get(name, (None,))}
-        body = {name: value for name, value in body.items() if value is not None and value is not False}
+        # Not OpenAI's, and passed on as they are: left out where they say nothing.
+        silent: dict[str, Any] = {name: NEUTRAL[name] for name in ("top_k", "min_p", "repetition_penalty")}
+        silent |= {"stop": ((),), "top_logprobs": (0,), "revision": (asked.get("revision"),)}
+        told = {name: value for name, value in asked.items() if value is not None and value is not False}
+        body = {name: value for name, value in told.items() if value not in silent.get(name, ())}
         if "response_format" in body:
             body["response_format"] = response_format(body["response_format"])
         key = config.api_key.get_secret_value() if config.api_key else None
-        body |= {"api_base": config.base_url, "api_key": key, "timeout": config.timeout}
+        body |= {"model": prompt.model, "api_base": config.base_url, "api_key": key, "timeout": config.timeout}
         try:
-            said = await litellm.acompletion(
-                model=prompt.model, messages=[*prompt.messages], num_retries=0, max_retries=0, **body
-            )
+            said = await litellm.acompletion(messages=[*prompt.messages], num_retries=0, max_retries=0, **body)
         except litellm.exceptions.openai.OpenAIError as error:  # all of LiteLLM's errors are OpenAI's too
             raise self._failed(error) from error
-        completions = completions_of(msgspec.json.decode(said.model_dump_json(), type=ChatAnswer), n)
-        if not completions:
-            raise ProviderError(ErrorKind.GARBLED, "litellm: the answer has no choices")
-        return completions
+        if completions := completions_of(msgspec.json.decode(said.model_dump_json(), type=ChatAnswer), n):
+            return completions
+        raise ProviderError(ErrorKind.GARBLED, "litellm: the answer has no choices")
 
     async def probe(self) -> Capabilities:
         parameters = DecodeProfile(max_tokens=1).parameters()
         hello = Prompt("litellm", self._config.model, ({"role": "user", "content": "Name three colours."},), parameters)
         (answer,) = await self.complete(hello, seed=None, n=1)
-        server, endpoint = f"litellm {version('litellm')}", self._config.base_url or "litellm"
-        return Capabilities(endpoint, server, answer.model, answer.build, can_score_prompt=False, notes=self.notes)
+        where = (self._config.base_url or "litellm", f"litellm {version('litellm')}")
+        return Capabilities(*where, answer.model, answer.build, can_score_prompt=False, notes=self.notes)
 
     async def load(self) -> Load | None:
         return None
@@ -92,21 +89,17 @@ class LiteLLMProvider:
         return self._litellm
 
     def _failed(self, error: Any) -> ProviderError:
-        status = getattr(error, "status_code", None)
-        kind = _KINDS.get(type(error).__name__) or error_kind(int(status or 500))
-        cause = error
-        while cause is not None and kind is ErrorKind.SERVER:  # nobody listens: a 500 of its own making
-            kind = _KINDS.get(type(cause).__name__, kind)
-            cause = cause.__cause__ or cause.__context__
-        return ProviderError(
-            kind, f"litellm: {self._config.model}: {' '.join(str(error).split())[:600]}", status=status
-        )
+        status, chain = getattr(error, "status_code", None) or 500, [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(cause)  # that nobody listens comes as a 500, with the reason behind it
+        named = (_KINDS[name] for each in chain if (name := type(each).__name__) in _KINDS)
+        message = f"litellm: {self._config.model}: {' '.join(str(error).split())[:600]}"
+        return ProviderError(next(named, error_kind(int(status))), message, status=status)
 
 
 _KINDS = {
     "ContextWindowExceededError": ErrorKind.TOO_LONG,
     "UnsupportedParamsError": ErrorKind.UNSUPPORTED,
     "Timeout": ErrorKind.TIMEOUT,
-    "APIConnectionError": ErrorKind.REFUSED,
-    "ConnectError": ErrorKind.REFUSED,
+    **dict.fromkeys(("APIConnectionError", "ConnectError"), ErrorKind.REFUSED),
 }

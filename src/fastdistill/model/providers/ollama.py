@@ -15,15 +15,7 @@ from msgspec.json import Decoder
 from pydantic import Field, model_validator
 
 from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
-from fastdistill.model.provider import (
-    Capabilities,
-    ErrorKind,
-    Load,
-    ModelConfig,
-    ProviderError,
-    ServedConfig,
-    check_wires,
-)
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig
 from fastdistill.model.transport import Fault, HttpProvider, Response, Token, Transport, Version, completion, error_kind
 
 S = TypeVar("S", bound=Struct)
@@ -148,7 +140,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     # --- the request ---
 
     def _body(self, prompt: Prompt, seed: int | None) -> dict[str, Any]:
-        check_wires(self._where, prompt)
+        self._check_wires(prompt)
         parameters = prompt.parameters
         decoded = {wire: parameters[name] for name, wire in _OPTIONS.items() if parameters.get(name) is not None}
         given = parameters.get("options") or {}

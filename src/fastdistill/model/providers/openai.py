@@ -303,7 +303,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         response = await self._asked(f"{self._config.url}/systemone", body, "decision")
         said = self._decode(response, Decoder(_Decided).decode)
         text = msgspec.json.encode({"answers": said.answers, "diagnostics": said.diagnostics}).decode()
-        usage = Usage(said.usage.input_tokens, said.usage.output_tokens)
+        usage = Usage(said.usage.get("input_tokens", 0), said.usage.get("output_tokens", 0))
         return Completion(text, FinishReason.STOP, usage, model=said.model)
 
     async def _score(self, prompt: Prompt) -> Completion:
@@ -311,9 +311,8 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         if self._config.provider != "vllm":
             raise lacks(self._where, "scored")
         given, model = prompt.parameters["scored"], {"model": prompt.model}
+        begin = await self._token_ids({**model, "messages": prompt.messages, "add_generation_prompt": True})
         text = {**model, "prompt": given, "add_special_tokens": False}
-        chat = {**model, "messages": prompt.messages, "add_generation_prompt": True}
-        begin = await self._token_ids(chat)
         ids = await self._token_ids(text) if isinstance(given, str) else [*given]
         whole = begin + ids
         body = {**model, "prompt": whole, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
@@ -341,11 +340,10 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         response = await self._request("POST", url, msgspec.json.encode(body))
         if response.status == 200:
             return response
-        error = self._error(response.status, response, {})
-        fault = Fault.read(response.body)
-        if response.status in (404, 405, 501) and not _says_no_model(fault):
-            raise lacks(self._where, wire) from error
-        if wire == "decision" and error.kind is ErrorKind.BAD_REQUEST:  # its labels are no single tokens, and the like
+        error, fault = self._error(response.status, response, {}), Fault.read(response.body)
+        lacking = response.status in (404, 405, 501) and not _says_no_model(fault)
+        # A decision's 400: its labels are no single tokens of this model, and the like.
+        if lacking or (wire == "decision" and error.kind is ErrorKind.BAD_REQUEST):
             raise lacks(f"{self._where}: {response.status}: {fault.message}", wire) from error
         raise error
 
@@ -522,15 +520,10 @@ class ChatAnswer(Struct):
     error: Any = None
 
 
-class _InOut(Struct):
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
 class _Decided(Struct):
     answers: dict[str, Any]
     diagnostics: dict[str, Any] = {}
-    usage: _InOut = msgspec.field(default_factory=_InOut)
+    usage: dict[str, int] = {}
     model: str | None = None
 
 
