@@ -109,12 +109,11 @@ if find_spec("litellm") is not None:
 
 
 # LiteLLM leaves connections of its own to the garbage collector.
-UNTIDY = {"litellm": pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")}
+UNTIDY = {"litellm": [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]}
+NAMED = [pytest.param(name, marks=UNTIDY.get(name, [])) for name in BACKENDS]
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=UNTIDY[name] if name in UNTIDY else ()) for name in BACKENDS]
-)
+@pytest.fixture(scope="module", params=NAMED)
 def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
     with BACKENDS[request.param](tmp_path_factory.mktemp(request.param)) as made:
         yield made

@@ -269,10 +269,9 @@ class LLMJudge(Gate):
         if self.read != "decision":
             return None
         score = {"type": "score", "instructions": "How right is the answer to the task?", "criteria": _LEVELS}
-        musts = {
-            f"must {m}": {"type": "noul", "instructions": f"Of the answer: {self.criteria[m]}."} for m in self.must
-        }
-        return {"decision": {"score": score, **musts}}
+        musts = {f"must {name}": f"Of the answer: {self.criteria[name]}." for name in self.must}
+        nouls = {name: {"type": "noul", "instructions": text} for name, text in musts.items()}
+        return {"decision": {"score": score, **nouls}}
 
     @cached_property
     def _templates(self) -> tuple[Template, Template | None]:

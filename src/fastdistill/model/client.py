@@ -439,7 +439,7 @@ class ModelClient:
 _LOOKS_EVERY = 0.25  # seconds
 _OVER_WHEN_ANSWERED = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}
 """Faults of a server or of the network, not of its load: an answer to somebody else shows that they are over."""
-_GONE = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.OVERLOADED}
+_GONE = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.OVERLOADED}  # no word on key, model, request
 _MEASURED_EVERY = 0.5  # seconds
 _ENOUGH_TO_HEDGE = 100  # answers, before the 99th percentile means anything
 _LOST = 4  # times the 99th percentile

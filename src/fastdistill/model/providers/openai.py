@@ -319,17 +319,13 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         response = await self._asked(f"{self._config.url}/completions", body, "scored")
         choices = self._decode(response, Decoder(_Scores).decode).choices
         found = (choices[0].prompt_logprobs if choices else None) or []
-        if len(found) != len(whole):
+        rows = zip(ids, found[len(begin) :], strict=False)
+        told = [(at, score) for at, row in rows if row and (score := row.get(str(at)))]
+        if len(told) != len(ids):
             raise self._garbled("prompt_logprobs are not one for each token", response)
-        rows = [(token, (row or {}).get(str(token))) for token, row in zip(ids, found[len(begin) :], strict=True)]
-        scores = tuple(
-            [TokenLogprob(s.decoded_token or "", round(s.logprob, 5), (), at) for at, s in rows if s is not None]
-        )
-        if len(scores) != len(ids):
-            raise self._garbled("prompt_logprobs lack a token of the prompt", response)
-        said = "".join(score.token for score in scores)
-        usage = Usage(len(whole), 0)
-        return Completion(said, FinishReason.STOP, usage, logprob_basis=self._basis, logprobs=scores)
+        scores = tuple([TokenLogprob(s.decoded_token or "", round(s.logprob, 5), (), at) for at, s in told])
+        how: dict[str, Any] = {"logprobs": scores, "logprob_basis": self._basis}
+        return Completion("".join(score.token for score in scores), FinishReason.STOP, Usage(len(whole), 0), **how)
 
     async def _token_ids(self, body: Mapping[str, Any]) -> list[int]:
         response = await self._asked(f"{self._root}/tokenize", body, "scored")
