@@ -18,8 +18,6 @@ from fastdistill.core.step import Context, StreamStep
 from fastdistill.core.types import Candidate, FinishReason, LogprobBasis, Sample, Status
 from fastdistill.data.export.dataset import Write, parquet_file, row_id
 
-_HALF = ("token_logprobs", "top_logprobs")
-
 
 class Scores(NamedTuple):
     """Log-probabilities of one sequence of T tokens; the alternatives, k for each token, flat and row by row."""
@@ -62,7 +60,8 @@ class ExportLogprobs(StreamStep):
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
         seen: Counter[str] = Counter()
         with ExitStack() as stack:
-            options = {"use_dictionary": False, "use_byte_stream_split": [f"{name}.list.element" for name in _HALF]}
+            halves = ["token_logprobs.list.element", "top_logprobs.list.element"]
+            options = {"use_dictionary": False, "use_byte_stream_split": halves}
             writers: dict[str, Write] = {}
             for form in self.formats:
                 folder, more = ("logprobs", options) if form == "parquet" else ("axolotl_kd", {})
