@@ -94,8 +94,8 @@ class LiteLLMProvider:
             chain.append(cause)  # that nobody listens comes as a 500, with the reason behind it
         named = (_KINDS[name] for each in chain if (name := type(each).__name__) in _KINDS)
         message = f"litellm: {self._config.model}: {' '.join(str(error).split())[:600]}"
-        if self._config.api_key is not None:  # some servers repeat a wrong key
-            message = message.replace(self._config.api_key.get_secret_value(), "(secret)")
+        key = self._config.api_key.get_secret_value() if self._config.api_key else ""
+        message = message.replace(key, "(secret)") if len(key) >= 6 else message  # some servers repeat a wrong key
         return ProviderError(next(named, error_kind(int(status))), message, status=status)
 
 
