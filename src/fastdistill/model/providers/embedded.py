@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Literal
 import msgspec
 from pydantic import Field, field_validator
 
-from fastdistill.core.types import Completion, Prompt, Usage
+from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
 from fastdistill.model.embedded.wire import Key, Ready, Result
-from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, check_wires
 
 _LINE_LIMIT = 1 << 24  # bytes; an answer with all its log-probabilities is one line
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "logprobs", "top_logprobs")
@@ -62,6 +62,7 @@ class EmbeddedProvider:
         self._asked = 0
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
+        check_wires("embedded", prompt, has="token_ids")
         request = {
             "messages": prompt.messages,
             "n": n,
@@ -69,7 +70,8 @@ class EmbeddedProvider:
             "stop": prompt.parameters.get("stop", ()),
             **{name: prompt.parameters[name] for name in _SAMPLING if name in prompt.parameters},
         }
-        for name in sorted(prompt.parameters.keys() - {*_SAMPLING, "stop", "revision", "weights"}):
+        known = {*_SAMPLING, "stop", "revision", "token_ids", "weights"}
+        for name in sorted(prompt.parameters.keys() - known):
             if prompt.parameters[name] != _NEUTRAL.get(name):
                 raise ProviderError(
                     ErrorKind.UNSUPPORTED, f"embedded: the model does not take {name}; remove it", parameter=name
@@ -86,6 +88,7 @@ class EmbeddedProvider:
                 usage=Usage(result.prompt_tokens if at == 0 else 0, choice.tokens),
                 model=model,
                 build=model,
+                logprob_basis=LogprobBasis.RAW if choice.logprobs is not None else None,
                 logprobs=choice.logprobs,
             )
             for at, choice in enumerate(result.choices)
@@ -104,6 +107,10 @@ class EmbeddedProvider:
             logprobs=True,
             json_schema=False,
             seed=True,
+            logprob_basis=LogprobBasis.RAW,
+            max_top=20,
+            has_token_ids=True,
+            can_score_prompt=False,
         )
 
     async def load(self) -> Load | None:
