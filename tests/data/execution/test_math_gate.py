@@ -180,6 +180,45 @@ def test_gold_may_be_a_number_an_answer_or_a_whole_solution(tmp_path: Path, gold
     assert right.detail == {"answer": "5", "extracted": "boxed", "compared": "exact"}
 
 
+SPELLINGS = [
+    ["1200", "1,200", r"\$1{,}200.00", "1.2 \\times 10^{3}", "1200 euros"],
+    ["3/2", "1.5", r"\frac{6}{4}", r"1\frac12", "x = 1.5", "1.50 km"],
+    [r"\{2, 3\}", "3, 2", "2 or 3", r"\{3,2\}"],
+    ["(2, 3)", r"\left(2,3\right)"],
+    ["B", r"\text{(B)}"],
+    ["Tuesday", r"\textbf{tuesday}"],
+    [r"\sqrt{2}", r"\sqrt{ 2 }"],
+    [r"\sqrt{8}", r"\sqrt{8}."],
+]
+
+
+def test_without_gold_equal_plain_answers_are_one_answer_and_different_ones_are_not(tmp_path: Path) -> None:
+    pairs: list[tuple[object, str]] = [(None, boxed(text)) for spellings in SPELLINGS for text in spellings]
+    found = judge(tmp_path, pairs, gold_field=None)
+    assert {(v.outcome, v.reason) for v in found} == {(Outcome.PASS, MathReason.EXTRACTED)}
+    answers = [v.detail["answer"] for v in found]
+    assert answers == [answers[sum(map(len, SPELLINGS[:n]))] for n, same in enumerate(SPELLINGS) for _ in same]
+    assert len(set(answers)) == len(SPELLINGS)
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome", "reason"),
+    [
+        ("I can't tell.", Outcome.FAIL, MathReason.NO_ANSWER),
+        (r"\boxed{1} or \boxed{2}", Outcome.ERROR, MathReason.AMBIGUOUS),
+        (r"\boxed{1} or \boxed{1.0}", Outcome.PASS, MathReason.EXTRACTED),
+        (boxed("9" * 301), Outcome.ERROR, MathReason.UNREADABLE),
+        (boxed(r"9^{9^{9^9}}"), Outcome.PASS, MathReason.EXTRACTED),
+    ],
+    ids=range(5),
+)
+def test_without_gold_a_final_answer_is_all_that_is_asked_for(
+    tmp_path: Path, text: str, outcome: Outcome, reason: MathReason
+) -> None:
+    (verdict,) = judge(tmp_path, [("5", text)], gold_field=None)
+    assert (verdict.outcome, verdict.reason) == (outcome, reason)
+
+
 def test_a_tolerance_holds_only_where_it_is_given(tmp_path: Path) -> None:
     pairs: list[tuple[object, str]] = [
         ("3.14", boxed("3.141")),
