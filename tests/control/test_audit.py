@@ -125,7 +125,10 @@ def math_config(folder: Path, answers: list[Any], **gate: Any) -> dict[str, Any]
 
 def test_mathematics_is_measured_with_other_numbers(tmp_path: Path) -> None:
     answers = ["48 + 24 = 72\n#### 72", 1200, "$7.50", r"\boxed{3} or \boxed{4}"]
-    exact = audited(math_config(tmp_path, answers), tmp_path)["MathExecEval"]
+    made = math_config(tmp_path, answers)
+    made["steps"].append({"MajorityVote": {"gate": "MathExecEval", "result": "answer"}})
+    (exact,) = audited(made, tmp_path).values()
+    assert exact["gate"] == "MathExecEval", "of a vote nothing can be said with one answer"
     assert (exact["rates"]["golds"], exact["rates"]["broken_golds"]) == (4, 1)
     assert exact["rates"]["false_reject_rate"]["total"] == 3
     assert set(exact["operators"]) == {"off_by_one", "sign", "times_ten", "half", "digits"}

@@ -85,10 +85,9 @@ def canonical(answer: str) -> str:
         return "".join(answer.split())
     if isinstance(plain, str):
         return plain
-    numbers = [str(item.number) for item in (plain.items if isinstance(plain, _Group) else [plain])]
-    if len(numbers) == 1 or not isinstance(plain, _Group):
-        return numbers[0]
-    return f"{plain.brackets[0]}{', '.join(numbers)}{plain.brackets[1]}"
+    group = plain if isinstance(plain, _Group) else _Group("{}", (plain,))
+    numbers = ", ".join(str(item.number) for item in group.items)
+    return numbers if len(group.items) == 1 else f"{group.brackets[0]}{numbers}{group.brackets[1]}"
 
 
 def clean(text: str) -> str:

@@ -149,8 +149,7 @@ class MathExecEval(Gate):
     def mutations(self, gold: str, sample: Sample) -> Sequence[Mutation]:
         from fastdistill.data.mutate_math import mutate_math
 
-        answer = _final(gold)
-        return [] if answer is None else mutate_math(answer)
+        return mutate_math(_final(gold) or "")
 
     async def _symbolic(self, gold: str, answer: str) -> MathReason:
         assert self._pool is not None, "the gate is used inside `opened`"
