@@ -222,6 +222,22 @@ def diff_runs(
     show_diff(run_a, run_b, output_dir, group_by, json)
 
 
+@app.command()
+def push(
+    run: str,
+    repo: Annotated[str, typer.Option(help="The data set's name on the Hub: OWNER/NAME.")],
+    private: Annotated[bool, typer.Option("--private", help="Only its owner may see it, if it is new.")] = False,
+    exported: Annotated[
+        Path | None, typer.Option("--from", help="A folder of `fastdistill export`, in place of the run's dist.")
+    ] = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Upload a finished run's data set to the Hugging Face Hub, in one commit."""
+    from fastdistill.control.push import push_run
+
+    print(push_run(run, repo, private=private, exported=exported, output_dir=output_dir))
+
+
 @app.command("eval")
 def evaluate_model(
     config: Config,
