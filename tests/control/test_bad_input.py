@@ -194,7 +194,7 @@ BAD_SQL = [
     (NOISE, GOLD, "sql_error"),
     ("def f(x):\n    return x", GOLD, "sql_error"),
     ("", GOLD, "not_a_query"),
-    (f"SELECT '{'x' * 50_000_000}'", GOLD, "sql_error"),
+    (f"SELECT '{'x' * 5_000_000}'", GOLD, "sql_error"),
     (FOREVER, GOLD, "limit_ops"),
     ("DROP TABLE city", GOLD, "not_a_query"),
     (GOLD, "SELECT nme FROM city", "gold_invalid"),
