@@ -300,7 +300,7 @@ def test_pairs_are_compared_in_both_orders_and_a_judge_who_takes_the_first_decid
             openai_server(choose(ANSWERS)) as teacher,
             openai_server(script, models=("judge",), json_schema=False) as judge,
         ):
-            made = config(teacher.url, write_records(folder, RECORDS[:20]), make_database(folder), num_generations=6)
+            made = config(teacher.url, write_records(folder, RECORDS[:10]), make_database(folder), num_generations=6)
             made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": judge.url}
             made["steps"][6]["SQLiteExecEval"]["require"] = "exec_pass"
             made["steps"][7:8] = [{"PairwiseJudge": {"task": "{{ instruction }}"}}]
