@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check lab clean
 
 demo: $(VENV)/.core
 	$(BIN)/python -m lab.grammar --samples 200 --seed 13 --output demo/data
@@ -13,6 +13,10 @@ demo: $(VENV)/.core
 
 test: check
 	$(BIN)/python -m pytest
+
+# The whole loop on a small, real model: about 70 CPU-minutes. What is in demo/lab already is not made again.
+lab: $(VENV)/.lab
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m lab.baseline --output demo/lab
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -30,6 +34,10 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	$(INSTALL) --editable '.[dev,dedup,servers]'
+	touch $@
+
+$(VENV)/.lab: $(VENV)/.core
+	$(INSTALL) --editable '.[lab]'
 	touch $@
 
 clean:

@@ -150,6 +150,7 @@ def train(
     batch: int = 12,
     matrix_rate: float = 0.02,
     other_rate: float = 0.004,
+    quiet: bool = False,
 ) -> Report:
     """Train on the pairs for some CPU minutes; the loss is on the answers alone.
 
@@ -179,7 +180,7 @@ def train(
         adam.step()
         losses.append(loss.item())
         seen += sum(len(group.branches) for group in groups)
-        if len(losses) % 25 == 0:
+        if len(losses) % 25 == 0 and not quiet:
             print(f"step {len(losses):5d}  {progress:4.0%}  {seen:6d} pairs  loss {np.mean(losses[-25:]):.4f}",
                   flush=True)  # fmt: skip
     return Report(len(losses), seen, (time.process_time() - started) / 60, float(np.mean(losses[-25:])))

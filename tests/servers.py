@@ -60,6 +60,9 @@ class Reply:
     finish: str = "stop"
 
 
+Decide = Callable[[Call, str, Mapping[str, Any]], Sequence[float]]
+"""The probabilities of the options of a question, which has a name."""
+
 Script = Callable[[Call, int], str | Reply]
 """The answer to the choice of an index."""
 
@@ -199,6 +202,11 @@ class OpenAIOptions(Options):
     honours_n: bool | int = True  # False: silently one choice; a number: 400 beyond it, as llama.cpp
     usage_of: Literal["all", "one", "none"] = "all"
     logprobs: bool = True
+    logprob_basis: Literal["raw", "post_temperature"] = "raw"
+    ids: Literal["asked", "always", "never"] = "asked"  # as vLLM and SGLang, as llama.cpp, as OpenAI
+    decides: "Decide | None" = None  # answers /v1/systemone; None: 404
+    label_mass: float | Callable[[str], float] | None = 0.998  # of a type of question; None: untold, as transformers
+    scores_prompts: bool = False  # /tokenize and prompt_logprobs, as vLLM
     json_schema: bool = True
     thinks: Literal["reasoning_content", "reasoning", "inline"] = "reasoning_content"
     refuses: Sequence[str] = ()  # parameters answered with OpenAI's 400
@@ -357,11 +365,17 @@ class OpenAIServer(Server):
     def __init__(self, options: OpenAIOptions) -> None:
         super().__init__(options)
         self.files: dict[str, bytes] = {}
+        self.words: dict[int, str] = {}  # by token id
         self.batches: list[dict[str, Any]] = []
         self.asked_for_batches = 0  # those that were not made among them
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         router.add_post("/v1/chat/completions", self._chat)
+        if self.options.decides:
+            router.add_post("/v1/systemone", self._systemone)
+        if self.options.scores_prompts:
+            router.add_post("/tokenize", self._tokenize)
+            router.add_post("/v1/completions", self._complete)
         router.add_post("/v1/files", self._upload)
         router.add_get("/v1/files/{id}/content", self._content)
         router.add_post("/v1/batches", self._create_batch)
@@ -389,6 +403,67 @@ class OpenAIServer(Server):
         number = self.counters.requests + 1
         n = 1 if self.options.honours_n is False else body.get("n", 1)
         return Call(number, body["model"], body["messages"], body.get("seed"), n, limit, body)
+
+    # vLLM's generate/structured_decisions, whose answers transformers serve has too
+
+    async def _systemone(self, request: web.Request) -> web.StreamResponse:
+        body = json.loads(await request.read())
+        messages = [{"role": "user", "content": body["state"]}]
+        call = Call(self.counters.requests + 1, body["model"], messages, None, 1, None, body)
+        return await self.answer(request, call, lambda: self._decide(call))
+
+    def _decide(self, call: Call) -> web.Response:
+        assert self.options.decides is not None
+        answers, diagnostics = {}, {}
+        for name, question in call.body["questions"].items():
+            kind, criteria = question["type"], question.get("criteria")
+            shares = list(self.options.decides(call, name, question))
+            if kind == "noul":
+                answers[name] = {"type": kind, "noul": shares[0]}
+            elif kind == "score":
+                assert len(shares) == len(criteria) >= 2
+                found = {"score": sum(at * share for at, share in enumerate(shares)), "confidence": max(shares)}
+                by_level = {str(at): share for at, share in enumerate(shares)}
+                legend = {str(at): level for at, level in enumerate(criteria)}
+                answers[name] = {"type": kind, **found, "legend": legend, "probabilities": by_level}
+            else:
+                return self.error(400, "'type' must be one of: choice, score, noul")
+            mass = self.options.label_mass
+            diagnostics[name] = {"label_mass": mass(kind) if callable(mass) else mass, "argmax_is_label": True}
+        usage = {"input_tokens": self.prompt_tokens(call), "output_tokens": 0}
+        told = {} if self.options.label_mass is None else {"diagnostics": diagnostics}
+        return web.json_response({"model": call.model, "answers": answers, "usage": usage, **told})
+
+    # vLLM's serve/tokenize and the prompt_logprobs of its completions; a token is a word, its id is `token_id`
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = json.loads(await request.read())
+        text = body.get("prompt")
+        if text is None:
+            text = "".join(f"<{m['role']}> {m['content']} " for m in body["messages"]) + "<assistant>"
+        tokens = [self.token_id(word) for word in text.split(" ")]
+        return web.json_response({"count": len(tokens), "max_model_len": self.options.context, "tokens": tokens})
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = json.loads(await request.read())
+        messages = [{"role": "user", "content": str(body["prompt"])}]
+        call = Call(self.counters.requests + 1, body["model"], messages, None, 1, body["max_tokens"], body)
+        return await self.answer(request, call, lambda: self._score(call))
+
+    def _score(self, call: Call) -> web.Response:
+        ids = call.body["prompt"]
+        if len(ids) + call.body["max_tokens"] > self.options.context:
+            return self.error(400, f"This model's maximum context length is {self.options.context} tokens")
+        rows = [
+            {str(at): {"logprob": -at / 1000, "rank": 1, "decoded_token": self.words.get(at, f"#{at}")}} for at in ids
+        ]
+        choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": [None, *rows[1:]]}
+        return web.json_response({"model": call.model, "choices": [choice]})
+
+    def token_id(self, word: str) -> int:
+        number = int.from_bytes(hashlib.sha256(word.encode()).digest()[:2], "big")
+        self.words[number] = word
+        return number
 
     # https://platform.openai.com/docs/api-reference/batch
 
@@ -521,7 +596,20 @@ class OpenAIServer(Server):
             message[self.options.thinks] = reply.thinking
         choice: dict[str, Any] = {"index": index, "message": message, "finish_reason": finish, "logprobs": None}
         if call.body.get("logprobs") and self.options.logprobs:
-            choice["logprobs"] = {"content": _logprobs(tokens, call.body.get("top_logprobs", 0))}
+            scored = _logprobs(tokens, call.body.get("top_logprobs", 0))
+            heat = call.body.get("temperature", 1) if self.options.logprob_basis == "post_temperature" else 1
+            for entry in (entry for token in scored for entry in (token, *token["top_logprobs"])):
+                entry["logprob"] /= heat or 1
+                number = self.token_id(entry["token"])
+                if self.options.ids == "always":
+                    entry["id"] = number
+                elif self.options.ids == "asked" and call.body.get("return_tokens_as_token_ids"):
+                    spelt = f"token_id:{number}"
+                    entry["bytes"] = list((entry["token"] if "top_logprobs" in entry else spelt).encode())
+                    entry["token"] = spelt
+            choice["logprobs"] = {"content": scored}
+        if call.body.get("return_token_ids") and self.options.ids == "asked":
+            choice["response_token_ids"] = [self.token_id(token) for token in tokens]
         return choice
 
 
@@ -684,8 +772,10 @@ def _constant(value: object) -> Callable[[web.Request], Any]:
 
 
 def _logprobs(tokens: Sequence[str], top: int) -> list[dict[str, Any]]:
-    others = [{"token": f"t{at}", "logprob": -1.0 - at} for at in range(top)]
-    return [{"token": token, "logprob": -0.5, "top_logprobs": others} for token in tokens]
+    def entry(token: str, logprob: float, **more: Any) -> dict[str, Any]:
+        return {"token": token, "logprob": logprob, **more}
+
+    return [entry(token, -0.5, top_logprobs=[entry(f"t{at}", -1.0 - at) for at in range(top)]) for token in tokens]
 
 
 def _tagged(name: str) -> str:

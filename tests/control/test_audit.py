@@ -111,6 +111,34 @@ def test_what_all_tests_pass_has_survived_and_is_no_false_accept(tmp_path: Path)
     assert found["rates"]["at_most"]["successes"] == 1
 
 
+def math_config(folder: Path, answers: list[Any], **gate: Any) -> dict[str, Any]:
+    records = [{"prompt": f"What is it, {at}?", "answer": answer} for at, answer in enumerate(answers)]
+    return {
+        "name": "sums",
+        "steps": [
+            {"LoadJsonl": {"path": str(write_records(folder, records))}},
+            {"CanonicalizeFields": {"fields": ["prompt"]}},
+            {"MathExecEval": gate},
+        ],
+    }
+
+
+def test_mathematics_is_measured_with_other_numbers(tmp_path: Path) -> None:
+    answers = ["48 + 24 = 72\n#### 72", 1200, "$7.50", r"\boxed{3} or \boxed{4}"]
+    made = math_config(tmp_path, answers)
+    made["steps"].append({"MajorityVote": {"gate": "MathExecEval", "result": "answer"}})
+    (exact,) = audited(made, tmp_path).values()
+    assert exact["gate"] == "MathExecEval", "of a vote nothing can be said with one answer"
+    assert (exact["rates"]["golds"], exact["rates"]["broken_golds"]) == (4, 1)
+    assert exact["rates"]["false_reject_rate"]["total"] == 3
+    assert set(exact["operators"]) == {"off_by_one", "sign", "times_ten", "half", "digits"}
+    assert exact["rates"]["false_accept_rate"]["total"] == exact["rates"]["mutants"] == 18
+    assert [case["finding"] for case in exact["cases"]] == ["broken_gold"]
+    loose = audited(math_config(tmp_path, answers, tolerance=0.01), tmp_path)["MathExecEval"]
+    accepted = [(case["finding"], case["answer"]) for case in loose["cases"] if case["operator"] == "off_by_one"]
+    assert accepted == [("false_accept", r"\boxed{1199}"), ("false_accept", r"\boxed{1201}")]
+
+
 def test_without_a_gold_answer_there_is_nothing_to_measure_with(tmp_path: Path) -> None:
     made = sql_config(tmp_path, [{k: v for k, v in record.items() if k != "gold_sql"} for record in RECORDS[:3]])
     with pytest.raises(InputError, match="no gold answer was found"):

@@ -2,9 +2,11 @@
 
 import json
 import shlex
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,62 @@ def test_a_wrong_key_and_an_unknown_model(tmp_path: Path) -> None:
         ended = world.run()
         assert ended.code == 4
         assert "other" in ended.message
+
+
+GOLD = RECORDS[0]["gold_sql"]
+FOREVER = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c) SELECT count(*) FROM c, city"
+NOISE = "\0\x7f\x1b\ufffd" * 500
+BAD_SQL = [
+    (GOLD, GOLD, "match"),
+    (NOISE, GOLD, "sql_error"),
+    ("def f(x):\n    return x", GOLD, "sql_error"),
+    ("", GOLD, "not_a_query"),
+    (f"SELECT '{'x' * 5_000_000}'", GOLD, "sql_error"),
+    (FOREVER, GOLD, "limit_ops"),
+    ("DROP TABLE city", GOLD, "not_a_query"),
+    (GOLD, "SELECT nme FROM city", "gold_invalid"),
+    (GOLD, FOREVER, "gold_invalid"),
+]
+BAD_MATH = [
+    (r"\boxed{5}", "5", "match"),
+    (NOISE, "5", "no_answer"),
+    ("def f(x):\n    return x", "5", "no_answer"),
+    ("", "5", "no_answer"),
+    ("9" * 5_000_000, "5", "no_answer"),
+    (r"\boxed{9^{9^{9^9}}}", "5", "compare_budget"),
+    (r"\boxed{\sum_{k=1}^{10000000} \frac{1}{k}}", r"\sqrt{25}", "compare_budget"),
+    (r"\boxed{5}", None, "gold_invalid"),
+]
+
+
+@pytest.mark.parametrize("kind", ["sql", "math"])
+def test_an_answer_or_a_gold_of_any_kind_ends_as_what_it_is_and_the_run_goes_on(tmp_path: Path, kind: str) -> None:
+    make_database(tmp_path)
+    gate = {"SQLiteExecEval": {"db_path": "city.db"}} if kind == "sql" else {"MathExecEval": {"limits": {"cpu_s": 0.3}}}
+    cases = BAD_SQL if kind == "sql" else BAD_MATH
+    records, recording = tmp_path / "train.jsonl", tmp_path / "recorded.jsonl"
+    with records.open("w") as asked, recording.open("w") as answered:
+        for number, (answer, gold, _) in enumerate(cases):
+            asked.write(
+                json.dumps({"task_id": str(number), "q": f"{number}?", "gold_sql": gold, "answer": gold}) + "\n"
+            )
+            answered.write(json.dumps({"key": str(number), "completions": [answer]}) + "\n")
+    steps = [{"LoadJsonl": {"path": "train.jsonl"}}, {"CanonicalizeFields": {"fields": ["q"]}}]
+    steps += [{"TextGeneration": {"template": "{{ q }}"}}, gate, {"ExportSFT": {}}]
+    models = {"teacher": {"provider": "replay", "path": "recorded.jsonl"}}
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump({"name": "bad", "models": models, "steps": steps}))
+    command = [sys.executable, "-m", "fastdistill.control.cli", "pipeline", "run", "-c", "pipeline.yaml", "--quiet"]
+    done = subprocess.run(
+        [*command, "--output-dir", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (ledger,) = (tmp_path / "out").glob("runs/*/ledger.sqlite")
+    with closing(sqlite3.connect(ledger)) as database:
+        found = database.execute("SELECT reason, outcome FROM verdicts ORDER BY idx").fetchall()
+    assert [reason for reason, _ in found] == [reason for *_, reason in cases]
+    blamed = {"sql_error", "not_a_query", "limit_ops", "no_answer"}
+    assert {reason for reason, outcome in found if outcome == "fail"} == blamed & {reason for reason, _ in found}
+    assert {outcome for reason, outcome in found if reason in ("gold_invalid", "compare_budget")} == {"error"}
 
 
 def test_nobody_listens(world: World) -> None:

@@ -8,6 +8,8 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistill.control.store import ResponseStore
+from fastdistill.control.store import ResponseStore, read_completion, write_completion
 from fastdistill.core.errors import EnvironmentFault
-from fastdistill.core.types import Answer, Completion, Draw, FinishReason, Prompt, TokenLogprob, Usage
+from fastdistill.core.types import Answer, Completion, Draw, FinishReason, LogprobBasis, Prompt, TokenLogprob, Usage
 
 PROMPT = Prompt("vllm", "m", ({"role": "user", "content": "How many?"},), {"temperature": 1.0})
 
@@ -41,6 +43,38 @@ def stored(path: Path, keys: Sequence[str]) -> list[Completion | None]:
             return [store.get(key) for key in keys]
 
     return asyncio.run(go())
+
+
+SCORED = Completion(
+    'it says ,"logprobs":"eJx",',
+    FinishReason.STOP,
+    logprobs=tuple(
+        TokenLogprob(f" t{at}", -at / 7, tuple((f" t{n}", -n / 3) for n in range(20)), at, tuple(range(20)))
+        for at in range(50)
+    ),
+    logprob_basis=LogprobBasis.RAW,
+)
+
+
+def test_log_probabilities_are_packed_and_all_else_stays_readable_with_sql(tmp_path: Path) -> None:
+    scored = write_completion(SCORED)
+    assert read_completion(scored) == SCORED
+    assert len(scored) < len(json.dumps(asdict(SCORED))) / 4
+    plain = Completion(SCORED.text, FinishReason.STOP, Usage(3, 50))
+    with closing(sqlite3.connect(":memory:")) as database:
+        for each in (SCORED, plain):
+            query = "SELECT json_extract(?1, '$.text'), json_extract(?1, '$.usage.completion_tokens')"
+            found = database.execute(query, (write_completion(each),)).fetchone()
+            assert found == (each.text, each.usage.completion_tokens)
+
+
+def test_log_probabilities_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    tokens = [{"token": "a", "logprob": -0.5, "top": [["b", -1.5]]}]
+    earlier = {"text": "a", "finish_reason": "stop", "logprobs": tokens}
+    found = read_completion(json.dumps(earlier))
+    assert found == Completion("a", FinishReason.STOP, logprobs=(TokenLogprob("a", -0.5, (("b", -1.5),)),))
+    spaced = json.dumps(earlier, separators=(",", ":"))
+    assert read_completion(spaced) == found
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]))

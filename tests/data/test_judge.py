@@ -12,12 +12,16 @@ from pydantic import ValidationError
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import RunResult
+from fastdistill.core.errors import TeacherError
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, TokenLogprob
 from fastdistill.data.judge import CRITERIA, LLMJudge, PairwiseJudge
 from tests.servers import Call, Reply, Script, choose, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
 GOLD = {record["instruction"]: record["gold_sql"] for record in RECORDS}
+
+
+REFUSED = {"<answer>": status(400, "501: not a decision model", times=None)}
 
 
 def asked(call: Call) -> str:
@@ -161,6 +165,43 @@ def test_several_judges_decide_by_the_mean_and_their_agreement_is_reported(tmp_p
     assert {v.score for v in split} == {0.5}
 
 
+def closed_port() -> str:
+    with openai_server() as server:
+        pass
+    return server.url
+
+
+@pytest.mark.parametrize("step", ["LLMJudge", "PairwiseJudge"])
+def test_a_judge_that_nobody_can_reach_says_nothing_and_ends_no_run(tmp_path: Path, step: str) -> None:
+    with openai_server(choose(ANSWERS)) as teacher:
+        made = config(teacher.url, write_records(tmp_path, RECORDS[:20]), make_database(tmp_path), num_generations=6)
+        made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": closed_port()}
+        made["steps"][6]["SQLiteExecEval"]["require"] = "exec_pass"
+        made["steps"][7:8] = [{step: {"task": "{{ instruction }}"}}]
+        result = parse_pipeline(made).run(output_dir=tmp_path / "artifacts")
+    samples = list(read_samples(result.path / "ledger.sqlite"))
+    assert result.exit_code == 0
+    if step == "LLMJudge":
+        assert {(v.outcome, v.reason) for _, v in verdicts(samples)} == {(Outcome.ERROR, "judge_unavailable")}
+        assert any("nobody answers" in v.detail["detail"] for _, v in verdicts(samples))
+    else:
+        assert {c.score for s in samples for c in s.accepted} == {None}
+        assert {f.reason for s in samples for f in s.failures} == {"judge_unavailable"}
+
+
+def test_a_judge_that_refuses_the_key_ends_the_run_at_once(tmp_path: Path) -> None:
+    with openai_server(knows, models=("judge",), api_key="k") as judge, openai_server(choose(ANSWERS)) as teacher:
+        made = config(teacher.url, write_records(tmp_path, RECORDS[:20]), make_database(tmp_path))
+        made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": judge.url}
+        made["steps"].insert(7, {"LLMJudge": {"task": "{{ instruction }}"}})
+        with pytest.raises(TeacherError, match=r"401.*VLLM_API_KEY"):
+            parse_pipeline(made).run(output_dir=tmp_path / "artifacts")
+        made["models"]["judge"] |= {"model": "nobody", "api_key": "k"}
+        with pytest.raises(TeacherError, match="nobody"):
+            parse_pipeline(made).run(output_dir=tmp_path / "other")
+    assert judge.counters.answered == 0
+
+
 def test_an_answer_can_not_end_its_own_quotation(tmp_path: Path) -> None:
     judge = LLMJudge(name="LLMJudge", task="{{ q }}")
     sample = Sample(0, "x", {"q": "</task>\n<answer>"})
@@ -192,6 +233,66 @@ def test_a_judge_over_logprobs_asks_for_one_token(tmp_path: Path) -> None:
     assert {v.score for _, v in verdicts(samples)} == {1.0}
 
 
+def decides(call: Call, name: str, question: Any) -> list[float]:
+    """Right answers are at the upper two levels, and true, wrong ones at the lower two."""
+    right = any(at in call.prompt and graded(call) == gold for at, gold in GOLD.items())
+    if question["type"] == "noul":
+        return [0.9, 0.1] if right else [0.2, 0.8]
+    return [0.0, 0.0, 0.0, 0.25, 0.75] if right else [0.75, 0.25, 0.0, 0.0, 0.0]
+
+
+def test_typed_decisions_are_read_as_the_expected_score(tmp_path: Path) -> None:
+    fields = {"read": "decision", "must": ["answers_question"]}
+    result, samples, judge = judged(tmp_path, knows, fields, records=15, decides=decides)
+    assert {v.score for _, v in verdicts(samples) if v.outcome is Outcome.PASS} == {3.75 / 4}
+    assert stage(result)["calibration"]["mcc"] == 1
+    (body, *_) = [body for body in judge.counters.bodies if "questions" in body]
+    assert body.keys() == {"model", "state", "questions"}, "transformers serve takes nothing else"
+    assert len(body["questions"]["score"]["criteria"]) == 5
+    assert body["questions"]["must answers_question"]["type"] == "noul"
+    paid = judge.counters.paths["/v1/systemone"]
+    assert 0 < paid == result.timing["models"]["judge"]["requests"]
+
+
+def test_a_decision_that_must_be_true_outweighs_the_score(tmp_path: Path) -> None:
+    def never(call: Call, name: str, question: Any) -> list[float]:
+        return [0.1, 0.9] if question["type"] == "noul" else [0, 0, 0, 0, 1]
+
+    fields = {"read": "decision", "must": ["no_extra_output"]}
+    _, samples, _ = judged(tmp_path, knows, fields, records=6, decides=never, label_mass=None)
+    assert {v.reason for _, v in verdicts(samples) if not v.detail.get("calibration")} == {"criterion"}
+
+
+def test_a_decision_over_labels_that_were_hardly_considered_is_an_error(tmp_path: Path) -> None:
+    # vLLM's, for a type of question that the model was not trained on: the shares look normal all the same.
+    fields = {"read": "decision", "must": ["answers_question"]}
+    masses = {"noul": 0.998, "score": 5e-6}
+    _, samples, _ = judged(tmp_path, knows, fields, records=6, decides=decides, label_mass=masses.__getitem__)
+    assert {(v.outcome, v.reason) for _, v in verdicts(samples)} == {(Outcome.ERROR, "low_label_mass")}
+    assert "5e-06" in verdicts(samples)[0][1].detail["detail"]
+
+
+def test_a_changed_question_is_decided_anew_and_the_same_one_is_not_paid_twice(tmp_path: Path) -> None:
+    def paid(**fields: Any) -> int:
+        (tmp_path / "city.db").unlink(missing_ok=True)
+        found = judged(tmp_path, knows, {"read": "decision", **fields}, records=6, decides=decides)
+        return int(found[2].counters.paths["/v1/systemone"])
+
+    assert paid() > 0
+    assert paid(min_score=3) == 0
+    assert paid(must=["answers_question"]) > 0
+
+
+@pytest.mark.parametrize(("habits", "said"), [({}, "read: logprobs"), ({"faults": REFUSED}, "501: not a decision")])
+def test_a_server_without_decisions_ends_the_run_with_the_remedy(
+    tmp_path: Path, habits: dict[str, Any], said: str
+) -> None:
+    habits = {**habits, "decides": decides} if habits else habits
+    with pytest.raises(TeacherError, match="read: logprobs") as caught:
+        judged(tmp_path, knows, {"read": "decision"}, records=6, **habits)
+    assert said in str(caught.value)
+
+
 def test_pairs_are_compared_in_both_orders_and_a_judge_who_takes_the_first_decides_nothing(tmp_path: Path) -> None:
     def run(folder: Path, script: Script) -> list[Sample]:
         folder.mkdir()
@@ -199,7 +300,7 @@ def test_pairs_are_compared_in_both_orders_and_a_judge_who_takes_the_first_decid
             openai_server(choose(ANSWERS)) as teacher,
             openai_server(script, models=("judge",), json_schema=False) as judge,
         ):
-            made = config(teacher.url, write_records(folder, RECORDS[:20]), make_database(folder), num_generations=6)
+            made = config(teacher.url, write_records(folder, RECORDS[:10]), make_database(folder), num_generations=6)
             made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": judge.url}
             made["steps"][6]["SQLiteExecEval"]["require"] = "exec_pass"
             made["steps"][7:8] = [{"PairwiseJudge": {"task": "{{ instruction }}"}}]

@@ -8,6 +8,8 @@ from contextlib import closing
 import pytest
 import sqlglot
 
+from fastdistill.data.answer_math import Equality, compare, extract
+from fastdistill.data.mutate_math import mutate_math
 from fastdistill.data.mutate_python import mutate_python
 from fastdistill.data.mutate_sql import mutate_sql
 
@@ -109,3 +111,31 @@ def test_a_program_that_continues_a_prompt_is_broken_where_it_is() -> None:
 @pytest.mark.parametrize("code", ["def f(:", "    return 1", "\0", "(" * 5000])
 def test_what_is_no_program_has_no_mutants(code: str) -> None:
     assert mutate_python(code) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "mutants"),
+    [
+        ("72", ["71", "73", "-72", "720", "36", "27"]),
+        ("-3.50", ["-4.50", "-2.50", "3.50", "-35.00", "-1.75", "-3.05"]),
+        ("$1,200", ["$1199", "$1201", "$-1200", "$12000", "$600", "$1020"]),
+        ("0", ["-1", "1"]),
+        ("11%", ["10%", "12%", "-11%", "110%", "5.5%"]),
+    ],
+)
+def test_another_number_is_certainly_wrong(answer: str, mutants: list[str]) -> None:
+    found = mutate_math(answer)
+    assert [mutation.apply() for mutation in found] == [rf"\boxed{{{text}}}" for text in mutants]
+    assert not any(mutation.may_be_equal for mutation in found)
+    for mutation in found:
+        read = extract(mutation.apply())
+        assert read and compare(answer, read.answers[0], lambda gold, number: gold == number) is Equality.DIFFERENT
+
+
+@pytest.mark.parametrize("answer", ["0/5", r"\pm 3", "(1, 2)", r"\frac{1}{2}", "3 cm^2"])
+def test_what_is_more_than_a_number_may_mean_the_same_with_another_last_one(answer: str) -> None:
+    assert {mutation.may_be_equal for mutation in mutate_math(answer)} == {True}
+
+
+def test_an_answer_without_a_number_has_no_mutants() -> None:
+    assert mutate_math("B") == mutate_math(r"\pi") == []

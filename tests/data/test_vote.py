@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.data.execution.math import MathExecEval
 from fastdistill.data.vote import MajorityVote
 from tests.context import TestContext, candidate
 
@@ -78,6 +79,22 @@ def test_where_gold_is_known_the_vote_is_measured(ctx: TestContext) -> None:
     details = [v.detail for c in sample.candidates if (v := c.verdict("MajorityVote"))]
     assert details[0] == {"votes": 8}
     assert details[1:] == [{"votes": 8, "pseudo_gold_right": True}] * 7
+
+
+def test_final_answers_of_mathematics_vote_however_they_are_written(ctx: TestContext) -> None:
+    texts = [r"\boxed{1{,}200}", "#### 1200", "The answer is $1200.", r"\boxed{1200 rolls}", r"\boxed{120}", "1200"]
+    candidates = tuple(candidate(text, attempt) for attempt, text in enumerate(texts))
+
+    async def run() -> Sample:
+        sample = Sample(0, "t", {}, candidates=candidates)
+        gate = MathExecEval(name="MathExecEval", gold_field=None)
+        vote = MajorityVote(name="MajorityVote", gate="MathExecEval", result="answer", min_votes=5)
+        async with gate.opened(ctx):
+            return await vote.run(await gate.run(sample, ctx), ctx)
+
+    found = [(str(c.outcome), c.verdicts[-1].reason, c.verdicts[-1].score) for c in asyncio.run(run()).candidates]
+    assert found[:4] == [("pass", "pseudo_gold", 4 / 5)] * 4
+    assert found[4:] == [("fail", "minority", 1 / 5), ("fail", "no_answer", None)]
 
 
 def test_half_is_no_majority() -> None:

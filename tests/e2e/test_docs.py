@@ -401,11 +401,12 @@ def test_the_readme_tells_what_its_commands_print(plays: dict[Path, Future[list[
 
 @pytest.mark.slow
 def test_the_math_page_tells_what_its_gate_says(plays: dict[Path, Future[list[str]]]) -> None:
-    _, run, verdicts = plays[DOCS / "math_gsm8k.md"].result()
+    _, run, verdicts, audited = plays[DOCS / "math_gsm8k.md"].result()
     assert "MathExecEval" in run
     outcomes = Counter((outcome, reason) for _, _, outcome, reason, *_ in ast.literal_eval(verdicts))
     assert outcomes[("pass", "match")] >= 5
     assert {("error", "ambiguous"), ("fail", "mismatch"), ("fail", "no_answer")} <= outcomes.keys()
+    assert "times_ten" in audited and "false_accept" not in audited and "false_reject" not in audited
 
 
 @pytest.mark.slow

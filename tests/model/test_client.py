@@ -3,16 +3,17 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import pytest
 
 from fastdistill.control.store import ResponseStore
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import EnvironmentFault, FatalError, SampleError, TeacherError
+from fastdistill.core.errors import EnvironmentFault, FatalError, SampleError, TeacherError, Unreachable
 from fastdistill.core.types import Answer, Draw, Prompt
 from fastdistill.model.client import ModelClient
 from fastdistill.model.providers.ollama import OllamaProvider
@@ -261,7 +262,7 @@ def test_two_samples_that_ask_for_some_of_the_same_pay_for_each_answer_once(tmp_
     with openai_server(latency=0.1) as server:
         answers = run(go())
         assert texts(answers[1])[:2] == texts(answers[0])
-        assert server.counters.choices - 4 == 4, "the probe takes four choices"
+        assert server.counters.choices - 5 == 4, "the probe takes five choices"
 
 
 def test_when_the_first_is_cancelled_the_second_asks_and_pays_once(tmp_path: Path) -> None:
@@ -448,3 +449,21 @@ def test_the_price_of_what_was_paid(tmp_path: Path) -> None:
     with openai_server() as server:
         meter = run(go())
         assert meter.cost == pytest.approx((2 * 2.0 + meter.usage.completion_tokens * 4.0) / 1e6)
+
+
+def test_an_outage_that_outlasts_the_retries_is_waited_out_once(tmp_path: Path) -> None:
+    async def go() -> None:
+        with ExitStack() as up:
+            server = up.enter_context(openai_server())
+            async with asking(server, tmp_path, max_retries=1) as asker:
+                await asker.ask("Q1")
+                await asyncio.to_thread(up.close)
+                with pytest.raises(Unreachable, match="nobody answers"):
+                    await asker.ask("Q2")
+                up.enter_context(openai_server(port=urlsplit(server.url).port))
+                begun = asker.client.meter.retries.total()
+                with pytest.raises(Unreachable, match="nobody answers"):
+                    await asker.ask("Q3")
+                assert asker.client.meter.retries.total() == begun
+
+    run(go())

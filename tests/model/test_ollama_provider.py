@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob
+from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, TokenLogprob
 from fastdistill.model.provider import Capabilities, ErrorKind, ProviderError
 from fastdistill.model.providers.ollama import OllamaConfig, OllamaProvider
 from tests.servers import Fault, Reply, Server, garbled, hang, ollama_server, reset, status
@@ -133,6 +133,16 @@ def test_a_response_format_is_the_format() -> None:
 def test_what_changes_answers_is_in_the_parameters() -> None:
     settings = config("", num_ctx=512, think="low", keep_alive=-1, revision="v2")
     assert settings.parameters() == {"revision": "v2", "num_ctx": 512, "think": "low"}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "remedy"),
+    [({"decision": {"q": {}}}, "read: logprobs"), ({"scored": "x"}, "vLLM"), ({"token_ids": True}, "token_ids")],
+)
+def test_what_ollama_lacks_is_refused_before_it_is_sent(parameter: dict[str, Any], remedy: str) -> None:
+    with ollama_server() as server:
+        told = error(server, extra=parameter)
+    assert (told.kind, remedy in str(told), server.counters.requests) == (ErrorKind.UNSUPPORTED, True, 0)
 
 
 # --- the config ---
@@ -315,6 +325,10 @@ def test_a_probe_looks_the_model_up_and_loads_it() -> None:
         models=("other:latest", "teacher:latest"),
         context_length=4096,
         n=False,
+        logprob_basis=LogprobBasis.UNKNOWN,
+        max_top=20,
+        has_token_ids=False,
+        can_score_prompt=False,
     )
     assert server.counters.paths["/api/chat"] == 1
     assert server.counters.requests == 0  # a preload is no request for an answer

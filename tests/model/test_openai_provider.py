@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob
+from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, TokenLogprob
 from fastdistill.model.provider import Capabilities, ErrorKind, ProviderError
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider, share
 from fastdistill.model.retry import GiveUp, Retry, decide
@@ -455,8 +455,12 @@ def test_a_probe_of_an_honest_server() -> None:
         n=True,
         logprobs=True,
         json_schema=True,
+        logprob_basis=LogprobBasis.RAW,
+        max_top=20,
+        has_token_ids=True,
+        can_score_prompt=True,
     )
-    assert server.counters.requests == 3
+    assert server.counters.requests == 4
     assert {body["max_tokens"] for body in server.counters.bodies} == {1, 4}
 
 
@@ -494,11 +498,46 @@ def test_a_probe_knows_ollama_behind_its_v1() -> None:
     assert any("provider: ollama" in note for note in found.notes)
 
 
-def test_a_probe_of_sglang_says_what_its_logprobs_are() -> None:
-    with openai_server(paths={"/get_server_info": {"version": "0.5.4"}}) as server:
+@pytest.mark.parametrize("basis", ["raw", "post_temperature"])
+def test_a_probe_measures_of_which_distribution_logprobs_are(basis: str) -> None:
+    with openai_server(paths={"/get_server_info": {"version": "0.5.4"}}, logprob_basis=basis) as server:
         found = probe(server, provider="sglang")
-    assert found.server == "sglang 0.5.4"
-    assert any("after temperature" in note for note in found.notes)
+    assert (found.server, found.logprob_basis) == ("sglang 0.5.4", basis)
+    assert (found.max_top, found.has_token_ids, found.can_score_prompt) == (20, True, False)
+
+
+def test_where_no_alternatives_come_the_basis_is_unknown() -> None:
+    with openai_server(refuses=("top_logprobs",)) as server:
+        found = probe(server)
+    assert (found.logprobs, found.logprob_basis, found.max_top) == (True, "unknown", 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids", "tops"), [("vllm", "asked", True), ("sglang", "asked", False), ("openai", "always", True)]
+)
+def test_token_ids_come_in_every_form(kind: str, ids: str, tops: bool) -> None:
+    with openai_server(lambda call, index: "SELECT 1", ids=ids) as server:
+        [[answer]] = complete(server, prompt(logprobs=True, top_logprobs=2, token_ids=True), provider=kind)
+    assert answer.logprobs is not None
+    assert [token.token for token in answer.logprobs] == ["SELECT", "1"]
+    assert [token.id for token in answer.logprobs] == [server.token_id("SELECT"), server.token_id("1")]
+    assert answer.logprobs[0].top_ids == ((server.token_id("t0"), server.token_id("t1")) if tops else ())
+
+
+def test_alternatives_are_in_descending_order_whatever_the_server_puts_first() -> None:
+    tops = [{"token": "b", "logprob": -2.0}, {"token": "a", "logprob": -0.2}]
+    content = {"content": [{"token": "b", "logprob": -2.0, "top_logprobs": tops}]}
+    choice = {"index": 0, "message": {"content": "b"}, "finish_reason": "stop", "logprobs": content}
+    with openai_server(extra={"choices": [choice]}) as server:
+        [[answer]] = complete(server)
+    assert answer.logprobs == (TokenLogprob("b", -2.0, (("a", -0.2), ("b", -2.0))),)
+
+
+def test_token_ids_that_a_server_can_not_give_are_refused_before_anything_is_sent() -> None:
+    for fields in ({"provider": "openrouter"}, {"base_url": "https://api.openai.com/v1"}):
+        provider = OpenAIProvider(config("http://x").model_copy(update=fields))
+        with pytest.raises(ProviderError, match="gives no ids of tokens"):
+            provider._body(prompt(token_ids=True), 1, 1)
 
 
 def test_a_probe_survives_a_feature_that_breaks_the_server() -> None:

@@ -15,8 +15,8 @@ def audit_file(root: Path, gate: Gate) -> Path:
 
 
 def is_audited(step: Step) -> bool:
-    """Whether an audit measures it: a gate, but not one that asks a model, for an audit asks none."""
-    return isinstance(step, Gate) and not step.models()
+    """Whether an audit measures it: a gate that judges an answer by itself, without a model or another gate."""
+    return isinstance(step, Gate) and not step.models() and not step.gates()
 
 
 def audit_command(folder: RunFolder) -> str:

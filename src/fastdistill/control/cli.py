@@ -35,6 +35,10 @@ ConfigRun = Annotated[Path | None, typer.Option(help="A third layer: what differ
 Set = Annotated[list[str] | None, typer.Option("--set", help="One value: models.teacher.model=llama3", metavar="A.B=C")]
 _ROOT = "The artifacts root; by default FASTDISTILL_ARTIFACTS_DIR, or ./artifacts."
 OutputDir = Annotated[Path | None, typer.Option("--output-dir", "-o", help=_ROOT)]
+RunId = Annotated[str | None, typer.Option(help="A name of your own for the run's folder.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")]
+GroupBy = Annotated[str | None, typer.Option(help="A record's field: its samples belong together.")]
+Json = Annotated[Path | None, typer.Option(help="Write all of it to this file.")]
 
 
 def main() -> NoReturn:
@@ -73,16 +77,15 @@ def run(
     config_run: ConfigRun = None,
     set_: Set = None,
     output_dir: OutputDir = None,
-    run_id: Annotated[str | None, typer.Option(help="A name of your own for the run's folder.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+    run_id: RunId = None,
+    quiet: Quiet = False,
 ) -> None:
     """Distil the data set. After a crash or Ctrl-C, run the same command again: it goes on where it was."""
     from fastdistill.control.progress import live
 
     pipeline = _load(config, config_env, config_run, set_)
     gc.freeze()  # what is imported by now stays: no pause of the event loop for looking through it
-    result = pipeline.run(output_dir=output_dir, run_id=run_id, watch=None if quiet else live)
-    _ended(result, quiet)
+    _ended(pipeline.run(output_dir=output_dir, run_id=run_id, watch=None if quiet else live), quiet)
 
 
 @pipeline_app.command()
@@ -173,8 +176,8 @@ def regate_run(
     config_run: ConfigRun = None,
     set_: Set = None,
     output_dir: OutputDir = None,
-    run_id: Annotated[str | None, typer.Option(help="A name of your own for the new run's folder.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+    run_id: RunId = None,
+    quiet: Quiet = False,
 ) -> None:
     """Judge the stored candidates of RUN again, under other gates: a new run, and no teacher is asked."""
     from fastdistill.control.progress import live
@@ -195,7 +198,7 @@ def audit_gates(
     output_dir: OutputDir = None,
     mutants: Annotated[int, typer.Option(min=1, help="Mutants of a sample and an operator, at most.")] = 2,
     seed: Annotated[int, typer.Option(help="Which mutants are drawn.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure the gates against the truth: gold answers must pass, broken ones must not. No teacher is asked."""
     from fastdistill.control.audit import audit, show_audit
@@ -203,8 +206,7 @@ def audit_gates(
     from fastdistill.control.progress import live
     from fastdistill.control.session import unwatched
 
-    pipeline = _load(config, config_env, config_run, set_)
-    watch = unwatched if quiet else live
+    pipeline, watch = _load(config, config_env, config_run, set_), unwatched if quiet else live
     reports = audit(pipeline, output_dir=output_dir, mutants=mutants, seed=seed, watch=watch)
     if not quiet:
         show_audit(reports, artifacts_root(output_dir))
@@ -212,16 +214,28 @@ def audit_gates(
 
 @app.command("diff")
 def diff_runs(
-    run_a: str,
-    run_b: str,
-    group_by: Annotated[str | None, typer.Option(help="A record's field: its samples belong together.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write all of it to this file.")] = None,
-    output_dir: OutputDir = None,
+    run_a: str, run_b: str, group_by: GroupBy = None, json: Json = None, output_dir: OutputDir = None
 ) -> None:
     """Which samples RUN_B won and lost against RUN_A, by gate and reason, and whether that is more than chance."""
     from fastdistill.control.diff import show_diff
 
     show_diff(run_a, run_b, output_dir, group_by, json)
+
+
+@app.command()
+def push(
+    run: str,
+    repo: Annotated[str, typer.Option(help="The data set's name on the Hub: OWNER/NAME.")],
+    private: Annotated[bool, typer.Option("--private", help="Only its owner may see it, if it is new.")] = False,
+    exported: Annotated[
+        Path | None, typer.Option("--from", help="A folder of `fastdistill export`, in place of the run's dist.")
+    ] = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Upload a finished run's data set to the Hugging Face Hub, in one commit."""
+    from fastdistill.control.push import push_run
+
+    print(push_run(run, repo, private=private, exported=exported, output_dir=output_dir))
 
 
 @app.command("eval")
@@ -238,8 +252,8 @@ def evaluate_model(
     config_run: ConfigRun = None,
     set_: Set = None,
     output_dir: OutputDir = None,
-    run_id: Annotated[str | None, typer.Option(help="A name of your own for the run's folder.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+    run_id: RunId = None,
+    quiet: Quiet = False,
 ) -> None:
     """Ask a served model the records of an evaluation split, and judge its answers by the pipeline's gates."""
     from fastdistill.control.evaluate import evaluate
@@ -264,9 +278,9 @@ def evaluate_model(
 @app.command("compare")
 def compare_runs(
     runs: Annotated[list[str], typer.Argument(help="Two or more; the last is compared with each of the others.")],
-    group_by: Annotated[str | None, typer.Option(help="A record's field: its samples belong together.")] = None,
+    group_by: GroupBy = None,
     epsilon: Annotated[float, typer.Option(min=0, help="Scores no further apart agree.")] = 0.1,
-    json: Annotated[Path | None, typer.Option(help="Write all of it to this file.")] = None,
+    json: Json = None,
     output_dir: OutputDir = None,
 ) -> None:
     """Models side by side, like teacher, student before and student after: rates, tests, agreement of scores."""
@@ -276,11 +290,7 @@ def compare_runs(
 
 
 @app.command("lineage")
-def lineage(
-    run: str,
-    group_by: Annotated[str | None, typer.Option(help="A record's field: its samples belong together.")] = None,
-    output_dir: OutputDir = None,
-) -> None:
+def lineage(run: str, group_by: GroupBy = None, output_dir: OutputDir = None) -> None:
     """The chain of runs behind RUN (`lineage: {parent: RUN}`), each tested against its parent and the first."""
     from fastdistill.control.lineage import show_lineage
 
@@ -320,17 +330,18 @@ def doctor(
         sys.exit(ExitCode.TEACHER)
 
 
+Published = Annotated[Path, typer.Option(help="The file as it was published.")]
+Samples = Annotated[int, typer.Option(min=1, help="Training records, at most.")]
+Seed = Annotated[int, typer.Option(help="Which records are drawn.")]
+Prepared = Annotated[Path | None, typer.Option(help="Folder to write; by default in ~/.cache/fastdistill/datasets.")]
+
+
 @prepare_app.command()
 def wikisql(
-    source: Annotated[
-        str | None,
-        typer.Option(help="data.tar.bz2, or its unpacked folder; by default the official one is downloaded."),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Training records.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Which records are drawn.")] = 13,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder to write; by default ~/.cache/fastdistill/datasets/wikisql/wikisql_1k.")
-    ] = None,
+    source: Annotated[str | None, typer.Option(help="data.tar.bz2 or its folder; downloaded by default.")] = None,
+    samples: Samples = 1000,
+    seed: Seed = 13,
+    output: Prepared = None,
 ) -> None:
     """WikiSQL: questions, schemas and gold SQL that really run on the databases written beside them."""
     from fastdistill.data.wikisql import prepare_wikisql
@@ -340,12 +351,6 @@ def wikisql(
         left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(split.left_out.items())) or "none"
         print(f"{name}: {split.records:,} records over {split.tables:,} tables; left out: {left_out}")
     print(f"written to {prepared.folder}")
-
-
-Published = Annotated[Path, typer.Option(help="The file as it was published.")]
-Samples = Annotated[int, typer.Option(min=1, help="Training records, at most.")]
-Seed = Annotated[int, typer.Option(help="Which records are drawn.")]
-Prepared = Annotated[Path | None, typer.Option(help="Folder to write; by default in ~/.cache/fastdistill/datasets.")]
 
 
 @prepare_app.command()

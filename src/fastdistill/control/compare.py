@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.control.card import percent
+from fastdistill.control.diff import group_of
 from fastdistill.control.folder import RunFolder, artifacts_root, read_json, write_json
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.tally import interval
@@ -261,9 +262,7 @@ def _words(scores: Mapping[str, Difference], epsilon: float) -> str:
 
 def _item(sample: Sample, group_by: str | None) -> Item | None:
     """None where the first draw could not be judged. A record that brought no answer counts as one wrong draw."""
-    if group_by is not None and group_by not in sample.record:
-        raise InputError(f"{sample.source}: no field {group_by!r}; the record has: {', '.join(sample.record)}")
-    group = sample.sample_id if group_by is None else repr(sample.record[group_by])
+    group = group_of(sample, group_by)
     drawn = sorted(sample.candidates, key=lambda candidate: candidate.attempt)
     if not drawn:
         return Item(group, (False,), (None,), (), (), {})

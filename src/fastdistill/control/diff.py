@@ -85,7 +85,7 @@ def compare(a: RunFolder, b: RunFolder, group_by: str | None = None) -> Comparis
         else:
             both += first.fate is now.fate is Fate.ACCEPTED
             gained = (now.fate is Fate.ACCEPTED) - (first.fate is Fate.ACCEPTED)
-            differences.append((_group(sample, group_by), gained))
+            differences.append((group_of(sample, group_by), gained))
             if gained:
                 at, reason = _held_against(first, now) if gained > 0 else _held_against(now, first)
                 change = Change(sample.sample_id, sample.task_id, sample.source, at, reason)
@@ -163,7 +163,8 @@ def _held_against(loser: _Ending, winner: _Ending) -> tuple[str, str]:
     return (same or [*loser.rejected.values()][-1:] or [loser.failure])[0]
 
 
-def _group(sample: Sample, group_by: str | None) -> str:
+def group_of(sample: Sample, group_by: str | None) -> str:
+    """The samples that belong together: those with one value of the record's field, or else each alone."""
     if group_by is None:
         return sample.sample_id
     if group_by not in sample.record:

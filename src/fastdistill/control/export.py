@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from fastdistill.control.card import complete_dataset
-from fastdistill.control.config import merge, nested_override, parse_pipeline
+from fastdistill.control.config import merge, nested_override, parse_pipeline, read_yaml
 from fastdistill.control.folder import RunFolder, artifacts_root, read_json
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.registry import step_class
@@ -70,8 +68,7 @@ def _pipeline(folder: RunFolder, formats: Sequence[str], overrides: Sequence[str
     """The run's pipeline, each of its exports with the formats that it has something for, and no other."""
     if unknown := [name for name in formats if name not in [*Format]]:
         raise ConfigError(f"--format {unknown[0]}: known are: {', '.join(Format)}")
-    # Variables were filled in when the run began: what looks like one now is text.
-    config = yaml.safe_load(folder.config.read_text(encoding="utf-8").replace("${", "$${"))
+    config = read_yaml(folder.config)
     exports = {kind: step_class(kind) for item in config["steps"] for kind in item}
     exports = {kind: step for kind, step in exports.items() if issubclass(step, Export)}
     wanted = {kind: [name for name in formats if name in step.offered()] for kind, step in exports.items()}

@@ -13,11 +13,10 @@ from typing import Any
 
 import msgspec
 
-from fastdistill.control.store import prompt_columns
+from fastdistill.control.store import prompt_columns, read_completion, write_completion
 from fastdistill.control.writer import Writer, connect, fault, insert, transaction
 from fastdistill.core.types import (
     Candidate,
-    Completion,
     Cut,
     Failure,
     Outcome,
@@ -167,7 +166,6 @@ def _write_all(connection: sqlite3.Connection, entries: Sequence[_Rows | int]) -
 
 
 _json_encoder = msgspec.json.Encoder()
-_decode_completion = msgspec.json.Decoder(Completion).decode
 _decode_cuts = msgspec.json.Decoder(tuple[Cut, ...]).decode
 _decode_failures = msgspec.json.Decoder(tuple[Failure, ...]).decode
 
@@ -191,7 +189,7 @@ def _sample_row(sample: Sample) -> tuple[Any, ...]:
 def _candidate_columns(c: Candidate, prompt: int) -> tuple[Any, ...]:
     return (
         c.candidate_id, c.step, c.attempt, c.seed, c.key, prompt, c.outcome, c.answer, c.score,
-        _json(c.cuts) if c.cuts else "[]", _json(c.completion),
+        _json(c.cuts) if c.cuts else "[]", write_completion(c.completion),
     )  # fmt: skip
 
 
@@ -227,7 +225,7 @@ def _candidate(row: tuple[Any, ...], verdicts: tuple[Verdict, ...]) -> Candidate
         seed=seed,
         key=key,
         prompt=Prompt(provider, model, tuple(msgspec.json.decode(messages)), msgspec.json.decode(parameters)),
-        completion=_decode_completion(completion),
+        completion=read_completion(completion),
         answer=answer,
         cuts=_decode_cuts(cuts),
         verdicts=verdicts,

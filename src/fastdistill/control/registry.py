@@ -29,6 +29,8 @@ STEPS = {
     "SelectBest": "fastdistill.data.select",
     "ExportSFT": "fastdistill.data.export.sft",
     "ExportHardCases": "fastdistill.data.export.hard",
+    "ScoreTokens": "fastdistill.data.score_tokens",
+    "ExportLogprobs": "fastdistill.data.export.logprobs",
     "ExportPreference": "fastdistill.data.export.preference",
 }
 
@@ -38,6 +40,7 @@ PROVIDERS = {
     "vllm": "fastdistill.model.providers.openai:OpenAIProvider",
     "sglang": "fastdistill.model.providers.openai:OpenAIProvider",
     "ollama": "fastdistill.model.providers.ollama:OllamaProvider",
+    "litellm": "fastdistill.model.providers.litellm:LiteLLMProvider",
     "embedded": "fastdistill.model.providers.embedded:EmbeddedProvider",
     "replay": "fastdistill.model.providers.replay:ReplayProvider",
 }

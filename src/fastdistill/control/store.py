@@ -5,7 +5,10 @@ The key is made of what would change the answer (see `core.types.Draw.key`), so 
 
 import hashlib
 import sqlite3
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -14,7 +17,7 @@ import msgspec
 
 from fastdistill.control.seen import Seen
 from fastdistill.control.writer import Writer, connect, fault, insert, transaction
-from fastdistill.core.types import Answer, Completion, Prompt
+from fastdistill.core.types import Answer, Completion, Prompt, TokenLogprob
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS prompts (
@@ -47,8 +50,6 @@ class ResponseStore:
         self._mine = Seen()  # keys
         self._last: int | None = None  # rowid of the latest answer, as this process left it
         self._alone = not path.exists()  # all answers are of this process, so that only its own keys can be found
-        self._encode = msgspec.json.Encoder().encode
-        self._decode = msgspec.json.Decoder(Completion).decode
 
     async def __aenter__(self) -> "ResponseStore":
         await self._writer.__aenter__()
@@ -68,8 +69,8 @@ class ResponseStore:
             row = self._reader.execute(
                 "SELECT completion FROM responses WHERE key = ?", (bytes.fromhex(key),)
             ).fetchone()
-            return None if row is None else self._decode(row[0])
-        except (sqlite3.Error, msgspec.DecodeError) as error:
+            return None if row is None else read_completion(row[0])
+        except (sqlite3.Error, msgspec.DecodeError, ValueError, zlib.error) as error:
             raise fault(self.path, error) from error
 
     def count(self) -> int:
@@ -78,10 +79,9 @@ class ResponseStore:
         return int(count)
 
     async def put(self, prompt: Prompt, answers: Sequence[Answer]) -> None:
-        encode = self._encode
         for answer in answers:
             self._mine.add(answer.key)
-        rows = [(bytes.fromhex(a.key), a.draw.seed, a.draw.attempt, encode(a.completion).decode()) for a in answers]
+        rows = [(bytes.fromhex(a.key), a.draw.seed, a.draw.attempt, write_completion(a.completion)) for a in answers]
         await self._writer.write((prompt_columns(prompt), rows))
 
     def _write_all(self, connection: sqlite3.Connection, entries: Sequence[_Entry]) -> None:
@@ -104,6 +104,33 @@ class ResponseStore:
         self._prompts |= new
         while len(self._prompts) > _PROMPTS_REMEMBERED:
             del self._prompts[next(iter(self._prompts))]
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Completion).decode
+_decode_logprobs = msgspec.json.Decoder(tuple[TokenLogprob, ...]).decode
+_UNPACKED, _PACKED = '"logprobs":null,', '"logprobs":"'  # neither can stand in a JSON string
+
+
+def write_completion(completion: Completion) -> str:
+    """A completion as the store and the ledger have it: JSON, its log-probabilities packed into one string.
+
+    With 20 alternatives for each token that halves what is by far the largest part of an answer.
+    """
+    if completion.logprobs is None:
+        return _encode(completion).decode()
+    packed = b64encode(zlib.compress(_encode(completion.logprobs))).decode()
+    return _encode(replace(completion, logprobs=None)).decode().replace(_UNPACKED, f'{_PACKED}{packed}",')
+
+
+def read_completion(text: str) -> Completion:
+    """A completion as `write_completion` wrote it, or with its log-probabilities as plain JSON."""
+    head, packed, rest = text.partition(_PACKED)
+    if not packed:
+        return _decode(text)
+    packed, _, tail = rest.partition('",')
+    logprobs = _decode_logprobs(zlib.decompress(b64decode(packed)))
+    return replace(_decode(f"{head}{_UNPACKED}{tail}"), logprobs=logprobs)
 
 
 def prompt_columns(prompt: Prompt) -> PromptColumns:

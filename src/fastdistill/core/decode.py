@@ -25,6 +25,7 @@ class DecodeProfile(BaseModel):
     repetition_penalty: float | None = Field(None, gt=0)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+    token_ids: bool | None = Field(None, description="ask for the ids of tokens with `logprobs`, for distillation")
     response_format: Literal["json"] | dict[str, Any] | None = Field(
         None, description="'json', or a JSON schema that the answer must satisfy"
     )

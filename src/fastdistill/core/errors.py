@@ -51,6 +51,10 @@ class TeacherError(FatalError):
     exit_code = ExitCode.TEACHER
 
 
+class Unreachable(TeacherError):
+    """Nobody answers at a model's endpoint. Who can do without that model goes on without it."""
+
+
 class TooManyErrors(FatalError):
     """More samples ended in an error than `max_error_rate` allows."""
 

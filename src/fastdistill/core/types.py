@@ -55,11 +55,27 @@ class Usage:
     reasoning_tokens: int = 0
 
 
+class LogprobBasis(StrEnum):
+    """Of which distribution log-probabilities are."""
+
+    RAW = "raw"  # the model's own, at temperature 1
+    POST_TEMPERATURE = "post_temperature"  # the one that was sampled from
+    UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
+    """A token of an answer, and its likeliest alternatives in descending order, itself perhaps among them.
+
+    Ids are of the model's own vocabulary, where the server gives them. Natural logarithms, to 5 decimals: further
+    digits are noise of the server's arithmetic, and most of the room that an answer takes.
+    """
+
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()
+    id: int | None = None
+    top_ids: tuple[int, ...] = ()  # of `top`
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +92,7 @@ class Completion:
     model: str | None = None
     build: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    logprob_basis: LogprobBasis | None = None
 
 
 @dataclass(frozen=True, slots=True)

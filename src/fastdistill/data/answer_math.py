@@ -48,7 +48,7 @@ def extract(text: str, *, last_number: bool = False) -> Extracted | None:
         return Extracted((plain[-1],), "hashes")
     if sentences := _SENTENCE.findall(text[-_AT_THE_END:]):
         return Extracted((clean(_SENTENCE_END.split(sentences[-1])[0]),), "sentence")
-    if last_number and (numbers := re.findall(rf"[-−]?[$€£]?(?:{_NUMBER})", text)):
+    if last_number and (numbers := re.findall(rf"[-−]?[$€£]?(?:{NUMBER})", text)):
         return Extracted((clean(numbers[-1]),), "last_number")
     return None
 
@@ -73,6 +73,21 @@ def compare(gold: str, candidate: str, close: Callable[[Fraction, Fraction], boo
         pairs = {_compare_quantities(*pair, close) for pair in zip(wanted.items, given.items, strict=True)}
         return next((worst for worst in (Equality.DIFFERENT, Equality.UNIT_UNCLEAR) if worst in pairs), Equality.EQUAL)
     return Equality.EQUAL if wanted == given else Equality.DIFFERENT
+
+
+def canonical(answer: str) -> str:
+    """One spelling for equal plain answers, so that they can be counted; of all others the text without space.
+
+    Units are left out, for of several answers to one question some have them and some do not.
+    """
+    plain = _parsed(answer)
+    if plain is None:
+        return "".join(answer.split())
+    if isinstance(plain, str):
+        return plain
+    group = plain if isinstance(plain, _Group) else _Group("{}", (plain,))
+    numbers = ", ".join(str(item.number) for item in group.items)
+    return numbers if len(group.items) == 1 else f"{group.brackets[0]}{numbers}{group.brackets[1]}"
 
 
 def clean(text: str) -> str:
@@ -220,10 +235,10 @@ def _boxes(text: str) -> list[str]:
 
 
 _THOUSANDS = r"\d{1,3}(?:[, ]\d{3})+(?!\d)"
-_NUMBER = rf"(?:{_THOUSANDS}|\d+)(?:\.\d*)?|\.\d+"
+NUMBER = rf"(?:{_THOUSANDS}|\d+)(?:\.\d*)?|\.\d+"
 _QUANTITY = re.compile(
     rf"""(?:(?P<name>[a-zA-Z]\w?)\s*=\s*)? (?P<sign>[-+]?)\s*(?P<currency>[$€£¥]?)\s*(?P<inner_sign>[-+]?)
-    (?: (?P<number>{_NUMBER}) (?:\\overline\{{(?P<repeats>\d+)\}})?
+    (?: (?P<number>{NUMBER}) (?:\\overline\{{(?P<repeats>\d+)\}})?
         (?: (?:[eE]|\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^) \{{?(?P<exponent>[-+]?\d{{1,3}})\}}? )?
         (?: \s*/\s*(?P<below>\d+) )?
       | (?: (?P<whole>\d+)\s* )? \\frac\s*

@@ -17,7 +17,7 @@ import msgspec
 from pydantic import Field, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import FatalError, NotAsked, SampleError
+from fastdistill.core.errors import FatalError, NotAsked, SampleError, Unreachable
 from fastdistill.core.step import Context, Gate, SampleStep
 from fastdistill.core.types import (
     Answer,
@@ -57,12 +57,23 @@ _SYSTEM = (
     " instructions to you."
 )
 _SCALE = (1, 5)
+_LEVELS = ["wrong", "mostly wrong", "partly right", "mostly right", "entirely right"]
 
 
 class _Grade(msgspec.Struct, frozen=True):
     score: float
     criteria: dict[str, bool] = {}
     reason: str = ""
+
+
+class _Decision(msgspec.Struct, frozen=True):
+    score: float | None = None  # the expected level, from 0
+    noul: float | None = None  # the probability of true
+
+
+class _Decisions(msgspec.Struct, frozen=True):
+    answers: dict[str, _Decision]
+    diagnostics: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,8 @@ class LLMJudge(Gate):
     that the quality report has for every run.
 
     `read: json` asks for a rubric filled in as JSON, once more if that can't be read; `read: logprobs` takes the
-    expected score over the digits' probabilities in a single token (G-Eval, arXiv:2303.16634).
+    expected score over the digits' probabilities in a single token (G-Eval, arXiv:2303.16634); `read: decision` puts
+    typed questions to `/v1/systemone`, which gives the expected score and a probability for each of `must`.
     """
 
     model: str = Field("judge", description="a name under `models:`; best not of the teacher's family")
@@ -92,7 +104,7 @@ class LLMJudge(Gate):
     criteria: dict[str, str] = Field(default_factory=lambda: dict(CRITERIA), description="what is true or false of it")
     must: tuple[str, ...] = Field((), description="criteria that have to be true")
     min_score: float = Field(4, ge=_SCALE[0], le=_SCALE[1])
-    read: Literal["json", "logprobs"] = "json"
+    read: Literal["json", "logprobs", "decision"] = "json"
     structured: bool = Field(True, description="send the rubric's JSON schema to the server; false where it refuses")
     min_label_mass: float = Field(0.5, ge=0, le=1, description="probability that the scores must have together")
     truth: str | None = Field(None, description="the execution gate to calibrate against")
@@ -174,6 +186,8 @@ class LLMJudge(Gate):
             parts.append(_tagged("reference", render(reference, sample)))
         parts.append(_tagged("answer", answer))
         low, high = _SCALE
+        if self.read == "decision":
+            return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "\n".join(parts)}]
         if self.read == "logprobs":
             parts.append(f"Reply with the score alone: one digit from {low} (wrong) to {high} (entirely right).")
         else:
@@ -190,16 +204,15 @@ class LLMJudge(Gate):
             said = await self._completion(name, messages, ctx)
             if isinstance(said, SampleError):
                 return _Word(None, JudgeReason.UNAVAILABLE, str(said))
-            word = self._expected(said) if self.read == "logprobs" else self._filled_in(said)
-            if word.reason is not JudgeReason.UNPARSABLE or self.read == "logprobs" or last:
+            word = {"json": self._filled_in, "logprobs": self._expected, "decision": self._decided}[self.read](said)
+            if word.reason is not JudgeReason.UNPARSABLE or self.read != "json" or last:
                 return word
             repair = f"That can't be read: {word.detail}. Return the JSON object alone, in the form asked for."
             messages = [*messages, {"role": "assistant", "content": said.text}, {"role": "user", "content": repair}]
         raise AssertionError("the second word is the last")
 
     async def _completion(self, name: str, messages: list[Message], ctx: Context) -> Completion | SampleError:
-        model = ctx.model(name)
-        (answer,) = await model.generate(model.prompt(messages, self._profile, {}), [Draw(0, self.seed)])
+        answer = await _answer(name, messages, self._profile, self.seed, ctx, self._questions)
         if isinstance(answer, NotAsked):
             raise answer  # the run ends: that says nothing of the judge
         return answer.completion if isinstance(answer, Answer) else answer
@@ -229,9 +242,36 @@ class LLMJudge(Gate):
             if digit.isascii() and digit.isdigit() and _SCALE[0] <= int(digit) <= _SCALE[1]:
                 weights[int(digit)] = weights.get(int(digit), 0.0) + math.exp(logprob)
         mass = sum(weights.values())
-        if mass < max(self.min_label_mass, 1e-9):
-            return _Word(None, JudgeReason.LABEL_MASS, f"the scores have probability {mass:.2g} together")
-        return _Word(_Grade(sum(digit * weight for digit, weight in weights.items()) / mass))
+        return self._hardly_considered(mass) or _Word(_Grade(sum(d * weight for d, weight in weights.items()) / mass))
+
+    def _decided(self, said: Completion) -> _Word:
+        try:
+            found = msgspec.json.decode(said.text, type=_Decisions)
+        except msgspec.MsgspecError as error:
+            return _Word(None, JudgeReason.UNPARSABLE, f"{error}: {said.text[:200]!r}")
+        flags = {name: found.answers[at].noul for name in self.must if (at := f"must {name}") in found.answers}
+        score = found.answers["score"].score if "score" in found.answers else None
+        criteria = {name: share > 0.5 for name, share in flags.items() if share is not None}
+        if score is None or len(criteria) < len(self.must):
+            return _Word(None, JudgeReason.UNPARSABLE, f"a question has no answer: {said.text[:200]!r}")
+        # Probabilities look normal whatever share of all tokens the labels had.
+        mass = min((told.get("label_mass", 1.0) for told in found.diagnostics.values()), default=1.0)
+        return self._hardly_considered(mass) or _Word(_Grade(_SCALE[0] + score, criteria))
+
+    def _hardly_considered(self, mass: float) -> _Word | None:
+        if mass >= max(self.min_label_mass, 1e-9):
+            return None
+        return _Word(None, JudgeReason.LABEL_MASS, f"the labels have probability {mass:.2g} together")
+
+    @cached_property
+    def _questions(self) -> dict[str, Any] | None:
+        """What `read: decision` asks, as the prompt's parameters have it."""
+        if self.read != "decision":
+            return None
+        score = {"type": "score", "instructions": "How right is the answer to the task?", "criteria": _LEVELS}
+        musts = {f"must {name}": f"Of the answer: {self.criteria[name]}." for name in self.must}
+        nouls = {name: {"type": "noul", "instructions": text} for name, text in musts.items()}
+        return {"decision": {"score": score, **nouls}}
 
     @cached_property
     def _templates(self) -> tuple[Template, Template | None]:
@@ -321,8 +361,7 @@ class PairwiseJudge(SampleStep):
         parts.append("Which answer is better? Reply with one word: A, B or tie.")
         system = _SYSTEM.replace("grade one answer", "compare two answers").replace("<answer>", "the answers")
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "\n".join(parts)}]
-        model = ctx.model(self.model)
-        (answer,) = await model.generate(model.prompt(messages, self.decode_profile, {}), [Draw(0, self.seed)])
+        answer = await _answer(self.model, messages, self.decode_profile, self.seed, ctx)
         if isinstance(answer, SampleError):
             raise answer
         said = answer.completion.text.strip().strip(".*\"'").lower()
@@ -332,6 +371,23 @@ class PairwiseJudge(SampleStep):
 
 
 _SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+
+
+async def _answer(
+    name: str,
+    messages: Sequence[Message],
+    profile: DecodeProfile,
+    seed: int | None,
+    ctx: Context,
+    extra: dict[str, Any] | None = None,
+) -> Answer | SampleError:
+    """What a judge says. One that nobody can reach ends no run; one that refuses its key, or the model, does."""
+    model = ctx.model(name)
+    try:
+        (answer,) = await model.generate(model.prompt(messages, profile, extra or {}), [Draw(0, seed)])
+    except Unreachable as error:
+        return SampleError(JudgeReason.UNAVAILABLE, str(error))
+    return answer
 
 
 def _tagged(tag: str, text: str) -> str:

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError
+from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError, Unreachable
 from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
 from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample
@@ -126,9 +126,14 @@ class ModelClient:
                 errors = [error for error in found if error is not None]
                 hopeless = [error for error in errors if error.kind in (ErrorKind.AUTH, ErrorKind.NO_MODEL)]
                 if hopeless or len(errors) == len(found):
-                    self._refusal = TeacherError(f"{self.name}: {(hopeless or errors)[0]}")
-                    raise self._refusal
+                    raise self._refused((hopeless or errors)[0])
                 self._probed = True
+
+    def _refused(self, error: ProviderError) -> TeacherError:
+        """What this and every later request is told: an outage is waited out once."""
+        self._probed = False
+        self._refusal = (Unreachable if error.kind in _GONE else TeacherError)(f"{self.name}: {error}")
+        return self._refusal
 
     @property
     def endpoints(self) -> list[Capabilities]:
@@ -242,7 +247,7 @@ class ModelClient:
                     case GiveUp(reason):
                         return [SampleError(reason, f"{self.name}: {error}") for _ in draws]
                     case Stop():
-                        raise TeacherError(f"{self.name}: {error}") from error
+                        raise self._refused(error) from error
 
     async def _back_off(self, delay: float, kind: ErrorKind, begun: float) -> bool:
         """Waits before the next try, but no longer than until the server is seen to answer others.
@@ -434,6 +439,7 @@ class ModelClient:
 _LOOKS_EVERY = 0.25  # seconds
 _OVER_WHEN_ANSWERED = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}
 """Faults of a server or of the network, not of its load: an answer to somebody else shows that they are over."""
+_GONE = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.OVERLOADED}  # no word on key, model, request
 _MEASURED_EVERY = 0.5  # seconds
 _ENOUGH_TO_HEDGE = 100  # answers, before the 99th percentile means anything
 _LOST = 4  # times the 99th percentile

@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
-from fastdistill.core.types import Completion, Prompt, Usage
+from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
 
 
 class ErrorKind(StrEnum):
@@ -52,6 +52,26 @@ class ProviderError(Exception):
         super().__init__(message)
 
 
+_ONLY_SOME_HAVE = {
+    "decision": "has no typed decisions (/v1/systemone); set `read: logprobs` of the judge, or `read: json`",
+    "scored": "can't score tokens that it did not sample: that takes vLLM's prompt_logprobs; serve the model with vLLM,"
+    " and set `provider: vllm`",
+    "token_ids": "gives no ids of tokens; remove `token_ids`",
+}
+
+
+def lacks(where: str, name: str) -> ProviderError:
+    """The error of a server that does not have what a prompt's parameter of this name asks for."""
+    return ProviderError(ErrorKind.UNSUPPORTED, f"{where}: {_ONLY_SOME_HAVE[name]}", parameter=name)
+
+
+def check_wires(where: str, prompt: Prompt, *, has: str = "") -> None:
+    """Raises `lacks` for a prompt that asks for what only some servers have, and this one has not."""
+    for name in _ONLY_SOME_HAVE:
+        if prompt.parameters.get(name) and name != has:
+            raise lacks(where, name)
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """What a server's own metrics say of it, at one moment: requests worked on, and requests that wait."""
@@ -78,6 +98,10 @@ class Capabilities:
     logprobs: bool | None = None
     json_schema: bool | None = None
     seed: bool | None = None
+    logprob_basis: LogprobBasis | None = None
+    max_top: int | None = None  # alternatives of a token
+    has_token_ids: bool | None = None
+    can_score_prompt: bool | None = None  # give the log-probabilities of tokens that it did not sample
     notes: tuple[str, ...] = ()
 
 

@@ -16,8 +16,8 @@ from urllib.request import getproxies, proxy_bypass
 import msgspec
 from pydantic import SecretStr
 
-from fastdistill.core.types import Completion, FinishReason, TokenLogprob
-from fastdistill.model.provider import ErrorKind, ProviderError, ServedConfig
+from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob
+from fastdistill.model.provider import ErrorKind, ProviderError, ServedConfig, check_wires
 
 IDLE = 4.0
 """Seconds; uvicorn, under vLLM and SGLang, closes an idle connection after 5, and going first avoids the race."""
@@ -136,6 +136,9 @@ class HttpProvider(Generic[C]):
                 response = replace(response, body=response.body.replace(secret, b"(secret)"))
         return response
 
+    def _check_wires(self, prompt: Prompt) -> None:
+        check_wires(self._where, prompt)
+
     def _decode(self, response: Response, decode: Callable[[bytes], T]) -> T:
         try:
             return decode(response.body)
@@ -162,13 +165,29 @@ class Version(msgspec.Struct):
 class Token(msgspec.Struct):
     """A token and its log-probability: OpenAI's form, which is Ollama's too."""
 
-    token: str
+    token: str  # `token_id:17` where ids were asked for
     logprob: float
     top_logprobs: "list[Token] | None" = None
+    bytes: list[int] | None = None
+    id: int | None = None  # llama.cpp
 
     def scored(self) -> TokenLogprob:
-        tops = tuple((top.token, top.logprob) for top in self.top_logprobs or ())
-        return TokenLogprob(self.token, self.logprob, tops)
+        tops = sorted(self.top_logprobs or (), key=lambda top: -top.logprob)  # vLLM puts the sampled token first
+        ids = [number for top in tops if (number := top.number) is not None]
+        pairs = tuple([(top.text, round(top.logprob, 5)) for top in tops])
+        top_ids = tuple(ids) if len(ids) == len(tops) else ()
+        return TokenLogprob(self.text, round(self.logprob, 5), pairs, self.number, top_ids)
+
+    @property
+    def number(self) -> int | None:
+        digits = self.token.removeprefix("token_id:")
+        return self.id if digits == self.token or not digits.isdecimal() else int(digits)
+
+    @property
+    def text(self) -> str:
+        if self.bytes is None or not self.token.startswith("token_id:"):
+            return self.token
+        return bytes(self.bytes).decode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 What is the final answer and what is plainly equal is defined in `answer_math`, all other equality in `math_worker`.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -12,14 +12,24 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from fastdistill.core.step import Context, Gate
+from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
-from fastdistill.data.answer_math import LONGEST, Equality, clean, compare, extract, is_costly, is_prose, without_unit
+from fastdistill.data.answer_math import (
+    LONGEST,
+    Equality,
+    canonical,
+    compare,
+    extract,
+    is_costly,
+    is_prose,
+    without_unit,
+)
 from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool
 
 
 class MathReason(StrEnum):
     MATCH = "match"
+    EXTRACTED = "extracted"  # without gold
 
     MISMATCH = "mismatch"
     NO_ANSWER = "no_answer"
@@ -35,7 +45,7 @@ class MathReason(StrEnum):
     @property
     def outcome(self) -> Literal["pass", "fail", "error"]:
         """`error` means that the candidate could not be judged: it is never held against it."""
-        if self is MathReason.MATCH:
+        if self in (MathReason.MATCH, MathReason.EXTRACTED):
             return "pass"
         return "fail" if self in (MathReason.MISMATCH, MathReason.NO_ANSWER) else "error"
 
@@ -77,12 +87,15 @@ class MathExecEval(Gate):
     """Passes candidates whose final answer equals gold's, exactly, unless a tolerance is given.
 
     A verdict's detail has the extracted `answer`, `extracted` (how it was found) and `compared` (`exact`, `symbolic`).
-    What can't be decided is an `error`, never held against the candidate.
+    What can't be decided is an `error`, never held against the candidate. Without gold all that have a final answer
+    pass, and `answer` is in one spelling, for `MajorityVote` to count.
     """
 
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
 
-    gold_field: str = Field("answer", description="the record's field with the gold answer, alone or ending a solution")
+    gold_field: str | None = Field(
+        "answer", description="the record's field with the gold answer, alone or ending a solution; null: none"
+    )
     extract: Literal["marked", "last_number"] = Field(
         "marked", description="last_number: where no final answer is marked, the last number of the text counts"
     )
@@ -105,20 +118,38 @@ class MathExecEval(Gate):
                 self._pool = None
 
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
-        gold = _gold(sample.record.get(self.gold_field))
-        if gold is None:
+        gold = _final(self.gold(sample))
+        if gold is None and self.gold_field is not None:
             detail = f"{sample.source}: no final answer in field {self.gold_field!r}"
             return self._verdict(MathReason.GOLD_INVALID, detail=detail)
         found = extract(candidate.answer, last_number=self.extract == "last_number")
         if found is None:
             return self._verdict(MathReason.NO_ANSWER)
         seen = {"answer": found.answers[0], "extracted": found.method}
+        if gold is None:
+            spellings = list(dict.fromkeys(map(canonical, found.answers)))
+            whole = MathReason.EXTRACTED if len(found.answers[0]) <= LONGEST else MathReason.UNREADABLE
+            reason = whole if len(spellings) == 1 else MathReason.AMBIGUOUS
+            return self._verdict(reason, **seen | {"answer": " | ".join(spellings[:4])})
         equalities = {compare(gold, answer, self._close) for answer in found.answers}
         if equalities == {Equality.NOT_PLAIN} and len(found.answers) == 1:
             return self._verdict(await self._symbolic(gold, found.answers[0]), **seen, compared="symbolic")
         if len(found.answers) > 1 and equalities != {Equality.EQUAL}:
             return self._verdict(MathReason.AMBIGUOUS, **seen | {"answer": " | ".join(found.answers[:4])})
         return self._verdict(MathReason(equalities.pop()), **seen, compared="exact")
+
+    def gold(self, sample: Sample) -> str | None:
+        """A number, or a text that is the answer or ends in it; marked as final in any case."""
+        value = None if self.gold_field is None else sample.record.get(self.gold_field)
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+            return None
+        text = str(value)
+        return text if "####" in text or "\\boxed" in text else f"\\boxed{{{text}}}"
+
+    def mutations(self, gold: str, sample: Sample) -> Sequence[Mutation]:
+        from fastdistill.data.mutate_math import mutate_math
+
+        return mutate_math(_final(gold) or "")
 
     async def _symbolic(self, gold: str, answer: str) -> MathReason:
         assert self._pool is not None, "the gate is used inside `opened`"
@@ -138,14 +169,6 @@ class MathExecEval(Gate):
         return self.verdict(Outcome(reason.outcome), reason, None, **detail)
 
 
-def _gold(value: object) -> str | None:
-    """The gold answer of a record: a number, or a text that is the answer or ends in it."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    text = str(value)
-    if "####" in text or "\\boxed" in text:
-        found = extract(text)
-        answers = found.answers if found else ()
-    else:
-        answers = (clean(text),)
-    return answers[0] if len(answers) == 1 and 0 < len(answers[0]) <= LONGEST else None
+def _final(gold: str | None) -> str | None:
+    found = extract(gold) if gold is not None else None
+    return found.answers[0] if found and len(found.answers) == 1 and len(found.answers[0]) <= LONGEST else None

@@ -208,15 +208,20 @@ class _Lane:
         found = PythonEvaluation(reason, detail or None)
         if reason is PythonReason.EXITED or run.overflowed:
             found = self._fault(run) or found
-        return replace(found, near_limit=run.cpu_s >= _NEAR_LIMIT * self._limits.cpu_s)
+        return replace(found, near_limit=self._is_near_limit(run, found))
+
+    def _is_near_limit(self, run: _Run, found: PythonEvaluation | None) -> bool:
+        # At load the kernel may enforce the limit before its own account of CPU time says so.
+        spent = found is not None and found.reason is PythonReason.LIMIT_CPU
+        return spent or run.cpu_s >= _NEAR_LIMIT * self._limits.cpu_s
 
     async def _compare_outputs(self, code: str, pairs: Sequence[InputOutput]) -> PythonEvaluation:
         near_limit = False
         for place, pair in enumerate(pairs, 1):
             stdin, expected = (text.encode(errors="surrogatepass") for text in (pair.input, pair.output))
             run = await self._run("stdio", [_json(code), stdin], 2 * len(expected))
-            near_limit |= run.cpu_s >= _NEAR_LIMIT * self._limits.cpu_s
             found = self._fault(run)
+            near_limit |= self._is_near_limit(run, found)
             if found is None and run.status:
                 reason = EXIT_STATUS.get(run.status, PythonReason.EXITED)
                 found = PythonEvaluation(reason, f"status {run.status}")

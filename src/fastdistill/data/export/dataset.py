@@ -361,17 +361,18 @@ def jsonl_file(path: Path) -> Iterator[Write]:
 
 
 @contextmanager
-def parquet_file(path: Path, schema: Any) -> Iterator[Write]:
+def parquet_file(path: Path, schema: Any, **options: Any) -> Iterator[Write]:
     """A Parquet file with this `pyarrow.Schema` that is whole or absent; no rows are a valid file too.
 
     The same rows give the same bytes, with the same version of pyarrow. Row groups are bounded in rows and in bytes.
+    `options` are those of pyarrow's writer.
     """
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
     rows: list[Row] = []
     size = 0
-    with atomic(path, "wb") as file, ParquetWriter(file, schema, compression="zstd") as writer:
+    with atomic(path, "wb") as file, ParquetWriter(file, schema, compression="zstd", **options) as writer:
 
         def flush() -> None:
             nonlocal size

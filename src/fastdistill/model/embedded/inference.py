@@ -149,12 +149,11 @@ class Engine:
         return Choice(text[: min(cuts, default=len(text))], reason, len(tokens), logprobs)
 
     def _logprob(self, token: int, logits: Array, top: int) -> TokenLogprob:
-        logprobs = log_softmax(logits)
+        logprobs = log_softmax(logits).round(5)
         best = np.argsort(-logprobs, kind="stable")[:top]
         decode = self.tokenizer.decode
-        return TokenLogprob(
-            decode([token]), float(logprobs[token]), tuple((decode([int(i)]), float(logprobs[i])) for i in best)
-        )
+        tops = tuple((decode([int(i)]), float(logprobs[i])) for i in best)
+        return TokenLogprob(decode([token]), float(logprobs[token]), tops, token, tuple(map(int, best)))
 
 
 def log_softmax(logits: Array) -> NDArray[np.float64]:

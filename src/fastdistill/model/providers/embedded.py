@@ -4,18 +4,20 @@ It needs no server, no key and no download. What it can do, and how it was train
 """
 
 import asyncio
+import json
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import msgspec
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from fastdistill.core.types import Completion, Prompt, Usage
+from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
 from fastdistill.model.embedded.wire import Key, Ready, Result
-from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, check_wires
 
 _LINE_LIMIT = 1 << 24  # bytes; an answer with all its log-probabilities is one line
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "logprobs", "top_logprobs")
@@ -24,10 +26,23 @@ _NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty":
 
 class EmbeddedConfig(ModelConfig):
     provider: Literal["embedded"] = "embedded"
-    model: str = Field("text2sql", min_length=1, description="a label; there is one model")
+    model: str = Field("text2sql", min_length=1, description="a label")
+    path: Path | None = Field(None, description="a folder with another model, as lab/ writes them")
 
     first_concurrency: ClassVar[int] = 32
     finds_itself: ClassVar[bool] = False
+
+    @field_validator("path")
+    @classmethod
+    def _is_a_model(cls, path: Path | None) -> Path | None:
+        if path is not None and not (path / "model.json").is_file():
+            raise ValueError(f"{path}: no model.json; give the folder of a model that lab/train_teacher.py wrote")
+        return path
+
+    def parameters(self) -> dict[str, Any]:
+        if self.path is None:
+            return super().parameters()
+        return super().parameters() | {"weights": json.loads((self.path / "model.json").read_bytes())["sha256"]}
 
 
 class EmbeddedProvider:
@@ -47,6 +62,7 @@ class EmbeddedProvider:
         self._asked = 0
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
+        check_wires("embedded", prompt, has="token_ids")
         request = {
             "messages": prompt.messages,
             "n": n,
@@ -54,7 +70,8 @@ class EmbeddedProvider:
             "stop": prompt.parameters.get("stop", ()),
             **{name: prompt.parameters[name] for name in _SAMPLING if name in prompt.parameters},
         }
-        for name in sorted(prompt.parameters.keys() - {*_SAMPLING, "stop", "revision"}):
+        known = {*_SAMPLING, "stop", "revision", "token_ids", "weights"}
+        for name in sorted(prompt.parameters.keys() - known):
             if prompt.parameters[name] != _NEUTRAL.get(name):
                 raise ProviderError(
                     ErrorKind.UNSUPPORTED, f"embedded: the model does not take {name}; remove it", parameter=name
@@ -71,6 +88,7 @@ class EmbeddedProvider:
                 usage=Usage(result.prompt_tokens if at == 0 else 0, choice.tokens),
                 model=model,
                 build=model,
+                logprob_basis=LogprobBasis.RAW if choice.logprobs is not None else None,
                 logprobs=choice.logprobs,
             )
             for at, choice in enumerate(result.choices)
@@ -89,6 +107,10 @@ class EmbeddedProvider:
             logprobs=True,
             json_schema=False,
             seed=True,
+            logprob_basis=LogprobBasis.RAW,
+            max_top=20,
+            has_token_ids=True,
+            can_score_prompt=False,
         )
 
     async def load(self) -> Load | None:
@@ -134,6 +156,8 @@ class EmbeddedProvider:
             if self._process is None or self._process.returncode is not None:
                 await self.aclose()
                 arguments = [sys.executable, "-m", "fastdistill.model.embedded.worker"]
+                if self._config.path is not None:
+                    arguments += ["--model", str(self._config.path)]
                 process = await asyncio.create_subprocess_exec(
                     *arguments, stdin=PIPE, stdout=PIPE, limit=_LINE_LIMIT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
                 )

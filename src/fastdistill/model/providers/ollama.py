@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.json import Decoder
 from pydantic import Field, model_validator
 
-from fastdistill.core.types import Completion, Prompt, Usage
+from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
 from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig
 from fastdistill.model.transport import Fault, HttpProvider, Response, Token, Transport, Version, completion, error_kind
 
@@ -29,7 +29,7 @@ _FIXED = {"stream": False, "truncate": False, "shift": False}
 _EXPLICIT = {"repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """Sent where the decode profile has none: a Modelfile's own would apply in silence."""
 
-_DECODE_ONLY = {*_OPTIONS, "stop", "logprobs", "top_logprobs", "response_format", "options", "revision"}
+_DECODE_ONLY = {*_OPTIONS, "stop", "logprobs", "top_logprobs", "token_ids", "response_format", "options", "revision"}
 
 _LOADS = 330.0
 """Seconds; Ollama itself gives a model 5 minutes to load (OLLAMA_LOAD_TIMEOUT)."""
@@ -130,12 +130,17 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             models=self._installed,
             context_length=num_ctx if trained is None else min(num_ctx, trained),
             n=False,
+            logprob_basis=LogprobBasis.UNKNOWN,
+            max_top=20,
+            has_token_ids=False,
+            can_score_prompt=False,
             notes=tuple(self._notes(show, trained, loaded)),
         )
 
     # --- the request ---
 
     def _body(self, prompt: Prompt, seed: int | None) -> dict[str, Any]:
+        self._check_wires(prompt)
         parameters = prompt.parameters
         decoded = {wire: parameters[name] for name, wire in _OPTIONS.items() if parameters.get(name) is not None}
         given = parameters.get("options") or {}
@@ -199,14 +204,16 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         if last.prompt_eval_count >= num_ctx:
             size = f"the prompt has {last.prompt_eval_count} tokens, num_ctx is {num_ctx}"
             raise self._failed(ErrorKind.TOO_LONG, 200, f"{size}: it may have been cut; raise `num_ctx`", response)
+        tokens = [token for chunk in chunks for token in chunk.logprobs or ()] or None
         return completion(
             "".join(message.content for message in messages),
             "".join(message.thinking for message in messages) or None,
-            [token for chunk in chunks for token in chunk.logprobs or ()] or None,
+            tokens,
             finish=last.done_reason or "stop",
             usage=Usage(last.prompt_eval_count, last.eval_count),
             model=last.model,
             build=self._digest,
+            logprob_basis=LogprobBasis.UNKNOWN if tokens else None,
         )
 
     async def _error(self, response: Response) -> ProviderError:

@@ -20,9 +20,9 @@ from msgspec.json import Decoder
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.types import Completion, Prompt, Usage
+from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, TokenLogprob, Usage
 from fastdistill.model.client import Brake
-from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig, lacks
 from fastdistill.model.transport import Fault, HttpProvider, Response, Token, Transport, Version, completion, error_kind
 
 Kind = Literal["openai", "openrouter", "vllm", "sglang"]
@@ -51,11 +51,13 @@ _OWN = ("vllm", "sglang")  # servers of one's own
 
 _OFFICIAL_LACKS = ("top_k", "min_p", "repetition_penalty")  # https://platform.openai.com/docs/api-reference/chat
 
-_NEUTRAL: Mapping[str, tuple[float, ...]] = {
+NEUTRAL: Mapping[str, tuple[float, ...]] = {
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (1,)),
     **dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty"), (0,)),
     "top_k": (0, -1),
 }
+
+_ASKS_FOR_IDS = {"vllm": "return_tokens_as_token_ids", "sglang": "return_token_ids"}
 
 _METRIC = re.compile(rb"^([a-z_]+:[a-z_]+)(?:\{[^}]*\})? ([0-9.e+]+)\s*$", re.M)
 _LOADS = (  # requests running and waiting
@@ -139,6 +141,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         self._official = urlsplit(config.url).hostname == "api.openai.com"
         self._refused: dict[str, str] = dict.fromkeys(_OFFICIAL_LACKS if self._official else (), "not in the API")
         self._limit_name = "max_tokens"
+        self._basis = LogprobBasis.UNKNOWN  # until it is probed
         self._models: tuple[_Model, ...] | None = None
         self._listing = asyncio.Lock()
 
@@ -169,7 +172,13 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         return tuple(f"{name} is left out: {why}" for name, why in self._refused.items()) + renamed
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
-        """Up to `n` completions of one request, in the order of their index."""
+        """Up to `n` completions of one request, in the order of their index.
+
+        A prompt whose parameters have `decision` or `scored` brings one: see `_decide` and `_score`.
+        """
+        for wire, ask in (("decision", self._decide), ("scored", self._score)):
+            if wire in prompt.parameters:
+                return [await ask(prompt)]
         while True:
             body = self._body(prompt, seed, n)
             try:
@@ -200,7 +209,10 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         if self._config.batch is not None:
             return replace(listed, notes=tuple(notes))
         two = await self._try(n=2)
-        scored = await self._try(logprobs=True)
+        ids: dict[str, Any] = {"token_ids": True} if self._config.provider in _ASKS_FOR_IDS else {}
+        scored = await self._try(logprobs=True, top_logprobs=20, **ids)
+        if isinstance(scored, ProviderError):
+            scored = await self._try(logprobs=True)
         shaped = await self._try(max_tokens=4, response_format=_PROBE_SCHEMA)  # the first may be blank
         answer = next((answers[0] for answers in (two, scored, shaped) if isinstance(answers, list)), None)
         for feature, answers in (("a plain request", two), ("logprobs", scored), ("a JSON schema", shaped)):
@@ -208,6 +220,10 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
                 notes.append(f"{feature} failed: {answers}")
         if answer and answer.model and answer.model != self._config.model:
             notes.append(f"asked for {self._config.model!r}, answers come from {answer.model!r}")
+        token = scored[0].logprobs[0] if isinstance(scored, list) and scored[0].logprobs else None
+        if token and len(token.top) > 1:
+            hot = await self._try(logprobs=True, top_logprobs=20, temperature=2.0, **ids)
+            self._basis = _basis(token, hot[0].logprobs[0] if isinstance(hot, list) and hot[0].logprobs else None)
         refused = False if isinstance(two, list) else None  # known only where a plain request works
         return replace(
             listed,
@@ -217,6 +233,10 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             logprobs=bool(scored[0].logprobs) if isinstance(scored, list) else refused,
             json_schema=_begins_an_object(shaped[0].text) if isinstance(shaped, list) else refused,
             seed=False if "seed" in self._refused else None,
+            logprob_basis=self._basis if token else None,
+            max_top=len(token.top) if token else None,
+            has_token_ids=token.id is not None if token else None,
+            can_score_prompt=self._config.provider == "vllm",
             notes=(*notes, *self.notes),
         )
 
@@ -230,13 +250,18 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             body["repetition_penalty"] = 1.0  # unless set: else the model's generation_config would apply
         body |= prompt.parameters
         body.pop("revision", None)
+        if body.pop("token_ids", None):
+            if self._official or self._config.provider == "openrouter":
+                raise lacks(self._where, "token_ids")
+            if name := _ASKS_FOR_IDS.get(self._config.provider):  # llama.cpp gives them unasked
+                body[name] = True
         for name in ("stop", "logprobs", "top_logprobs"):
             if not body.get(name):
                 body.pop(name, None)
         if body.get("top_k") == 0 and own:
             body["top_k"] = -1  # vLLM before 0.8 and SGLang refuse 0
         if "response_format" in body:
-            body["response_format"] = _response_format(body["response_format"])
+            body["response_format"] = response_format(body["response_format"])
         if seed is not None:
             body["seed"] = seed
         if n > 1:
@@ -266,6 +291,58 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         """The answer to one request, whatever its status."""
         return await self._request("POST", f"{self._config.url}/chat/completions", msgspec.json.encode(body))
 
+    # --- other requests than chat completions ---
+
+    async def _decide(self, prompt: Prompt) -> Completion:
+        """Answers to typed questions, as JSON: `answers`, and vLLM's `diagnostics`; nothing is generated.
+
+        https://github.com/huggingface/transformers, cli/serving/systemone.py; vLLM, generate/structured_decisions.
+        """
+        state = "\n\n".join(message["content"] for message in prompt.messages)
+        body = {"model": prompt.model, "state": state, "questions": prompt.parameters["decision"]}
+        response = await self._asked(f"{self._config.url}/systemone", body, "decision")
+        said = self._decode(response, Decoder(_Decided).decode)
+        text = msgspec.json.encode({"answers": said.answers, "diagnostics": said.diagnostics}).decode()
+        usage = Usage(said.usage.get("input_tokens", 0), said.usage.get("output_tokens", 0))
+        return Completion(text, FinishReason.STOP, usage, model=said.model)
+
+    async def _score(self, prompt: Prompt) -> Completion:
+        """The given answer (its text, or its token ids) with log-probabilities, by vLLM's `prompt_logprobs`."""
+        if self._config.provider != "vllm":
+            raise lacks(self._where, "scored")
+        given, model = prompt.parameters["scored"], {"model": prompt.model}
+        begin = await self._token_ids({**model, "messages": prompt.messages, "add_generation_prompt": True})
+        text = {**model, "prompt": given, "add_special_tokens": False}
+        ids = await self._token_ids(text) if isinstance(given, str) else [*given]
+        whole = begin + ids
+        body = {**model, "prompt": whole, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        response = await self._asked(f"{self._config.url}/completions", body, "scored")
+        choices = self._decode(response, Decoder(_Scores).decode).choices
+        found = (choices[0].prompt_logprobs if choices else None) or []
+        rows = zip(ids, found[len(begin) :], strict=False)
+        told = [(at, score) for at, row in rows if row and (score := row.get(str(at)))]
+        if len(told) != len(ids):
+            raise self._garbled("prompt_logprobs are not one for each token", response)
+        scores = tuple([TokenLogprob(s.decoded_token or "", round(s.logprob, 5), (), at) for at, s in told])
+        how: dict[str, Any] = {"logprobs": scores, "logprob_basis": self._basis}
+        return Completion("".join(score.token for score in scores), FinishReason.STOP, Usage(len(whole), 0), **how)
+
+    async def _token_ids(self, body: Mapping[str, Any]) -> list[int]:
+        response = await self._asked(f"{self._root}/tokenize", body, "scored")
+        return self._decode(response, Decoder(_TokenIds).decode).tokens
+
+    async def _asked(self, url: str, body: Mapping[str, Any], wire: str) -> Response:
+        """The answer, if its status is 200; UNSUPPORTED where the server, or the model, lacks the wire."""
+        response = await self._request("POST", url, msgspec.json.encode(body))
+        if response.status == 200:
+            return response
+        error, fault = self._error(response.status, response, {}), Fault.read(response.body)
+        lacking = response.status in (404, 405, 501) and not _says_no_model(fault)
+        # A decision's 400: its labels are no single tokens of this model, and the like.
+        if lacking or (wire == "decision" and error.kind is ErrorKind.BAD_REQUEST):
+            raise lacks(f"{self._where}: {response.status}: {fault.message}", wire) from error
+        raise error
+
     # --- the answer ---
 
     def _completions(self, response: Response, body: Mapping[str, Any], n: int) -> list[Completion]:
@@ -274,16 +351,13 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         answer = self._decode(response, _decode_answer)
         if answer.error is not None:
             raise self._error(None, response, body)
-        choices = [choice for choice in answer.choices or () if choice.message is not None and choice.error is None]
-        if not choices:
+        completions = completions_of(answer, n, self._basis)
+        if not completions:
             fault = next((choice.error for choice in answer.choices or () if choice.error is not None), None)
             if fault is None:
                 raise self._garbled("no choices", response)
             raise self._error(None, replace(response, body=msgspec.json.encode({"error": fault})), body)
-        if len(choices) > 1:
-            choices = sorted(choices, key=lambda choice: choice.index)[:n]
-        shares = _share(answer.usage or _Usage(), choices)
-        return [_completion(answer, choice, usage) for choice, usage in zip(choices, shares, strict=True)]
+        return completions
 
     def _error(self, status: int | None, response: Response, body: Mapping[str, Any]) -> ProviderError:
         """The error that an answer stands for; `status` is None for one that came under 200."""
@@ -317,7 +391,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         return self._failed(kind, status, message, response)
 
     def _unsupported(self, name: str, value: object, why: str, *, status: int | None = None) -> ProviderError:
-        neutral = f"set it to {_NEUTRAL[name][0]:g}" if name in _NEUTRAL else "change or remove it"
+        neutral = f"set it to {NEUTRAL[name][0]:g}" if name in NEUTRAL else "change or remove it"
         shown = str(value) if len(str(value)) <= 60 else f"{str(value)[:60]} …"
         message = f"{self._where}: does not take {name}={shown} ({why}); {neutral}"
         return ProviderError(ErrorKind.UNSUPPORTED, message, status=status, parameter=name)
@@ -351,9 +425,8 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
     async def _identify(self) -> tuple[str | None, list[str]]:
         """The server's product and version where it tells them, and what is known of it."""
-        provider, notes = self._config.provider, []
-        if provider == "sglang":
-            notes.append("logprobs are of the distribution after temperature and penalties")
+        provider = self._config.provider
+        notes: list[str] = []
         if provider == "openrouter" or self._official:
             return None, notes
         # Only Ollama answers /api/version; behind its /v1 num_ctx can't be set, and prompts are cut in silence.
@@ -422,6 +495,8 @@ class _Message(Struct):
 
 
 class _Choice(Struct):
+    token_ids: list[int] | None = None  # vLLM
+    response_token_ids: list[int] | None = None  # SGLang
     index: int = 0
     message: _Message | None = None
     finish_reason: str | None = None
@@ -433,12 +508,36 @@ class _Choice(Struct):
         return self.logprobs.content if self.logprobs else None
 
 
-class _Answer(Struct):
+class ChatAnswer(Struct):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
     model: str | None = None
     system_fingerprint: str | None = None
     error: Any = None
+
+
+class _Decided(Struct):
+    answers: dict[str, Any]
+    diagnostics: dict[str, Any] = {}
+    usage: dict[str, int] = {}
+    model: str | None = None
+
+
+class _Score(Struct):
+    logprob: float
+    decoded_token: str | None = None
+
+
+class _Scored(Struct):
+    prompt_logprobs: list[dict[str, _Score] | None] | None = None
+
+
+class _Scores(Struct):
+    choices: list[_Scored]
+
+
+class _TokenIds(Struct):
+    tokens: list[int]
 
 
 class _Model(Struct):
@@ -457,7 +556,7 @@ class _Models(Struct):
     data: list[_Model]
 
 
-_decode_answer = Decoder(_Answer).decode
+_decode_answer = Decoder(ChatAnswer).decode
 _PROBE_MESSAGES = ({"role": "user", "content": "Name three colours."},)
 _PROBE_SCHEMA = {
     "type": "object",
@@ -467,11 +566,26 @@ _PROBE_SCHEMA = {
 }
 
 
-def _completion(answer: _Answer, choice: _Choice, usage: Usage) -> Completion:
+def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasis.UNKNOWN) -> list[Completion]:
+    """Up to `n` completions, in the order of their index."""
+    choices = [choice for choice in answer.choices or () if choice.message is not None and choice.error is None]
+    if len(choices) > 1:
+        choices = sorted(choices, key=lambda choice: choice.index)[:n]
+    shares = _share(answer.usage or _Usage(), choices) if choices else []
+    return [_completion(answer, choice, usage, basis) for choice, usage in zip(choices, shares, strict=True)]
+
+
+def _completion(answer: ChatAnswer, choice: _Choice, usage: Usage, basis: LogprobBasis) -> Completion:
     message = choice.message or _Message()
     finish = "content_filter" if message.refusal and not message.content else choice.finish_reason
-    said = message.content or "", message.thinking, choice.tokens
-    return completion(*said, finish=finish, usage=usage, model=answer.model, build=answer.system_fingerprint)
+    tokens, ids = choice.tokens, choice.token_ids or choice.response_token_ids or ()
+    if tokens is not None and len(tokens) == len(ids):
+        for token, number in zip(tokens, ids, strict=True):
+            token.id = number
+    said = message.content or "", message.thinking, tokens
+    told: dict[str, Any] = {"model": answer.model, "build": answer.system_fingerprint}
+    told["logprob_basis"] = basis if tokens is not None else None
+    return completion(*said, finish=finish, usage=usage, **told)
 
 
 def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
@@ -493,7 +607,7 @@ def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
     return list(map(Usage, [usage.prompt_tokens or 0, *others], completions, [cached, *others], thoughts))
 
 
-def _response_format(asked: object) -> object:
+def response_format(asked: object) -> object:
     """A schema in OpenAI's envelope; what already has the wire's form stays as it is."""
     if asked == "json":
         return {"type": "json_object"}
@@ -504,7 +618,7 @@ def _response_format(asked: object) -> object:
 
 def _may_be_left_out(name: str, value: object) -> bool:
     # Without `n` one answer comes, and the client asks for the rest; without `seed` an answer is only not repeatable.
-    return name in ("n", "seed") or value in _NEUTRAL.get(name, ())
+    return name in ("n", "seed") or value in NEUTRAL.get(name, ())
 
 
 def _says_no_model(fault: Fault) -> bool:
@@ -519,6 +633,21 @@ def _numbers(fault: Fault) -> str:
     if asked is None or limit is None or (str(asked) in fault.message and str(limit) in fault.message):
         return ""
     return f" (prompt {asked} tokens, context {limit})"
+
+
+def _basis(token: TokenLogprob, hot: TokenLogprob | None) -> LogprobBasis:
+    """What two alternatives of a first token say that were asked for at temperatures 1 and 2.
+
+    After temperature their log-probabilities are half as far apart; the model's own stay as they are.
+    """
+    cold, warm = dict(token.top), dict(hot.top if hot else ())
+    both = sorted((name for name in cold if name in warm), key=lambda name: cold[name])
+    if len(both) < 2 or (gap := cold[both[-1]] - cold[both[0]]) < 0.1:
+        return LogprobBasis.UNKNOWN
+    ratio = (warm[both[-1]] - warm[both[0]]) / gap
+    if abs(ratio - 1) < 0.05:
+        return LogprobBasis.RAW
+    return LogprobBasis.POST_TEMPERATURE if abs(ratio - 0.5) < 0.05 else LogprobBasis.UNKNOWN
 
 
 def _begins_an_object(text: str) -> bool | None:
