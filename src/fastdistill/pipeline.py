@@ -55,20 +55,22 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
 async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run, *, last: bool) -> None:
     """Takes samples through the fused sample steps, `run.open_samples` at a time."""
     stopped_for: list[FatalError] = []
-
     workers = 0
+    turn = perf_counter()
 
     async def work() -> None:
         # The workers share one iterator: whoever is free takes the next sample. Each starts one more while there
         # are too few, for `open_samples` follows what the teachers turn out to take.
-        nonlocal workers
+        nonlocal workers, turn
         workers += 1
         try:
             while not run.stopping and (sample := next(samples, None)) is not None:
                 if workers < run.open_samples:
                     group.create_task(work())
                 await run.finished(await run_sample(steps, sample, run), last=last)
-                await asyncio.sleep(0)  # a sample that never waited lets the others have their turn
+                if (now := perf_counter()) - turn > _TURN:  # samples that never wait let the others have their turn
+                    await asyncio.sleep(0)
+                    turn = now
         except FatalError as error:
             stopped_for.append(error)
             run.stop(error)

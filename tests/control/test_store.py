@@ -129,6 +129,17 @@ def test_what_was_asked_lies_beside_the_answer(tmp_path: Path) -> None:
     assert (json.loads(row[2]), json.loads(row[3])) == ([*PROMPT.messages], PROMPT.parameters)
 
 
+def test_what_others_put_in_a_new_file_is_found_once_this_one_has_put_something(tmp_path: Path) -> None:
+    async def go() -> list[Completion | None]:
+        async with ResponseStore(tmp_path / "new.sqlite") as first, ResponseStore(tmp_path / "new.sqlite") as second:
+            await second.put(PROMPT, [answer("another's", 1)])
+            await first.put(PROMPT, [answer("its own")])
+            return [first.get(answer("", attempt).key) for attempt in range(3)]
+
+    own, others, nobodys = asyncio.run(go())
+    assert own and others and (own.text, others.text, nobodys) == ("its own", "another's", None)
+
+
 PUTS_AND_WAITS = """
 import asyncio, sys, time
 from pathlib import Path

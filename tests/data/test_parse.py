@@ -9,7 +9,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastdistill.core.types import Cut, Sample
-from fastdistill.data.parse import _RULES, LONGEST, CleanSqlOutput, _is_plain, clean_sql
+from fastdistill.data.parse import (
+    _RULES,
+    LONGEST,
+    CleanSqlOutput,
+    _is_plain,
+    _statement_end,
+    _statements,
+    clean_sql,
+)
 from tests.context import TestContext, candidate
 
 # --- laws ---
@@ -41,6 +49,18 @@ def test_every_character_is_in_the_answer_or_in_a_cut_in_order(text: str) -> Non
     assert all(piece.strip() == piece != "" for piece in pieces)
     around = [(pieces[:n], pieces[n:]) for n in range(len(pieces) + 1)]
     assert any(letters("".join([*before, answer, *after])) == letters(text) for before, after in around)
+
+
+@given(ANSWERS)
+@example("'a")
+@example("a -- b")
+@example("a /* b")
+@example('"a')
+def test_a_semicolon_goes_only_where_it_is_no_part_of_the_query(text: str) -> None:
+    query = f"SELECT {text};"
+    narrowed = _statements(query)
+    if narrowed is not None and narrowed.body == query[:-1]:
+        assert _statement_end(query, 0) == len(query) - 1
 
 
 LINES = ["", "FROM t", "WHERE a = 'x'", "for all", "This query", "1. First", "'b'", "and b > 2", "<think>", "Note: x"]

@@ -52,7 +52,7 @@ class Ledger:
         self.path = path
         for leftover in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
             leftover.unlink(missing_ok=True)
-        self._writer = Writer(path, SCHEMA, _write_all, durable=False, every=0.02)
+        self._writer = Writer(path, SCHEMA, _write_all, durable=False, every=0.1)
 
     async def __aenter__(self) -> "Ledger":
         await self._writer.__aenter__()

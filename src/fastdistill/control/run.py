@@ -10,6 +10,7 @@ from time import perf_counter
 
 from fastdistill.control.budget import Budget, Enough, Progress, Target, first_accepted
 from fastdistill.control.ledger import Ledger
+from fastdistill.control.seen import Seen
 from fastdistill.control.tally import Tally
 from fastdistill.core.errors import ExitCode, FatalError, NotAsked, TooManyErrors
 from fastdistill.core.step import KeyIndex, Step
@@ -190,18 +191,19 @@ class _Index:
         self._select = f"SELECT value FROM {quoted} WHERE key = ?"
         self._connection = connection
         self._latest: dict[str, str] = {}
-        self._spilled = False
+        self._seen = Seen()
 
     def first(self, key: str, value: str) -> str | None:
-        if (first := self._latest.get(key)) is not None:
-            return first
-        if self._spilled and (row := self._connection.execute(self._select, (key,)).fetchone()):
-            return str(row[0])
+        if key in self._seen:
+            if (first := self._latest.get(key)) is not None:
+                return first
+            if row := self._connection.execute(self._select, (key,)).fetchone():
+                return str(row[0])
+        self._seen.add(key)
         self._latest[key] = value
         if len(self._latest) >= _KEYS_IN_MEMORY:
             self._connection.execute("BEGIN")
             self._connection.executemany(self._insert, sorted(self._latest.items()))
             self._connection.execute("COMMIT")
             self._latest.clear()
-            self._spilled = True
         return None

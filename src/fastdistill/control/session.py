@@ -1,6 +1,7 @@
 """A pipeline and its runs: checks what must fit together, runs it in its folder, leaves the proofs."""
 
 import asyncio
+import gc
 import re
 import signal
 import sys
@@ -313,8 +314,21 @@ def _run(work: Coroutine[Any, Any, RunResult]) -> RunResult:
         import uvloop
 
         factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
+    with asyncio.Runner(loop_factory=factory) as runner, _seldom_collected():
         return runner.run(work)
+
+
+@contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """Looks for cycles less often, of which samples make hardly any, and never among what was there before the run."""
+    threshold = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
 
 
 def _providers(config: ModelConfig, folder: RunFolder, brake: _Brake) -> list[Provider]:

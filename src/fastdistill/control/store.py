@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from fastdistill.control.seen import Seen
 from fastdistill.control.writer import Writer, connect, fault, insert, transaction
 from fastdistill.core.types import Answer, Completion, Prompt, TokenLogprob
 
@@ -30,6 +31,8 @@ PRAGMA user_version = 1;
 # comes again after so many others is written again.
 _PROMPTS_REMEMBERED = 4096
 
+_LAST = "SELECT max(rowid) FROM responses"
+
 PromptColumns: TypeAlias = tuple[str, str, str, str]
 """provider, model, messages, parameters"""
 
@@ -42,8 +45,11 @@ class ResponseStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._writer = Writer(path, SCHEMA, self._write_all, durable=True, every=0.003)
+        self._writer = Writer(path, SCHEMA, self._write_all, durable=True, every=0.008)
         self._prompts: dict[bytes, int] = {}  # ids of the latest, by hash
+        self._mine = Seen()  # keys
+        self._last: int | None = None  # rowid of the latest answer, as this process left it
+        self._alone = not path.exists()  # all answers are of this process, so that only its own keys can be found
 
     async def __aenter__(self) -> "ResponseStore":
         await self._writer.__aenter__()
@@ -57,6 +63,8 @@ class ResponseStore:
         await self._writer.__aexit__(kind, error, trace)
 
     def get(self, key: str) -> Completion | None:
+        if self._alone and key not in self._mine:
+            return None
         try:
             row = self._reader.execute(
                 "SELECT completion FROM responses WHERE key = ?", (bytes.fromhex(key),)
@@ -71,6 +79,8 @@ class ResponseStore:
         return int(count)
 
     async def put(self, prompt: Prompt, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            self._mine.add(answer.key)
         rows = [(bytes.fromhex(a.key), a.draw.seed, a.draw.attempt, write_completion(a.completion)) for a in answers]
         await self._writer.write((prompt_columns(prompt), rows))
 
@@ -79,6 +89,7 @@ class ResponseStore:
         prompts, responses = [], []
         with transaction(connection):
             (last,) = connection.execute("SELECT max(rowid) FROM prompts").fetchone()
+            self._alone = self._alone and connection.execute(_LAST).fetchone()[0] == self._last
             for asked, rows in entries:
                 content = hashlib.sha256("\x1f".join(asked).encode()).digest()
                 id_ = self._prompts.get(content) or new.get(content)
@@ -89,6 +100,7 @@ class ResponseStore:
             insert(connection, "INSERT INTO prompts", prompts)
             # The first answer under a key stays: whoever comes later asked for something that was there.
             insert(connection, "INSERT OR IGNORE INTO responses", responses)
+            (self._last,) = connection.execute(_LAST).fetchone()
         self._prompts |= new
         while len(self._prompts) > _PROMPTS_REMEMBERED:
             del self._prompts[next(iter(self._prompts))]

@@ -58,9 +58,6 @@ class ContentHash:
         number = int.from_bytes(sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).digest())
         self._sum = (self._sum + times * number) % 2**256
 
-    def remove(self, *parts: str) -> None:
-        self.add(*parts, times=-1)
-
     def __str__(self) -> str:
         return f"{self._sum:064x}"
 
@@ -119,7 +116,7 @@ class Tally:
         self.accepted_samples -= bool(sample.accepted)
         for rank, candidate in enumerate(sample.chosen):
             self.selected -= 1
-            self.hashes["selected"].remove(candidate.candidate_id, str(rank), candidate.answer)
+            self.hashes["selected"].add(candidate.candidate_id, str(rank), candidate.answer, times=-1)
 
     @property
     def failed(self) -> int:

@@ -52,6 +52,8 @@ def joined_digest(*parts: str) -> str:
 
 
 _quote = msgspec.json.Encoder().encode  # of a string: UTF-8, escaped as little as JSON allows
+_encode = msgspec.json.Encoder(order="sorted").encode
+_STRINGS = {str}
 
 # The usual one first: to ask an abstract class takes long, and to make an union each time, too.
 _OBJECT = (dict, Mapping)
@@ -65,6 +67,10 @@ def _form(value: object, path: _Path) -> bytes:
     if isinstance(value, str):
         return _quote(value if value.isascii() else unicodedata.normalize("NFC", value))
     if isinstance(value, _OBJECT):
+        # What nearly every one is: text in ASCII, of which msgspec's form is the canonical one.
+        plain = type(value) is dict and {*map(type, value), *map(type, value.values())} == _STRINGS
+        if plain and (form := _encode(value)).isascii():
+            return form
         members: dict[str, bytes] = {}
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -72,9 +78,7 @@ def _form(value: object, path: _Path) -> bytes:
             name = key if key.isascii() else unicodedata.normalize("NFC", key)
             if name in members:
                 raise NotCanonical(f"{_words(path)}: key {name!r} appears twice after Unicode normalisation")
-            # What nearly every member is, without a call of its own.
-            plain = type(inner) is str and inner.isascii()
-            members[name] = _quote(inner) if plain else _form(inner, (path, key))
+            members[name] = _form(inner, (path, key))
         return b"{" + b",".join([_quote(name) + b":" + members[name] for name in sorted(members)]) + b"}"
     if isinstance(value, _ARRAY):
         return b"[" + b",".join([_form(inner, (path, index)) for index, inner in enumerate(value)]) + b"]"

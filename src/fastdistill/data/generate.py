@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import NotAsked, SampleError
@@ -62,7 +62,8 @@ class TextGeneration(SampleStep):
     )
     seed: int | None = Field(0, ge=0, lt=2**31)
 
-    _only: int | None = PrivateAttr(None)  # the one attempt of a step that races
+    _only: ClassVar[int | None] = None
+    """The one attempt of a step that races, which has it in its own `__dict__`: pydantic's private ones are slow."""
 
     @field_validator("template", "system_prompt")
     @classmethod
@@ -105,7 +106,7 @@ class TextGeneration(SampleStep):
             return ()
         draws = [self.model_copy() for _ in self._attempts(sample)]
         for draw, attempt in zip(draws, self._attempts(sample), strict=True):
-            draw._only = attempt
+            draw.__dict__["_only"] = attempt
         return draws
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:

@@ -133,6 +133,8 @@ def _quotes(text: str) -> _Narrowed | None:
 
 def _statements(text: str) -> _Narrowed | None:
     """The first statement that is a query, or the first of all if none is; what follows it goes."""
+    if text.endswith(";") and _is_plain(text[:-1]) and not _OPENS.search(text) and text.count("'") % 2 == 0:
+        return _Narrowed(text[:-1], (), [Cut("semicolon", ";")])
     if not _STATEMENT.match(text):
         return None
     first_end = end = _statement_end(text, 0)
@@ -310,6 +312,7 @@ _MARK = rf"```|</?{_THINK_NAME}>|</\w+>|<\||\[/\w+\]|\*\*(?=\s*+(?:\n|\Z))|(?<=[
 # that no sentence begins with.
 _GOES_ON = "|".join(sorted(KEYWORDS - _SENTENCE_OPENERS))
 _CUTTING = re.compile(rf"[;`]|</|<\||<{_THINK_NAME}>|\[/|\*\*|\.\Z|\n(?!\s*+(?ai:{_GOES_ON})\b)")
+_OPENS = re.compile(r"[\"\[]|--|/\*")  # what might not be closed before the end
 _MARKUP = re.compile(r"(?:```|</?\w+>|<\|\w+\|>|\[/\w+\]|\*\*|[.\s])++")
 _TOKEN = re.compile(
     rf"""(?P<end>{_MARK}) | (?P<semicolon>;) | (?P<space>\s++)

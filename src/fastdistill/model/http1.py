@@ -5,7 +5,6 @@ It has no TLS, no proxies, no HEAD and no redirects, and calls garbled what it d
 
 import asyncio
 from collections.abc import Generator, Mapping
-from contextlib import suppress
 from functools import lru_cache, partial
 from typing import TypeVar, cast
 from urllib.parse import quote, urlsplit
@@ -36,9 +35,10 @@ class Http1Transport:
         sent = head + (b"\r\n" if body is None else b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
         try:
             if idle := self._idle.get(address):
-                with suppress(_StaleConnection):
+                try:
                     return await idle.pop().exchange(sent, deadline)
-            # The idle ones may all be stale, so this goes over a connection opened for it.
+                except _StaleConnection:
+                    pass  # as all the idle ones may be: this goes over a connection opened for it
             connection = await self._connect(url, address, deadline)
             return await connection.exchange(sent, deadline)
         except TimeoutError as error:
