@@ -16,7 +16,7 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -343,7 +343,8 @@ def _rows(head: str, rows: Sequence[str]) -> Iterator[str]:
     yield from (f"| {row} |" for row in rows)
 
 
-_percent: Callable[[float | None], str] = lambda value: "–" if value is None else f"{value:.1%}"  # noqa: E731
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _points(values: Sequence[float]) -> list[float]:
