@@ -5,7 +5,9 @@
 The embedded teacher answers questions about schemas of the training split, through a FastDistill pipeline. Fresh
 students of its architecture then learn from three sets of equal size, one answer for each prompt: what the gates
 passed, what came first without any gate, and the gold queries. A second generation has a student for its teacher. All
-are measured on held-out schemas. What is already in the output folder is not made again.
+are measured on held-out schemas. Beside the fresh students, others go on from the teacher's weights on the same sets: a
+short training tells data apart there that a fresh student has not the time to. What is already in the output folder is
+not made again.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from fastdistill.core.types import Sample
 from fastdistill.model.embedded.network import load_weights
 from lab.evaluate_teacher import Judged, answer
 from lab.grammar import examples, write_synthetic
-from lab.model import Model, save
+from lab.model import Model, load, save
 from lab.train_teacher import SHAPE, Pair, prompt, train
 
 TEACHER = Path("src/fastdistill/model/embedded")
@@ -57,15 +59,20 @@ DRAWS = 4  # sampled answers to each of them, at temperature 1
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """One training run: which generation, on what, from which random start."""
+    """One training run: which generation, on what, from which random start, or going on from the teacher."""
 
     generation: int
     arm: str
     seed: int
+    goes_on: bool = False
+
+    @property
+    def kind(self) -> str:
+        return f"generation {self.generation}, {self.arm}" if not self.goes_on else f"teacher, then {self.arm}"
 
     @property
     def name(self) -> str:
-        return f"generation-{self.generation}-{self.arm}-{self.seed}"
+        return f"{self.kind.replace(', ', '-').replace(' ', '-')}-{self.seed}"
 
 
 def main() -> None:
@@ -73,6 +80,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo/lab"))
     parser.add_argument("--prompts", type=int, default=5000)
     parser.add_argument("--minutes", type=float, default=4.5, help="CPU minutes for each student")
+    parser.add_argument("--more", type=float, default=1.0, help="CPU minutes for each that goes on from the teacher")
     parser.add_argument("--questions", type=int, default=480, help="held-out questions")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
@@ -86,6 +94,8 @@ def main() -> None:
     sets = {(1, arm): pairs for arm, pairs in arms(samples).items()}
     students = [Student(1, arm, seed) for seed in SEEDS for arm in ARMS]
     make(folder, students, sets, arguments.minutes, arguments.processes)
+    polished = [Student(1, arm, seed, goes_on=True) for seed in SEEDS for arm in ARMS]
+    make(folder, polished, sets, arguments.more, arguments.processes)
 
     chosen = folder / Student(1, "gated", SEEDS[0]).name
     again = distil(folder, records, generation=1, teacher=chosen)
@@ -93,10 +103,11 @@ def main() -> None:
     born = [Student(2, "gated", seed) for seed in SEEDS]
     make(folder, born, sets, arguments.minutes, arguments.processes)
 
-    judged = measure(folder, [*students, *born], arguments.questions, arguments.processes)
+    judged = measure(folder, [*students, *born, *polished], arguments.questions, arguments.processes)
     facts = {
         "prompts": arguments.prompts,
         "cpu_minutes_a_student": arguments.minutes,
+        "cpu_minutes_going_on": arguments.more,
         "held_out_questions": arguments.questions,
         "yield": {f"generation-{g}": yields(s) for g, s in ((0, samples), (1, again))},
         "sets": {f"generation-{g}-{arm}": size(pairs) for (g, arm), pairs in sets.items()},
@@ -191,23 +202,25 @@ def make(
     """Trains those that are not there yet, side by side."""
     missing = [s for s in students if not (folder / s.name / "model.json").exists()]
     with ProcessPoolExecutor(processes) as pool:
-        done = [pool.submit(learn, folder / s.name, sets[s.generation, s.arm], minutes, s.seed) for s in missing]
+        done = [pool.submit(learn, folder / s.name, sets[s.generation, s.arm], minutes, s) for s in missing]
         for future in done:
             print(future.result(), flush=True)
 
 
-def learn(folder: Path, pairs: list[Pair], minutes: float, seed: int) -> str:
-    """Trains one student from random weights. The order of the pairs comes from the seed too."""
+def learn(folder: Path, pairs: list[Pair], minutes: float, student: Student) -> str:
+    """Trains one student, from random weights or from the teacher's. The order of the pairs comes from the seed too."""
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
+    torch.manual_seed(student.seed)
     tokenizer = load_weights(TEACHER).tokenizer
-    model = Model(SHAPE)
+    model = load(TEACHER) if student.goes_on else Model(SHAPE)
+    # What goes on begins near its end: full rates would unlearn it first.
+    rates = {"matrix_rate": 0.004, "other_rate": 0.0008} if student.goes_on else {}
     shuffled = list(pairs)
-    random.Random(seed).shuffle(shuffled)
+    random.Random(student.seed).shuffle(shuffled)
     # Sorted by schema within a pass, so that questions about one schema share its computation.
     shuffled.sort(key=lambda pair: pair[0][-1]["content"].partition("\nQuestion:")[0])
-    report = train(model, tokenizer, cycle(shuffled), minutes=minutes, seed=seed, quiet=True)
-    facts = {"seed": seed, "steps": report.steps, "examples": report.examples, "loss": round(report.loss, 4)}
+    report = train(model, tokenizer, cycle(shuffled), minutes=minutes, seed=student.seed, quiet=True, **rates)
+    facts = {"seed": student.seed, "steps": report.steps, "examples": report.examples, "loss": round(report.loss, 4)}
     save(model, tokenizer, folder, facts)
     return f"{folder.name}: {facts}"
 
@@ -235,7 +248,7 @@ def measure(folder: Path, students: Sequence[Student], questions: int, processes
         measured = list(pool.map(_measured, folders, [questions] * len(folders)))
     by_name: dict[str, list[Measured]] = {"teacher": [measured[0]]}
     for student, one in zip(students, measured[1:], strict=True):
-        by_name.setdefault(f"generation {student.generation}, {student.arm}", []).append(one)
+        by_name.setdefault(student.kind, []).append(one)
     return by_name
 
 
@@ -265,6 +278,9 @@ _PAIRS = (
     ("generation 1, gated", "generation 1, gold"),
     ("generation 2, gated", "generation 1, gated"),
     ("generation 1, gated", "teacher"),
+    ("teacher, then gated", "teacher, then ungated"),
+    ("teacher, then gated", "teacher, then gold"),
+    ("teacher, then gated", "teacher"),
 )
 
 
