@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from fastdistill.core.types import FinishReason, Outcome, Sample, Verdict
-from fastdistill.data.rules import LONGEST_SQL, RuleFilter, RuleReason
+from fastdistill.data.rules import LONGEST_SQL, RuleFilter, RuleReason, sql_problem
 from tests.context import TestContext, candidate
 
 
@@ -85,3 +85,8 @@ def test_a_wrong_config_is_found_before_anything_runs(config: dict[str, Any]) ->
 def test_the_fingerprint_changes_with_any_rule() -> None:
     configs: list[dict[str, Any]] = [{}, {"required": ["a"]}, {"required": ["b"]}, {"forbidden": ["a"]}, {"sql": True}]
     assert len({RuleFilter(**config).fingerprint for config in configs}) == len(configs)
+
+
+def test_an_answer_that_is_no_query_says_nothing_on_the_users_screen(caplog: pytest.LogCaptureFixture) -> None:
+    assert sql_problem("CREATE cityow1sut NOT studios BET airline product age") == "command, not a query"
+    assert not caplog.records

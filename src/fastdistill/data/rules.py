@@ -1,5 +1,6 @@
 """Rule gate: pure checks of an answer's text. Never calls a model, never runs anything."""
 
+import logging
 import re
 from enum import StrEnum
 from functools import cached_property
@@ -9,6 +10,9 @@ from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, Gate
 from fastdistill.core.types import Candidate, FinishReason, Outcome, Sample, Verdict
+
+# It warns of every text that it takes for a command; the verdict says that.
+logging.getLogger("sqlglot").setLevel(logging.ERROR)
 
 LONGEST_SQL = 10_000
 """Characters. A longer answer does not parse: the parser would hold up every other sample for a second and more."""
