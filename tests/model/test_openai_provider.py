@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, TokenLogprob
 from fastdistill.model.provider import Capabilities, ErrorKind, ProviderError
-from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider, share
+from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
+from fastdistill.model.providers.openai_answers import share
 from fastdistill.model.retry import GiveUp, Retry, decide
 from fastdistill.model.transport import transport_for
 from tests.servers import Call, Fault, Reply, Server, garbled, hang, mixed, openai_server, rate_limited, reset, status

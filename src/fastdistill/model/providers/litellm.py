@@ -15,7 +15,8 @@ from pydantic import Field, SecretStr, model_validator
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, Prompt
 from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, check_wires
-from fastdistill.model.providers.openai import NEUTRAL, ChatAnswer, completions_of, response_format
+from fastdistill.model.providers.openai import NEUTRAL, response_format
+from fastdistill.model.providers.openai_answers import ChatAnswer, completions_of
 from fastdistill.model.transport import error_kind
 
 

@@ -6,7 +6,7 @@ refuses by name is left out from then on if it was neutral, and an error if it w
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import msgspec
-from msgspec import Struct
 from msgspec.json import Decoder
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -23,7 +22,18 @@ from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, TokenLogprob, Usage
 from fastdistill.model.client import Brake
 from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig, lacks
-from fastdistill.model.transport import Fault, HttpProvider, Response, Token, Transport, Version, completion, error_kind
+from fastdistill.model.providers.openai_answers import (
+    Decided,
+    ListedModel,
+    ListedModels,
+    Scores,
+    TokenIds,
+    basis_of,
+    begins_an_object,
+    completions_of,
+    decode_answer,
+)
+from fastdistill.model.transport import Fault, HttpProvider, Response, Transport, Version, error_kind
 
 Kind = Literal["openai", "openrouter", "vllm", "sglang"]
 
@@ -142,7 +152,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         self._refused: dict[str, str] = dict.fromkeys(_OFFICIAL_LACKS if self._official else (), "not in the API")
         self._limit_name = "max_tokens"
         self._basis = LogprobBasis.UNKNOWN  # until it is probed
-        self._models: tuple[_Model, ...] | None = None
+        self._models: tuple[ListedModel, ...] | None = None
         self._listing = asyncio.Lock()
 
     @classmethod
@@ -223,7 +233,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         token = scored[0].logprobs[0] if isinstance(scored, list) and scored[0].logprobs else None
         if token and len(token.top) > 1:
             hot = await self._try(logprobs=True, top_logprobs=20, temperature=2.0, **ids)
-            self._basis = _basis(token, hot[0].logprobs[0] if isinstance(hot, list) and hot[0].logprobs else None)
+            self._basis = basis_of(token, hot[0].logprobs[0] if isinstance(hot, list) and hot[0].logprobs else None)
         refused = False if isinstance(two, list) else None  # known only where a plain request works
         return replace(
             listed,
@@ -231,7 +241,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             build=answer.build if answer else None,
             n=len(two) == 2 and sum(one.usage.completion_tokens for one in two) >= 2 if isinstance(two, list) else None,
             logprobs=bool(scored[0].logprobs) if isinstance(scored, list) else refused,
-            json_schema=_begins_an_object(shaped[0].text) if isinstance(shaped, list) else refused,
+            json_schema=begins_an_object(shaped[0].text) if isinstance(shaped, list) else refused,
             seed=False if "seed" in self._refused else None,
             logprob_basis=self._basis if token else None,
             max_top=len(token.top) if token else None,
@@ -301,7 +311,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         state = "\n\n".join(message["content"] for message in prompt.messages)
         body = {"model": prompt.model, "state": state, "questions": prompt.parameters["decision"]}
         response = await self._asked(f"{self._config.url}/systemone", body, "decision")
-        said = self._decode(response, Decoder(_Decided).decode)
+        said = self._decode(response, Decoder(Decided).decode)
         text = msgspec.json.encode({"answers": said.answers, "diagnostics": said.diagnostics}).decode()
         usage = Usage(said.usage.get("input_tokens", 0), said.usage.get("output_tokens", 0))
         return Completion(text, FinishReason.STOP, usage, model=said.model)
@@ -317,7 +327,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         whole = begin + ids
         body = {**model, "prompt": whole, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         response = await self._asked(f"{self._config.url}/completions", body, "scored")
-        choices = self._decode(response, Decoder(_Scores).decode).choices
+        choices = self._decode(response, Decoder(Scores).decode).choices
         found = (choices[0].prompt_logprobs if choices else None) or []
         rows = zip(ids, found[len(begin) :], strict=False)
         told = [(at, score) for at, row in rows if row and (score := row.get(str(at)))]
@@ -329,7 +339,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
     async def _token_ids(self, body: Mapping[str, Any]) -> list[int]:
         response = await self._asked(f"{self._root}/tokenize", body, "scored")
-        return self._decode(response, Decoder(_TokenIds).decode).tokens
+        return self._decode(response, Decoder(TokenIds).decode).tokens
 
     async def _asked(self, url: str, body: Mapping[str, Any], wire: str) -> Response:
         """The answer, if its status is 200; UNSUPPORTED where the server, or the model, lacks the wire."""
@@ -348,7 +358,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
     def _completions(self, response: Response, body: Mapping[str, Any], n: int) -> list[Completion]:
         if response.status != 200:
             raise self._error(response.status, response, body)
-        answer = self._decode(response, _decode_answer)
+        answer = self._decode(response, decode_answer)
         if answer.error is not None:
             raise self._error(None, response, body)
         completions = completions_of(answer, n, self._basis)
@@ -398,7 +408,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
     # --- what the endpoint is ---
 
-    async def _list_models(self) -> tuple["_Model", ...]:
+    async def _list_models(self) -> tuple[ListedModel, ...]:
         """What /models lists, asked once; empty where the server has no such list. Raises AUTH, or nobody answers."""
         async with self._listing:
             if self._models is None:
@@ -407,7 +417,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
                     raise self._error(response.status, response, {})
                 self._models = ()
                 with suppress(ProviderError):
-                    self._models = tuple(self._decode(response, Decoder(_Models).decode).data)
+                    self._models = tuple(self._decode(response, Decoder(ListedModels).decode).data)
             return self._models
 
     async def _with_models(self, error: ProviderError) -> ProviderError:
@@ -452,111 +462,6 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             return error
 
 
-def share(total: int, weights: Sequence[int]) -> list[int]:
-    """Splits `total` in proportion to `weights`, by largest remainder: whole numbers that sum to it exactly."""
-    if not sum(weights):
-        weights = [1] * len(weights)
-    whole = sum(weights)
-    parts = [total * weight // whole for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda index: -(total * weights[index] % whole))
-    for index in by_remainder[: total - sum(parts)]:
-        parts[index] += 1
-    return parts
-
-
-# --- the wire ---
-
-
-class _Details(Struct):
-    cached_tokens: int | None = None  # of the prompt
-    reasoning_tokens: int | None = None  # of the completion
-
-
-class _Usage(Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-
-
-class _Logprobs(Struct):
-    content: list[Token] | None = None
-
-
-class _Message(Struct):
-    content: str | None = None
-    reasoning_content: str | None = None  # SGLang, DeepSeek, older vLLM
-    reasoning: str | None = None  # OpenRouter, vLLM
-    refusal: str | None = None
-
-    @property
-    def thinking(self) -> str | None:
-        return self.reasoning_content or self.reasoning or None
-
-
-class _Choice(Struct):
-    token_ids: list[int] | None = None  # vLLM
-    response_token_ids: list[int] | None = None  # SGLang
-    index: int = 0
-    message: _Message | None = None
-    finish_reason: str | None = None
-    logprobs: _Logprobs | None = None
-    error: Any = None
-
-    @property
-    def tokens(self) -> list[Token] | None:
-        return self.logprobs.content if self.logprobs else None
-
-
-class ChatAnswer(Struct):
-    choices: list[_Choice] | None = None
-    usage: _Usage | None = None
-    model: str | None = None
-    system_fingerprint: str | None = None
-    error: Any = None
-
-
-class _Decided(Struct):
-    answers: dict[str, Any]
-    diagnostics: dict[str, Any] = {}
-    usage: dict[str, int] = {}
-    model: str | None = None
-
-
-class _Score(Struct):
-    logprob: float
-    decoded_token: str | None = None
-
-
-class _Scored(Struct):
-    prompt_logprobs: list[dict[str, _Score] | None] | None = None
-
-
-class _Scores(Struct):
-    choices: list[_Scored]
-
-
-class _TokenIds(Struct):
-    tokens: list[int]
-
-
-class _Model(Struct):
-    id: str
-    max_model_len: int | None = None  # vLLM, SGLang
-    context_length: int | None = None  # OpenRouter
-    context_window: int | None = None  # Groq
-    meta: dict[str, Any] | None = None  # llama.cpp; `n_ctx` is the context of one slot
-
-    @property
-    def context(self) -> int | None:
-        return self.max_model_len or self.context_length or self.context_window or (self.meta or {}).get("n_ctx")
-
-
-class _Models(Struct):
-    data: list[_Model]
-
-
-_decode_answer = Decoder(ChatAnswer).decode
 _PROBE_MESSAGES = ({"role": "user", "content": "Name three colours."},)
 _PROBE_SCHEMA = {
     "type": "object",
@@ -564,47 +469,6 @@ _PROBE_SCHEMA = {
     "required": ["colour"],
     "additionalProperties": False,
 }
-
-
-def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasis.UNKNOWN) -> list[Completion]:
-    """Up to `n` completions, in the order of their index."""
-    choices = [choice for choice in answer.choices or () if choice.message is not None and choice.error is None]
-    if len(choices) > 1:
-        choices = sorted(choices, key=lambda choice: choice.index)[:n]
-    shares = _share(answer.usage or _Usage(), choices) if choices else []
-    return [_completion(answer, choice, usage, basis) for choice, usage in zip(choices, shares, strict=True)]
-
-
-def _completion(answer: ChatAnswer, choice: _Choice, usage: Usage, basis: LogprobBasis) -> Completion:
-    message = choice.message or _Message()
-    finish = "content_filter" if message.refusal and not message.content else choice.finish_reason
-    tokens, ids = choice.tokens, choice.token_ids or choice.response_token_ids or ()
-    if tokens is not None and len(tokens) == len(ids):
-        for token, number in zip(tokens, ids, strict=True):
-            token.id = number
-    said = message.content or "", message.thinking, tokens
-    told: dict[str, Any] = {"model": answer.model, "build": answer.system_fingerprint}
-    told["logprob_basis"] = basis if tokens is not None else None
-    return completion(*said, finish=finish, usage=usage, **told)
-
-
-def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
-    """One usage for each choice; they sum to what was reported, which is all that the server tells.
-
-    Completion tokens go by the number of tokens with logprobs, or else by length; the prompt goes with the first.
-    """
-    cached = (usage.prompt_tokens_details or _Details()).cached_tokens or 0
-    thought = (usage.completion_tokens_details or _Details()).reasoning_tokens or 0
-    if len(choices) == 1:
-        return [Usage(usage.prompt_tokens or 0, usage.completion_tokens or 0, cached, thought)]
-    counted = [choice.tokens for choice in choices]
-    messages = [choice.message or _Message() for choice in choices]
-    written = [len(message.content or "") + len(message.thinking or "") for message in messages]
-    weights = written if None in counted else [len(tokens or ()) for tokens in counted]
-    completions = share(usage.completion_tokens or 0, weights)
-    thoughts = share(thought, completions)
-    others = [0] * (len(choices) - 1)
-    return list(map(Usage, [usage.prompt_tokens or 0, *others], completions, [cached, *others], thoughts))
 
 
 def response_format(asked: object) -> object:
@@ -633,24 +497,3 @@ def _numbers(fault: Fault) -> str:
     if asked is None or limit is None or (str(asked) in fault.message and str(limit) in fault.message):
         return ""
     return f" (prompt {asked} tokens, context {limit})"
-
-
-def _basis(token: TokenLogprob, hot: TokenLogprob | None) -> LogprobBasis:
-    """What two alternatives of a first token say that were asked for at temperatures 1 and 2.
-
-    After temperature their log-probabilities are half as far apart; the model's own stay as they are.
-    """
-    cold, warm = dict(token.top), dict(hot.top if hot else ())
-    both = sorted((name for name in cold if name in warm), key=lambda name: cold[name])
-    if len(both) < 2 or (gap := cold[both[-1]] - cold[both[0]]) < 0.1:
-        return LogprobBasis.UNKNOWN
-    ratio = (warm[both[-1]] - warm[both[0]]) / gap
-    if abs(ratio - 1) < 0.05:
-        return LogprobBasis.RAW
-    return LogprobBasis.POST_TEMPERATURE if abs(ratio - 0.5) < 0.05 else LogprobBasis.UNKNOWN
-
-
-def _begins_an_object(text: str) -> bool | None:
-    """Whether the first tokens of an answer keep to the schema; None if they are blank, which says nothing."""
-    begun = text.lstrip()
-    return begun.startswith("{") if begun else None

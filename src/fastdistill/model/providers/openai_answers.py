@@ -1,0 +1,176 @@
+"""What OpenAI-compatible servers answer, as their JSON has it, and the completions that are in it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import Struct
+from msgspec.json import Decoder
+
+from fastdistill.core.types import Completion, LogprobBasis, TokenLogprob, Usage
+from fastdistill.model.transport import Token, completion
+
+
+def share(total: int, weights: Sequence[int]) -> list[int]:
+    """Splits `total` in proportion to `weights`, by largest remainder: whole numbers that sum to it exactly."""
+    if not sum(weights):
+        weights = [1] * len(weights)
+    whole = sum(weights)
+    parts = [total * weight // whole for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda index: -(total * weights[index] % whole))
+    for index in by_remainder[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
+
+
+class _Details(Struct):
+    cached_tokens: int | None = None  # of the prompt
+    reasoning_tokens: int | None = None  # of the completion
+
+
+class _Usage(Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+
+
+class _Logprobs(Struct):
+    content: list[Token] | None = None
+
+
+class _Message(Struct):
+    content: str | None = None
+    reasoning_content: str | None = None  # SGLang, DeepSeek, older vLLM
+    reasoning: str | None = None  # OpenRouter, vLLM
+    refusal: str | None = None
+
+    @property
+    def thinking(self) -> str | None:
+        return self.reasoning_content or self.reasoning or None
+
+
+class _Choice(Struct):
+    token_ids: list[int] | None = None  # vLLM
+    response_token_ids: list[int] | None = None  # SGLang
+    index: int = 0
+    message: _Message | None = None
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+    error: Any = None
+
+    @property
+    def tokens(self) -> list[Token] | None:
+        return self.logprobs.content if self.logprobs else None
+
+
+class ChatAnswer(Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    model: str | None = None
+    system_fingerprint: str | None = None
+    error: Any = None
+
+
+class Decided(Struct):
+    answers: dict[str, Any]
+    diagnostics: dict[str, Any] = {}
+    usage: dict[str, int] = {}
+    model: str | None = None
+
+
+class _Score(Struct):
+    logprob: float
+    decoded_token: str | None = None
+
+
+class _Scored(Struct):
+    prompt_logprobs: list[dict[str, _Score] | None] | None = None
+
+
+class Scores(Struct):
+    choices: list[_Scored]
+
+
+class TokenIds(Struct):
+    tokens: list[int]
+
+
+class ListedModel(Struct):
+    id: str
+    max_model_len: int | None = None  # vLLM, SGLang
+    context_length: int | None = None  # OpenRouter
+    context_window: int | None = None  # Groq
+    meta: dict[str, Any] | None = None  # llama.cpp; `n_ctx` is the context of one slot
+
+    @property
+    def context(self) -> int | None:
+        return self.max_model_len or self.context_length or self.context_window or (self.meta or {}).get("n_ctx")
+
+
+class ListedModels(Struct):
+    data: list[ListedModel]
+
+
+decode_answer = Decoder(ChatAnswer).decode
+
+
+def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasis.UNKNOWN) -> list[Completion]:
+    """Up to `n` completions, in the order of their index."""
+    choices = [choice for choice in answer.choices or () if choice.message is not None and choice.error is None]
+    if len(choices) > 1:
+        choices = sorted(choices, key=lambda choice: choice.index)[:n]
+    shares = _share(answer.usage or _Usage(), choices) if choices else []
+    return [_completion(answer, choice, usage, basis) for choice, usage in zip(choices, shares, strict=True)]
+
+
+def _completion(answer: ChatAnswer, choice: _Choice, usage: Usage, basis: LogprobBasis) -> Completion:
+    message = choice.message or _Message()
+    finish = "content_filter" if message.refusal and not message.content else choice.finish_reason
+    tokens, ids = choice.tokens, choice.token_ids or choice.response_token_ids or ()
+    if tokens is not None and len(tokens) == len(ids):
+        for token, number in zip(tokens, ids, strict=True):
+            token.id = number
+    said = message.content or "", message.thinking, tokens
+    told: dict[str, Any] = {"model": answer.model, "build": answer.system_fingerprint}
+    told["logprob_basis"] = basis if tokens is not None else None
+    return completion(*said, finish=finish, usage=usage, **told)
+
+
+def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
+    """One usage for each choice; they sum to what was reported, which is all that the server tells.
+
+    Completion tokens go by the number of tokens with logprobs, or else by length; the prompt goes with the first.
+    """
+    cached = (usage.prompt_tokens_details or _Details()).cached_tokens or 0
+    thought = (usage.completion_tokens_details or _Details()).reasoning_tokens or 0
+    if len(choices) == 1:
+        return [Usage(usage.prompt_tokens or 0, usage.completion_tokens or 0, cached, thought)]
+    counted = [choice.tokens for choice in choices]
+    messages = [choice.message or _Message() for choice in choices]
+    written = [len(message.content or "") + len(message.thinking or "") for message in messages]
+    weights = written if None in counted else [len(tokens or ()) for tokens in counted]
+    completions = share(usage.completion_tokens or 0, weights)
+    thoughts = share(thought, completions)
+    others = [0] * (len(choices) - 1)
+    return list(map(Usage, [usage.prompt_tokens or 0, *others], completions, [cached, *others], thoughts))
+
+
+def basis_of(token: TokenLogprob, hot: TokenLogprob | None) -> LogprobBasis:
+    """What two alternatives of a first token say that were asked for at temperatures 1 and 2.
+
+    After temperature their log-probabilities are half as far apart; the model's own stay as they are.
+    """
+    cold, warm = dict(token.top), dict(hot.top if hot else ())
+    both = sorted((name for name in cold if name in warm), key=lambda name: cold[name])
+    if len(both) < 2 or (gap := cold[both[-1]] - cold[both[0]]) < 0.1:
+        return LogprobBasis.UNKNOWN
+    ratio = (warm[both[-1]] - warm[both[0]]) / gap
+    if abs(ratio - 1) < 0.05:
+        return LogprobBasis.RAW
+    return LogprobBasis.POST_TEMPERATURE if abs(ratio - 0.5) < 0.05 else LogprobBasis.UNKNOWN
+
+
+def begins_an_object(text: str) -> bool | None:
+    """Whether the first tokens of an answer keep to the schema; None if they are blank, which says nothing."""
+    begun = text.lstrip()
+    return begun.startswith("{") if begun else None
