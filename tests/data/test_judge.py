@@ -294,7 +294,7 @@ def test_a_server_without_decisions_ends_the_run_with_the_remedy(
 
 
 def test_pairs_are_compared_in_both_orders_and_a_judge_who_takes_the_first_decides_nothing(tmp_path: Path) -> None:
-    def run(folder: Path, script: Script) -> list[Sample]:
+    def run(folder: Path, script: Script, *, scored: bool = False) -> list[Sample]:
         folder.mkdir()
         with (
             openai_server(choose(ANSWERS)) as teacher,
@@ -303,7 +303,7 @@ def test_pairs_are_compared_in_both_orders_and_a_judge_who_takes_the_first_decid
             made = config(teacher.url, write_records(folder, RECORDS[:10]), make_database(folder), num_generations=6)
             made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": judge.url}
             made["steps"][6]["SQLiteExecEval"]["require"] = "exec_pass"
-            made["steps"][7:8] = [{"PairwiseJudge": {"task": "{{ instruction }}"}}]
+            made["steps"][7 + scored : 8] = [{"PairwiseJudge": {"task": "{{ instruction }}"}}]
             result = parse_pipeline(made).run(output_dir=folder / "artifacts")
         return list(read_samples(result.path / "ledger.sqlite"))
 
@@ -311,7 +311,9 @@ def test_pairs_are_compared_in_both_orders_and_a_judge_who_takes_the_first_decid
         a, b = re.findall(r"<answer [AB]>\n(.*?)\n</answer", asked(call), re.DOTALL) or ("", "")
         return "A" if len(a) < len(b) else "B."
 
-    fair = [c for s in run(tmp_path / "fair", shorter) if len({c.answer for c in s.accepted}) > 1 for c in s.accepted]
+    # A score that execution has given is replaced.
+    judged_ = run(tmp_path / "fair", shorter, scored=True)
+    fair = [c for s in judged_ if len({c.answer for c in s.accepted}) > 1 for c in s.accepted]
     assert {c.score for c in fair} == {0.0, 1.0}
     assert {c.answer for c in fair if c.score == 1.0} == {"SELECT name FROM city"}
     biased = run(tmp_path / "biased", lambda call, index: "A")

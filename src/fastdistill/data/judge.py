@@ -330,7 +330,7 @@ class PairwiseJudge(SampleStep):
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         distinct = {c.answer: c for c in reversed(sample.accepted)}
         rivals = sorted(distinct.values(), key=lambda c: (c.attempt, c.candidate_id))[: self.max_candidates]
-        if len(rivals) < 2 or all(c.score is not None for c in rivals):
+        if len(rivals) < 2:
             return sample
         pairs = list(permutations(rivals, 2))
         try:
