@@ -14,7 +14,7 @@ demo: $(VENV)/.core
 test: check
 	$(BIN)/python -m pytest
 
-# The whole loop on a small, real model: about 85 CPU-minutes. What is in demo/lab already is not made again.
+# The whole loop on a small, real model: about 58 CPU minutes, under 40 on two cores. What is in demo/lab already is not made again.
 lab: $(VENV)/.lab
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m lab.baseline --output demo/lab
 

@@ -384,7 +384,7 @@ def _tables(facts: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     first, second = facts["yield"].values()
     yield (
         "kind | prompts | accepted from the teacher | from the student",
-        [f"{kind} | {row['prompts']} | {_interval(row)} | {_interval(second[kind])}" for kind, row in first.items()],
+        [f"{kind} | {row['prompts']:,} | {_interval(row)} | {_interval(second[kind])}" for kind, row in first.items()],
     )
 
 
