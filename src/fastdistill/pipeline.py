@@ -8,9 +8,10 @@ any order; the ledger gives them back in input order to the stream steps that fo
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from itertools import groupby
 from time import perf_counter
+
+from msgspec.structs import replace
 
 from fastdistill.core.errors import FatalError, SampleError, boundary
 from fastdistill.core.run import Run

@@ -8,12 +8,12 @@ import sqlite3
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from fastdistill.control.seen import Seen
 from fastdistill.control.writer import Writer, connect, fault, insert, transaction

@@ -2,9 +2,9 @@
 
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
+from msgspec.structs import replace
 from pydantic import Field
 
 from fastdistill.core.canonical import NotCanonical, digest, sample_id
