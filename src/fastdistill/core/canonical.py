@@ -41,9 +41,13 @@ def digest(value: object) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def sample_id(task_id: str, canonical_input: Mapping[str, object]) -> str:
-    """`sha256(task_id + canonical_input)`, joined as a JSON array so that no two pairs collide."""
-    return digest([task_id, canonical_input])
+def sample_id(task_id: str, canonical_input: bytes) -> str:
+    """`sha256(task_id + canonical_input)`, joined as a JSON array so that no two pairs collide.
+
+    Args:
+        canonical_input: what `canonical_json` gives.
+    """
+    return hashlib.sha256(b"[%b,%b]" % (canonical_json(task_id), canonical_input)).hexdigest()
 
 
 def joined_digest(*parts: str) -> str:
