@@ -196,12 +196,11 @@ class _Index:
         self._seen = Seen()
 
     def first(self, key: str, value: str) -> str | None:
-        if key in self._seen:  # or so it may be
+        if self._seen.add(key):
             if (first := self._latest.get(key)) is not None:
                 return first
             if row := self._connection.execute(self._select, (key,)).fetchone():
                 return str(row[0])
-        self._seen.add(key)
         self._latest[key] = value
         if len(self._latest) >= _KEYS_IN_MEMORY:
             self._connection.execute("BEGIN")

@@ -14,6 +14,10 @@ class Seen:
         place = hash(key) & _MASK
         return self._bits[place >> 3] & 1 << (place & 7) != 0
 
-    def add(self, key: str) -> None:
+    def add(self, key: str) -> bool:
+        """Whether it may have come before."""
         place = hash(key) & _MASK
-        self._bits[place >> 3] |= 1 << (place & 7)
+        at, bit = place >> 3, 1 << (place & 7)
+        before = self._bits[at]
+        self._bits[at] = before | bit
+        return before & bit != 0
