@@ -1,11 +1,11 @@
 import json
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from fastdistill.core.types import Candidate, Outcome, Sample, Status, Verdict
 from fastdistill.data.export.hard import ExportHardCases

@@ -2,12 +2,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from fastdistill.core.types import Candidate, Cut, Outcome, Sample, Status, Verdict

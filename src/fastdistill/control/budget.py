@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 from typing import Literal
 
@@ -35,6 +36,10 @@ class Budget(BaseModel):
     max_tokens: int | None = Field(None, ge=1, description="prompt and completion tokens, over all models")
     max_cost_usd: float | None = Field(None, gt=0, description="needs a `price` at every model")
     max_wall_s: float | None = Field(None, gt=0)
+
+    @cached_property
+    def unlimited(self) -> bool:
+        return self == Budget()
 
     def exceeded(self, meters: Iterable[Meter], tokens: int, dollars: float, begun: float) -> str | None:
         """Why no request of up to `tokens` and `dollars` may be sent any more, not even if those in flight turn out to

@@ -4,10 +4,11 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
 from pydantic import Field, PrivateAttr, field_validator
 
 from fastdistill.core.errors import InputError, SampleError

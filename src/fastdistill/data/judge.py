@@ -6,7 +6,7 @@ A judge that can't be reached, or whose word can't be read, is an `error`, never
 import asyncio
 import math
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from itertools import permutations
@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, Literal, Self, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 from pydantic import Field, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile

@@ -3,10 +3,10 @@
 import ast
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Self
 
+from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from fastdistill.core.errors import SampleError

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from typing import ClassVar, Literal
 
+from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, SampleStep

@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from enum import StrEnum
 
+from msgspec.structs import replace
 from pydantic import Field
 
 from fastdistill.core.step import Context, Gate

@@ -27,6 +27,8 @@ ROWS_PER_GROUP = 1_000
 BYTES_PER_GROUP = 16 * 2**20
 INTERLEAVED_ROWS = 4_096
 
+_encode = msgspec.json.Encoder().encode
+
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
 Write = Callable[[Row, bytes], None]
@@ -216,8 +218,9 @@ class Export(StreamStep):
                     write = stack.enter_context(self._file(ctx.dist / path, shape))
                     writers[split].setdefault(shape, []).append(write)
             wanted = [(shape, SHAPES[shape]) for shape in writers["train"]]
+            found: Counter[str] = Counter()  # in one sample
             for sample in samples:
-                found: Counter[str] = Counter()
+                found.clear()
                 try:
                     rows = self._rows(sample, wanted, found)
                     split = self._split(sample) if rows else "train"
@@ -227,7 +230,8 @@ class Export(StreamStep):
                 for shape, row, line in rows:
                     for write in writers[split][shape]:
                         write(row, line)
-                seen.update(found)
+                for what, times in found.items():
+                    seen[what] += times
                 yield sample
         ctx.report(self.name, self.report(seen))
 
@@ -243,7 +247,7 @@ class Export(StreamStep):
                     continue
                 row = shaped(example)
                 try:
-                    rows.append((shape, row, msgspec.json.encode(row)))
+                    rows.append((shape, row, _encode(row)))
                 except UnicodeEncodeError as error:
                     raise SampleError("not_unicode", f"{sample.source}: a lone surrogate in a row: {error}") from error
         return rows

@@ -45,7 +45,8 @@ class ExportSFT(Export):
             columns = {"fd_sample_id": sample.sample_id, "fd_task_id": sample.task_id} | self.kept(sample)
             yield PROMPTS, Example(self.prompt(sample, sample.candidates[0]), [], columns)
         written = 0
-        for candidate in sample.chosen:
+        chosen = sample.chosen
+        for candidate in chosen:
             for part, prompt, text in self._turns(sample, candidate):
                 columns = self.candidate_columns(sample, candidate)
                 if part is not None:
@@ -54,7 +55,7 @@ class ExportSFT(Export):
                 yield ANSWERS, Example(prompt, [{"role": "assistant", "content": text}], columns)
                 written += 1
                 seen["rows" if part is None else f"{part}_rows"] += 1
-        if sample.chosen and not written:
+        if chosen and not written:
             raise SampleError("no_rationale", f"{sample.source}: no chosen answer has a rationale to write before it")
 
     def _turns(self, sample: Sample, candidate: Candidate) -> Iterator[tuple[str | None, Messages, str]]:
