@@ -53,6 +53,10 @@ class Transport(Protocol):
     async def aclose(self) -> None: ...
 
 
+class StaleConnection(Exception):
+    """A kept connection was gone before a byte of the answer: the server had closed it between two requests."""
+
+
 def transport_for(url: str, *, max_body: int = 64 * 2**20, keep: float = IDLE) -> Transport:
     """The cheapest transport that can reach a URL. Connections have no limit: the client above limits requests.
 
