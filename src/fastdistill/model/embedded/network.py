@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,27 +64,6 @@ def load_weights(folder: Path) -> Weights:
     with np.load(path) as archive:
         tensors = {name: archive[name].astype(np.float32) for name in archive.files}
     return Weights(Architecture(**card["architecture"]), Tokenizer(card["merges"]), tensors, digest)
-
-
-def save_weights(
-    folder: Path,
-    architecture: Architecture,
-    tokenizer: Tokenizer,
-    tensors: Mapping[str, Array],
-    training: Mapping[str, Any],
-) -> None:
-    """Write a model's folder: the tensors rounded to float16, and all else as JSON. `training` is free-form facts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "weights.npz"
-    half: dict[str, Any] = {name: tensor.astype(np.float16) for name, tensor in sorted(tensors.items())}
-    np.savez(path, **half)
-    card = {
-        "architecture": asdict(architecture),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "training": dict(training),
-        "merges": tokenizer.merges,
-    }
-    (folder / "model.json").write_text(json.dumps(card) + "\n", encoding="utf-8")
 
 
 @dataclass(slots=True)
