@@ -332,12 +332,13 @@ def test_worker_ends_quietly_when_nobody_reads() -> None:
 
 
 def test_what_the_worker_refuses_is_an_error_at_once() -> None:
+    refused = Prompt("embedded", "text2sql", ({"role": "user", "content": "x"},), {"stop": ("",)})
+
     async def go() -> ProviderError:
         provider = EmbeddedProvider(EmbeddedConfig())
         try:
             with pytest.raises(ProviderError) as caught:
-                asked = provider.complete(Prompt("embedded", "text2sql", PROMPT, {"stop": ("",)}), seed=1, n=1)
-                await asyncio.wait_for(asked, 60)
+                await asyncio.wait_for(provider.complete(refused, seed=1, n=1), 60)
             return caught.value
         finally:
             await provider.aclose()

@@ -16,8 +16,8 @@ from urllib.request import getproxies, proxy_bypass
 import msgspec
 from pydantic import SecretStr
 
-from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob
-from fastdistill.model.provider import ErrorKind, ProviderError, ServedConfig, check_wires
+from fastdistill.core.types import Completion, FinishReason, TokenLogprob
+from fastdistill.model.provider import ErrorKind, Provider, ProviderError, ServedConfig
 
 IDLE = 4.0
 """Seconds; uvicorn, under vLLM and SGLang, closes an idle connection after 5, and going first avoids the race."""
@@ -87,7 +87,7 @@ C = TypeVar("C", bound=ServedConfig)
 T = TypeVar("T")
 
 
-class HttpProvider(Generic[C]):
+class HttpProvider(Provider, Generic[C]):
     """What the providers over HTTP share: sending a request, and errors that say where and what to do."""
 
     _remedy: str  # what to do when nobody answers
@@ -139,9 +139,6 @@ class HttpProvider(Generic[C]):
             if secret in response.body:
                 response = replace(response, body=response.body.replace(secret, b"(secret)"))
         return response
-
-    def _check_wires(self, prompt: Prompt) -> None:
-        check_wires(self._where, prompt)
 
     def _decode(self, response: Response, decode: Callable[[bytes], T]) -> T:
         try:
