@@ -149,9 +149,12 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         options = {"num_ctx": constant, **_EXPLICIT, **decoded, **given}
         if seed is not None:
             options["seed"] = seed
-        body = {**self._envelope, "model": prompt.model, "messages": prompt.messages}
-        body["think"] = self._config.think  # left out it would be true for every model that can
-        body["options"] = options
+        body = self._envelope | {
+            "model": prompt.model,
+            "messages": prompt.messages,
+            "think": self._config.think,  # left out it would be true for every model that can
+            "options": options,
+        }
         if (format_ := parameters.get("response_format")) is not None:
             body["format"] = format_
         if parameters.get("logprobs"):
