@@ -18,7 +18,7 @@ from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
 from fastdistill.model.embedded.wire import Key, Ready, Result
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError, check_wires
 
-_LINE_LIMIT = 1 << 24  # bytes; an answer with all its log-probabilities is one line
+_LINE_LIMIT = 1 << 28  # bytes; all choices of a request with all their log-probabilities are one line
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "logprobs", "top_logprobs")
 _NOT_SENT = ("revision", "token_ids", "weights")
 _NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
