@@ -223,15 +223,14 @@ class ServedConfig(ModelConfig):
 
 
 class Provider(Protocol):
-    """One wire protocol to one endpoint. Built as `Provider(config)`; used inside `async with`."""
+    """One wire protocol to one endpoint. Built as `Provider(config)`; one that inherits from this has its defaults."""
 
-    kind: ClassVar[str]
     Config: ClassVar[type[ModelConfig]]
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was learnt while answering, for the manifest: parameters that had to be left out, and the like."""
-        ...
+        return ()
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         """Up to `n` completions of one request; a server may bring fewer, never more are returned.
@@ -251,6 +250,6 @@ class Provider(Protocol):
 
     async def load(self) -> Load | None:
         """How busy the server says it is; None where it does not say."""
-        ...
+        return None
 
     async def aclose(self) -> None: ...
