@@ -8,15 +8,16 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import product
 from typing import Any, Literal, NamedTuple, Self
 
 import msgspec
 from pydantic import Field, model_validator
 
 from fastdistill.core.errors import InputError, SampleError
-from fastdistill.core.step import Context, StreamStep
+from fastdistill.core.step import Context
 from fastdistill.core.types import Candidate, FinishReason, LogprobBasis, Sample, Status
-from fastdistill.data.export.dataset import Write, parquet_file, row_id
+from fastdistill.data.export.dataset import Splits, Write, parquet_file, row_id
 
 
 class Scores(NamedTuple):
@@ -33,7 +34,7 @@ class Scores(NamedTuple):
     top_logprobs: Sequence[float] = ()
 
 
-class ExportLogprobs(StreamStep):
+class ExportLogprobs(Splits):
     """Writes `logprobs/train.parquet`, one row for each chosen candidate, and passes every sample on.
 
     `scores` takes the values of a `ScoreTokens` step, another model's, in place of those that the answers came with.
@@ -62,19 +63,20 @@ class ExportLogprobs(StreamStep):
         with ExitStack() as stack:
             halves = ["token_logprobs.list.element", "top_logprobs.list.element"]
             options = {"use_dictionary": False, "use_byte_stream_split": halves}
-            writers: dict[str, Write] = {}
-            for form in self.formats:
+            writers: dict[tuple[str, str], Write] = {}
+            for form, split in product(self.formats, self.splits):
                 folder, more = ("logprobs", options) if form == "parquet" else ("axolotl_kd", {})
-                file = parquet_file(ctx.dist / folder / "train.parquet", _schema(form), **more)
-                writers[form] = stack.enter_context(file)
+                file = parquet_file(ctx.dist / folder / f"{split}.parquet", _schema(form), **more)
+                writers[form, split] = stack.enter_context(file)
             for sample in samples:
                 try:
                     rows = [] if sample.status is not Status.OPEN else list(self._rows(sample, seen))
+                    split = self.split(sample) if rows else "train"
                 except SampleError as error:
                     ctx.discard(sample.failed(self.name, error))
                     continue
-                for name, row in rows:
-                    writers[name](row, msgspec.json.encode(row))
+                for form, row in rows:
+                    writers[form, split](row, msgspec.json.encode(row))
                 yield sample
         ctx.report(self.name, dict(sorted(seen.items())))
 
