@@ -158,6 +158,26 @@ def test_a_group_is_never_split_and_the_share_is_near(ctx: TestContext) -> None:
     assert 300 < len(validation) < 500
 
 
+def test_three_splits_share_no_group_and_neither_share_moves_the_other(ctx: TestContext) -> None:
+    def groups(**shares: float) -> dict[str, set[str]]:
+        samples = [sample(n, table=f"t{n % 500}") for n in range(1000)]
+        step = ExportSFT(group_by="table", keep_fields=("table",), formats=("jsonl",), shapes=("messages",), **shares)
+        export(ctx, step, *samples)
+        return {
+            split: {row["fd_table"] for row in lines(ctx.dist / "sft" / f"{split}.jsonl")}
+            for split in ("train", "validation", "test")
+            if split == "train" or shares.get(split)
+        }
+
+    both = groups(validation=0.1, test=0.2)
+    assert sum(map(len, both.values())) == len(set[str]().union(*both.values())) == 500
+    assert 25 < len(both["validation"]) < 75 < len(both["test"]) < 130
+    assert groups(validation=0.1)["validation"] == both["validation"]
+    assert groups(validation=0.3, test=0.2)["test"] == both["test"]
+    assert groups(test=0.1)["test"] < both["test"]
+    assert "test_samples" in ctx.reports[""]
+
+
 def test_a_split_does_not_depend_on_the_other_samples(ctx: TestContext) -> None:
     def validation(*numbers: int) -> set[str]:
         export(ctx, ExportSFT(validation=0.5), *(sample(n) for n in numbers))
@@ -194,6 +214,7 @@ def test_a_sample_that_can_not_be_written_costs_itself_alone(
         ({"keep_fields": ["q", "q"]}, "twice"),
         ({"formats": []}, "at least 1"),
         ({"validation": 1.0}, "less than 1"),
+        ({"validation": 0.5, "test": 0.5}, "nothing is left to train on"),
     ],
 )
 def test_a_wrong_config_is_found_before_anything_is_spent(config: dict[str, Any], problem: str) -> None:
@@ -268,15 +289,16 @@ def test_steps_of_other_names_have_rows_of_their_own(ctx: TestContext) -> None:
 @pytest.mark.parametrize(
     ("format_", "files"),
     [
-        ("trl", ["sft_pc/train.parquet", "sft_pc/validation.parquet"]),
-        ("axolotl", ["sft/train.parquet", "sft/validation.parquet"]),
-        ("llamafactory", ["sft/train.parquet", "sft/validation.parquet"]),
-        ("mlx", ["mlx/train.jsonl", "mlx/valid.jsonl"]),  # a split named `validation` is silently not evaluated
-        ("openai", ["openai/sft_train.jsonl", "openai/sft_valid.jsonl"]),
+        ("trl", ["sft_pc/test.parquet", "sft_pc/train.parquet", "sft_pc/validation.parquet"]),
+        ("axolotl", ["sft/test.parquet", "sft/train.parquet", "sft/validation.parquet"]),
+        ("llamafactory", ["sft/test.parquet", "sft/train.parquet", "sft/validation.parquet"]),
+        # a split named `validation` is silently not evaluated
+        ("mlx", ["mlx/test.jsonl", "mlx/train.jsonl", "mlx/valid.jsonl"]),
+        ("openai", ["openai/sft_test.jsonl", "openai/sft_train.jsonl", "openai/sft_valid.jsonl"]),
     ],
 )
 def test_a_trainer_gets_the_files_that_it_reads(ctx: TestContext, format_: str, files: list[str]) -> None:
-    export(ctx, ExportSFT(formats=(format_,), validation=0.5), *(sample(n) for n in range(20)))
+    export(ctx, ExportSFT(formats=(format_,), validation=0.3, test=0.3), *(sample(n) for n in range(20)))
     assert sorted(path.relative_to(ctx.dist).as_posix() for path in ctx.dist.rglob("*.*")) == files
     rows: list[dict[str, Any]] = []
     for file in files:

@@ -54,8 +54,8 @@ class ProviderError(Exception):
 
 _ONLY_SOME_HAVE = {
     "decision": "has no typed decisions (/v1/systemone); set `read: logprobs` of the judge, or `read: json`",
-    "scored": "can't score tokens that it did not sample: that takes vLLM's prompt_logprobs; serve the model with vLLM,"
-    " and set `provider: vllm`",
+    "scored": "can't score tokens that it did not sample: that takes vLLM's prompt_logprobs or SGLang's"
+    " /generate; serve the model with one of them, and set `provider: vllm` or `provider: sglang`",
     "token_ids": "gives no ids of tokens; remove `token_ids`",
 }
 

@@ -19,15 +19,16 @@ from msgspec.json import Decoder
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, TokenLogprob, Usage
+from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, Usage
 from fastdistill.model.client import Brake
 from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig, lacks
 from fastdistill.model.providers.openai_answers import (
     Decided,
     ListedModel,
     ListedModels,
-    Scores,
+    SGLangScores,
     TokenIds,
+    VLLMScores,
     basis_of,
     begins_an_object,
     completions_of,
@@ -317,25 +318,33 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         return Completion(text, FinishReason.STOP, usage, model=said.model)
 
     async def _score(self, prompt: Prompt) -> Completion:
-        """The given answer (its text, or its token ids) with log-probabilities, by vLLM's `prompt_logprobs`."""
-        if self._config.provider != "vllm":
+        """The given answer (its text, or its token ids) with log-probabilities; `text` is JSON of the ids before it.
+
+        By vLLM's `prompt_logprobs`, or SGLang's own /generate.
+        """
+        if self._config.provider not in _OWN:
             raise lacks(self._where, "scored")
-        given, model = prompt.parameters["scored"], {"model": prompt.model}
-        begin = await self._token_ids({**model, "messages": prompt.messages, "add_generation_prompt": True})
+        given, model, k = prompt.parameters["scored"], {"model": prompt.model}, prompt.parameters["top_logprobs"]
+        begin = await self._token_ids({**model, "messages": prompt.messages})
         text = {**model, "prompt": given, "add_special_tokens": False}
         ids = await self._token_ids(text) if isinstance(given, str) else [*given]
         whole = begin + ids
-        body = {**model, "prompt": whole, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        response = await self._asked(f"{self._config.url}/completions", body, "scored")
-        choices = self._decode(response, Decoder(Scores).decode).choices
-        found = (choices[0].prompt_logprobs if choices else None) or []
-        rows = zip(ids, found[len(begin) :], strict=False)
-        told = [(at, score) for at, row in rows if row and (score := row.get(str(at)))]
-        if len(told) != len(ids):
-            raise self._garbled("prompt_logprobs are not one for each token", response)
-        scores = tuple([TokenLogprob(s.decoded_token or "", round(s.logprob, 5), (), at) for at, s in told])
-        how: dict[str, Any] = {"logprobs": scores, "logprob_basis": self._basis}
-        return Completion("".join(score.token for score in scores), FinishReason.STOP, Usage(len(whole), 0), **how)
+        if self._config.provider == "vllm":
+            url, basis, answer = f"{self._config.url}/completions", self._basis, Decoder[Any](VLLMScores)
+            body = {**model, "prompt": whole, "max_tokens": 1, "temperature": 0, "prompt_logprobs": k}
+        else:
+            # Nothing is told of the first token, so it begins one earlier. Where SGLang divides by the temperature,
+            # it is by this one: the values are the model's own either way.
+            url, basis, answer = f"{self._root}/generate", LogprobBasis.RAW, Decoder(SGLangScores)
+            sampling = {"max_new_tokens": 1, "temperature": 1.0}
+            body = {"input_ids": whole, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": k}
+            body |= {"logprob_start_len": len(begin) - 1, "return_text_in_logprobs": True}
+        response = await self._asked(url, body, "scored")
+        scores = tuple(self._decode(response, answer.decode).of(ids, k))
+        if len(scores) != len(ids) or any(len(score.top) < k for score in scores):
+            raise self._garbled("its log-probabilities are not one for each token, with the alternatives", response)
+        how: dict[str, Any] = {"logprobs": scores, "logprob_basis": basis}
+        return Completion(msgspec.json.encode(begin).decode(), FinishReason.STOP, Usage(len(whole), 0), **how)
 
     async def _token_ids(self, body: Mapping[str, Any]) -> list[int]:
         response = await self._asked(f"{self._root}/tokenize", body, "scored")
