@@ -55,7 +55,6 @@ class ExecutionGate(Gate):
 
 
 class ScriptedTeacher:
-    kind: ClassVar[str] = "scripted"
     Config: ClassVar[type[ModelConfig]] = ModelConfig
     notes: tuple[str, ...] = ()
 
