@@ -277,7 +277,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
     def _in_their_words(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         own = self._config.provider in _OWN
         # Unless it is set, the model's generation_config would apply.
-        body = ({"repetition_penalty": 1.0} if own else {}) | parameters
+        body: dict[str, Any] = {"repetition_penalty": 1.0, **parameters} if own else {**parameters}
         body.pop("revision", None)
         if body.pop("token_ids", None):
             if self._official or self._config.provider == "openrouter":
