@@ -140,7 +140,6 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
     over one among them.
     """
 
-    kind: ClassVar[str] = "openai"
     Config: ClassVar[type[ModelConfig]] = OpenAIConfig
     _expected = "a chat completion"
 
@@ -152,6 +151,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         self._official = urlsplit(config.url).hostname == "api.openai.com"
         self._refused: dict[str, str] = dict.fromkeys(_OFFICIAL_LACKS if self._official else (), "not in the API")
         self._limit_name = "max_tokens"
+        self._translated: tuple[Mapping[str, Any], dict[str, Any]] = ({}, {})  # the latest parameters, as they are sent
         self._basis = LogprobBasis.UNKNOWN  # until it is probed
         self._models: tuple[ListedModel, ...] | None = None
         self._listing = asyncio.Lock()
@@ -187,9 +187,10 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
         A prompt whose parameters have `decision` or `scored` brings one: see `_decide` and `_score`.
         """
-        for wire, ask in (("decision", self._decide), ("scored", self._score)):
-            if wire in prompt.parameters:
-                return [await ask(prompt)]
+        if "decision" in prompt.parameters:
+            return [await self._decide(prompt)]
+        if "scored" in prompt.parameters:
+            return [await self._score(prompt)]
         while True:
             body = self._body(prompt, seed, n)
             try:
@@ -247,7 +248,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             logprob_basis=self._basis if token else None,
             max_top=len(token.top) if token else None,
             has_token_ids=token.id is not None if token else None,
-            can_score_prompt=self._config.provider == "vllm",
+            can_score_prompt=self._config.provider in _OWN,
             notes=(*notes, *self.notes),
         )
 
@@ -255,11 +256,28 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
     def _body(self, prompt: Prompt, seed: int | None, n: int) -> dict[str, Any]:
         """The request's JSON; ProviderError UNSUPPORTED if a parameter known to be refused is not neutral."""
+        parameters, sent = self._translated
+        if prompt.parameters is not parameters:
+            sent = self._in_their_words(prompt.parameters)
+            self._translated = (prompt.parameters, sent)
+        body = {"model": prompt.model, "messages": prompt.messages, **sent}
+        if seed is not None:
+            body["seed"] = seed
+        if n > 1:
+            body["n"] = n
+        if self._refused:
+            for name in self._refused.keys() & body.keys():
+                if not _may_be_left_out(name, body[name]):
+                    raise self._unsupported(name, body[name], self._refused[name])
+                del body[name]
+        if self._limit_name != "max_tokens" and "max_tokens" in body:
+            body[self._limit_name] = body.pop("max_tokens")
+        return body
+
+    def _in_their_words(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         own = self._config.provider in _OWN
-        body: dict[str, Any] = {"model": prompt.model, "messages": prompt.messages}
-        if own:
-            body["repetition_penalty"] = 1.0  # unless set: else the model's generation_config would apply
-        body |= prompt.parameters
+        # Unless it is set, the model's generation_config would apply.
+        body: dict[str, Any] = {"repetition_penalty": 1.0, **parameters} if own else {**parameters}
         body.pop("revision", None)
         if body.pop("token_ids", None):
             if self._official or self._config.provider == "openrouter":
@@ -273,16 +291,6 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             body["top_k"] = -1  # vLLM before 0.8 and SGLang refuse 0
         if "response_format" in body:
             body["response_format"] = response_format(body["response_format"])
-        if seed is not None:
-            body["seed"] = seed
-        if n > 1:
-            body["n"] = n
-        for name in self._refused.keys() & body.keys():
-            if not _may_be_left_out(name, body[name]):
-                raise self._unsupported(name, body[name], self._refused[name])
-            del body[name]
-        if self._limit_name != "max_tokens" and "max_tokens" in body:
-            body[self._limit_name] = body.pop("max_tokens")
         return body
 
     def _learn(self, error: ProviderError, body: Mapping[str, Any]) -> bool:
