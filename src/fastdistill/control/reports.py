@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.control.audited import audit_command, audits_of
+from fastdistill.control.budget import Enough
 from fastdistill.control.card import complete_dataset
 from fastdistill.control.folder import RunFolder, read_json, write_json
 from fastdistill.control.run import ActiveRun
@@ -72,7 +73,7 @@ class Proofs:
             if "audited" in missed:
                 gates = ", ".join(gate for gate, audit in self._audits.items() if audit is None)
                 message += f"\n{gates}: not audited as it is now: {audit_command(self._folder)}"
-        elif (enough := run.exhausted() or run.enough) and (enough.exit_code or not self._tally.failed):
+        elif (enough := run.exhausted() or run.enough or _spent(run)) and (enough.exit_code or not self._tally.failed):
             code, message = enough.exit_code, enough.message
         elif self._tally.failed:
             code, message = ExitCode.PARTIAL, failures_message(self._tally)
@@ -220,6 +221,12 @@ class Proofs:
             "content_sha256": {stage: str(content) for stage, content in sorted(tally.hashes.items())},
             "outputs": [_file_entry(path, path.relative_to(folder.path)) for path in outputs if path.is_file()],
         }
+
+
+def _spent(run: ActiveRun) -> Enough | None:
+    """That models had to be left out because their own budgets were spent."""
+    reasons = [model.meter.spent for model in run.models.values() if model.meter.spent]
+    return Enough("\n".join(reasons), ExitCode.BUDGET) if reasons else None
 
 
 def versions() -> dict[str, str]:

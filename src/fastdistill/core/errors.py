@@ -18,7 +18,7 @@ class ExitCode(IntEnum):
     TEACHER = 4  # an endpoint refuses or is gone for good
     PARTIAL = 5  # the run finished, some samples ended in an error
     FLOOR = 6  # the run finished below `require:`
-    BUDGET = 7  # the run ended at `budget:`, with a complete data set of what was done by then
+    BUDGET = 7  # a `budget:` is spent, the run's or a model's; the data set is complete with what was done by then
     ENVIRONMENT = 8  # disk full, folder in use, missing permission
     INTERRUPTED = 130
 
@@ -77,6 +77,15 @@ class SampleError(Exception):
 
 class NotAsked(SampleError):
     """A sample is left out because the run has enough, or may spend no more: nothing is wrong with it."""
+
+
+class BudgetSpent(NotAsked):
+    """A model's own budget is used up: nothing more is asked of it, and the run goes on."""
+
+    code = "budget_spent"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.code, message)
 
 
 class boundary:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import NotAsked, SampleError
+from fastdistill.core.errors import BudgetSpent, NotAsked, SampleError
 from fastdistill.core.step import Context, Model, SampleStep
 from fastdistill.core.types import Answer, Candidate, Draw, Failure, Message, Prompt, Sample
 from fastdistill.data.template import Template, compile_template, render
@@ -96,8 +96,11 @@ class TextGeneration(SampleStep):
         return self.teachers or (self.model,)
 
     def wants_more(self, sample: Sample) -> bool:
-        enough = self.until is None or len(sample.accepted) >= self.until.accepted
-        return not enough and _asked(sample, self.name) < self.num_generations
+        if self.until is None or len(sample.accepted) >= self.until.accepted:
+            return False
+        # Where a judge has no budget left, no further answer could be accepted.
+        hopeless = any(v.reason == BudgetSpent.code for c in sample.candidates for v in c.verdicts)
+        return not hopeless and _asked(sample, self.name) < self.num_generations
 
     def race(self, sample: Sample) -> "Sequence[TextGeneration]":
         if self.until is None or self.until.siblings == "keep" or self._only is not None:

@@ -17,7 +17,7 @@ import msgspec
 from pydantic import Field, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import FatalError, NotAsked, SampleError, Unreachable
+from fastdistill.core.errors import BudgetSpent, FatalError, NotAsked, SampleError, Unreachable
 from fastdistill.core.step import Context, Gate, SampleStep
 from fastdistill.core.types import (
     Answer,
@@ -41,6 +41,7 @@ class JudgeReason(StrEnum):
     LOW_SCORE = "low_score"
     CRITERION = "criterion"  # one that `must` names is false
     UNAVAILABLE = "judge_unavailable"
+    BUDGET_SPENT = BudgetSpent.code
     UNPARSABLE = "judge_unparsable"
     LABEL_MASS = "low_label_mass"  # the model hardly considered any of the scores
 
@@ -203,7 +204,8 @@ class LLMJudge(Gate):
         for last in (False, True):
             said = await self._completion(name, messages, ctx)
             if isinstance(said, SampleError):
-                return _Word(None, JudgeReason.UNAVAILABLE, str(said))
+                spent = said.reason == JudgeReason.BUDGET_SPENT
+                return _Word(None, JudgeReason.BUDGET_SPENT if spent else JudgeReason.UNAVAILABLE, str(said))
             word = {"json": self._filled_in, "logprobs": self._expected, "decision": self._decided}[self.read](said)
             if word.reason is not JudgeReason.UNPARSABLE or self.read != "json" or last:
                 return word
@@ -387,7 +389,8 @@ async def _answer(
         (answer,) = await model.generate(model.prompt(messages, profile, extra or {}), [Draw(0, seed)])
     except Unreachable as error:
         return SampleError(JudgeReason.UNAVAILABLE, str(error))
-    return answer
+    # The run goes on, as it does without a judge that nobody can reach.
+    return SampleError(JudgeReason.BUDGET_SPENT, str(answer)) if isinstance(answer, BudgetSpent) else answer
 
 
 def _tagged(tag: str, text: str) -> str:
