@@ -1,9 +1,11 @@
 """Generation: renders a sample's prompt and asks a model for candidates. Knows no provider and no server."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -38,7 +40,8 @@ class TextGeneration(SampleStep):
     the next one does.
 
     `template` and `system_prompt` are Jinja templates over the record's fields; a field that is missing fails the
-    sample before anything is asked. Of a list of templates each draw takes the next. Each prompt has its own seeds,
+    sample before anything is asked. Of a list of templates each draw takes the next, and of a list of temperatures
+    the next once all templates have had their turn. Each prompt has its own seeds,
     made of the prompt and `seed`, one after the other for its draws, so that samples are drawn independently of each
     other (`seed: null` leaves it to the server).
     """
@@ -81,14 +84,15 @@ class TextGeneration(SampleStep):
 
     @model_validator(mode="after")
     def _draws_differ(self) -> Self:
-        options = self.generation_kwargs.get("options")
-        temperature = (options or {}).get("temperature", self.decode_profile.temperature)
         if self.teachers and self.until is None:
             raise ValueError("teachers needs until, like {accepted: 1}: it says when a sample has enough")
-        if self.num_generations > 1 and temperature == 0:
+        options = self.generation_kwargs.get("options") or {}
+        profiles = self.decode_profile.each
+        turns = [self._turn(attempt, len(profiles)) for attempt in range(self.num_generations)]
+        drawn = Counter((v, options.get("temperature", profiles[at].temperature)) for v, at in turns)
+        if (same := max((times for (_, heat), times in drawn.items() if heat == 0), default=0)) > 1:
             raise ValueError(
-                f"temperature 0 would bring the same answer {self.num_generations} times;"
-                " raise it, or set num_generations: 1"
+                f"temperature 0 would bring the same answer {same} times; raise it, or set num_generations: 1"
             )
         return self
 
@@ -140,22 +144,28 @@ class TextGeneration(SampleStep):
         Raises:
             SampleError: as `messages`; or the record's decode profile is no profile.
         """
-        variants = range(len(self._users))
-        return [self._prompt(ctx.model(name), sample, variant) for name in self.models() for variant in variants]
+        ways = list(product(range(len(self._users)), self._profile(sample).each))
+        return [self._prompt(ctx.model(name), sample, *way) for name in self.models() for way in ways]
 
-    def _prompt(self, model: Model, sample: Sample, variant: int) -> Prompt:
-        messages = self.messages(sample, variant)
-        return model.prompt(messages, self._profile(sample), self.generation_kwargs, sample)
+    def _prompt(self, model: Model, sample: Sample, variant: int, profile: DecodeProfile) -> Prompt:
+        return model.prompt(self.messages(sample, variant), profile, self.generation_kwargs, sample)
+
+    def _turn(self, attempt: int, temperatures: int) -> tuple[int, int]:
+        """Which template and which temperature an attempt takes; the templates change first."""
+        return attempt % len(self._users), attempt // len(self._users) % temperatures
 
     async def _ask(
         self, model: Model, sample: Sample, attempts: range
     ) -> list[tuple[Prompt, Draw, Answer | SampleError]]:
-        """What came of each attempt, in their order; the templates take turns."""
-        count = len(self._users)
+        """What came of each attempt, in their order; the templates and the temperatures take turns."""
+        profiles = self._profile(sample).each
+        turns: dict[tuple[int, int], list[int]] = {}
+        for attempt in attempts:
+            turns.setdefault(self._turn(attempt, len(profiles)), []).append(attempt)
         asked = []
-        for variant in {attempt % count: None for attempt in attempts}:
-            prompt = self._prompt(model, sample, variant)
-            asked.append((prompt, [self._draw(prompt, a) for a in attempts if a % count == variant]))
+        for (variant, at), its in turns.items():
+            prompt = self._prompt(model, sample, variant, profiles[at])
+            asked.append((prompt, [self._draw(prompt, attempt) for attempt in its]))
         if len(asked) == 1:  # as a rule; it needs no task of its own
             answers = [await model.generate(*asked[0])]
         else:

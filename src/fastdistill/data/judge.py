@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, TypeVar
 import msgspec
 from pydantic import Field, field_validator, model_validator
 
-from fastdistill.core.decode import DecodeProfile
+from fastdistill.core.decode import DecodeProfile, SingleDraw
 from fastdistill.core.errors import BudgetSpent, FatalError, NotAsked, SampleError, Unreachable
 from fastdistill.core.step import Context, Gate, SampleStep
 from fastdistill.core.types import (
@@ -110,7 +110,7 @@ class LLMJudge(Gate):
     min_label_mass: float = Field(0.5, ge=0, le=1, description="probability that the scores must have together")
     truth: str | None = Field(None, description="the execution gate to calibrate against")
     calibrate: float = Field(0.1, ge=0, le=1, description="share of what `truth` failed that is judged all the same")
-    decode_profile: DecodeProfile = DecodeProfile(temperature=0.0, max_tokens=300)
+    decode_profile: SingleDraw = DecodeProfile(temperature=0.0, max_tokens=300)
     seed: int | None = Field(0, ge=0, lt=2**31)
 
     @field_validator("task", "reference")
@@ -323,7 +323,7 @@ class PairwiseJudge(SampleStep):
     model: str = Field("judge", description="a name under `models:`")
     task: str = Field(description="Jinja over the record: the task as the judge sees it")
     max_candidates: int = Field(4, ge=2, description="how many distinct answers of a sample are compared")
-    decode_profile: DecodeProfile = DecodeProfile(temperature=0.0, max_tokens=8)
+    decode_profile: SingleDraw = DecodeProfile(temperature=0.0, max_tokens=8)
     seed: int | None = Field(0, ge=0, lt=2**31)
 
     def models(self) -> Sequence[str]:

@@ -178,7 +178,9 @@ class Export(StreamStep):
 
     @abstractmethod
     def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
-        """The examples of a sample and the shapes each takes; what is worth a report is counted in `seen`.
+        """The examples of a sample and the shapes each takes.
+
+        `seen` counts what is worth a report; it has the samples before, and what is added for one that fails is lost.
 
         Raises:
             SampleError: the sample can't be written.
@@ -217,7 +219,7 @@ class Export(StreamStep):
                     writers[split].setdefault(shape, []).append(write)
             wanted = [(shape, SHAPES[shape]) for shape in writers["train"]]
             for sample in samples:
-                found: Counter[str] = Counter()
+                found = seen.copy()
                 try:
                     rows = self._rows(sample, wanted, found)
                     split = self._split(sample) if rows else "train"
@@ -227,7 +229,7 @@ class Export(StreamStep):
                 for shape, row, line in rows:
                     for write in writers[split][shape]:
                         write(row, line)
-                seen.update(found)
+                seen = found
                 yield sample
         ctx.report(self.name, self.report(seen))
 
