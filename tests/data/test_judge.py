@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import RunResult
-from fastdistill.core.errors import TeacherError
+from fastdistill.core.errors import SampleError, TeacherError
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, TokenLogprob
 from fastdistill.data.judge import CRITERIA, LLMJudge, PairwiseJudge
 from tests.servers import Call, Reply, Script, choose, openai_server, status
@@ -285,16 +285,15 @@ def test_the_expected_score_comes_from_the_first_tokens_probabilities() -> None:
     judge = LLMJudge(task="x", read="logprobs")
     top = (("4", math.log(0.5)), ("5", math.log(0.3)), (" 3", math.log(0.1)), ("A", math.log(0.1)))
     said = Completion("4", FinishReason.LENGTH, logprobs=(TokenLogprob("4", math.log(0.5), top),))
-    word = judge._expected(said)
-    assert word.grade is not None
-    assert word.grade.score == pytest.approx((4 * 0.5 + 5 * 0.3 + 3 * 0.1) / 0.9)
+    assert judge._grade(said).score == pytest.approx((4 * 0.5 + 5 * 0.3 + 3 * 0.1) / 0.9)
 
 
 def test_scores_that_were_hardly_considered_are_an_error() -> None:
     judge = LLMJudge(task="x", read="logprobs")
     top = (("Sure", math.log(0.98)), ("5", math.log(0.01)))
-    word = judge._expected(Completion("Sure", FinishReason.LENGTH, logprobs=(TokenLogprob("Sure", -0.02, top),)))
-    assert (word.grade, word.reason) == (None, "low_label_mass")
+    with pytest.raises(SampleError) as caught:
+        judge._grade(Completion("Sure", FinishReason.LENGTH, logprobs=(TokenLogprob("Sure", -0.02, top),)))
+    assert caught.value.reason == "low_label_mass"
 
 
 def test_a_judge_over_logprobs_asks_for_one_token(tmp_path: Path) -> None:

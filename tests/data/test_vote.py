@@ -112,8 +112,8 @@ def test_where_gold_is_known_the_vote_over_final_answers_is_measured(
             return await vote.run(await gate.run(Sample(0, "t", {"answer": gold}, candidates=candidates), ctx), ctx)
 
     voted = asyncio.run(run()).candidates
-    known = [c.verdicts[0].detail.get("gold_match") for c in voted]
-    assert known == ([None] * 8 if right is None else [right] * 6 + [not right, None])
+    known: list[bool | None] = [c.verdicts[0].detail.get("gold_match") for c in voted]
+    assert known == ([None] * 8 if right is None else [*[right] * 6, not right, None])
     assert [str(c.outcome) for c in voted] == ["pass"] * 6 + ["fail"] * 2, "gold decides nothing"
     told = [c.verdicts[-1].detail.get("pseudo_gold_right") for c in voted]
     assert told == [right] + [None] * 7

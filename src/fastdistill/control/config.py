@@ -66,7 +66,14 @@ def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) 
     models = _models(config.get("models", {}), problems)
     steps = _steps(config.get("steps"), problems)
     pipeline = _validated(Pipeline, config | {"models": models, "steps": steps}, "", problems)
-    problems += _too_early(steps if pipeline is None else pipeline.steps)
+    given = steps if pipeline is None else pipeline.steps
+    names = [step.name or type(step).__name__ for step in given]
+    problems += [  # a judge would never be calibrated, and never say so
+        f"steps[{at}].{names[at]}: {gate} must come before it, for it reads {gate}'s verdicts"
+        for at, step in enumerate(given)
+        for gate in step.gates()
+        if gate in names[at:]
+    ]
     if problems or pipeline is None:
         # A model that could not be read is not also missing.
         unread = [f"{name!r} is not under models" for name in config.get("models") or () if name not in models]
@@ -226,15 +233,6 @@ def _steps(given: Any, problems: list[str]) -> list[Step]:
         elif parsed := _validated(kind, body or {}, path, problems):
             steps.append(parsed)
     return steps
-
-
-def _too_early(steps: Sequence[Step]) -> Iterator[str]:
-    """Steps that read a gate's verdicts before it has given any: a judge would never be calibrated."""
-    names = [step.name or type(step).__name__ for step in steps]
-    for at, step in enumerate(steps):
-        for gate in step.gates():
-            if gate in names[at:]:
-                yield f"steps[{at}].{names[at]}: {gate} must come before it, for it reads {gate}'s verdicts"
 
 
 def _validated(kind: type[Parsed], body: dict[str, Any], path: str, problems: list[str]) -> Parsed | None:

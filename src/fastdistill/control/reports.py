@@ -68,12 +68,14 @@ class Proofs:
         floor = self._pipeline.require.check(self._tally, self._audits)
         missed = [check["requirement"] for check in floor if not check["met"]]
         status, code, message = "complete", ExitCode.OK, ""
+        spent = "\n".join(model.meter.spent for model in run.models.values() if model.meter.spent)
+        own = Enough(spent, ExitCode.BUDGET) if spent else None
         if missed:
             status, code, message = "below_floor", ExitCode.FLOOR, f"below the floor: {', '.join(missed)}"
             if "audited" in missed:
                 gates = ", ".join(gate for gate, audit in self._audits.items() if audit is None)
                 message += f"\n{gates}: not audited as it is now: {audit_command(self._folder)}"
-        elif (enough := run.exhausted() or run.enough or _spent(run)) and (enough.exit_code or not self._tally.failed):
+        elif (enough := run.exhausted() or run.enough or own) and (enough.exit_code or not self._tally.failed):
             code, message = enough.exit_code, enough.message
         elif self._tally.failed:
             code, message = ExitCode.PARTIAL, failures_message(self._tally)
@@ -221,12 +223,6 @@ class Proofs:
             "content_sha256": {stage: str(content) for stage, content in sorted(tally.hashes.items())},
             "outputs": [_file_entry(path, path.relative_to(folder.path)) for path in outputs if path.is_file()],
         }
-
-
-def _spent(run: ActiveRun) -> Enough | None:
-    """That models had to be left out because their own budgets were spent."""
-    reasons = [model.meter.spent for model in run.models.values() if model.meter.spent]
-    return Enough("\n".join(reasons), ExitCode.BUDGET) if reasons else None
 
 
 def versions() -> dict[str, str]:

@@ -4,8 +4,13 @@
 keeps all that was paid for, and says what to do. Everything else is a bug of ours or of a plug-in.
 """
 
+import asyncio
+from collections.abc import Awaitable
 from enum import IntEnum
 from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class ExitCode(IntEnum):
@@ -84,9 +89,6 @@ class BudgetSpent(NotAsked):
 
     code = "budget_spent"
 
-    def __init__(self, message: str) -> None:
-        super().__init__(self.code, message)
-
 
 class boundary:
     """The one place that catches everything: a step that breaks costs its sample and no other.
@@ -107,3 +109,13 @@ class boundary:
     ) -> None:
         if isinstance(error, Exception) and not isinstance(error, SampleError | FatalError):
             raise SampleError("unexpected", f"{self._step}: {type(error).__name__}: {error}") from error
+
+
+async def together(*work: Awaitable[T]) -> list[T]:
+    """All results. What one raises is raised once all have ended, for those are paid for: what is fatal first."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for kind in (FatalError, BaseException):
+        for result in results:
+            if isinstance(result, kind):
+                raise result
+    return [result for result in results if not isinstance(result, BaseException)]

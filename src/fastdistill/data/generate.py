@@ -1,17 +1,16 @@
 """Generation: renders a sample's prompt and asks a model for candidates. Knows no provider and no server."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import product
+from itertools import cycle, islice
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import BudgetSpent, NotAsked, SampleError
+from fastdistill.core.errors import BudgetSpent, NotAsked, SampleError, together
 from fastdistill.core.step import Context, Model, SampleStep
 from fastdistill.core.types import Answer, Candidate, Draw, Failure, Message, Prompt, Sample
 from fastdistill.data.template import Template, compile_template, render
@@ -87,10 +86,9 @@ class TextGeneration(SampleStep):
         if self.teachers and self.until is None:
             raise ValueError("teachers needs until, like {accepted: 1}: it says when a sample has enough")
         options = self.generation_kwargs.get("options") or {}
-        profiles = self.decode_profile.each
-        turns = [self._turn(attempt, len(profiles)) for attempt in range(self.num_generations)]
-        drawn = Counter((v, options.get("temperature", profiles[at].temperature)) for v, at in turns)
-        if (same := max((times for (_, heat), times in drawn.items() if heat == 0), default=0)) > 1:
+        ways = islice(cycle(self._ways(self.decode_profile)), self.num_generations)
+        greedy = Counter(variant for variant, p in ways if options.get("temperature", p.temperature) == 0)
+        if (same := max(greedy.values(), default=0)) > 1:
             raise ValueError(
                 f"temperature 0 would bring the same answer {same} times; raise it, or set num_generations: 1"
             )
@@ -107,9 +105,7 @@ class TextGeneration(SampleStep):
         return not hopeless and _asked(sample, self.name) < self.num_generations
 
     def race(self, sample: Sample) -> "Sequence[TextGeneration]":
-        if self.until is None or self.until.siblings == "keep" or self._only is not None:
-            return ()
-        if not self.wants_more(sample):
+        if self._only is not None or not self.until or self.until.siblings == "keep" or not self.wants_more(sample):
             return ()
         draws = [self.model_copy() for _ in self._attempts(sample)]
         for draw, attempt in zip(draws, self._attempts(sample), strict=True):
@@ -139,41 +135,36 @@ class TextGeneration(SampleStep):
         return replace(sample, candidates=(*sample.candidates, *candidates), failures=(*sample.failures, *failures))
 
     def prompts(self, sample: Sample, ctx: Context) -> list[Prompt]:
-        """What each of the models would be asked, with each of the templates.
+        """What each of the models would be asked, with each of the templates and temperatures.
 
         Raises:
             SampleError: as `messages`; or the record's decode profile is no profile.
         """
-        ways = list(product(range(len(self._users)), self._profile(sample).each))
+        ways = self._ways(self._profile(sample))
         return [self._prompt(ctx.model(name), sample, *way) for name in self.models() for way in ways]
 
     def _prompt(self, model: Model, sample: Sample, variant: int, profile: DecodeProfile) -> Prompt:
         return model.prompt(self.messages(sample, variant), profile, self.generation_kwargs, sample)
 
-    def _turn(self, attempt: int, temperatures: int) -> tuple[int, int]:
-        """Which template and which temperature an attempt takes; the templates change first."""
-        return attempt % len(self._users), attempt // len(self._users) % temperatures
+    def _ways(self, profile: DecodeProfile) -> list[tuple[int, DecodeProfile]]:
+        """The template and the temperature of the attempts, which take turns; the templates change first."""
+        return [(variant, each) for each in profile.each for variant in range(len(self._users))]
 
     async def _ask(
         self, model: Model, sample: Sample, attempts: range
     ) -> list[tuple[Prompt, Draw, Answer | SampleError]]:
-        """What came of each attempt, in their order; the templates and the temperatures take turns."""
-        profiles = self._profile(sample).each
-        turns: dict[tuple[int, int], list[int]] = {}
-        for attempt in attempts:
-            turns.setdefault(self._turn(attempt, len(profiles)), []).append(attempt)
+        """What came of each attempt, in their order."""
+        ways = self._ways(self._profile(sample))
+        count = len(ways)
         asked = []
-        for (variant, at), its in turns.items():
-            prompt = self._prompt(model, sample, variant, profiles[at])
-            asked.append((prompt, [self._draw(prompt, attempt) for attempt in its]))
+        for at in {attempt % count: None for attempt in attempts}:
+            prompt = self._prompt(model, sample, *ways[at])
+            asked.append((prompt, [self._draw(prompt, a) for a in attempts if a % count == at]))
         if len(asked) == 1:  # as a rule; it needs no task of its own
             answers = [await model.generate(*asked[0])]
         else:
             # What was paid for comes home, also where one of the prompts is refused for good.
-            home = await asyncio.gather(*(model.generate(*each) for each in asked), return_exceptions=True)
-            answers = [each for each in home if not isinstance(each, BaseException)]
-            for error in (each for each in home if isinstance(each, BaseException)):
-                raise error
+            answers = await together(*(model.generate(*each) for each in asked))
         found = [
             (prompt, draw, answer)
             for (prompt, draws), drawn in zip(asked, answers, strict=True)
@@ -220,9 +211,8 @@ class TextGeneration(SampleStep):
         return models[min(wave // self.escalate_after, len(models) - 1)]
 
     def _draw(self, prompt: Prompt, attempt: int) -> Draw:
-        if self.seed is None:
-            return Draw(attempt, None)
-        return Draw(attempt, (int(prompt.digest[:8], 16) + 1_000_003 * self.seed) % 2**31 + attempt)
+        seeds = None if self.seed is None else (int(prompt.digest[:8], 16) + 1_000_003 * self.seed) % 2**31
+        return Draw(attempt, None if seeds is None else seeds + attempt)
 
     def _profile(self, sample: Sample) -> DecodeProfile:
         own = sample.record.get(self.decode_profile_field) if self.decode_profile_field else None

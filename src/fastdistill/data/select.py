@@ -64,7 +64,7 @@ class SelectBest(SampleStep):
     )
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        ranked = sorted(sample.accepted, key=_rank)
+        ranked = sorted(sample.accepted, key=best_first)
         if self.distinct:
             key = _KEYS.get(self.distinct, _answer)
             first: dict[Hashable, Candidate] = {}
@@ -99,6 +99,6 @@ _KEYS: dict[bool | str, Callable[[Candidate], Hashable]] = {form: _written(form)
 _KEYS["path"] = _path
 
 
-def _rank(candidate: Candidate) -> tuple[bool, float, int, str]:
+def best_first(candidate: Candidate) -> tuple[bool, float, int, str]:
     # The id settles what is left: two models may have given the same attempt.
     return (candidate.score is None, -(candidate.score or 0.0), candidate.attempt, candidate.candidate_id)

@@ -35,12 +35,8 @@ class ModelBudget(BaseModel):
 
     def taken(self, meters: "Sequence[Meter]", tokens: int, dollars: float) -> bool:
         """Whether requests in flight could still cost what a further one would need."""
-        if self.max_tokens is None and self.max_cost_usd is None:
-            return False
-        worst = tokens + sum(meter.tokens + meter.reserved_tokens for meter in meters)
-        dearest = dollars + sum((meter.cost or 0.0) + meter.reserved_cost for meter in meters)
-        too_many = self.max_tokens is not None and worst > self.max_tokens
-        return too_many or (self.max_cost_usd is not None and dearest > self.max_cost_usd)
+        tokens += sum([meter.reserved_tokens for meter in meters])
+        return self.spent(meters, tokens, dollars + sum([meter.reserved_cost for meter in meters])) is not None
 
 
 class OwnBrake:
@@ -54,11 +50,11 @@ class OwnBrake:
 
     def check(self, tokens: int, dollars: float) -> bool:
         waits, meter = self._brake.check(tokens, dollars), self._meter
-        # A smaller request might still fit, but then the short answers would be the ones that are judged.
+        # A smaller request might still fit; but then only what is short would be asked about.
         if meter.spent is None and (reason := self._budget.spent([meter], tokens, dollars)):
             meter.spent = f"models.{self._name}.{reason}"
         if meter.spent is not None:
-            raise BudgetSpent(meter.spent)
+            raise BudgetSpent(BudgetSpent.code, meter.spent)
         return waits or self._budget.taken([meter], tokens, dollars)
 
     async def pause(self, seconds: float) -> None:
