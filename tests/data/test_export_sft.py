@@ -217,7 +217,9 @@ def drawn(index: int, passed: int, failed: int, undecided: int = 0) -> Sample:
 
 
 def test_a_bin_of_difficulty_has_no_more_samples_than_its_quota_the_first_ones(ctx: TestContext) -> None:
-    step = ExportSFT(difficulty_quotas={0.5: 1, 0: 2, 0.25: 0}, shapes=("messages", "prompt"), name="ExportSFT")
+    step = ExportSFT(
+        difficulty_quotas={0.5: 1, 0: 2, 0.25: 0, 0.75: None}, shapes=("messages", "prompt"), name="ExportSFT"
+    )
     easy, half, hard = (4, 0), (2, 2), (1, 3)
     samples = [drawn(at, *each) for at, each in enumerate([easy, half, (3, 1), easy, half, easy, hard, hard, (0, 4)])]
     samples.append(drawn(9, 2, 0, undecided=2))  # an error says nothing of the record
@@ -229,6 +231,7 @@ def test_a_bin_of_difficulty_has_no_more_samples_than_its_quota_the_first_ones(c
         "rows": 8,
         "difficulty_to_0": 2,
         "difficulty_to_0.5": 1,
+        "difficulty_to_0.75": 2,
         "left_out_difficulty_to_0": 2,
         "left_out_difficulty_to_0.25": 1,
         "left_out_difficulty_to_0.5": 1,

@@ -28,7 +28,7 @@ class ExportSFT(Export):
 
     shapes: tuple[Shape, ...] = Field((Shape.MESSAGES, Shape.PROMPT_COMPLETION), min_length=1)
     target: Literal["answer_only", "multitask", "concat"] = "answer_only"
-    difficulty_quotas: dict[Annotated[float, Field(ge=0, le=1)], Annotated[int, Field(ge=0)]] = Field(
+    difficulty_quotas: dict[Annotated[float, Field(ge=0, le=1)], Annotated[int, Field(ge=0)] | None] = Field(
         default_factory=dict,
         description="by the upper edge of a bin of difficulty (share of failed candidates): samples written, at most",
     )
@@ -69,7 +69,8 @@ class ExportSFT(Export):
         edge = min((edge for edge in self.difficulty_quotas if difficulty <= edge), default=None)
         if edge is None or not sample.chosen:
             return True
-        room = seen[f"difficulty_to_{edge:g}"] < self.difficulty_quotas[edge]
+        quota = self.difficulty_quotas[edge]
+        room = quota is None or seen[f"difficulty_to_{edge:g}"] < quota
         seen[f"difficulty_to_{edge:g}" if room else f"left_out_difficulty_to_{edge:g}"] += 1
         return room
 
