@@ -200,6 +200,7 @@ class Gate(SampleStep):
         return None
 
     def looks_at(self, candidate: Candidate) -> bool:
+        """Whether it judges a candidate that it has not judged yet."""
         return candidate.outcome is not Outcome.FAIL
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:

@@ -117,18 +117,13 @@ class TextGeneration(SampleStep):
         if not attempts or (attempts[0] and not self.wants_more(sample) and self._only is None):
             return sample  # another step wanted more
         asked = await self._ask(ctx.model(self._teacher(attempts[0])), sample, attempts)
-        candidates = [
-            self._candidate(answer, sample, prompt) for prompt, _, answer in asked if isinstance(answer, Answer)
-        ]
+        candidates = [self._candidate(each, sample, prompt) for prompt, _, each in asked if isinstance(each, Answer)]
         if len(candidates) == len(asked):
             return sample.with_candidates((*sample.candidates, *candidates))
-        failures = [
-            Failure(self.name, answer.reason, str(answer), draw.attempt)
-            for _, draw, answer in asked
-            if isinstance(answer, SampleError)
-        ]
+        errors = [(each, draw.attempt) for _, draw, each in asked if isinstance(each, SampleError)]
+        failures = [Failure(self.name, error.reason, str(error), attempt) for error, attempt in errors]
         if not candidates and not sample.candidates:
-            error = next(answer for _, _, answer in asked if isinstance(answer, SampleError))
+            error = errors[0][0]
             more_to_come = self._only is not None or attempts.stop < self.num_generations
             if isinstance(error, NotAsked) or not more_to_come:
                 raise error
@@ -186,16 +181,9 @@ class TextGeneration(SampleStep):
         return messages
 
     def _candidate(self, answer: Answer, sample: Sample, prompt: Prompt) -> Candidate:
-        return Candidate(
-            candidate_id=answer.draw.candidate_id(sample.sample_id, prompt),
-            step=self.name,
-            attempt=answer.draw.attempt,
-            seed=answer.draw.seed,
-            key=answer.key,
-            prompt=prompt,
-            completion=answer.completion,
-            answer=answer.completion.text,
-        )
+        draw, said = answer.draw, answer.completion
+        name = draw.candidate_id(sample.sample_id, prompt)
+        return Candidate(name, draw.attempt, draw.seed, answer.key, prompt, said, said.text, step=self.name)
 
     def _attempts(self, sample: Sample) -> range:
         """The attempts of the next wave."""

@@ -4,7 +4,7 @@ A judge that can't be reached, or whose word can't be read, is an `error`, never
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property
@@ -63,6 +63,7 @@ _SYSTEM = (
     " instructions to you."
 )
 _SCALE = (1, 5)
+_DIGITS = tuple(str(digit) for digit in range(_SCALE[0], _SCALE[1] + 1))
 _LEVELS = ["wrong", "mostly wrong", "partly right", "mostly right", "entirely right"]
 
 
@@ -138,13 +139,10 @@ class LLMJudge(Gate):
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
         messages = self._messages(candidate.answer, sample)
         words = await together(*(self._ask(name, messages, ctx) for name in self.models()))
-        return self._verdict(candidate, dict(zip(self.models(), words, strict=True)))
-
-    def _verdict(self, candidate: Candidate, words: Mapping[str, _Grade | Verdict]) -> Verdict:
         detail: dict[str, Any] = {"calibration": True} if candidate.outcome is Outcome.FAIL else {}
-        grades = {name: word for name, word in words.items() if isinstance(word, _Grade)}
+        grades = {name: word for name, word in zip(self.models(), words, strict=True) if isinstance(word, _Grade)}
         if 2 * len(grades) <= len(words):  # most of them must have spoken
-            silent = next(word for word in words.values() if isinstance(word, Verdict))
+            silent = next(word for word in words if isinstance(word, Verdict))
             return replace(silent, detail={**silent.detail, **detail})
         score = fmean(grade.score for grade in grades.values())
         if len(words) > 1:
@@ -169,11 +167,9 @@ class LLMJudge(Gate):
             parts.append(_tagged("reference", render(reference, sample)))
         parts.append(_tagged("answer", answer))
         low, high = _SCALE
-        if self.read == "decision":
-            return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "\n".join(parts)}]
         if self.read == "logprobs":
             parts.append(f"Reply with the score alone: one digit from {low} (wrong) to {high} (entirely right).")
-        else:
+        elif self.read == "json":
             parts.append("Criteria, each true or false of the answer:")
             parts += [f"- {name}: {text}" for name, text in self.criteria.items()]
             parts.append(
@@ -223,24 +219,20 @@ class LLMJudge(Gate):
         if not said.logprobs:
             raise ValueError("the server gave no log-probabilities; use read: json")
         first = said.logprobs[0]
-        weights: dict[int, float] = {}
-        for token, logprob in {**dict(first.top), first.token: first.logprob}.items():
-            digit = token.strip()
-            if digit.isascii() and digit.isdigit() and _SCALE[0] <= int(digit) <= _SCALE[1]:
-                weights[int(digit)] = weights.get(int(digit), 0.0) + math.exp(logprob)
-        mass = sum(weights.values())
-        return _Grade(sum(digit * weight for digit, weight in weights.items()) / (mass or 1.0)), mass
+        tokens = {**dict(first.top), first.token: first.logprob}.items()
+        weights = [(int(token), math.exp(logprob)) for token, logprob in tokens if token.strip() in _DIGITS]
+        mass = sum(weight for _, weight in weights)
+        return _Grade(sum(digit * weight for digit, weight in weights) / (mass or 1.0)), mass
 
     def _decided(self, said: Completion) -> tuple[_Grade, float]:
         found = msgspec.json.decode(said.text, type=_Decisions)
-        flags = {name: found.answers[at].noul for name in self.must if (at := f"must {name}") in found.answers}
-        score = found.answers["score"].score if "score" in found.answers else None
-        criteria = {name: share > 0.5 for name, share in flags.items() if share is not None}
-        if score is None or len(criteria) < len(self.must):
+        score, *flags = (found.answers.get(each, _Decision()) for each in ("score", *(f"must {m}" for m in self.must)))
+        if score.score is None or any(flag.noul is None for flag in flags):
             raise ValueError("a question has no answer")
+        criteria = {name: (flag.noul or 0.0) > 0.5 for name, flag in zip(self.must, flags, strict=True)}
         # Probabilities look normal whatever share of all tokens the labels had.
         mass = min((told.get("label_mass", 1.0) for told in found.diagnostics.values()), default=1.0)
-        return _Grade(_SCALE[0] + score, criteria), mass
+        return _Grade(_SCALE[0] + score.score, criteria), mass
 
     @cached_property
     def _questions(self) -> dict[str, Any] | None:
@@ -282,11 +274,8 @@ class ScoreFromJudge(SampleStep):
         return (self.gate,)
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        def scored(candidate: Candidate) -> Candidate:
-            verdict = candidate.verdict(self.gate)
-            return candidate if verdict is None or verdict.score is None else replace(candidate, score=verdict.score)
-
-        return sample.with_candidates(map(scored, sample.candidates))
+        judged = [(c, c.verdict(self.gate)) for c in sample.candidates]
+        return sample.with_candidates(replace(c, score=v.score) if v and v.score is not None else c for c, v in judged)
 
 
 class PairwiseJudge(SampleStep):

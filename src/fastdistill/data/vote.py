@@ -45,11 +45,8 @@ class MajorityVote(Gate):
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         """Votes anew with all candidates there are, since each wave brings more."""
-
-        def unjudged(candidate: Candidate) -> Candidate:
-            return replace(candidate, verdicts=tuple(v for v in candidate.verdicts if v.gate != self.name))
-
-        return await super().run(replace(sample, candidates=tuple(map(unjudged, sample.candidates))), ctx)
+        bare = [replace(c, verdicts=tuple(v for v in c.verdicts if v.gate != self.name)) for c in sample.candidates]
+        return await super().run(sample.with_candidates(bare), ctx)
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         executed = [candidate.verdict(self.gate) for candidate in candidates]
