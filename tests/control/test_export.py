@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from fastdistill.control.folder import write_json
 from fastdistill.control.session import RunResult
 from fastdistill.core.errors import ConfigError, EnvironmentFault, InputError, TeacherError
 from fastdistill.data.export.trainers import trainer_files
-from tests.servers import choose, openai_server, status
+from tests.servers import Call, choose, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
 TEMPLATES = ["${HOME} {{ schema }}\nQuestion: {{ instruction }}", "{{ instruction }} {{ schema }}"]
@@ -82,6 +83,32 @@ def test_only_what_was_asked_for_is_written_with_other_options(finished: Finishe
     rows = [json.loads(line) for line in (tmp_path / "new" / "mlx" / "train.jsonl").read_bytes().splitlines()]
     assert len(rows) == finished.result.quality["candidates"]["selected"]
     assert all(row["messages"][0] == {"role": "system", "content": "Hi"} for row in rows)
+
+
+def test_quotas_of_difficulty_do_not_depend_on_speed_and_can_be_changed_afterwards(tmp_path: Path) -> None:
+    made = []
+    for number in (1, 2):
+
+        def latency(call: Call, number: int = number) -> float:
+            return random.Random(f"{number} {call.seed} {call.prompt}").uniform(0, 0.05)
+
+        (folder := tmp_path / str(number)).mkdir()
+        with openai_server(choose(ANSWERS), latency=latency) as server:
+            run = config(server.url, write_records(folder), make_database(folder), num_generations=6)
+            run["steps"][-1] = {"ExportSFT": {"difficulty_quotas": {0.5: 3, "0.7": 4}}}
+            made.append(parse_pipeline(run).run(output_dir=folder / "artifacts", run_id="done"))
+    first, second = (files(result.dataset / "sft") for result in made)
+    assert first == second
+    report = next(s["report"] for s in made[0].quality["stages"] if s["step"] == "ExportSFT")
+    assert (report["difficulty_to_0.5"], report["difficulty_to_0.7"]) == (3, 4)
+    assert report["left_out_difficulty_to_0.5"] > 0
+    again = tmp_path / "again"
+    override = "ExportSFT.difficulty_quotas={0.5: 0, 0.7: 0}"
+    export_run("done", ["jsonl"], [override], again, tmp_path / "1" / "artifacts")
+    hard = [json.loads(line)["fd_id"] for line in (again / "sft" / "train.jsonl").read_bytes().splitlines()]
+    both = [json.loads(line)["fd_id"] for line in first["train.jsonl"].splitlines()]
+    assert len(both) == len(hard) + 7
+    assert set(hard) < set(both)
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,34 @@ def written(ctx: TestContext, step: ExportSFT, *candidates: Candidate) -> list[d
     return lines(ctx.dist / "sft_pc" / "train.jsonl")
 
 
+def drawn(index: int, passed: int, failed: int, undecided: int = 0) -> Sample:
+    outcomes = [Outcome.PASS] * passed + [Outcome.FAIL] * failed + [Outcome.ERROR] * undecided
+    given = [candidate(f"answer {n}", n).judged(Verdict("g", "f", each, "r")) for n, each in enumerate(outcomes)]
+    return sample(index, given).selected(tuple(c.candidate_id for c in given[: min(passed, 2)]))
+
+
+def test_a_bin_of_difficulty_has_no_more_samples_than_its_quota_the_first_ones(ctx: TestContext) -> None:
+    step = ExportSFT(
+        difficulty_quotas={0.5: 1, 0: 2, 0.25: 0, 0.75: None}, shapes=("messages", "prompt"), name="ExportSFT"
+    )
+    easy, half, hard = (4, 0), (2, 2), (1, 3)
+    samples = [drawn(at, *each) for at, each in enumerate([easy, half, (3, 1), easy, half, easy, hard, hard, (0, 4)])]
+    samples.append(drawn(9, 2, 0, undecided=2))  # an error says nothing of the record
+    assert export(ctx, step, *samples) == samples, "all of them go on"
+    written = [row["fd_sample_id"] for row in lines(ctx.dist / "sft" / "train.jsonl")]
+    assert list(dict.fromkeys(written)) == ["id-0", "id-1", "id-3", "id-6", "id-7"]
+    assert len(lines(ctx.dist / "prompts" / "train.jsonl")) == 10, "whoever samples by itself needs all prompts"
+    assert ctx.reports["ExportSFT"] == {
+        "rows": 8,
+        "difficulty_to_0": 2,
+        "difficulty_to_0.5": 1,
+        "difficulty_to_0.75": 2,
+        "left_out_difficulty_to_0": 2,
+        "left_out_difficulty_to_0.25": 1,
+        "left_out_difficulty_to_0.5": 1,
+    }
+
+
 def test_multitask_writes_answer_and_rationale_as_two_tasks_of_one_split(ctx: TestContext) -> None:
     label, rationale, bare = written(
         ctx, ExportSFT(target="multitask"), explained(), explained(1, "unusable_rationale")

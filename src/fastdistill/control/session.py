@@ -135,6 +135,12 @@ class Pipeline(BaseModel):
             for place, gate in named
             if gate not in gates
         ]
+        problems += [  # a judge would never be calibrated, and never say so
+            f"steps[{at}].{step.name}: {gate} must come before it, for it reads {gate}'s verdicts"
+            for at, step in enumerate(self.steps)
+            for gate in step.gates()
+            if gate in names[at:]
+        ]
         problems += [
             f"steps[{at}].{step.name}: there is no step named {other!r}; there are: {', '.join(names)}"
             for at, step in enumerate(self.steps)

@@ -18,6 +18,7 @@ from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherEr
 from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
 from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample
+from fastdistill.model.budget import OwnBrake
 from fastdistill.model.hedge import first_of
 from fastdistill.model.limits import AdaptiveLimit, FixedLimit, Limit, Pace
 from fastdistill.model.meter import InFlight, Meter
@@ -67,7 +68,7 @@ class ModelClient:
         self.meter = Meter(config.price)
         self.router = Router([Endpoint(provider, _limit(config)) for provider in providers], ends=self._ends)
         self._store = store
-        self._brake = brake
+        self._brake = OwnBrake(name, config.budget, self.meter, brake) if config.budget else brake
         self._pace = Pace(config.requests_per_minute, config.tokens_per_minute)
         self._hedges = (config.hedges if config.hedge is None else config.hedge) and self._pace.unlimited
         self._pacing = asyncio.Lock()

@@ -7,12 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
+from fastdistill.model.budget import ModelBudget
 
 
 class ErrorKind(StrEnum):
@@ -138,7 +139,7 @@ class ModelConfig(BaseModel):
     timeout: float = Field(600.0, gt=0, description="seconds for one request, queueing at the server included")
     max_retries: int = Field(8, ge=0, description="for faults that pass: resets, timeouts, 408, 429, 502, 503, 504")
     price: Price | None = None
-
+    budget: ModelBudget | None = Field(None, description="of this model alone; spent, it is not asked any more")
     hedge: bool | None = Field(
         None, description="ask a straggler a second time when slots are idle; by default only where tokens are free"
     )
@@ -151,6 +152,12 @@ class ModelConfig(BaseModel):
     """False: `first_concurrency` is right for good."""
     recorded: ClassVar[bool] = False
     """True: answers exist already. A prompt says which sample it is for, and each draw has its attempt as its seed."""
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> Self:
+        if self.budget and self.budget.max_cost_usd is not None and self.price is None:
+            raise ValueError("budget.max_cost_usd: needs a `price` at this model")
+        return self
 
     @property
     def hedges(self) -> bool:

@@ -208,7 +208,9 @@ class Export(Splits):
 
     @abstractmethod
     def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
-        """The examples of a sample and the shapes each takes; what is worth a report is counted in `seen`.
+        """The examples of a sample and the shapes each takes.
+
+        `seen` counts what is worth a report; it has the samples before, and what is added for one that fails is lost.
 
         Raises:
             SampleError: the sample can't be written.
@@ -246,9 +248,8 @@ class Export(Splits):
                     write = stack.enter_context(self._file(ctx.dist / path, shape))
                     writers[split].setdefault(shape, []).append(write)
             wanted = [(shape, SHAPES[shape]) for shape in writers["train"]]
-            found: Counter[str] = Counter()  # in one sample
             for sample in samples:
-                found.clear()
+                found = seen.copy()
                 try:
                     rows = self._rows(sample, wanted, found)
                     split = self.split(sample) if rows else "train"
@@ -260,8 +261,7 @@ class Export(Splits):
                 for shape, row, line in rows:
                     for write in writers[split][shape]:
                         write(row, line)
-                for what, times in found.items():
-                    seen[what] += times
+                seen = found
                 yield sample
         ctx.report(self.name, self.report(seen))
 

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from fastdistill.core.stats import wilson
 from fastdistill.core.types import Candidate, Outcome, Sample
 from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Shape, candidate_columns
+from fastdistill.data.select import best_first
 
 PAIRS = frozenset({Shape.PREFERENCE, Shape.OPENAI_DPO, Shape.LLAMAFACTORY_DPO})
 LABELLED = frozenset({Shape.KTO, Shape.LLAMAFACTORY_KTO})
@@ -81,7 +82,7 @@ class ExportPreference(Export):
         self, better: Sequence[Candidate], worse: Sequence[Candidate], seen: "Counter[str]"
     ) -> Iterator[tuple[Candidate, Candidate]]:
         """The lowest scores are rejected first, each by the best answer that has been in the fewest pairs."""
-        accepted = sorted((c for c in better if c.outcome is Outcome.PASS), key=_best_first)
+        accepted = sorted((c for c in better if c.outcome is Outcome.PASS), key=best_first)
         used: Counter[str] = Counter()
         pairs = 0
         for rejected in sorted((c for c in worse if c.outcome is not Outcome.ERROR), key=_worst_first):
@@ -119,7 +120,7 @@ class ExportPreference(Export):
     def _labelled(self, *groups: Sequence[Candidate]) -> Iterator[tuple[Candidate, bool]]:
         """The best accepted and the worst rejected answers, each text once; also where no pair can be made."""
         candidates = {c.candidate_id: c for group in groups for c in group}.values()
-        for outcome, order in ((Outcome.PASS, _best_first), (Outcome.FAIL, _worst_first)):
+        for outcome, order in ((Outcome.PASS, best_first), (Outcome.FAIL, _worst_first)):
             first: dict[str, Candidate] = {}
             for candidate in sorted((c for c in candidates if c.outcome is outcome), key=order):
                 if candidate.answer.strip():
@@ -153,10 +154,6 @@ def _words(candidate: Candidate) -> str:
 
 def _margin(chosen: Candidate, rejected: Candidate) -> float | None:
     return None if chosen.score is None or rejected.score is None else round(chosen.score - rejected.score, 6)
-
-
-def _best_first(candidate: Candidate) -> tuple[bool, float, int, str]:
-    return (candidate.score is None, -(candidate.score or 0.0), candidate.attempt, candidate.candidate_id)
 
 
 def _worst_first(candidate: Candidate) -> tuple[bool, bool, float, int, str]:
