@@ -19,7 +19,7 @@ from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
 from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample
 from fastdistill.model.hedge import first_of
-from fastdistill.model.limits import AdaptiveLimit, FixedLimit, Limit, Pace
+from fastdistill.model.limits import AdaptiveLimit, Limit, Pace
 from fastdistill.model.meter import InFlight, Meter
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
 from fastdistill.model.retry import GiveUp, Retry, Stop, decide
@@ -465,7 +465,7 @@ def _most_tokens(parameters: Mapping[str, Any]) -> int:
 
 def _limit(config: ModelConfig) -> Limit:
     if config.max_concurrency is not None:
-        return FixedLimit(config.max_concurrency)
+        return Limit(config.max_concurrency)
     if not config.finds_itself:
-        return FixedLimit(config.first_concurrency)
+        return Limit(config.first_concurrency)
     return AdaptiveLimit(config.first_concurrency, patience=config.timeout / 4)

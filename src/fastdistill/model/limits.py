@@ -14,7 +14,6 @@ Latency is per token, so that longer answers are not taken for a longer queue.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 from fastdistill.model.provider import Load
 
@@ -35,35 +34,21 @@ OLD = 1.002  # the best latency is forgotten by this much a window, in case the 
 GROWTH = 1.02  # beyond a capacity where a 429 came, with the first trial after it
 
 
-class Limit(Protocol):
-    """`capacity` is how many requests may be in flight now. All times are seconds of one monotonic clock."""
+class Limit:
+    """`capacity` is how many requests may be in flight now: here what the user said. All times are seconds of one
+    monotonic clock.
+    """
 
-    capacity: int
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
 
     def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None:
         """A request brought an answer. `busy`: as many requests were in flight as were allowed."""
-        ...
 
     def rate_limited(self, begun: float, now: float) -> None: ...
 
     def broke(self) -> None:
         """A 5xx or a broken connection: says nothing about how many requests are right."""
-        ...
-
-    def measured(self, load: Load, *, busy: bool) -> None: ...
-
-
-class FixedLimit:
-    """What the user said."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-
-    def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None: ...
-
-    def rate_limited(self, begun: float, now: float) -> None: ...
-
-    def broke(self) -> None: ...
 
     def measured(self, load: Load, *, busy: bool) -> None: ...
 
@@ -94,7 +79,7 @@ class _Trial:
     throughput: float
 
 
-class AdaptiveLimit:
+class AdaptiveLimit(Limit):
     """Starts small and finds the knee. `capacity` stays within [1, ceiling].
 
     `patience` is how many seconds an answer may take at the rate seen so far: a slow server is not buried in requests
@@ -102,7 +87,7 @@ class AdaptiveLimit:
     """
 
     def __init__(self, start: int = 8, ceiling: int = 8192, patience: float = 60.0) -> None:
-        self.capacity = start
+        super().__init__(start)
         self._start = start
         self._patience = patience
         self._ceiling = ceiling
