@@ -213,7 +213,7 @@ class OpenAIOptions(Options):
     unknown_model: Literal["404", "400", "any"] = "404"
     lists_models: bool = True
     batches: Mapping[int, Batch] = field(default_factory=dict)  # by number from 1
-    paths: Mapping[str, Any] = field(default_factory=dict)  # further GET paths and their JSON
+    paths: Mapping[str, Any] = field(default_factory=dict)  # further GET paths and their text or JSON
     extra: Mapping[str, Any] = field(default_factory=dict)  # fields of every answer
 
 
@@ -800,7 +800,7 @@ def _abort(request: web.Request) -> None:
 
 def _constant(value: object) -> Callable[[web.Request], Any]:
     async def handler(request: web.Request) -> web.Response:
-        return web.json_response(value)
+        return web.Response(text=value) if isinstance(value, str) else web.json_response(value)
 
     return handler
 

@@ -296,6 +296,8 @@ def _models(tokens: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
             words += f"; {model['slot_utilisation']:.0%} of {model['concurrency']} slots used"
         if model["retries"]:
             words += f"; retries: {_tallied(model['retries'])}"
+        if lost := sum(took["total_s"] for took in model.get("failed", {}).values()):
+            words += f"; failed requests held slots for {lost:,.1f} s"
         if model["cost_usd"] is not None:
             words += f"; {dollars(model['cost_usd'])}"
         table.add_row(Text(_printable(name), "bold"), Text(words))

@@ -20,7 +20,7 @@ from fastdistill.core.timing import observe
 from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample
 from fastdistill.model.budget import OwnBrake
 from fastdistill.model.hedge import first_of
-from fastdistill.model.limits import AdaptiveLimit, FixedLimit, Limit, Pace
+from fastdistill.model.limits import AdaptiveLimit, Limit, Pace
 from fastdistill.model.meter import InFlight, Meter
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
 from fastdistill.model.retry import GiveUp, Retry, Stop, decide
@@ -80,6 +80,7 @@ class ModelClient:
         self._asked_with: tuple[DecodeProfile | None, dict[str, Any], dict[str, Any]] = (None, {}, {})
         self._most_tokens: tuple[Mapping[str, Any], int] = ({}, 0)  # of the latest parameters, by one answer
         self._answered_at = 0.0  # when the last answer came, by perf_counter
+        self._scouted_at = 0.0  # when a server that nobody reached was last looked for
         self._took = Histogram()  # seconds, of requests that were answered
         self._longest = (0, 0.0)  # of how many of them, the 99th percentile in seconds
 
@@ -261,14 +262,20 @@ class ModelClient:
         """Waits before the next try, but no longer than until the server is seen to answer others.
 
         `begun` is when the request was first in line. Whether the whole delay has passed. With several endpoints the
-        next one is asked at once: the one that failed cools.
+        next one is asked at once: the one that failed cools. Where nobody listened, one of all those that wait asks
+        for the server's metrics: once these come, no one has to wait for the first answer.
         """
         now = perf_counter()
         until = now + (delay if len(self.router.endpoints) == 1 else 0)
         while now < until:
             if kind in _OVER_WHEN_ANSWERED and self._answered_at > begun:
                 return False
-            pause = min(until - now, _LOOKS_EVERY)
+            if kind is ErrorKind.REFUSED and now > self._scouted_at + _SCOUTS_EVERY:
+                self._scouted_at = now
+                if await self.router.endpoints[0].provider.load():
+                    self._answered_at = perf_counter()
+                    continue
+            pause = min(until - now, _SCOUTS_EVERY)
             await self._brake.pause(pause)
             if perf_counter() - now < pause / 2:  # cut short: the run winds down
                 return True
@@ -445,6 +452,7 @@ class ModelClient:
 
 
 _LOOKS_EVERY = 0.25  # seconds
+_SCOUTS_EVERY = 0.1  # seconds
 _OVER_WHEN_ANSWERED = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}
 """Faults of a server or of the network, not of its load: an answer to somebody else shows that they are over."""
 _GONE = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.OVERLOADED}  # no word on key, model, request
@@ -465,7 +473,7 @@ def _most_tokens(parameters: Mapping[str, Any]) -> int:
 
 def _limit(config: ModelConfig) -> Limit:
     if config.max_concurrency is not None:
-        return FixedLimit(config.max_concurrency)
+        return Limit(config.max_concurrency)
     if not config.finds_itself:
-        return FixedLimit(config.first_concurrency)
+        return Limit(config.first_concurrency)
     return AdaptiveLimit(config.first_concurrency, patience=config.timeout / 4)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from fastdistill.core.stats import Histogram
 from fastdistill.core.types import Completion, Usage
-from fastdistill.model.provider import Price
+from fastdistill.model.provider import Price, ProviderError
 
 
 @dataclass(slots=True)
@@ -20,6 +20,7 @@ class Meter:
     answers: int = 0  # paid for in this run
     stored: int = 0  # found in the response store
     retries: Counter[str] = field(default_factory=Counter)
+    failed: dict[str, Histogram] = field(default_factory=dict)  # seconds at the server of requests that failed, by kind
     busy: Histogram = field(default_factory=Histogram)
     queued: Histogram = field(default_factory=Histogram)
     hedged: int = 0  # requests asked a second time
@@ -107,6 +108,7 @@ class Meter:
             "answers_paid": self.answers,
             "answers_from_store": self.stored,
             "retries": dict(sorted(self.retries.items())),
+            "failed": {kind: took.summary() for kind, took in sorted(self.failed.items())},
             "hedged": self.hedged,
             "lost_tokens": self.lost_tokens,
             "prompt_tokens": self._prompt_tokens,
@@ -145,11 +147,13 @@ class InFlight:
         meter.reserve(self.worst)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         meter = self._meter
         meter.reserve(-self._asked * self.worst)
         meter.last = meter.move(-1)
         meter.busy.add(meter.last - self._begun)
+        if isinstance(error, ProviderError):
+            meter.failed.setdefault(error.kind, Histogram()).add(meter.last - self._begun)
         meter.queued.add(self._queued)
 
     def again(self) -> None:

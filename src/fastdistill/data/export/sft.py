@@ -49,7 +49,9 @@ class ExportSFT(Export):
             columns = {"fd_sample_id": sample.sample_id, "fd_task_id": sample.task_id} | self.kept(sample)
             yield PROMPTS, Example(self.prompt(sample, sample.candidates[0]), [], columns)
         written = 0
-        chosen = sample.chosen if self._within_quota(sample, seen) else ()
+        chosen = sample.chosen
+        if self.difficulty_quotas and chosen and not self._within_quota(sample, seen):
+            chosen = ()
         for candidate in chosen:
             for part, prompt, text in self._turns(sample, candidate):
                 columns = candidate_columns(sample, candidate) | self.kept(sample)
@@ -67,7 +69,7 @@ class ExportSFT(Export):
         failed = sum(candidate.outcome is Outcome.FAIL for candidate in sample.candidates)
         difficulty = failed / (failed + len(sample.accepted)) if sample.accepted else 1.0
         edge = min((edge for edge in self.difficulty_quotas if difficulty <= edge), default=None)
-        if edge is None or not sample.chosen:
+        if edge is None:
             return True
         quota = self.difficulty_quotas[edge]
         room = quota is None or seen[f"difficulty_to_{edge:g}"] < quota

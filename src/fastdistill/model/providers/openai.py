@@ -6,7 +6,7 @@ refuses by name is left out from then on if it was neutral, and an error if it w
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
@@ -170,7 +170,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         if self._official or self._config.provider == "openrouter":
             return None
         with suppress(ProviderError):
-            found = dict(_METRIC.findall((await self._request("GET", f"{self._root}/metrics")).body))
+            found = dict(_METRIC.findall((await self._request("GET", f"{self._root}/metrics", timeout=5.0)).body))
             for running, waiting in _LOADS:
                 if running in found and waiting in found:
                     return Load(int(float(found[running])), int(float(found[waiting])))
@@ -204,28 +204,37 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
                 raise
 
     async def probe(self) -> Capabilities:
-        """Lists the models, then asks for a token with n=2, for one with logprobs, and for four with a JSON schema.
+        """Lists the models, and asks for a token with n=2, for two with logprobs, and for four with a JSON schema.
 
         With `batch` it asks for none: that would take a batch.
         """
-        models = await self._list_models()
+        ids: dict[str, Any] = {"token_ids": True} if self._config.provider in _ASKS_FOR_IDS else {}
+        scores = {"logprobs": True, "top_logprobs": 20, **ids}
+        # Side by side, for until they are answered no other request goes out.
+        asked: list[Coroutine[Any, Any, list[Completion] | ProviderError]] = []
+        if self._config.batch is None:
+            shape = self._try(max_tokens=4, response_format=_PROBE_SCHEMA)  # the first token may be blank
+            asked = [self._try(n=2), self._try(**scores), shape, self._try(**scores, temperature=2.0)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                listing, identity = group.create_task(self._list_models()), group.create_task(self._identify())
+                tries = [group.create_task(one) for one in asked]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        models, (server, notes) = listing.result(), identity.result()
         # llama.cpp answers to any name, and lists one model under its own.
         entry = next((model for model in models if model.id == self._config.model or len(models) == 1), None)
-        server, notes = await self._identify()
         listed = Capabilities(
             endpoint=self._config.url,
             server=server,
             models=tuple(model.id for model in models),
             context_length=entry.context if entry else None,
         )
-        if self._config.batch is not None:
+        if not tries:
             return replace(listed, notes=tuple(notes))
-        two = await self._try(n=2)
-        ids: dict[str, Any] = {"token_ids": True} if self._config.provider in _ASKS_FOR_IDS else {}
-        scored = await self._try(logprobs=True, top_logprobs=20, **ids)
+        two, scored, shaped, hot = (one.result() for one in tries)
         if isinstance(scored, ProviderError):
             scored = await self._try(logprobs=True)
-        shaped = await self._try(max_tokens=4, response_format=_PROBE_SCHEMA)  # the first may be blank
         answer = next((answers[0] for answers in (two, scored, shaped) if isinstance(answers, list)), None)
         for feature, answers in (("a plain request", two), ("logprobs", scored), ("a JSON schema", shaped)):
             if isinstance(answers, ProviderError):
@@ -234,7 +243,6 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             notes.append(f"asked for {self._config.model!r}, answers come from {answer.model!r}")
         token = scored[0].logprobs[0] if isinstance(scored, list) and scored[0].logprobs else None
         if token and len(token.top) > 1:
-            hot = await self._try(logprobs=True, top_logprobs=20, temperature=2.0, **ids)
             self._basis = basis_of(token, hot[0].logprobs[0] if isinstance(hot, list) and hot[0].logprobs else None)
         refused = False if isinstance(two, list) else None  # known only where a plain request works
         return replace(
