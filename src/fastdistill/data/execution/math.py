@@ -71,9 +71,6 @@ class MathPool(WorkerPool[tuple[str, str], MathReason]):
         limits = limits or MathLimits()
         super().__init__(workers, asdict(limits), limits.wall_s, batch=4)
 
-    def to_wire(self, job: tuple[str, str]) -> tuple[str, str]:
-        return job
-
     def from_wire(self, message: list[str]) -> MathReason:
         return MathReason(message[0])
 

@@ -1,8 +1,8 @@
 """The worker's side of `worker_pool`: jobs in, results out, and a timer of CPU time. Knows nothing of what is judged.
 
-Lines of JSON in both directions. In: whether each result is sent at once, and a batch of jobs. Out: `"ready"` once; for
-each job, in order, its result; and where each is sent at once, the name of a phase when it begins after another one. It
-imports only the standard library, for a worker must start fast, and again after every kill.
+Lines of JSON in both directions. In: a batch of jobs. Out: `"ready"` once; for each job, in order, its result; and for
+a job that is alone, the name of a phase when it begins after another one. It imports only the standard library, for a
+worker must start fast, and again after every kill.
 """
 
 import json
@@ -33,12 +33,12 @@ class Channel:
         self._answers: BinaryIO = sys.stdout.buffer
         self._cpu_s = cpu_s
         self._phase = phase
-        self._at_once = True
+        self._alone = True
 
     def begin(self, phase: str) -> None:
         """Says what is run from now on, under a timer of CPU time that kills this process with SIGPROF."""
         signal.setitimer(signal.ITIMER_PROF, self._cpu_s)
-        if self._at_once and phase != self._phase:
+        if self._alone and phase != self._phase:
             self._phase = phase
             self._send(phase)
 
@@ -50,11 +50,12 @@ class Channel:
         try:
             self._send(READY)
             for request in self._requests:
-                self._at_once, jobs = json.loads(request)
+                jobs = json.loads(request)
+                self._alone = len(jobs) == 1
                 flushed = monotonic()
                 for job in jobs:
                     self._answers.write(line(judge(job)))
-                    if self._at_once or monotonic() > flushed + _HELD_BACK_S:
+                    if monotonic() > flushed + _HELD_BACK_S:
                         self._answers.flush()
                         flushed = monotonic()
                 self._answers.flush()
