@@ -2,7 +2,6 @@
 
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
@@ -111,5 +110,4 @@ def _first(seen: KeyIndex, sample: Sample) -> str | None:
 
 
 def _duplicate(sample: Sample, step: str, message: str) -> Sample:
-    failure = Failure(step, "duplicate", message)
-    return replace(sample, status=Status.DUPLICATE, failures=(*sample.failures, failure))
+    return sample.left_out(Status.DUPLICATE, Failure(step, "duplicate", message))
