@@ -141,10 +141,13 @@ class Evaluator:
             self._enter(Phase.COMPARE)
 
     def _evaluate(self, job: SqlJob) -> Evaluation:
+        candidate: QueryResult | QueryError
         try:
             connection = self._connect(job.db_path)
             gold = None if job.gold_sql is None else self._gold(connection, job.gold_sql)
             candidate = self._run(connection, job.sql, Phase.CANDIDATE)
+        except QueryError as error:
+            candidate = error
         except DatabaseUnreadableError as error:
             return Evaluation(SqlReason.DATABASE_UNREADABLE, detail=str(error))
         self._enter(Phase.COMPARE)
@@ -195,36 +198,35 @@ class Evaluator:
 
     def _settle(self, connection: GuardedConnection, sql: str) -> _Gold:
         """Runs gold, and where rows could come in several orders, twice more to see which of them are tied."""
-        result = self._run(connection, sql, Phase.GOLD)
-        if isinstance(result, QueryError):
-            return _Gold(SqlReason.GOLD_INVALID, f"gold: {result.reason}: {result}")
-        ordered = top_level_order_by(sql)
-        if not ordered and not top_level_limit(sql):
-            return _Gold(result=result)
-        ascending = self._run(connection, break_ties(sql, result.width, "ASC"), Phase.GOLD)
-        descending = self._run(connection, break_ties(sql, result.width, "DESC"), Phase.GOLD)
-        for run in (ascending, descending):
-            if isinstance(run, QueryError):
-                return _Gold(SqlReason.GOLD_INVALID, f"gold, with its ties broken: {run.reason}: {run}")
-        assert isinstance(ascending, QueryResult) and isinstance(descending, QueryResult)
+        said = "gold"
+        try:
+            result = self._run(connection, sql, Phase.GOLD)
+            ordered = top_level_order_by(sql)
+            if not ordered and not top_level_limit(sql):
+                return _Gold(result=result)
+            said = "gold, with its ties broken"
+            ascending = self._run(connection, break_ties(sql, result.width, "ASC"), Phase.GOLD)
+            descending = self._run(connection, break_ties(sql, result.width, "DESC"), Phase.GOLD)
+        except QueryError as error:
+            return _Gold(SqlReason.GOLD_INVALID, f"{said}: {error.reason}: {error}")
         cuts = tie_cuts(ascending, descending)
         if cuts is None:
             return _Gold(SqlReason.GOLD_AMBIGUOUS, "gold: its LIMIT cuts through tied rows")
         return _Gold(result=result, ordered=ascending, cuts=cuts) if ordered else _Gold(result=result)
 
-    def _run(self, connection: GuardedConnection, sql: str, phase: Phase) -> QueryResult | QueryError:
+    def _run(self, connection: GuardedConnection, sql: str, phase: Phase) -> QueryResult:
         self._enter(phase)
         try:
             return connection.query(sql)
         except QueryError as error:
-            failure = error
-        if failure.reason is SqlReason.LIMIT_MEMORY and not self._fresh:
-            raise MemoryError
-        if failure.reason is SqlReason.LIMIT_BYTES:
+            if error.reason is SqlReason.LIMIT_MEMORY and not self._fresh:
+                raise MemoryError from error
+            if error.reason is not SqlReason.LIMIT_BYTES:
+                raise
             self._enter(Phase.COMPARE)
-            if connection.allow_stored_values():
-                return self._run(connection, sql, phase)
-        return failure
+            if not connection.allow_stored_values():
+                raise
+        return self._run(connection, sql, phase)
 
 
 def _reason(candidate: QueryResult | QueryError, gold: _Gold | None, job: SqlJob) -> SqlReason:
