@@ -93,7 +93,7 @@ def _edits(node: ast.expr | ast.stmt, parent: ast.AST | None) -> Iterator[tuple[
         case ast.Constant(value=bool() as value):
             yield "constant", str(not value)
         case ast.Constant(value=int() | float() as number):
-            if _counts_places(parent):
+            if isinstance(parent, ast.Slice | ast.Subscript) or node in _places(parent):
                 yield "off_by_one", f"({number} - 1)"
                 yield "off_by_one", f"({number} + 1)"
             else:
@@ -107,23 +107,17 @@ def _edits(node: ast.expr | ast.stmt, parent: ast.AST | None) -> Iterator[tuple[
     if isinstance(node, ast.expr):
         if isinstance(parent, ast.If | ast.While | ast.IfExp) and parent.test is node:
             yield "condition", _text(ast.UnaryOp(ast.Not(), node))
-        if _counts_places(parent) and not isinstance(node, ast.Constant | ast.Slice) and node in _places(parent):
+        if not isinstance(node, ast.Constant) and node in _places(parent):
             yield "off_by_one", f"({ast.unparse(node)} - 1)"
             yield "off_by_one", f"({ast.unparse(node)} + 1)"
 
 
-def _counts_places(parent: ast.AST | None) -> bool:
-    return isinstance(parent, ast.Slice | ast.Subscript) or (
-        isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "range"
-    )
-
-
 def _places(parent: ast.AST | None) -> list[ast.expr]:
-    """The parts of a subscript, a slice or a call of `range` that are indexes."""
+    """The parts of a slice or a call of `range` that are indexes."""
     match parent:
         case ast.Slice():
             return [each for each in (parent.lower, parent.upper) if each is not None]
-        case ast.Call():
+        case ast.Call(func=ast.Name(id="range")):
             return parent.args
     return []
 

@@ -83,11 +83,10 @@ class Evaluation(NamedTuple):
 
 
 class Phase(StrEnum):
-    """What an evaluator is about to do: to run untrusted SQL of either kind, or only code of our own."""
+    """The untrusted SQL that an evaluator is about to run."""
 
     GOLD = "gold"
     CANDIDATE = "candidate"
-    COMPARE = "compare"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +103,15 @@ class _Gold:
 
 
 class Evaluator:
-    """Judges in this process, keeping connections and gold results; `enter` is told of each phase before it begins.
+    """Judges in this process, keeping connections and gold results.
+
+    `enter` is told of each phase before it begins, and None where only code of our own runs from now on.
 
     Deterministic budgets bind here as everywhere; for limits on CPU time and memory use `sqlite_pool.SqlitePool`.
     """
 
     def __init__(
-        self, limits: SqlLimits | None = None, *, enter: Callable[[Phase], object] = lambda phase: None
+        self, limits: SqlLimits | None = None, *, enter: Callable[[Phase | None], object] = lambda phase: None
     ) -> None:
         self._limits = limits or SqlLimits()
         self._enter = enter
@@ -138,7 +139,7 @@ class Evaluator:
             finally:
                 self._fresh = False
         finally:
-            self._enter(Phase.COMPARE)
+            self._enter(None)
 
     def _evaluate(self, job: SqlJob) -> Evaluation:
         candidate: QueryResult | QueryError
@@ -150,7 +151,7 @@ class Evaluator:
             candidate = error
         except DatabaseUnreadableError as error:
             return Evaluation(SqlReason.DATABASE_UNREADABLE, detail=str(error))
-        self._enter(Phase.COMPARE)
+        self._enter(None)
         reason = _reason(candidate, gold, job)
         judged = gold is not None and reason.outcome != "error"
         verdict = Evaluation(
@@ -223,7 +224,7 @@ class Evaluator:
                 raise MemoryError from error
             if error.reason is not SqlReason.LIMIT_BYTES:
                 raise
-            self._enter(Phase.COMPARE)
+            self._enter(None)
             if not connection.allow_stored_values():
                 raise
         return self._run(connection, sql, phase)
@@ -259,15 +260,8 @@ def main() -> None:
     limits = SqlLimits(**json.loads(sys.argv[1]))
     confine_process(limits.memory_bytes)
     limit_process_heap(limits)
-    channel = Channel(limits.cpu_s, Phase.CANDIDATE)
-
-    def enter(phase: Phase) -> None:
-        if phase is Phase.COMPARE:
-            channel.rest()
-        else:
-            channel.begin(phase)
-
-    with closing(Evaluator(limits, enter=enter)) as evaluator:
+    channel = Channel(limits.cpu_s)
+    with closing(Evaluator(limits, enter=channel.enter)) as evaluator:
         channel.serve(lambda job: evaluator.evaluate(SqlJob(*job)))
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from fastdistill.data.execution.worker_process import READY, line
+from fastdistill.data.execution.worker_process import FIRST_PHASE, READY, line
 
 _START_S = 30.0
 """Wall seconds for a worker to start; one that imports little needs about 0.1 on an idle core."""
@@ -157,12 +157,12 @@ class _Lane(Generic[Job, Result]):
     def __init__(self, pool: WorkerPool[Job, Result]) -> None:
         self._pool = pool
         self._process: Process | None = None
-        self._phase = "candidate"
+        self._phase = FIRST_PHASE
         self._rest = b""  # of a message that has not come whole
 
     async def judge(self, tickets: deque[_Ticket[Job, Result]]) -> None:
         """Answers all tickets, removing each; raises `WorkerStartError`, leaving those it did not answer."""
-        if await self._run(tickets) is None:
+        if not tickets or await self._run(tickets) is None:
             return
         runs = 1 if len(tickets) == 1 else 2  # the only one that is left is the one that was running
         while tickets:
@@ -238,7 +238,7 @@ class _Lane(Generic[Job, Result]):
             raise
         except OSError as error:
             raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
-        self._process, self._phase, self._rest = process, "candidate", b""
+        self._process, self._phase, self._rest = process, FIRST_PHASE, b""
         try:
             ready = await self._receive(process, _START_S)
         except TimeoutError as error:
