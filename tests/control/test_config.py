@@ -232,6 +232,22 @@ def test_fields_that_are_the_clients_own_are_no_generation_kwargs(own: str) -> N
     assert any(own in problem for problem in problems(config))
 
 
+def test_a_step_that_reads_verdicts_before_they_are_given_is_refused() -> None:
+    """A judge before its `truth` would have nothing to be calibrated with, and never say so."""
+    judge = {"LLMJudge": {"task": "{{ instruction }}", "truth": "SQLiteExecEval", "model": "teacher"}}
+    gate, score = {"SQLiteExecEval": {"db_path": "a.db"}}, "ScoreFromExecEval"
+    config = copy.deepcopy(BASE)
+    for order, early in (([gate, judge, score], []), ([judge, gate, score], [5]), ([judge, score, gate], [5, 6])):
+        config["steps"][5:] = order
+        if not early:
+            parse_pipeline(config, {})
+            continue
+        told = [line for line in "\n".join(problems(config)).splitlines() if "must come before it" in line]
+        names = {5: "LLMJudge", 6: "ScoreFromExecEval"}
+        assert [problem.partition(":")[0] for problem in told] == [f"steps[{at}].{names[at]}" for at in early]
+        assert "SQLiteExecEval must come before it, for it reads SQLiteExecEval's verdicts" in told[0]
+
+
 def test_a_score_of_a_gate_that_is_not_there_is_refused() -> None:
     config = copy.deepcopy(BASE)
     config["steps"].append({"ScoreFromExecEval": {"gate": "SQLiteExecEvil"}})

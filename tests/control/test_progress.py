@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from fastdistill.control.budget import Budget
@@ -55,7 +55,6 @@ class ExecutionGate(Gate):
 
 
 class ScriptedTeacher:
-    kind: ClassVar[str] = "scripted"
     Config: ClassVar[type[ModelConfig]] = ModelConfig
     notes: tuple[str, ...] = ()
 

@@ -1,12 +1,12 @@
 import asyncio
 import re
 import sqlite3
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from fastdistill.core.types import Cut, Sample
 from fastdistill.data.parse import (

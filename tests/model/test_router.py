@@ -29,7 +29,6 @@ LONG = PREFIX + 44  # characters of a beginning that requests share
 class Nobody:
     """A provider that is never asked: the router only says who would be."""
 
-    kind: ClassVar[str] = "nobody"
     Config: ClassVar[type[ModelConfig]] = ModelConfig
     notes: tuple[str, ...] = ()
 

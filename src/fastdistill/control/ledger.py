@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from fastdistill.control.store import prompt_columns, read_completion, write_completion
+from fastdistill.control.store import read_completion, write_completion
 from fastdistill.control.writer import Writer, connect, fault, insert, transaction
 from fastdistill.core.types import (
     Candidate,
@@ -136,7 +136,7 @@ def _rows(sample: Sample) -> _Rows:
     for place, candidate in enumerate(sample.candidates):
         id_, prompt = first + place, candidate.prompt
         if id(prompt) not in prompts:
-            prompts[id(prompt)] = (id_, *prompt_columns(prompt))
+            prompts[id(prompt)] = (id_, *prompt.columns)
         candidates.append((id_, index, place, *_candidate_columns(candidate, prompts[id(prompt)][0])))
         for ordinal, v in enumerate(candidate.verdicts):
             judged = (v.gate, v.fingerprint, v.outcome, v.reason, v.score, _json(v.detail) if v.detail else "{}")
@@ -176,7 +176,7 @@ def _json(value: object) -> str:
 
 def _sample_row(sample: Sample) -> tuple[Any, ...]:
     record = sample.record
-    taken = all(field in record and record[field] is value for field, value in sample.input.items())
+    taken = all([field in record and record[field] is value for field, value in sample.input.items()])
     # An input that is fields of the record is written as their names.
     return (
         sample.index, sample.sample_id, sample.task_id, sample.source, sample.status, _json(sample.record),

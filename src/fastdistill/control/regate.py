@@ -7,10 +7,10 @@ was asked then, whatever waves or races it was asked in. All of the pipeline aft
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from operator import ne
 from pathlib import Path
 
+from msgspec.structs import replace
 from pydantic import ConfigDict
 
 from fastdistill.control.budget import first_accepted

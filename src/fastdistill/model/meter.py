@@ -28,6 +28,7 @@ class Meter:
     peak: int = 0
     reserved_tokens: int = 0  # that the requests in flight may cost at most
     reserved_cost: float = 0.0  # US dollars, likewise
+    spent: str | None = None  # why nothing more is asked: the model's own budget
     first: float | None = None
     last: float | None = None
     _densest: float | None = None  # tokens for a character of a prompt, the most that was seen
@@ -121,6 +122,7 @@ class Meter:
             "busy": self.busy.summary(),
             "queued": self.queued.summary(),
             "cost_usd": self.cost,
+            "budget_spent": self.spent,
         }
 
 
