@@ -255,6 +255,8 @@ class Sample(Struct, frozen=True, gc=False):
         return tuple([by_id[candidate_id] for candidate_id in self.selection])
 
     def failed(self, step: str, error: SampleError) -> "Sample":
-        failure = Failure(step, error.reason, str(error))
         status = Status.SKIPPED if isinstance(error, NotAsked) else Status.FAILED
+        return self.left_out(status, Failure(step, error.reason, str(error)))
+
+    def left_out(self, status: "Status", failure: "Failure") -> "Sample":
         return replace(self, status=status, failures=(*self.failures, failure))

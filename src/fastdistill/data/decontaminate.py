@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
 from pydantic import Field, PrivateAttr, field_validator
 
 from fastdistill.core.errors import InputError, SampleError
@@ -67,7 +66,7 @@ class Decontaminate(StreamStep):
                 yield sample
             else:
                 failure = Failure(self.name, "contaminated", f"{sample.source}: {found}")
-                ctx.discard(replace(sample, status=Status.CONTAMINATED, failures=(*sample.failures, failure)))
+                ctx.discard(sample.left_out(Status.CONTAMINATED, failure))
 
 
 @dataclass(slots=True)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from msgspec.structs import replace
 from pydantic import Field
 
 from fastdistill.core.canonical import NotCanonical, canonical_json, sample_id
@@ -123,5 +122,4 @@ def _first(seen: KeyIndex, sample: Sample) -> str | None:
 
 
 def _duplicate(sample: Sample, step: str, message: str) -> Sample:
-    failure = Failure(step, "duplicate", message)
-    return replace(sample, status=Status.DUPLICATE, failures=(*sample.failures, failure))
+    return sample.left_out(Status.DUPLICATE, Failure(step, "duplicate", message))

@@ -6,7 +6,6 @@ What is the final answer and what is plainly equal is defined in `answer_math`, 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from fractions import Fraction
 from typing import ClassVar, Literal
 
@@ -25,30 +24,24 @@ from fastdistill.data.answer_math import (
     is_prose,
     without_unit,
 )
+from fastdistill.data.execution.reason import Reason
 from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool
 
 
-class MathReason(StrEnum):
-    MATCH = "match"
-    EXTRACTED = "extracted"  # without gold
+class MathReason(Reason):
+    MATCH = "match", "pass"
+    EXTRACTED = "extracted", "pass"  # without gold
 
     MISMATCH = "mismatch"
     NO_ANSWER = "no_answer"
 
-    AMBIGUOUS = "ambiguous"
-    UNIT_UNCLEAR = "unit_unclear"
-    UNREADABLE = "unreadable"
-    COMPARE_BUDGET = "compare_budget"
-    GOLD_INVALID = "gold_invalid"
-    INFRA_TIMEOUT = "infra_timeout"
-    SANDBOX_DIED = "sandbox_died"
-
-    @property
-    def outcome(self) -> Literal["pass", "fail", "error"]:
-        """`error` means that the candidate could not be judged: it is never held against it."""
-        if self in (MathReason.MATCH, MathReason.EXTRACTED):
-            return "pass"
-        return "fail" if self in (MathReason.MISMATCH, MathReason.NO_ANSWER) else "error"
+    AMBIGUOUS = "ambiguous", "error"
+    UNIT_UNCLEAR = "unit_unclear", "error"
+    UNREADABLE = "unreadable", "error"
+    COMPARE_BUDGET = "compare_budget", "error"
+    GOLD_INVALID = "gold_invalid", "error"
+    INFRA_TIMEOUT = "infra_timeout", "error"
+    SANDBOX_DIED = "sandbox_died", "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +64,6 @@ class MathPool(WorkerPool[tuple[str, str], MathReason]):
     def __init__(self, workers: int | None = None, limits: MathLimits | None = None) -> None:
         limits = limits or MathLimits()
         super().__init__(workers, asdict(limits), limits.wall_s, batch=4)
-
-    def to_wire(self, job: tuple[str, str]) -> tuple[str, str]:
-        return job
 
     def from_wire(self, message: list[str]) -> MathReason:
         return MathReason(message[0])
@@ -115,12 +105,8 @@ class MathExecEval(Gate):
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
-        async with MathPool(self.workers, self.limits) as pool:
-            self._pool = pool
-            try:
-                yield
-            finally:
-                self._pool = None
+        async with MathPool(self.workers, self.limits) as self._pool:
+            yield
 
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
         gold = _final(self.gold(sample))
