@@ -13,7 +13,7 @@ import pytest
 
 from fastdistill.control.compare import measure, noise_floor, pair
 from fastdistill.control.config import parse_pipeline
-from fastdistill.control.evaluate import evaluate, evaluation
+from fastdistill.control.evaluate import evaluation
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.lineage import advice, chain
 from fastdistill.control.session import Pipeline, RunResult
@@ -50,10 +50,8 @@ class World:
 
     def evaluate(self, role: str, draws: int = 4) -> RunResult:
         changes = {} if role == "teacher" else {"model": role}
-        return evaluate(
-            self.pipeline, self.folder / "eval.jsonl", role=role, changes=changes, draws=draws,
-            output_dir=self.folder / "artifacts",
-        )  # fmt: skip
+        plan = evaluation(self.pipeline, self.folder / "eval.jsonl", role=role, changes=changes, draws=draws)
+        return plan.run(output_dir=self.folder / "artifacts")
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fastdistill.control.cli", *arguments]

@@ -38,7 +38,7 @@ def regate(
     *,
     output_dir: Path | None = None,
     run_id: str | None = None,
-    watch: Watch = unwatched,
+    watch: Watch | None = None,
 ) -> RunResult:
     """Runs the gates of some YAML layers over the candidates of `run`, an id or its beginning.
 
@@ -55,7 +55,7 @@ def regate(
         raise ConfigError(f"run_id: {run_id!r} is the run to be judged again; give the new one another name")
     lineage = Lineage(stored.folder.run_id, stored.read)
     steps = tuple(_replaying(stored, pipeline, lineage))
-    return run_in_loop(execute(pipeline, folder, watch, steps, lineage))
+    return run_in_loop(execute(pipeline, folder, watch or unwatched, steps, lineage))
 
 
 class StoredRun:

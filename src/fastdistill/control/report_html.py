@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from fastdistill.control.card import percent
-from fastdistill.control.progress import clock, dollars
+from fastdistill.control.terminal import clock, dollars
 from fastdistill.core.stats import Rate
 
 _SIZES = ("B", "kB", "MB", "GB", "TB")
