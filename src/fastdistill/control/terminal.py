@@ -21,9 +21,10 @@ def say(words: "str | Text" = "", style: str = "", console: "Console | None" = N
 def show_table(
     headers: Sequence[str], rows: Iterable[Sequence["RenderableType"]], console: "Console | None" = None
 ) -> None:
-    """A plain table, and nothing without rows. `>` before a header puts its column to the right; where all are empty, there is no head.
+    """A plain table, and nothing without rows.
 
-    Strings are cleared of what could steer the terminal or be read as markup: they may come from a model or a server.
+    `>` before a header puts its column to the right; where all headers are empty, there is no head. Strings are cleared
+    of what could steer the terminal or be read as markup: they may come from a model or a server.
     """
     from rich.console import Console
     from rich.table import Table
