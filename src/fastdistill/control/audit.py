@@ -19,14 +19,13 @@ from typing import Any
 from pydantic import PrivateAttr
 
 from fastdistill.control.audited import audit_file, files_of, is_audited
-from fastdistill.control.card import percent
 from fastdistill.control.folder import RunFolder, artifacts_root, write_json
 from fastdistill.control.reports import versions
 from fastdistill.control.session import Pipeline, Watch, execute, run_in_loop, unwatched
 from fastdistill.control.tally import interval
-from fastdistill.control.terminal import say, show_table
+from fastdistill.control.terminal import percent, say, show_table
 from fastdistill.core.errors import InputError, SampleError
-from fastdistill.core.stats import Rate, wilson
+from fastdistill.core.stats import wilson
 from fastdistill.core.step import Context, Gate, Mutation, SampleStep, Step, is_generation
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Prompt, Sample, Verdict
 
@@ -253,9 +252,9 @@ def show_audit(reports: Sequence[Mapping[str, Any]], output_dir: Path | None) ->
 def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     wrong = report["rates"]["false_reject_rate"]
     golds = (wrong["successes"], wrong["total"] - wrong["successes"], "", report["rates"]["broken_golds"])
-    yield GOLD, *map(str, golds), percent(Rate(**wrong))
+    yield GOLD, *map(str, golds), percent(wrong)
     for name, found in report["operators"].items():
-        yield name, *(str(found[f]) for f in _OF_MUTANTS), percent(Rate(**found["false_accept_rate"]))
+        yield name, *(str(found[f]) for f in _OF_MUTANTS), percent(found["false_accept_rate"])
 
 
 _OF_MUTANTS = (Finding.REJECTED, Finding.FALSE_ACCEPT, Finding.SURVIVED, Finding.UNDECIDED)

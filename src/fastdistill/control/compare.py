@@ -9,11 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastdistill.control.card import percent
 from fastdistill.control.diff import ENDED, group_of
 from fastdistill.control.folder import RunFolder, read_json, write_json
 from fastdistill.control.tally import interval
-from fastdistill.control.terminal import figure, say, show_table
+from fastdistill.control.terminal import figure, percent, points, say, show_table
 from fastdistill.core.compare import Difference, mcnemar, paired_bootstrap
 from fastdistill.core.errors import InputError
 from fastdistill.core.scores import agreement_intervals, pass_at_k
@@ -199,13 +198,6 @@ def show_comparison(
             say(f"  scores: {_words(found.scores, epsilon)}")
     if floor is not None:
         say(f"\nnoise floor, {measured[0].role or measured[0].run_id} against itself: {_words(floor, epsilon)}")
-
-
-def points(found: Difference) -> str:
-    """`+3.2 points [0.1, 6.3]`, or a dash."""
-    if found.estimate is None or found.low is None or found.high is None:
-        return "–"
-    return f"{100 * found.estimate:+.1f} points [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 def indistinct(found: Difference) -> bool:

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from fastdistill.control.card import percent
 from fastdistill.control.folder import RunFolder, write_json
 from fastdistill.control.tally import interval
-from fastdistill.control.terminal import say, show_table
+from fastdistill.control.terminal import percent, say, show_table
 from fastdistill.core.compare import Difference, mcnemar, paired_bootstrap
 from fastdistill.core.errors import InputError
 from fastdistill.core.stats import Rate, wilson

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from fastdistill.control.compare import Measured, Pair, indistinct, measure, pair, points
+from fastdistill.control.compare import Measured, Pair, indistinct, measure, pair
 from fastdistill.control.folder import RunFolder, read_json
-from fastdistill.control.terminal import say, show_table
+from fastdistill.control.terminal import points, say, show_table
 
 COLLAPSE = 0.05  # relative fall of pass@k or diversity against generation 0
 _SHOWN = ("right, first draw", "pass@k", "distinct of the accepted", "tokens an answer")

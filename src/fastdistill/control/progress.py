@@ -16,8 +16,7 @@ from threading import Event, Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
-from fastdistill.control.terminal import clock, cut, dollars, printable, say, show_table, tallied
-from fastdistill.core.stats import Rate
+from fastdistill.control.terminal import clock, cut, dollars, percent, printable, say, show_table, tallied
 from fastdistill.core.types import Outcome, Status
 
 if TYPE_CHECKING:
@@ -249,7 +248,7 @@ def _funnel(quality: Mapping[str, Any]) -> _Cells:
     samples, candidates = quality["samples"], quality["candidates"]
     notes = {
         "completed": f"{candidates['generated']:,} candidates, {candidates['selected']:,} selected",
-        "accepted": f"{_interval(samples['accept_rate'])} of the decided" if samples["completed"] else "",
+        "accepted": f"{percent(samples['accept_rate'])} of the decided" if samples["completed"] else "",
         "undecided": "a gate could not judge" if samples["undecided"] else "",
     }
     for name in ("read", "duplicates", "contaminated", "failed", "completed", "accepted", "undecided"):
@@ -261,7 +260,7 @@ def _funnel(quality: Mapping[str, Any]) -> _Cells:
 def _gates(gates: Mapping[str, Mapping[str, Any]]) -> _Cells:
     for name, gate in gates.items():
         counts = [f"{gate[count]:,}" for count in ("judged", "pass", "fail", "error")]
-        yield name, *counts, _interval(gate["pass_rate"])
+        yield name, *counts, percent(gate["pass_rate"])
 
 
 def _reasons(gates: Mapping[str, Mapping[str, Any]]) -> _Cells:
@@ -305,7 +304,7 @@ def _floor(checks: Sequence[Mapping[str, Any]]) -> _Cells:
     for check in checks:
         required, reached = check["required"], check["reached"]
         is_rate = isinstance(reached, Mapping)
-        shown = (f"{required:.1%}", _interval(reached)) if is_rate else (f"{required:,}", f"{reached:,}")
+        shown = (f"{required:.1%}", percent(reached)) if is_rate else (f"{required:,}", f"{reached:,}")
         met, style = ("met", "green") if check["met"] else ("missed", "bold red")
         yield tuple(Text(cell, style) for cell in (check["requirement"], *shown, met))
 
@@ -389,9 +388,3 @@ def _headline(run: "ActiveRun", speed: Speed) -> tuple[str, str, str]:
         return elapsed, f"{done:,} samples", ""
     left = clock(max(total - done, 0) / speed.samples) if speed.samples > 0 else "–"
     return elapsed, f"{done:,} of {total:,} samples ({done / max(total, 1):.0%})", f"ETA {left}"
-
-
-def _interval(rate: Mapping[str, Any]) -> str:
-    from fastdistill.control.card import percent
-
-    return percent(Rate(**rate))

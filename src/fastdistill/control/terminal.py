@@ -4,11 +4,15 @@ rich is imported when something is said, not before, so that commands which say 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from fastdistill.core.stats import Rate
 
 if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod, RenderableType
     from rich.text import Text
+
+    from fastdistill.core.compare import Difference
 
 
 def say(words: "str | Text" = "", style: str = "", console: "Console | None" = None) -> None:
@@ -54,6 +58,19 @@ def dollars(amount: float | None) -> str:
     if amount is None:
         return "–"
     return f"${amount:,.2f}" if amount >= 1 or amount == 0 else f"${amount:.4f}"
+
+
+def percent(rate: Rate | Mapping[str, Any]) -> str:
+    """`71.0% [68.1, 73.8]`, or a dash; of a rate, or of what a report has of it."""
+    share, low, high = (rate[k] if isinstance(rate, Mapping) else getattr(rate, k) for k in ("rate", "low", "high"))
+    return "–" if share is None else f"{share:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def points(found: "Difference") -> str:
+    """`+3.2 points [0.1, 6.3]`, or a dash."""
+    if found.estimate is None or found.low is None or found.high is None:
+        return "–"
+    return f"{100 * found.estimate:+.1f} points [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 def figure(value: float | None, form: str) -> str:
