@@ -155,6 +155,7 @@ def test_generations_are_chained_and_the_chain_is_tested(world: World) -> None:
     done = world.command("lineage", "born-1")
     assert done.returncode == 0, done.stderr
     assert "against generation 0" in done.stdout
+    assert "the candidates of" not in world.command("runs", "show", "born-1").stdout  # it has asked for its own
     runs = [measure(world.found(first)), *[measure(world.found(second))] * 3]
     stop = advice(runs, [pair(after, before) for before, after in pairwise(runs[1:])])
     assert stop == ["stop: the last two generations can't be told from their parents"]

@@ -16,7 +16,7 @@ from fastdistill.model.meter import Meter
 class Target(BaseModel):
     """Stop at exactly `accepted` accepted samples: the first ones in input order, whichever were finished first."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     accepted: int = Field(ge=1)
     on_exhausted: Literal["keep", "fail"] = Field(
@@ -30,7 +30,7 @@ class Budget(BaseModel):
     A request in flight counts with all it could still cost: its prompt and every token that it may generate.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_tokens: int | None = Field(None, ge=1, description="prompt and completion tokens, over all models")
     max_cost_usd: float | None = Field(None, gt=0, description="needs a `price` at every model")

@@ -1,7 +1,6 @@
 """The command line: parses arguments, calls what does the work, and turns every ending into its exit code."""
 
 import asyncio
-import gc
 import inspect
 import sys
 from pathlib import Path
@@ -46,7 +45,6 @@ Json = Annotated[Path | None, typer.Option(help="Write all of it to this file.")
 
 def main() -> NoReturn:
     """The `fastdistill` command."""
-    gc.set_threshold(50_000, 20, 100)  # what is imported stays: to look through it for garbage costs a tenth of a start
     try:
         app()
     except FatalError as error:

@@ -175,9 +175,14 @@ def show_comparison(
         raise InputError(f"{', '.join(runs)} have no sample in common: were they asked the same records?")
     floor = noise_floor(measured[0], epsilon)
     if json is not None:
-        report = {"group_by": group_by, "epsilon": epsilon, "runs": [run.report() for run in measured]}
-        report |= {"pairs": [asdict(found) for found in pairs]}
-        write_json(json, report | {"noise_floor": floor and {name: asdict(value) for name, value in floor.items()}})
+        report = {
+            "group_by": group_by,
+            "epsilon": epsilon,
+            "runs": [run.report() for run in measured],
+            "pairs": [asdict(found) for found in pairs],
+            "noise_floor": None if floor is None else {name: asdict(value) for name, value in floor.items()},
+        }
+        write_json(json, report)
     gates = dict.fromkeys(gate for run in measured for gate in run.gate_rates())
     figures = [run.figures(gates) for run in measured]
     show_table(

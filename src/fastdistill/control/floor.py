@@ -15,7 +15,7 @@ Share = Field(None, ge=0, le=1)
 class Floor(BaseModel):
     """What a run must reach; missing it has an exit code of its own, and the data set is written all the same."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     min_total: int | None = Field(None, ge=1, description="samples that went through all steps")
     min_accepted: int | None = Field(None, ge=1, description="samples with an accepted candidate")

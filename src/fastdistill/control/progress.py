@@ -306,7 +306,7 @@ def _floor(checks: Sequence[Mapping[str, Any]]) -> _Cells:
         is_rate = isinstance(reached, Mapping)
         shown = (f"{required:.1%}", percent(reached)) if is_rate else (f"{required:,}", f"{reached:,}")
         met, style = ("met", "green") if check["met"] else ("missed", "bold red")
-        yield tuple(Text(cell, style) for cell in (check["requirement"], *shown, met))
+        yield tuple(Text(printable(cell), style) for cell in (check["requirement"], *shown, met))
 
 
 def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
@@ -320,8 +320,8 @@ def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
         "manifest": result.path / "manifest.json",
     }
     yield from ((name, str(path)) for name, path in files.items() if path.exists())
-    if parent := result.manifest.get("parent_run_id"):
-        reused = tallied(result.manifest["verdicts_reused"])
+    if result.manifest.get("kind") == "regate":
+        parent, reused = result.manifest["parent_run_id"], tallied(result.manifest["verdicts_reused"])
         yield "judged", f"the candidates of {parent} again; verdicts taken over from it: {reused or 'none'}"
     if sample_id := _example(result.path / "ledger.sqlite"):
         root = result.path.parent.parent

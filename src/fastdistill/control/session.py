@@ -68,7 +68,7 @@ class RunResult:
 class Origin(BaseModel):
     """What a run descends from, for the manifest; it changes nothing that the run does."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     parent: str | None = Field(None, description="an earlier run under the same artifacts root, by its id or beginning")
     role: str | None = Field(None, description="set by `fastdistill eval`: whose answers these are")
@@ -80,7 +80,7 @@ class Pipeline(BaseModel):
     From Python: `Pipeline(name="text2sql", models={"teacher": {"provider": "ollama", ...}}, steps=[...]).run()`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=_NAME, max_length=64)
     models: dict[str, SerializeAsAny[ModelConfig]] = Field(default_factory=dict)

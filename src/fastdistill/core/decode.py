@@ -12,7 +12,7 @@ class DecodeProfile(BaseModel):
     The defaults leave the model's distribution as it is. `extra` in a config is an error, like everywhere.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     temperature: float = Field(1.0, ge=0, le=5)
     top_p: float = Field(1.0, gt=0, le=1)

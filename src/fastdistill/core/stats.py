@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, stdev
 
 Z95 = 1.959963984540054
 
@@ -51,8 +52,6 @@ def project_mean(values: Sequence[float], population: int) -> Total:
     Student's interval for the mean with the finite population correction (Cochran, Sampling Techniques, 2.8). What was
     seen is a lower bound. Two values at least.
     """
-    from statistics import fmean, stdev  # slow to import, and no run needs it
-
     count = len(values)
     correction = math.sqrt(max(0, population - count) / max(1, population - 1))
     half = student95(count - 1) * stdev(values) / math.sqrt(count) * correction

@@ -87,7 +87,7 @@ class Mutation:
 class Step(BaseModel):
     """A step is its configuration. `name` is what reports call it; the pipeline numbers repeated ones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: ClassVar[int] = 1
     """Raised when the code changes what the step does, so that its fingerprint changes too."""

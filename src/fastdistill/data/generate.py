@@ -22,7 +22,7 @@ class Until(BaseModel):
     kept depends on what the gates say and on the order of attempts, never on which answer was fast.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     accepted: int = Field(1, ge=1, description="accepted candidates that are enough for a sample")
     wave: int = Field(1, ge=1, description="candidates asked for at a time")

@@ -108,7 +108,7 @@ class Capabilities:
 class Price(BaseModel):
     """US dollars for a million tokens."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: float = Field(0.0, ge=0)
     completion: float = Field(0.0, ge=0)
@@ -124,7 +124,7 @@ class Price(BaseModel):
 class ModelConfig(BaseModel):
     """What every model's configuration has. A provider's own `Config` adds its fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     provider: str
     model: str = Field(min_length=1)

@@ -83,7 +83,7 @@ _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKin
 class BatchOptions(BaseModel):
     """How requests go through the Batch API: `openai_batch.py`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(10_000, gt=0, le=50_000, description="requests in one batch, at most")
     quiet_s: float = Field(1.0, gt=0, description="seconds without a new request, after which a batch goes out")
