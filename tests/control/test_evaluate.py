@@ -143,6 +143,14 @@ def test_runs_of_other_records_can_not_be_compared(world: World) -> None:
     assert "no sample in common" in done.stderr
 
 
+def test_runs_of_one_role_are_told_apart_by_their_ids(world: World) -> None:
+    for run_id in ("first", "second"):
+        plan = evaluation(world.pipeline, world.folder / "eval.jsonl", role="teacher", changes={}, draws=1)
+        plan.run(output_dir=world.folder / "artifacts", run_id=run_id)
+    head = world.command("compare", "first", "second").stdout.splitlines()[0]
+    assert head.split() == ["first:", "teacher", "second:", "teacher"]
+
+
 def test_generations_are_chained_and_the_chain_is_tested(world: World) -> None:
     first = world.pipeline.run(output_dir=world.folder / "artifacts", run_id="born-0")
     second = parse_pipeline(

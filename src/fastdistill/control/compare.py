@@ -185,8 +185,10 @@ def show_comparison(
         write_json(json, report)
     gates = dict.fromkeys(gate for run in measured for gate in run.gate_rates())
     figures = [run.figures(gates) for run in measured]
+    roles = [run.role for run in measured]
+    names = [run.role if run.role and roles.count(run.role) == 1 else run.run_id for run in measured]
     show_table(
-        ("", *(f"{run.role or run.run_id}: {run.model}" for run in measured)),
+        ("", *(f"{name}: {run.model}" for name, run in zip(names, measured, strict=True))),
         [(name, *(of_run[name] for of_run in figures)) for name in figures[0]],
     )
     for found in pairs:
@@ -202,7 +204,7 @@ def show_comparison(
         if found.scores is not None:
             say(f"  scores: {_words(found.scores, epsilon)}")
     if floor is not None:
-        say(f"\nnoise floor, {measured[0].role or measured[0].run_id} against itself: {_words(floor, epsilon)}")
+        say(f"\nnoise floor, {names[0]} against itself: {_words(floor, epsilon)}")
 
 
 def indistinct(found: Difference) -> bool:
