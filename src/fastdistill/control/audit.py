@@ -26,7 +26,7 @@ from fastdistill.control.tally import interval
 from fastdistill.control.terminal import percent, say, show_table
 from fastdistill.core.errors import InputError, SampleError
 from fastdistill.core.stats import wilson
-from fastdistill.core.step import Context, Gate, Mutation, SampleStep, Step, is_generation
+from fastdistill.core.step import Context, Gate, Mutation, SampleStep, is_generation
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Prompt, Sample, Verdict
 
 GOLD = "gold"
@@ -89,7 +89,7 @@ def audit(
     with TemporaryDirectory(prefix="fastdistill-") as scratch:
         folder = RunFolder(Path(scratch), "audit", Path(scratch) / "run")
         result = run_in_loop(execute(shortened, folder, watch or unwatched))
-    gates = [step for step in steps if isinstance(step, Gate) and is_audited(step)]
+    gates = [step for step in steps if is_audited(step)]
     if not any(measured.counts):
         raise InputError(
             f"{pipeline.name}: no gold answer was found, so there is nothing to measure with; gold_field of an"
@@ -106,7 +106,7 @@ def audit(
 class _Measured(SampleStep):
     """Takes gold answers and mutants through all steps after generation; every gate judges what concerns it."""
 
-    judging: tuple[Step, ...]
+    judging: tuple[SampleStep, ...]
     mutants: int
     seed: int
 
@@ -123,7 +123,7 @@ class _Measured(SampleStep):
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             for step in self.judging:
-                if isinstance(step, Gate) and is_audited(step) and (stricter := step.stricter()):
+                if is_audited(step) and (stricter := step.stricter()):
                     self._stricter[step.name] = stricter
                     await stack.enter_async_context(stricter.opened(ctx))
                 await stack.enter_async_context(step.opened(ctx))
@@ -137,7 +137,6 @@ class _Measured(SampleStep):
         if not any(is_generation(step) for step in self.judging):
             sample = replace(sample, candidates=candidates)
         for step in self.judging:
-            assert isinstance(step, SampleStep)
             if is_generation(step):
                 sample = replace(sample, candidates=candidates)
             elif not isinstance(step, Gate):
@@ -150,7 +149,7 @@ class _Measured(SampleStep):
     def _answers(self, sample: Sample) -> list[_Answer]:
         chance = random.Random(f"{self.seed} {sample.sample_id}")
         answers: dict[tuple[str, str | None], _Answer] = {}
-        for gate in (step for step in self.judging if isinstance(step, Gate) and is_audited(step)):
+        for gate in filter(is_audited, self.judging):
             gold = gate.gold(sample)
             if gold is None:
                 continue

@@ -16,7 +16,6 @@ from pydantic import ConfigDict
 from fastdistill.control.budget import first_accepted
 from fastdistill.control.config import load_layers, merge, parse_pipeline, read_yaml
 from fastdistill.control.folder import RunFolder, artifacts_root, read_json
-from fastdistill.control.ledger import read_samples
 from fastdistill.control.reports import Lineage, versions
 from fastdistill.control.session import Pipeline, RunResult, Watch, execute, run_folder, run_in_loop, unwatched
 from fastdistill.core.canonical import digest
@@ -80,13 +79,13 @@ class StoredRun:
     def samples(self) -> Iterator[Sample]:
         """All samples in input order, up to the one that made a target full."""
         target = self.pipeline.target
-        for sample in first_accepted(read_samples(self.folder.ledger), target.accepted if target else None):
+        for sample in first_accepted(self.folder.samples(), target.accepted if target else None):
             self._keep(sample)
             yield sample
 
     def sample(self, index: int) -> Sample:
         if index not in self._kept:
-            self._keep(next(read_samples(self.folder.ledger, "idx = ?", (index,))))
+            self._keep(next(self.folder.samples("idx = ?", (index,))))
         return self._kept[index]
 
     def asks_the_same(self, generation: Step, pipeline: Pipeline) -> bool:
