@@ -1,13 +1,16 @@
 """Layers, overrides, variables and secrets of a config, and what gives a run its id."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import fastdistill
 from fastdistill.control.config import load_pipeline, merge, parse_pipeline, read_yaml
+from fastdistill.control.registry import STEPS
 from fastdistill.control.session import Pipeline
 from fastdistill.core.errors import ConfigError, FatalError, TeacherError
 from tests.servers import openai_server, status
@@ -372,3 +375,10 @@ def test_another_provider_replaces_a_model_and_the_same_one_is_merged() -> None:
     assert merge(base, {"models": {"teacher": other}})["models"]["teacher"] == other
     same = merge(base, {"models": {"teacher": {"provider": "ollama", "model": "b"}}})
     assert same["models"]["teacher"]["num_ctx"] == 8
+
+
+def test_every_step_is_a_public_name_that_type_checkers_know() -> None:
+    known = re.findall(r" as (\w+)$", Path(fastdistill.__file__).read_text(encoding="utf-8"), re.M)
+    assert sorted(known) == sorted(fastdistill.__all__)
+    assert set(STEPS) <= {*known}
+    assert all(getattr(fastdistill, name).__name__ == name for name in known)

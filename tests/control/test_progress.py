@@ -18,11 +18,12 @@ from rich.console import Console
 from fastdistill.control.budget import Budget
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.ledger import Ledger
-from fastdistill.control.progress import Recent, board, clock, display, dollars, live, log_line, log_lines, summary
+from fastdistill.control.progress import Recent, board, display, live, log_line, log_lines, summary
 from fastdistill.control.reports import Proofs
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.session import Interrupted, Pipeline, RunResult
 from fastdistill.control.tally import Tally
+from fastdistill.control.terminal import clock, dollars
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import SampleError
 from fastdistill.core.step import Gate

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from fastdistill.control.tally import Tally
+from fastdistill.control.terminal import percent
 from fastdistill.core.files import atomic, sha256_file
-from fastdistill.core.stats import Rate
 from fastdistill.core.types import Outcome, Status
 from fastdistill.data.export.trainers import trainer_files
 from fastdistill.data.generate import TextGeneration
@@ -95,13 +95,6 @@ def _rows(path: Path) -> int:
 
 def _files_in(dist: Path) -> list[Path]:
     return sorted(path for path in dist.rglob("*") if path.is_file())
-
-
-def percent(rate: Rate) -> str:
-    """`71.0% [68.1, 73.8]`, or a dash."""
-    if rate.rate is None or rate.low is None or rate.high is None:
-        return "–"
-    return f"{rate.rate:.1%} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
 def _configs(files: Iterable[Path]) -> list[dict[str, object]]:
