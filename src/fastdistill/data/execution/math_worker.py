@@ -95,7 +95,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _equal(gold: str, candidate: str) -> bool:
