@@ -108,6 +108,11 @@ class Histogram:
     def count(self) -> int:
         return self._count + len(self._fresh)
 
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return self._total + sum(self._fresh)
+
     def quantile(self, q: float) -> float:
         """The q-quantile in seconds; 0 if nothing was added."""
         self._sort_in()
