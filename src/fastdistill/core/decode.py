@@ -1,6 +1,5 @@
 """How an answer is drawn: the decode parameters that every provider understands, under the field's own names."""
 
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
@@ -39,7 +38,7 @@ class DecodeProfile(BaseModel):
             raise ValueError("must be from 0 to 5, or a list of such")
         return given
 
-    @cached_property
+    @property
     def each(self) -> "tuple[DecodeProfile, ...]":
         """The profiles that draws take in turn, with one temperature each."""
         if not isinstance(self.temperature, tuple):

@@ -143,7 +143,8 @@ class TextGeneration(SampleStep):
 
     def _ways(self, profile: DecodeProfile) -> list[tuple[int, DecodeProfile]]:
         """The template and the temperature of the attempts, which take turns; the templates change first."""
-        return [(variant, each) for each in profile.each for variant in range(len(self._users))]
+        each = self._own_profiles if profile is self.decode_profile else profile.each
+        return [(variant, one) for one in each for variant in range(len(self._users))]
 
     async def _ask(
         self, model: Model, sample: Sample, attempts: range
@@ -215,6 +216,10 @@ class TextGeneration(SampleStep):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise SampleError("bad_decode_profile", f"{place}: {where}: {first['msg']}") from error
+
+    @cached_property
+    def _own_profiles(self) -> tuple[DecodeProfile, ...]:
+        return self.decode_profile.each
 
     @cached_property
     def _users(self) -> list[Template]:
