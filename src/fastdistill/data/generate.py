@@ -143,8 +143,9 @@ class TextGeneration(SampleStep):
 
     def _ways(self, profile: DecodeProfile) -> list[tuple[int, DecodeProfile]]:
         """The template and the temperature of the attempts, which take turns; the templates change first."""
-        each = self._own_profiles if profile is self.decode_profile else profile.each
-        return [(variant, one) for one in each for variant in range(len(self._users))]
+        if profile is self.decode_profile:
+            return self._own_ways
+        return [(variant, each) for each in profile.each for variant in range(len(self._users))]
 
     async def _ask(
         self, model: Model, sample: Sample, attempts: range
@@ -157,10 +158,11 @@ class TextGeneration(SampleStep):
             prompt = self._prompt(model, sample, *ways[at])
             asked.append((prompt, [self._draw(prompt, a) for a in attempts if a % count == at]))
         if len(asked) == 1:  # as a rule; it needs no task of its own
-            answers = [await model.generate(*asked[0])]
-        else:
-            # What was paid for comes home, also where one of the prompts is refused for good.
-            answers = await together(*(model.generate(*each) for each in asked))
+            ((prompt, draws),) = asked
+            drawn = await model.generate(prompt, draws)
+            return [(prompt, draw, answer) for draw, answer in zip(draws, drawn, strict=True)]
+        # What was paid for comes home, also where one of the prompts is refused for good.
+        answers = await together(*(model.generate(*each) for each in asked))
         found = [
             (prompt, draw, answer)
             for (prompt, draws), drawn in zip(asked, answers, strict=True)
@@ -218,8 +220,8 @@ class TextGeneration(SampleStep):
             raise SampleError("bad_decode_profile", f"{place}: {where}: {first['msg']}") from error
 
     @cached_property
-    def _own_profiles(self) -> tuple[DecodeProfile, ...]:
-        return self.decode_profile.each
+    def _own_ways(self) -> list[tuple[int, DecodeProfile]]:
+        return [(variant, each) for each in self.decode_profile.each for variant in range(len(self._users))]
 
     @cached_property
     def _users(self) -> list[Template]:
@@ -234,6 +236,5 @@ class TextGeneration(SampleStep):
 
 def _asked(sample: Sample, step: str) -> int:
     """How many candidates the step has asked for so far, those that never came among them."""
-    return sum(c.step == step for c in sample.candidates) + sum(
-        f.step == step and f.attempt is not None for f in sample.failures
-    )
+    came = [c for c in sample.candidates if c.step == step]
+    return len(came) + len([f for f in sample.failures if f.step == step and f.attempt is not None])
