@@ -109,6 +109,14 @@ def test_the_lowest_scores_are_rejected_and_the_chosen_take_turns(ctx: TestConte
     assert texts(pairs) == [("good", "bad2"), ("fine", "bad0")]
 
 
+def test_of_many_scores_the_outlier_is_not_the_one_rejected(ctx: TestContext) -> None:
+    usual = [answer(at, f"n{at:02}", Outcome.FAIL, (40 + at) / 100) for at in range(40)]
+    outlier, good = answer(50, "out", Outcome.FAIL, 0.0), answer(60, "yes", score=1.0)
+    few, many = ([good, outlier, *usual[:number]] for number in (29, 30))
+    assert texts(export(ctx, *few, max_pairs=1)) == [("yes", "out")]
+    assert texts(export(ctx, *many, max_pairs=1)) == [("yes", "n00")]
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [

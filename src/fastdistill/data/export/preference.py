@@ -4,8 +4,9 @@ What execution says comes first, scores only between answers that it can't tell 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from statistics import fmean, pstdev
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +18,7 @@ from fastdistill.data.select import best_first
 
 PAIRS = frozenset({Shape.PREFERENCE, Shape.OPENAI_DPO, Shape.LLAMAFACTORY_DPO})
 LABELLED = frozenset({Shape.KTO, Shape.LLAMAFACTORY_KTO})
+MANY = 32  # scores
 PAIR_COLUMNS = (
     "fd_id", "fd_sample_id", "fd_task_id", "fd_chosen_id", "fd_rejected_id", "fd_chosen_model", "fd_rejected_model",
     "fd_by", "fd_rejected_reason", "fd_score_chosen", "fd_score_rejected", "fd_margin", "fd_len_chosen",
@@ -33,6 +35,8 @@ class ExportPreference(Export):
     length before they learn what is right. With `teacher_vs_student` the teacher's answers are chosen over the
     student's (direct preference knowledge distillation, arXiv:2406.19774). The prompt is the rejected answer's.
     """
+
+    version: ClassVar[int] = 2
 
     writes: ClassVar[frozenset[Shape]] = PAIRS | LABELLED
 
@@ -85,7 +89,7 @@ class ExportPreference(Export):
         accepted = sorted((c for c in better if c.outcome is Outcome.PASS), key=best_first)
         used: Counter[str] = Counter()
         pairs = 0
-        for rejected in sorted((c for c in worse if c.outcome is not Outcome.ERROR), key=_worst_first):
+        for rejected in _worst_first(c for c in worse if c.outcome is not Outcome.ERROR):
             reason = None
             for chosen in sorted(accepted, key=lambda each: used[each.candidate_id]):
                 if chosen is rejected:
@@ -120,13 +124,15 @@ class ExportPreference(Export):
     def _labelled(self, *groups: Sequence[Candidate]) -> Iterator[tuple[Candidate, bool]]:
         """The best accepted and the worst rejected answers, each text once; also where no pair can be made."""
         candidates = {c.candidate_id: c for group in groups for c in group}.values()
-        for outcome, order in ((Outcome.PASS, best_first), (Outcome.FAIL, _worst_first)):
+        right = sorted((c for c in candidates if c.outcome is Outcome.PASS), key=best_first)
+        wrong = _worst_first(c for c in candidates if c.outcome is Outcome.FAIL)
+        for ranked, label in ((right, True), (wrong, False)):
             first: dict[str, Candidate] = {}
-            for candidate in sorted((c for c in candidates if c.outcome is outcome), key=order):
+            for candidate in ranked:
                 if candidate.answer.strip():
                     first.setdefault(_words(candidate), candidate)
             for candidate in [*first.values()][: self.max_pairs]:
-                yield candidate, outcome is Outcome.PASS
+                yield candidate, label
 
     def _example(self, sample: Sample, chosen: Candidate, rejected: Candidate) -> Example:
         failed = next((v for v in rejected.verdicts if v.outcome is Outcome.FAIL), None)
@@ -156,7 +162,18 @@ def _margin(chosen: Candidate, rejected: Candidate) -> float | None:
     return None if chosen.score is None or rejected.score is None else round(chosen.score - rejected.score, 6)
 
 
-def _worst_first(candidate: Candidate) -> tuple[bool, bool, float, int, str]:
-    """Failed before accepted; among each the lowest score, and those without one, which never ran, last."""
-    passed, score = candidate.outcome is Outcome.PASS, candidate.score
-    return (passed, score is None, score or 0.0, candidate.attempt, candidate.candidate_id)
+def _worst_first(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Failed before accepted; among each the lowest score, and those without one, which never ran, last.
+
+    The lowest of many scores is an outlier, from which less is learnt: of `MANY` and more, those nearest to two
+    standard deviations below the mean come first (arXiv:2502.16825).
+    """
+    candidates = list(candidates)
+    scores = [candidate.score for candidate in candidates if candidate.score is not None]
+    low = min(scores, default=0.0) if len(scores) < MANY else fmean(scores) - 2 * pstdev(scores)
+
+    def place(candidate: Candidate) -> tuple[bool, bool, float, int, str]:
+        passed, score = candidate.outcome is Outcome.PASS, candidate.score
+        return (passed, score is None, abs((score or 0.0) - low), candidate.attempt, candidate.candidate_id)
+
+    return sorted(candidates, key=place)
