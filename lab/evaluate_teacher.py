@@ -76,8 +76,8 @@ def answer(folder: Path, questions: Sequence[Example], n: int, temperature: floa
         engine.submit(index, Request(messages=messages, n=n, temperature=temperature, seed=index * n))
     texts: dict[Any, tuple[str, ...]] = {}
     while engine.busy:
-        for key, completion in engine.step():
-            texts[key] = tuple(choice.text for choice in completion.choices)
+        for result in engine.step():
+            texts[result.id] = tuple(choice.text for choice in result.choices)
     return [judge(example, texts[index]) for index, example in enumerate(questions)]
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdistill.model.embedded.bpe import Tokenizer
-from fastdistill.model.embedded.network import Architecture, load_weights, save_weights
+from fastdistill.model.embedded.network import Architecture, load_weights
+from lab.weights import save_weights
 
 
 class Norm(nn.Module):

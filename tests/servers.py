@@ -206,14 +206,14 @@ class OpenAIOptions(Options):
     ids: Literal["asked", "always", "never"] = "asked"  # as vLLM and SGLang, as llama.cpp, as OpenAI
     decides: "Decide | None" = None  # answers /v1/systemone; None: 404
     label_mass: float | Callable[[str], float] | None = 0.998  # of a type of question; None: untold, as transformers
-    scores_prompts: bool = False  # /tokenize and prompt_logprobs, as vLLM
+    scores_prompts: bool = False  # /tokenize, and prompt_logprobs as vLLM, /generate as SGLang
     json_schema: bool = True
     thinks: Literal["reasoning_content", "reasoning", "inline"] = "reasoning_content"
     refuses: Sequence[str] = ()  # parameters answered with OpenAI's 400
     unknown_model: Literal["404", "400", "any"] = "404"
     lists_models: bool = True
     batches: Mapping[int, Batch] = field(default_factory=dict)  # by number from 1
-    paths: Mapping[str, Any] = field(default_factory=dict)  # further GET paths and their JSON
+    paths: Mapping[str, Any] = field(default_factory=dict)  # further GET paths and their text or JSON
     extra: Mapping[str, Any] = field(default_factory=dict)  # fields of every answer
 
 
@@ -376,6 +376,7 @@ class OpenAIServer(Server):
         if self.options.scores_prompts:
             router.add_post("/tokenize", self._tokenize)
             router.add_post("/v1/completions", self._complete)
+            router.add_post("/generate", self._generate)
         router.add_post("/v1/files", self._upload)
         router.add_get("/v1/files/{id}/content", self._content)
         router.add_post("/v1/batches", self._create_batch)
@@ -455,10 +456,43 @@ class OpenAIServer(Server):
         if len(ids) + call.body["max_tokens"] > self.options.context:
             return self.error(400, f"This model's maximum context length is {self.options.context} tokens")
         rows = [
-            {str(at): {"logprob": -at / 1000, "rank": 1, "decoded_token": self.words.get(at, f"#{at}")}} for at in ids
+            {str(at): {"logprob": -at / 1000, "rank": 9, "decoded_token": self.words.get(at, f"#{at}")}} for at in ids
         ]
+        for row in rows:
+            for value, at, text in self._alternatives(call.body["prompt_logprobs"]):
+                row[str(at)] = {"logprob": value, "rank": 1, "decoded_token": text}
         choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": [None, *rows[1:]]}
         return web.json_response({"model": call.model, "choices": [choice]})
+
+    # SGLang's own /generate: entries are [logprob, id, text], and the first one has no log-probability
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = json.loads(await request.read())
+        messages = [{"role": "user", "content": str(body["input_ids"])}]
+        call = Call(self.counters.requests + 1, "", messages, None, 1, body["sampling_params"]["max_new_tokens"], body)
+        return await self.answer(request, call, lambda: self._generated(call))
+
+    def _generated(self, call: Call) -> web.Response:
+        body, ids = call.body, call.body["input_ids"]
+        if len(ids) + (call.max_tokens or 0) > self.options.context:
+            return self.error(
+                400,
+                f"Requested token count exceeds the model's maximum context length of {self.options.context} tokens",
+            )
+        heat = body["sampling_params"]["temperature"] if self.options.logprob_basis == "post_temperature" else 1
+        shown = ids[body["logprob_start_len"] :]
+        scored = [[-at / 1000 / heat, at, self.words.get(at, f"#{at}")] for at in shown]
+        tops = [self._alternatives(body["top_logprobs_num"]) for _ in shown]
+        meta: dict[str, Any] = {
+            "prompt_tokens": len(ids),
+            "input_token_logprobs": [[None, *scored[0][1:]], *scored[1:]],
+        }
+        if body["top_logprobs_num"]:
+            meta["input_top_logprobs"] = [None, *tops[1:]]
+        return web.json_response({"text": "x", "meta_info": meta | {"output_token_logprobs": [[-0.5, 1, "x"]]}})
+
+    def _alternatives(self, k: int) -> list[list[Any]]:
+        return [[-0.0001 * (at + 1), self.token_id(f"t{at}"), f"t{at}"] for at in range(k)]
 
     def token_id(self, word: str) -> int:
         number = int.from_bytes(hashlib.sha256(word.encode()).digest()[:2], "big")
@@ -766,7 +800,7 @@ def _abort(request: web.Request) -> None:
 
 def _constant(value: object) -> Callable[[web.Request], Any]:
     async def handler(request: web.Request) -> web.Response:
-        return web.json_response(value)
+        return web.Response(text=value) if isinstance(value, str) else web.json_response(value)
 
     return handler
 

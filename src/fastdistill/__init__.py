@@ -6,6 +6,8 @@ The public names are imported when they are first used, so that `import fastdist
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastdistill.control.registry import STEPS
+
 if TYPE_CHECKING:
     from fastdistill.control.config import load_pipeline as load_pipeline
     from fastdistill.control.session import Pipeline as Pipeline
@@ -21,9 +23,13 @@ if TYPE_CHECKING:
     from fastdistill.data.execution.python import PythonExecEval as PythonExecEval
     from fastdistill.data.execution.sqlite import SQLiteExecEval as SQLiteExecEval
     from fastdistill.data.export.hard import ExportHardCases as ExportHardCases
+    from fastdistill.data.export.logprobs import ExportLogprobs as ExportLogprobs
     from fastdistill.data.export.preference import ExportPreference as ExportPreference
     from fastdistill.data.export.sft import ExportSFT as ExportSFT
     from fastdistill.data.generate import TextGeneration as TextGeneration
+    from fastdistill.data.judge import LLMJudge as LLMJudge
+    from fastdistill.data.judge import PairwiseJudge as PairwiseJudge
+    from fastdistill.data.judge import ScoreFromJudge as ScoreFromJudge
     from fastdistill.data.load import LoadJsonl as LoadJsonl
     from fastdistill.data.near_duplicates import NearDuplicates as NearDuplicates
     from fastdistill.data.parse import CleanSqlOutput as CleanSqlOutput
@@ -32,11 +38,12 @@ if TYPE_CHECKING:
     from fastdistill.data.prepare import Deduplicate as Deduplicate
     from fastdistill.data.rationale import SplitRationale as SplitRationale
     from fastdistill.data.rules import RuleFilter as RuleFilter
+    from fastdistill.data.score_tokens import ScoreTokens as ScoreTokens
     from fastdistill.data.select import ScoreFromExecEval as ScoreFromExecEval
     from fastdistill.data.select import SelectBest as SelectBest
     from fastdistill.data.vote import MajorityVote as MajorityVote
 
-_HOMES = {
+_HOMES = STEPS | {
     "Pipeline": "fastdistill.control.session",
     "RunResult": "fastdistill.control.session",
     "load_pipeline": "fastdistill.control.config",
@@ -46,25 +53,6 @@ _HOMES = {
     "Gate": "fastdistill.core.step",
     "SampleStep": "fastdistill.core.step",
     "StreamStep": "fastdistill.core.step",
-    "SQLiteExecEval": "fastdistill.data.execution.sqlite",
-    "MathExecEval": "fastdistill.data.execution.math",
-    "PythonExecEval": "fastdistill.data.execution.python",
-    "ExportHardCases": "fastdistill.data.export.hard",
-    "ExportSFT": "fastdistill.data.export.sft",
-    "ExportPreference": "fastdistill.data.export.preference",
-    "TextGeneration": "fastdistill.data.generate",
-    "LoadJsonl": "fastdistill.data.load",
-    "CleanSqlOutput": "fastdistill.data.parse",
-    "CleanPythonOutput": "fastdistill.data.parse_python",
-    "CanonicalizeFields": "fastdistill.data.prepare",
-    "Deduplicate": "fastdistill.data.prepare",
-    "NearDuplicates": "fastdistill.data.near_duplicates",
-    "Decontaminate": "fastdistill.data.decontaminate",
-    "RuleFilter": "fastdistill.data.rules",
-    "ScoreFromExecEval": "fastdistill.data.select",
-    "SelectBest": "fastdistill.data.select",
-    "SplitRationale": "fastdistill.data.rationale",
-    "MajorityVote": "fastdistill.data.vote",
 }
 
 __all__ = list(_HOMES)

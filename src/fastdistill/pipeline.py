@@ -8,9 +8,10 @@ any order; the ledger gives them back in input order to the stream steps that fo
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from itertools import groupby
 from time import perf_counter
+
+from msgspec.structs import replace
 
 from fastdistill.core.errors import FatalError, SampleError, boundary
 from fastdistill.core.run import Run
@@ -87,7 +88,12 @@ async def run_sample(steps: Sequence[SampleStep], sample: Sample, run: Run) -> S
     """One sample through all steps; what breaks is recorded with the sample and costs no other."""
     while True:  # again only while a step wants more: candidates come in waves until enough are accepted
         sample = await run_steps(steps, sample, run)
-        if sample.status is not Status.OPEN or not any(step.wants_more(sample) for step in steps):
+        if sample.status is not Status.OPEN:
+            return sample
+        for step in steps:
+            if step.wants_more(sample):
+                break
+        else:
             return sample
 
 

@@ -203,8 +203,43 @@ def test_what_is_stored_is_free(tmp_path: Path) -> None:
 
 
 def test_a_budget_of_money_needs_prices(tmp_path: Path) -> None:
-    with pytest.raises((ConfigError, ValueError), match=r"needs a price at models\.teacher"):
-        parse_pipeline(pipeline("http://127.0.0.1:1", tmp_path, 1, budget={"max_cost_usd": 1}))
+    for parts, message in (
+        ({"budget": {"max_cost_usd": 1}}, r"needs a price at models\.teacher"),
+        ({"teacher": {"budget": {"max_cost_usd": 1}}}, r"models\.teacher: budget\.max_cost_usd: needs a `price`"),
+    ):
+        with pytest.raises((ConfigError, ValueError), match=message):
+            parse_pipeline(pipeline("http://127.0.0.1:1", tmp_path, 1, **parts))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_teachers_own_budget_skips_what_it_does_not_answer(tmp_path: Path, n: int) -> None:
+    teacher, allowed = Teacher(), 3_000
+    with openai_server(teacher.script, latency=jittered(0)) as server:
+        own = {"budget": {"max_tokens": allowed}}
+        result = run(pipeline(server.url, tmp_path, 200, n=n, teacher=own), tmp_path / "a")
+        assert teacher.tokens <= allowed
+        skipped = [s for s in read_samples(result.path / "ledger.sqlite") if s.status == "skipped"]
+        assert_whole(result)
+        whole = run(pipeline(server.url, tmp_path, 200, n=n), tmp_path / "a")
+    assert result.exit_code == ExitCode.BUDGET
+    assert "models.teacher.budget.max_tokens" in result.manifest["message"]
+    assert 0 < len(skipped) < 200 and {failure.reason for s in skipped for failure in s.failures} == {"budget_spent"}
+    assert whole.exit_code == 0 and max(Counter(teacher.draws).values()) == 1
+
+
+def test_the_strong_teachers_own_budget_leaves_what_the_weak_one_can_do(tmp_path: Path) -> None:
+    weak, strong = Teacher(rate=0.5), Teacher(rate=1.0)
+    with openai_server(weak.script) as one, openai_server(strong.script) as two:
+        models = {
+            "weak": {"provider": "vllm", "model": "teacher", "base_url": one.url},
+            "strong": {"provider": "vllm", "model": "teacher", "base_url": two.url, "budget": {"max_tokens": 400}},
+        }
+        ladder = {"teachers": ["weak", "strong"], "escalate_after": 1, "until": {"accepted": 1}}
+        result = run(pipeline("", tmp_path, 60, models=models, n=2, **ladder), tmp_path / "a")
+    assert result.exit_code == ExitCode.BUDGET and 0 < strong.tokens <= 400
+    assert result.quality["samples"]["completed"] == 60
+    right = sum(weak.right(*draw) for draw in weak.draws)
+    assert result.quality["samples"]["accepted"] == right + len(strong.draws)
 
 
 # --- targets ---

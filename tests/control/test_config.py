@@ -1,13 +1,16 @@
 """Layers, overrides, variables and secrets of a config, and what gives a run its id."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import fastdistill
 from fastdistill.control.config import load_pipeline, merge, parse_pipeline, read_yaml
+from fastdistill.control.registry import STEPS
 from fastdistill.control.session import Pipeline
 from fastdistill.core.errors import ConfigError, FatalError, TeacherError
 from tests.servers import openai_server, status
@@ -232,6 +235,22 @@ def test_fields_that_are_the_clients_own_are_no_generation_kwargs(own: str) -> N
     assert any(own in problem for problem in problems(config))
 
 
+def test_a_step_that_reads_verdicts_before_they_are_given_is_refused() -> None:
+    """A judge before its `truth` would have nothing to be calibrated with, and never say so."""
+    judge = {"LLMJudge": {"task": "{{ instruction }}", "truth": "SQLiteExecEval", "model": "teacher"}}
+    gate, score = {"SQLiteExecEval": {"db_path": "a.db"}}, "ScoreFromExecEval"
+    config = copy.deepcopy(BASE)
+    for order, early in (([gate, judge, score], []), ([judge, gate, score], [5]), ([judge, score, gate], [5, 6])):
+        config["steps"][5:] = order
+        if not early:
+            parse_pipeline(config, {})
+            continue
+        told = [line for line in "\n".join(problems(config)).splitlines() if "must come before it" in line]
+        names = {5: "LLMJudge", 6: "ScoreFromExecEval"}
+        assert [problem.partition(":")[0] for problem in told] == [f"steps[{at}].{names[at]}" for at in early]
+        assert "SQLiteExecEval must come before it, for it reads SQLiteExecEval's verdicts" in told[0]
+
+
 def test_a_score_of_a_gate_that_is_not_there_is_refused() -> None:
     config = copy.deepcopy(BASE)
     config["steps"].append({"ScoreFromExecEval": {"gate": "SQLiteExecEvil"}})
@@ -356,3 +375,10 @@ def test_another_provider_replaces_a_model_and_the_same_one_is_merged() -> None:
     assert merge(base, {"models": {"teacher": other}})["models"]["teacher"] == other
     same = merge(base, {"models": {"teacher": {"provider": "ollama", "model": "b"}}})
     assert same["models"]["teacher"]["num_ctx"] == 8
+
+
+def test_every_step_is_a_public_name_that_type_checkers_know() -> None:
+    known = re.findall(r" as (\w+)$", Path(fastdistill.__file__).read_text(encoding="utf-8"), re.M)
+    assert sorted(known) == sorted(fastdistill.__all__)
+    assert set(STEPS) <= {*known}
+    assert all(getattr(fastdistill, name).__name__ == name for name in known)

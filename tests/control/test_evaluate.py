@@ -13,7 +13,7 @@ import pytest
 
 from fastdistill.control.compare import measure, noise_floor, pair
 from fastdistill.control.config import parse_pipeline
-from fastdistill.control.evaluate import evaluate, evaluation
+from fastdistill.control.evaluate import evaluation
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.lineage import advice, chain
 from fastdistill.control.session import Pipeline, RunResult
@@ -50,10 +50,8 @@ class World:
 
     def evaluate(self, role: str, draws: int = 4) -> RunResult:
         changes = {} if role == "teacher" else {"model": role}
-        return evaluate(
-            self.pipeline, self.folder / "eval.jsonl", role=role, changes=changes, draws=draws,
-            output_dir=self.folder / "artifacts",
-        )  # fmt: skip
+        plan = evaluation(self.pipeline, self.folder / "eval.jsonl", role=role, changes=changes, draws=draws)
+        return plan.run(output_dir=self.folder / "artifacts")
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fastdistill.control.cli", *arguments]
@@ -145,6 +143,14 @@ def test_runs_of_other_records_can_not_be_compared(world: World) -> None:
     assert "no sample in common" in done.stderr
 
 
+def test_runs_of_one_role_are_told_apart_by_their_ids(world: World) -> None:
+    for run_id in ("first", "second"):
+        plan = evaluation(world.pipeline, world.folder / "eval.jsonl", role="teacher", changes={}, draws=1)
+        plan.run(output_dir=world.folder / "artifacts", run_id=run_id)
+    head = world.command("compare", "first", "second").stdout.splitlines()[0]
+    assert head.split() == ["first:", "teacher", "second:", "teacher"]
+
+
 def test_generations_are_chained_and_the_chain_is_tested(world: World) -> None:
     first = world.pipeline.run(output_dir=world.folder / "artifacts", run_id="born-0")
     second = parse_pipeline(
@@ -157,6 +163,7 @@ def test_generations_are_chained_and_the_chain_is_tested(world: World) -> None:
     done = world.command("lineage", "born-1")
     assert done.returncode == 0, done.stderr
     assert "against generation 0" in done.stdout
+    assert "the candidates of" not in world.command("runs", "show", "born-1").stdout  # it has asked for its own
     runs = [measure(world.found(first)), *[measure(world.found(second))] * 3]
     stop = advice(runs, [pair(after, before) for before, after in pairwise(runs[1:])])
     assert stop == ["stop: the last two generations can't be told from their parents"]

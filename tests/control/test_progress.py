@@ -8,21 +8,22 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from fastdistill.control.budget import Budget
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.ledger import Ledger
-from fastdistill.control.progress import Recent, board, clock, display, dollars, live, log_line, log_lines, summary
+from fastdistill.control.progress import Recent, board, display, live, log_line, log_lines, summary
 from fastdistill.control.reports import Proofs
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.session import Interrupted, Pipeline, RunResult
 from fastdistill.control.tally import Tally
+from fastdistill.control.terminal import clock, dollars
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import SampleError
 from fastdistill.core.step import Gate
@@ -55,7 +56,6 @@ class ExecutionGate(Gate):
 
 
 class ScriptedTeacher:
-    kind: ClassVar[str] = "scripted"
     Config: ClassVar[type[ModelConfig]] = ModelConfig
     notes: tuple[str, ...] = ()
 

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,7 +59,7 @@ SCORED = Completion(
 def test_log_probabilities_are_packed_and_all_else_stays_readable_with_sql(tmp_path: Path) -> None:
     scored = write_completion(SCORED)
     assert read_completion(scored) == SCORED
-    assert len(scored) < len(json.dumps(asdict(SCORED))) / 4
+    assert len(scored) < len(json.dumps(msgspec.to_builtins(SCORED))) / 4
     plain = Completion(SCORED.text, FinishReason.STOP, Usage(3, 50))
     with closing(sqlite3.connect(":memory:")) as database:
         for each in (SCORED, plain):

@@ -1,12 +1,12 @@
 """Counts and content hashes of a run: the same figures, whatever order samples finish in."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from fastdistill.control.tally import ContentHash, Tally, error_group
 from fastdistill.core.errors import SampleError

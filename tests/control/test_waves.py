@@ -2,11 +2,18 @@
 
 import hashlib
 import random
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fastdistill.control.config import parse_pipeline
+from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import RunResult
+from fastdistill.core.errors import ConfigError
+from fastdistill.core.types import Sample
 from tests.servers import Call, choose, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
@@ -57,3 +64,82 @@ def test_a_draw_that_fails_for_good_is_one_of_the_attempts(tmp_path: Path) -> No
     assert (failure["reason"], failure["count"]) == ("server_error", 8)
     samples = result.quality["samples"]
     assert (samples["completed"], samples["failed"]) == (29, 1)
+
+
+HEATS = [0.4, 0.8, 1.2]
+
+
+def hot(folder: Path, **generation: Any) -> tuple[RunResult, list[Sample], list[dict[str, Any]]]:
+    """A run whose draws have temperatures in turn: its samples, and the bodies of what the teacher was asked."""
+    folder.mkdir(exist_ok=True)
+    (folder / "city.db").unlink(missing_ok=True)
+    with openai_server(choose(ANSWERS)) as server:
+        made = config(server.url, write_records(folder, RECORDS[:6]), make_database(folder), **generation)
+        result = parse_pipeline(made).run(output_dir=folder / "artifacts")
+    bodies = [body for body in server.counters.bodies if "Return SQL only." in str(body["messages"])]
+    return result, list(read_samples(result.path / "ledger.sqlite")), bodies
+
+
+def heats(sample: Sample) -> list[Any]:
+    return [candidate.prompt.parameters["temperature"] for candidate in sample.candidates]
+
+
+def test_of_several_temperatures_each_draw_takes_the_next_and_is_another_draw(tmp_path: Path) -> None:
+    _, samples, bodies = hot(tmp_path, num_generations=7, decode_profile={"temperature": HEATS})
+    assert all(heats(sample) == [0.4, 0.8, 1.2, 0.4, 0.8, 1.2, 0.4] for sample in samples)
+    # What was asked of the server is what stands with the answer.
+    assert Counter(body["temperature"] for body in bodies for _ in range(body["n"])) == {0.4: 18, 0.8: 12, 1.2: 12}
+    _, alone, _ = hot(tmp_path, num_generations=7, decode_profile={"temperature": 0.4})
+    for sample, other in zip(samples, alone, strict=True):
+        assert len({c.key for c in sample.candidates}) == len({c.candidate_id for c in sample.candidates}) == 7
+        same = [at for at in range(7) if sample.candidates[at].key == other.candidates[at].key]
+        assert same == [0, 3, 6], "a draw at this temperature is the same draw, whatever the others have"
+        assert [sample.candidates[at].seed for at in same] == [other.candidates[at].seed for at in same]
+
+
+def test_templates_and_temperatures_meet_in_every_pair_and_a_record_may_bring_its_own(tmp_path: Path) -> None:
+    templates = ["Question: {{ instruction }}\nSQL:", "{{ schema }}\nQuestion: {{ instruction }}"]
+    _, samples, _ = hot(tmp_path, num_generations=6, template=templates, decode_profile={"temperature": HEATS})
+    pairs = {(c.prompt.messages[-1]["content"], c.prompt.parameters["temperature"]) for c in samples[0].candidates}
+    assert len(pairs) == 6 and heats(samples[0]) == [0.4, 0.4, 0.8, 0.8, 1.2, 1.2]
+    records = [RECORDS[0], {**RECORDS[1], "decode_profile": {"temperature": [0.1, 2.0]}}]
+    with openai_server(choose(ANSWERS)) as server:
+        path = write_records(tmp_path, records, "own.jsonl")
+        made = config(server.url, path, tmp_path / "city.db", decode_profile={"temperature": HEATS})
+        own = parse_pipeline(made).run(output_dir=tmp_path / "own")
+    assert [heats(s) for s in read_samples(own.path / "ledger.sqlite")] == [HEATS, [0.1, 2.0, 0.1]]
+
+
+def test_waves_go_on_in_the_list_of_temperatures(tmp_path: Path) -> None:
+    made = []
+    for number, siblings in enumerate(["keep", "cancel"]):
+        until = {"accepted": 2, "wave": 2, "siblings": siblings}
+        profile = {"temperature": HEATS}
+        made.append(hot(tmp_path / str(number), num_generations=8, until=until, decode_profile=profile))
+    for _, samples, _ in made:
+        for sample in samples:
+            assert heats(sample) == [HEATS[candidate.attempt % 3] for candidate in sample.candidates]
+    assert max(len(heats(sample)) for sample in made[0][1]) > 3
+    assert rows(made[0][0]) == rows(made[1][0])
+    again, _, bodies = hot(tmp_path / "0", num_generations=8, until={"accepted": 2, "wave": 2}, decode_profile=profile)
+    assert (rows(again), bodies) == (rows(made[0][0]), [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": [0.5, 6]}, "decode_profile.temperature: must be from 0 to 5, or a list of such"),
+        ({"temperature": []}, "decode_profile.temperature: must be from 0 to 5, or a list of such"),
+        ({"temperature": [0, 0.7]}, "temperature 0 would bring the same answer 2 times"),
+    ],
+)
+def test_temperatures_that_can_not_be_are_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    made = config("http://localhost:1", tmp_path / "r.jsonl", tmp_path / "d.db", num_generations=3)
+    made["steps"][3]["TextGeneration"]["decode_profile"] = fields
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_pipeline(made)
+    made["steps"][3]["TextGeneration"] |= {"num_generations": 2, "decode_profile": {"temperature": [0, 0.7]}}
+    parse_pipeline(made)
+    made["steps"].insert(7, {"LLMJudge": {"task": "t", "model": "teacher", "decode_profile": {"temperature": HEATS}}})
+    with pytest.raises(ConfigError, match=r"LLMJudge\.decode_profile: temperature: one only"):
+        parse_pipeline(made)

@@ -1,11 +1,11 @@
 import json
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from fastdistill.core.types import Candidate, Outcome, Sample, Status, Verdict
 from fastdistill.data.export.hard import ExportHardCases
@@ -55,6 +55,7 @@ def test_a_hard_case_has_all_that_was_tried(ctx: TestContext) -> None:
         "pass_rate": 0.0,
         "reasons": {"gate-0": {"bad-0": 1, "bad-1": 1}, "gate-1": {"bad-0": 1, "bad-1": 1}},
         "best": "é",
+        "fd_id": "id-0#1",
         "fd_sample_id": "id-0",
         "fd_task_id": "task",
         "fd_source": "t:0",
@@ -64,8 +65,8 @@ def test_a_hard_case_has_all_that_was_tried(ctx: TestContext) -> None:
         "fd_attempt": 1,
         "fd_score": 0.5,
         "fd_gates": [
-            {"gate": "gate-0", "outcome": "pass", "reason": "ok"},
-            {"gate": "gate-1", "outcome": "fail", "reason": "bad-1"},
+            {"gate": "gate-0", "outcome": "pass", "reason": "ok", "score": None},
+            {"gate": "gate-1", "outcome": "fail", "reason": "bad-1", "score": None},
         ],
     }
 

@@ -2,12 +2,15 @@
 
 import json
 import math
+import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from fastdistill import Pipeline
@@ -15,7 +18,7 @@ from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.core.errors import InputError, TeacherError, TooManyErrors
 from fastdistill.data.export.logprobs import ExportLogprobs
-from tests.servers import Call, Reply, ollama_server, openai_server
+from tests.servers import Call, Reply, garbled, ollama_server, openai_server
 
 ASK = {"logprobs": True, "top_logprobs": 3, "token_ids": True}
 
@@ -124,22 +127,26 @@ def test_axolotls_rows_need_ids_and_the_refusal_says_how_to_get_them(tmp_path: P
     with openai_server(says) as server, pytest.raises(InputError, match="token_ids: true"):
         decode = {"logprobs": True, "top_logprobs": 3}
         pipeline(teacher(server.url), step, decode=decode).run(output_dir=tmp_path)
-    with pytest.raises(ValidationError, match="alternatives"):
-        ExportLogprobs(formats=("axolotl",), scores="ScoreTokens")
 
 
 # --- scores of given tokens ---
 
 
+def scored_by(student: Any, scorer: Any, provider: str = "vllm") -> dict[str, Any]:
+    return {**teacher(student.url), "scorer": {"provider": provider, "model": "scorer", "base_url": scorer.url}}
+
+
 @pytest.mark.parametrize("same_tokenizer", [False, True])
-def test_a_teacher_scores_the_students_samples(tmp_path: Path, same_tokenizer: bool) -> None:
+@pytest.mark.parametrize(("provider", "path"), [("vllm", "/v1/completions"), ("sglang", "/generate")])
+def test_a_teacher_scores_the_students_samples(tmp_path: Path, same_tokenizer: bool, provider: str, path: str) -> None:
     score = {"ScoreTokens": {"model": "scorer", "same_tokenizer": same_tokenizer}}
-    with openai_server(says) as student, openai_server(scores_prompts=True, models=("scorer",)) as scorer:
-        models = {**teacher(student.url), "scorer": {"provider": "vllm", "model": "scorer", "base_url": scorer.url}}
-        asked = pipeline(models, score, {"ExportLogprobs": {"scores": "ScoreTokens"}})
+    habits: Any = {"scores_prompts": True, "models": ("scorer",)}
+    habits["logprob_basis"] = "post_temperature" if provider == "sglang" else "raw"
+    with openai_server(says) as student, openai_server(**habits) as scorer:
+        asked = pipeline(scored_by(student, scorer, provider), score, {"ExportLogprobs": {"scores": "ScoreTokens"}})
         result = asked.run(output_dir=tmp_path)
         ids = [scorer.token_id(word) for word in says(None, 0).split()]  # type: ignore[arg-type]
-        paid = scorer.counters.paths["/v1/completions"]
+        paid = scorer.counters.paths[path]
         again = asked.run(output_dir=tmp_path)
     rows = pq.read_table(result.dataset / "logprobs" / "train.parquet").to_pylist()
     assert [row["token_ids"] for row in rows] == [ids] * 4
@@ -147,15 +154,40 @@ def test_a_teacher_scores_the_students_samples(tmp_path: Path, same_tokenizer: b
     assert rows[0]["token_logprobs"] == pytest.approx(expected, rel=1e-3)
     assert rows[0]["seq_logprob"] == pytest.approx(sum(expected))
     assert (rows[0]["n_prompt_tokens"], rows[0]["logprob_basis"], rows[0]["k"]) == (3, "raw", 0)
-    assert paid == scorer.counters.paths["/v1/completions"] == 4, "scores are stored like answers"
+    assert paid == scorer.counters.paths[path] == 4, "scores are stored like answers"
     assert again.exit_code == 0
-    bodies = [body for body in scorer.counters.bodies if "prompt_logprobs" in body]
-    assert {(body["max_tokens"], body["prompt_logprobs"]) for body in bodies} == {(1, 0)}
+    bodies = [body for body in scorer.counters.bodies if "prompt_logprobs" in body or "input_ids" in body]
+    assert len(bodies) == 4
+    for body in bodies:
+        if provider == "vllm":
+            assert (body["max_tokens"], body["prompt_logprobs"]) == (1, 0)
+        else:  # one token earlier, for the first one has no value; at temperature 1 nothing is divided by it
+            assert (body["return_logprob"], body["logprob_start_len"], body["top_logprobs_num"]) == (True, 2, 0)
+            assert body["sampling_params"] == {"max_new_tokens": 1, "temperature": 1.0}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"meta_info": {"input_token_logprobs": [[None, 1, None], [-0.5, 2, "x"]]}},
+        {"meta_info": {"input_token_logprobs": [[None, 1, None]] * 5}},
+        {"meta_info": {}},
+    ],
+)
+def test_values_that_are_not_of_the_tokens_asked_about_are_no_scores(tmp_path: Path, broken: Any) -> None:
+    with openai_server(says) as student, openai_server(scores_prompts=True, models=("scorer",)) as scorer:
+        scorer.options = replace(scorer.options, faults=lambda call: garbled(json.dumps(broken).encode(), times=None))
+        models = scored_by(student, scorer, "sglang")
+        models["scorer"]["max_retries"] = 0
+        result = pipeline(models, {"ScoreTokens": {"model": "scorer"}}).run(output_dir=tmp_path)
+    found = [c.verdicts[0] for s in read_samples(result.path / "ledger.sqlite") for c in s.candidates]
+    assert {(v.outcome, v.reason) for v in found} == {("error", "cannot_score")}
+    assert "not one for each token" in found[0].detail["detail"]
 
 
 @pytest.mark.parametrize("kind", ["openai", "sglang", "ollama", "embedded", "vllm"])
 def test_a_server_that_can_not_score_ends_the_run_with_the_reason(tmp_path: Path, kind: str) -> None:
-    """The vllm here stands for something else that lacks /tokenize."""
+    """The vllm and the sglang here stand for something else that lacks /tokenize."""
     make: Any = ollama_server if kind == "ollama" else openai_server
     with make(says) as server:
         models = teacher(server.url)
@@ -185,3 +217,74 @@ def test_without_ids_the_same_tokens_can_not_be_scored(tmp_path: Path) -> None:
     found = [c.verdicts[0] for s in read_samples(result.path / "ledger.sqlite") for c in s.candidates]
     assert {(v.outcome, v.reason) for v in found} == {("error", "cannot_score")}
     assert "token_ids: true" in found[0].detail["detail"]
+
+
+# --- DistillKit ---
+
+
+class Decoded(NamedTuple):
+    ids: list[int]
+    values: list[float]
+
+
+def decoded(row: Mapping[str, Any], config: Mapping[str, Any]) -> list[Decoded]:
+    """What DistillKit reads of a row whose values are all exact: bytes of numbers, and a string of bits of ids.
+
+    Written from its `DistributionQuantizationConfig`: https://github.com/arcee-ai/DistillKit.
+    """
+    assert config["exact_k"] == config["k"]
+    assert (config["delta_encoding"], config["residual_bins"], config["polynomial_terms"]) == (False, [], None)
+    width = math.ceil(math.log2(config["d"]))
+    letter = {"float16": "e", "float32": "f"}[config["exact_dtype"]]
+    found = []
+    for numbers, packed in zip(row["compressed_logprobs"], row["bytepacked_indices"], strict=True):
+        bits = "".join(f"{byte:08b}" for byte in packed)
+        assert len(packed) == math.ceil(config["k"] * width / 8)
+        ids = [int(bits[at * width : (at + 1) * width], 2) for at in range(config["k"])]
+        found.append(Decoded(ids, list(struct.unpack(f"<{config['k']}{letter}", bytes(numbers)))))
+    return found
+
+
+DISTILLKIT = {"formats": ["distillkit"], "scores": "ScoreTokens", "vocab_size": 65_537}
+
+
+@pytest.mark.parametrize("provider", ["vllm", "sglang"])
+def test_distillkit_reads_whole_sequences_with_the_alternatives_of_the_answer(tmp_path: Path, provider: str) -> None:
+    score = {"ScoreTokens": {"model": "scorer", "same_tokenizer": True, "top_logprobs": 3}}
+    with openai_server(says) as student, openai_server(scores_prompts=True, models=("scorer",)) as scorer:
+        asked = pipeline(scored_by(student, scorer, provider), score, {"ExportLogprobs": {**DISTILLKIT, "test": 0.5}})
+        result = asked.run(output_dir=tmp_path)
+        prompt = [scorer.token_id(word) for word in ("<user>", "Q0", "<assistant>")]
+        answer = [scorer.token_id(word) for word in says(None, 0).split()]  # type: ignore[arg-type]
+        tops = [scorer.token_id(f"t{at}") for at in range(3)]
+    folder = result.dataset / "distillkit"
+    config = yaml.safe_load((folder / "compression_config.yaml").read_text())
+    assert (config["d"], config["k"], config["exact_dtype"]) == (65_537, 3, "float16")
+    rows = [row for split in ("train", "test") for row in pq.read_table(folder / f"{split}.parquet").to_pylist()]
+    assert len(rows) == 4
+    (row,) = (row for row in rows if row["input_ids"][1] == prompt[1])
+    assert row["input_ids"] == prompt + answer
+    # Its loss is masked by the label at the same position, and the last token has no row: both as it captures them.
+    assert row["labels"] == [-100, -100, prompt[2], *answer]
+    found = decoded(row, config)
+    assert len(found) == len(row["input_ids"]) - 1
+    told = [label >= 0 for label in row["labels"][:-1]]
+    assert [each.ids for each, kept in zip(found, told, strict=True) if kept] == [tops] * len(answer)
+    for each, kept in zip(found, told, strict=True):
+        expected = [-0.0001, -0.0002, -0.0003] if kept else [-math.log(3)] * 3
+        assert each.values == pytest.approx(expected, rel=1e-3)
+    schema = pq.read_schema(folder / "train.parquet")
+    types = [str(schema.field(name).type) for name in ("input_ids", "compressed_logprobs", "bytepacked_indices")]
+    assert types == ["list<element: uint64>", *["list<element: list<element: uint8>>"] * 2]
+    assert schema.names == ["input_ids", "labels", "compressed_logprobs", "bytepacked_indices"], "it packs every column"
+
+
+def test_what_distillkit_lacks_is_said_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="distillkit needs `scores`, a ScoreTokens with top_logprobs, and"):
+        ExportLogprobs(formats=("distillkit",), scores="ScoreTokens")
+    for score, size, remedy in (({}, 65_537, "set top_logprobs of ScoreTokens"), ({"top_logprobs": 2}, 9, "raise it")):
+        with openai_server(says) as student, openai_server(scores_prompts=True, models=("scorer",)) as scorer:
+            step = {"ScoreTokens": {"model": "scorer", **score}}
+            export = {"ExportLogprobs": {**DISTILLKIT, "vocab_size": size}}
+            with pytest.raises(InputError, match=remedy):
+                pipeline(scored_by(student, scorer), step, export).run(output_dir=tmp_path)

@@ -1,12 +1,12 @@
 import json
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
@@ -109,6 +109,14 @@ def test_the_lowest_scores_are_rejected_and_the_chosen_take_turns(ctx: TestConte
     assert texts(pairs) == [("good", "bad2"), ("fine", "bad0")]
 
 
+def test_of_many_scores_the_outlier_is_not_the_one_rejected(ctx: TestContext) -> None:
+    usual = [answer(at, f"n{at:02}", Outcome.FAIL, (40 + at) / 100) for at in range(40)]
+    outlier, good = answer(50, "out", Outcome.FAIL, 0.0), answer(60, "yes", score=1.0)
+    few, many = ([good, outlier, *usual[:number]] for number in (29, 30))
+    assert texts(export(ctx, *few, max_pairs=1)) == [("yes", "out")]
+    assert texts(export(ctx, *many, max_pairs=1)) == [("yes", "n00")]
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -145,9 +153,11 @@ def test_labels_are_mixed_evenly_and_always_in_the_same_order(ctx: TestContext) 
 
     found = []
     for _ in range(2):
-        list(ExportPreference(formats=("jsonl",)).run(samples(), ctx))
+        list(ExportPreference(formats=("jsonl", "llamafactory")).run(samples(), ctx))
         found.append(rows(ctx, "kto/train.jsonl"))
     assert found[0] == found[1]
+    same_mix = [row["label"] for row in rows(ctx, "lf/kto_train.jsonl")]
+    assert all(4 <= sum(same_mix[n : n + 10]) <= 6 for n in range(0, 200, 10))
     labels = [row["label"] for row in found[0]]
     assert all(4 <= sum(labels[n : n + 10]) <= 6 for n in range(0, 200, 10))
     order = [row["fd_sample_id"] for row in found[0] if row["label"]]
@@ -162,6 +172,9 @@ def test_each_trainer_gets_its_own_dialect(ctx: TestContext) -> None:
     (llamafactory,) = rows(ctx, "lf/preference_train.jsonl")
     assert (llamafactory["chosen"], llamafactory["rejected"]) == (good, bad)  # a list would be a broken SFT row
     assert llamafactory["messages"] == list(ASKED)
+    for row, said, label in zip(rows(ctx, "lf/kto_train.jsonl"), (good, bad), (True, False), strict=True):
+        assert (row["messages"], row["label"]) == ([*ASKED, said], label)
+        assert {name for name in row if not name.startswith("fd_")} == {"messages", "label"}
     assert rows(ctx, "openai/dpo_train.jsonl") == [
         {
             "input": {"messages": list(ASKED), "tools": [], "parallel_tool_calls": True},
@@ -171,7 +184,8 @@ def test_each_trainer_gets_its_own_dialect(ctx: TestContext) -> None:
     ]
     files = sorted(path.relative_to(ctx.dist).as_posix() for path in ctx.dist.rglob("*.*"))
     assert files == [
-        "kto/train.parquet", "lf/preference_train.jsonl", "openai/dpo_train.jsonl", "preference/train.parquet"
+        "kto/train.parquet", "lf/kto_train.jsonl", "lf/preference_train.jsonl", "openai/dpo_train.jsonl",
+        "preference/train.parquet",
     ]  # fmt: skip
 
 

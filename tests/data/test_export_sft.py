@@ -2,12 +2,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from fastdistill.core.types import Candidate, Cut, Outcome, Sample, Status, Verdict
@@ -158,6 +158,26 @@ def test_a_group_is_never_split_and_the_share_is_near(ctx: TestContext) -> None:
     assert 300 < len(validation) < 500
 
 
+def test_three_splits_share_no_group_and_neither_share_moves_the_other(ctx: TestContext) -> None:
+    def groups(**shares: float) -> dict[str, set[str]]:
+        samples = [sample(n, table=f"t{n % 500}") for n in range(1000)]
+        step = ExportSFT(group_by="table", keep_fields=("table",), formats=("jsonl",), shapes=("messages",), **shares)
+        export(ctx, step, *samples)
+        return {
+            split: {row["fd_table"] for row in lines(ctx.dist / "sft" / f"{split}.jsonl")}
+            for split in ("train", "validation", "test")
+            if split == "train" or shares.get(split)
+        }
+
+    both = groups(validation=0.1, test=0.2)
+    assert sum(map(len, both.values())) == len(set[str]().union(*both.values())) == 500
+    assert 25 < len(both["validation"]) < 75 < len(both["test"]) < 130
+    assert groups(validation=0.1)["validation"] == both["validation"]
+    assert groups(validation=0.3, test=0.2)["test"] == both["test"]
+    assert groups(test=0.1)["test"] < both["test"]
+    assert "test_samples" in ctx.reports[""]
+
+
 def test_a_split_does_not_depend_on_the_other_samples(ctx: TestContext) -> None:
     def validation(*numbers: int) -> set[str]:
         export(ctx, ExportSFT(validation=0.5), *(sample(n) for n in numbers))
@@ -194,6 +214,7 @@ def test_a_sample_that_can_not_be_written_costs_itself_alone(
         ({"keep_fields": ["q", "q"]}, "twice"),
         ({"formats": []}, "at least 1"),
         ({"validation": 1.0}, "less than 1"),
+        ({"validation": 0.5, "test": 0.5}, "nothing is left to train on"),
     ],
 )
 def test_a_wrong_config_is_found_before_anything_is_spent(config: dict[str, Any], problem: str) -> None:
@@ -208,6 +229,34 @@ def explained(attempt: int = 0, kind: str = "rationale") -> Candidate:
 def written(ctx: TestContext, step: ExportSFT, *candidates: Candidate) -> list[dict[str, Any]]:
     export(ctx, step, sample(0, candidates))
     return lines(ctx.dist / "sft_pc" / "train.jsonl")
+
+
+def drawn(index: int, passed: int, failed: int, undecided: int = 0) -> Sample:
+    outcomes = [Outcome.PASS] * passed + [Outcome.FAIL] * failed + [Outcome.ERROR] * undecided
+    given = [candidate(f"answer {n}", n).judged(Verdict("g", "f", each, "r")) for n, each in enumerate(outcomes)]
+    return sample(index, given).selected(tuple(c.candidate_id for c in given[: min(passed, 2)]))
+
+
+def test_a_bin_of_difficulty_has_no_more_samples_than_its_quota_the_first_ones(ctx: TestContext) -> None:
+    step = ExportSFT(
+        difficulty_quotas={0.5: 1, 0: 2, 0.25: 0, 0.75: None}, shapes=("messages", "prompt"), name="ExportSFT"
+    )
+    easy, half, hard = (4, 0), (2, 2), (1, 3)
+    samples = [drawn(at, *each) for at, each in enumerate([easy, half, (3, 1), easy, half, easy, hard, hard, (0, 4)])]
+    samples.append(drawn(9, 2, 0, undecided=2))  # an error says nothing of the record
+    assert export(ctx, step, *samples) == samples, "all of them go on"
+    written = [row["fd_sample_id"] for row in lines(ctx.dist / "sft" / "train.jsonl")]
+    assert list(dict.fromkeys(written)) == ["id-0", "id-1", "id-3", "id-6", "id-7"]
+    assert len(lines(ctx.dist / "prompts" / "train.jsonl")) == 10, "whoever samples by itself needs all prompts"
+    assert ctx.reports["ExportSFT"] == {
+        "rows": 8,
+        "difficulty_to_0": 2,
+        "difficulty_to_0.5": 1,
+        "difficulty_to_0.75": 2,
+        "left_out_difficulty_to_0": 2,
+        "left_out_difficulty_to_0.25": 1,
+        "left_out_difficulty_to_0.5": 1,
+    }
 
 
 def test_multitask_writes_answer_and_rationale_as_two_tasks_of_one_split(ctx: TestContext) -> None:
@@ -268,15 +317,16 @@ def test_steps_of_other_names_have_rows_of_their_own(ctx: TestContext) -> None:
 @pytest.mark.parametrize(
     ("format_", "files"),
     [
-        ("trl", ["sft_pc/train.parquet", "sft_pc/validation.parquet"]),
-        ("axolotl", ["sft/train.parquet", "sft/validation.parquet"]),
-        ("llamafactory", ["sft/train.parquet", "sft/validation.parquet"]),
-        ("mlx", ["mlx/train.jsonl", "mlx/valid.jsonl"]),  # a split named `validation` is silently not evaluated
-        ("openai", ["openai/sft_train.jsonl", "openai/sft_valid.jsonl"]),
+        ("trl", ["sft_pc/test.parquet", "sft_pc/train.parquet", "sft_pc/validation.parquet"]),
+        ("axolotl", ["sft/test.parquet", "sft/train.parquet", "sft/validation.parquet"]),
+        ("llamafactory", ["sft/test.parquet", "sft/train.parquet", "sft/validation.parquet"]),
+        # a split named `validation` is silently not evaluated
+        ("mlx", ["mlx/test.jsonl", "mlx/train.jsonl", "mlx/valid.jsonl"]),
+        ("openai", ["openai/sft_test.jsonl", "openai/sft_train.jsonl", "openai/sft_valid.jsonl"]),
     ],
 )
 def test_a_trainer_gets_the_files_that_it_reads(ctx: TestContext, format_: str, files: list[str]) -> None:
-    export(ctx, ExportSFT(formats=(format_,), validation=0.5), *(sample(n) for n in range(20)))
+    export(ctx, ExportSFT(formats=(format_,), validation=0.3, test=0.3), *(sample(n) for n in range(20)))
     assert sorted(path.relative_to(ctx.dist).as_posix() for path in ctx.dist.rglob("*.*")) == files
     rows: list[dict[str, Any]] = []
     for file in files:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fastdistill.core.canonical import sample_id
+from fastdistill.core.canonical import canonical_json, sample_id
 from fastdistill.core.errors import ConfigError
 from fastdistill.core.types import Sample, Status
 from fastdistill.data.prepare import CanonicalizeFields, Deduplicate
@@ -30,7 +30,7 @@ def canonicalize(
 def test_a_sample_is_its_task_and_its_fields_alone(ctx: TestContext) -> None:
     (sample,) = canonicalize(ctx, {"task_id": "a", "q": "x", "gold": "y"})
     assert (sample.task_id, sample.input) == ("a", {"q": "x"})
-    assert sample.sample_id == sample_id("a", {"q": "x"})
+    assert sample.sample_id == sample_id("a", canonical_json({"q": "x"}))
 
 
 def test_task_ids_may_be_integers_or_absent(ctx: TestContext) -> None:
@@ -78,7 +78,7 @@ def test_the_same_task_again_is_a_duplicate_of_the_first(ctx: TestContext, task:
 
 
 def test_content_that_looks_like_a_task_id_is_not_one(ctx: TestContext) -> None:
-    other = sample_id("", {"q": 1})
+    other = sample_id("", canonical_json({"q": 1}))
     assert len(canonicalize(ctx, {"q": 1}, {"task_id": other, "q": 1})) == 2
 
 

@@ -1,12 +1,12 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.rationale import SplitRationale, rationale_of, split_rationale

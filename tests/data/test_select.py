@@ -1,11 +1,11 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from fastdistill.core.step import SampleStep

@@ -78,7 +78,8 @@ def test_where_gold_is_known_the_vote_is_measured(ctx: TestContext) -> None:
     sample = asyncio.run(MajorityVote(name="MajorityVote").run(Sample(0, "t", {}, candidates=tuple(candidates)), ctx))
     details = [v.detail for c in sample.candidates if (v := c.verdict("MajorityVote"))]
     assert details[0] == {"votes": 8}
-    assert details[1:] == [{"votes": 8, "pseudo_gold_right": True}] * 7
+    # Once a sample: its answers are right or wrong together, and an interval must not take them for so many cases.
+    assert details[1:] == [{"votes": 8, "pseudo_gold_right": True}] + [{"votes": 8}] * 6
 
 
 def test_final_answers_of_mathematics_vote_however_they_are_written(ctx: TestContext) -> None:
@@ -95,6 +96,27 @@ def test_final_answers_of_mathematics_vote_however_they_are_written(ctx: TestCon
     found = [(str(c.outcome), c.verdicts[-1].reason, c.verdicts[-1].score) for c in asyncio.run(run()).candidates]
     assert found[:4] == [("pass", "pseudo_gold", 4 / 5)] * 4
     assert found[4:] == [("fail", "minority", 1 / 5), ("fail", "no_answer", None)]
+
+
+@pytest.mark.parametrize(("gold", "right"), [("#### 1,200", True), ("120", False), ("who knows?", None)])
+def test_where_gold_is_known_the_vote_over_final_answers_is_measured(
+    ctx: TestContext, gold: str, right: bool | None
+) -> None:
+    texts = [*[r"\boxed{1{,}200}", "#### 1200", "The answer is $1200."] * 2, r"\boxed{120}", "no answer"]
+    candidates = tuple(candidate(text, attempt) for attempt, text in enumerate(texts))
+
+    async def run() -> Sample:
+        gate = MathExecEval(name="MathExecEval", require="extracted")
+        vote = MajorityVote(name="MajorityVote", gate="MathExecEval", result="answer", min_votes=5)
+        async with gate.opened(ctx):
+            return await vote.run(await gate.run(Sample(0, "t", {"answer": gold}, candidates=candidates), ctx), ctx)
+
+    voted = asyncio.run(run()).candidates
+    known: list[bool | None] = [c.verdicts[0].detail.get("gold_match") for c in voted]
+    assert known == ([None] * 8 if right is None else [*[right] * 6, not right, None])
+    assert [str(c.outcome) for c in voted] == ["pass"] * 6 + ["fail"] * 2, "gold decides nothing"
+    told = [c.verdicts[-1].detail.get("pseudo_gold_right") for c in voted]
+    assert told == [right] + [None] * 7
 
 
 def test_half_is_no_majority() -> None:

@@ -7,6 +7,7 @@ import os
 # Before numpy is imported: on a busy machine a second BLAS thread makes these tests ten times slower.
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
+import asyncio
 import json
 import math
 import sqlite3
@@ -25,18 +26,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdistill.core.types import Prompt
 from fastdistill.model.embedded import worker
 from fastdistill.model.embedded.bpe import Tokenizer
-from fastdistill.model.embedded.inference import (
-    Completion,
-    ContextLengthError,
-    Engine,
-    log_softmax,
-    sample,
-)
-from fastdistill.model.embedded.network import Cache, Decoder, load_weights, save_weights
-from fastdistill.model.embedded.wire import Choice, Request, Sampling, Turn
+from fastdistill.model.embedded.inference import ContextLengthError, Engine, log_softmax, sample
+from fastdistill.model.embedded.network import Cache, Decoder, load_weights
+from fastdistill.model.embedded.wire import Choice, Request, Result, Sampling, Turn
+from fastdistill.model.provider import ErrorKind, ProviderError
+from fastdistill.model.providers.embedded import EmbeddedConfig, EmbeddedProvider
 from lab.grammar import Example, examples
+from lab.weights import save_weights
 
 WEIGHTS = load_weights(worker.HERE)
 GOLDEN = json.loads(Path(__file__).with_name("embedded_golden.json").read_text(encoding="utf-8"))
@@ -52,13 +51,13 @@ QUESTIONS = list(islice(examples(11, "heldout"), 40))
 PROMPT = prompt(QUESTIONS[0])
 
 
-def ask(*requests: Request, slots: int = 32) -> list[Completion]:
+def ask(*requests: Request, slots: int = 32) -> list[Result]:
     engine = Engine(WEIGHTS, slots)
     for index, request in enumerate(requests):
         engine.submit(index, request)
-    done: dict[Any, Completion] = {}
+    done: dict[Any, Result] = {}
     while engine.busy:
-        done.update(engine.step())
+        done |= {result.id: msgspec.structs.replace(result, id=None) for result in engine.step()}
     return [done[index] for index in range(len(requests))]
 
 
@@ -256,7 +255,7 @@ def test_a_cancelled_request_leaves_and_the_others_go_on() -> None:
     engine.cancel("b")
     done: list[Any] = []
     while engine.busy:
-        done += [key for key, _ in engine.step()]
+        done += [result.id for result in engine.step()]
     assert done == ["c"]
 
 
@@ -308,7 +307,7 @@ def test_worker_answers_over_pipes_and_ends_with_its_input() -> None:
         ):  # fmt: skip
             send(process, {"id": 2, "messages": PROMPT, **broken})
             refused = receive(process)
-            assert refused["code"] == "invalid_request"
+            assert (refused["code"], refused["id"]) == ("invalid_request", broken.get("id", 2))
             assert place in refused["error"]
 
         # What is under way when the input ends is finished.
@@ -327,3 +326,23 @@ def test_worker_ends_quietly_when_nobody_reads() -> None:
         process.stdout.close()
         send(process, {"id": 1, "messages": PROMPT})
         assert process.wait(timeout=60) == 0
+
+
+# --- Provider -------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_worker_refuses_is_an_error_at_once() -> None:
+    refused = Prompt("embedded", "text2sql", ({"role": "user", "content": "x"},), {"stop": ("",)})
+
+    async def go() -> ProviderError:
+        provider = EmbeddedProvider(EmbeddedConfig())
+        try:
+            with pytest.raises(ProviderError) as caught:
+                await asyncio.wait_for(provider.complete(refused, seed=1, n=1), 60)
+            return caught.value
+        finally:
+            await provider.aclose()
+
+    error = asyncio.run(go())
+    assert error.kind is ErrorKind.BAD_REQUEST
+    assert "$.stop" in str(error)

@@ -98,6 +98,10 @@ class Restartable:
         await asyncio.to_thread(self._alive.close)
 
     @property
+    def latest(self) -> Server:
+        return self._lives[-1]
+
+    @property
     def answered(self) -> Counter[str]:
         return sum((answers(server) for server in self._lives), Counter[str]())
 
@@ -250,6 +254,28 @@ def test_while_all_are_down_everybody_waits_and_nothing_is_lost(tmp_path: Path) 
             assert tries < 300, "nobody hammers at servers that are down"
 
     with restartable(latency=quick) as one, restartable(latency=quick) as other:
+        run(go())
+
+
+def test_when_a_server_tells_its_load_again_all_are_sent_at_once_before_it_has_answered_anybody(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([server.url], tmp_path) as asker:
+            await server.start()
+            work = asyncio.create_task(asker.ask_all(60, at_once=8))
+            await until(lambda: server.answered.total() > 20)
+            await server.stop()
+            await asyncio.sleep(2.5)  # by now each would wait for seconds
+            late.append(2.0)
+            await server.start()
+            came_back = monotonic()
+            await until(lambda: server.latest.counters.peak == 8)
+            assert monotonic() - came_back < 1.0
+            late.clear()
+            assert complete(await work, 60)
+
+    late: list[float] = []
+    told = "vllm:num_requests_running 0\nvllm:num_requests_waiting 0\n"
+    with restartable(latency=lambda call: sum(late, quick(call)), paths={"/metrics": told}) as server:
         run(go())
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistill.model.limits import BURST, AdaptiveLimit, FixedLimit, Limit, Pace
+from fastdistill.model.limits import BURST, AdaptiveLimit, Limit, Pace
 from fastdistill.model.provider import Load
 
 MEDIAN, SIGMA = 0.2, 0.6  # seconds, of a lognormal distribution
@@ -133,7 +133,7 @@ def test_it_comes_within_a_twentieth_of_the_best_fixed_setting(slots: int, reque
     for seed in range(seeds):
         work = lognormal(requests, seed)
         # With a FIFO queue no setting beats one that never leaves the queue empty.
-        best = simulate(FixedLimit(10 * slots), work, slots).seconds
+        best = simulate(Limit(10 * slots), work, slots).seconds
         assert simulate(adaptive(), work, slots).seconds < 1.05 * best
 
 
@@ -141,22 +141,22 @@ def test_it_comes_within_a_twentieth_of_the_best_fixed_setting(slots: int, reque
 def test_it_follows_a_capacity_that_halves_and_then_doubles(slots: int, requests: int, seeds: int) -> None:
     for seed in range(seeds):
         work = lognormal(requests, seed)
-        steady = simulate(FixedLimit(10 * slots), work, slots).seconds
+        steady = simulate(Limit(10 * slots), work, slots).seconds
 
         def changing(now: float, third: float = steady / 3) -> int:
             return slots if now < third else slots // 2 if now < 2 * third else 2 * slots
 
-        best = simulate(FixedLimit(20 * slots), work, changing).seconds
+        best = simulate(Limit(20 * slots), work, changing).seconds
         assert simulate(adaptive(), work, changing).seconds < 1.10 * best
 
 
 @pytest.mark.parametrize(
     ("slowed", "slots", "within"),
     [
-        (lambda batch: 1 + batch / 32, 256, 1.12),  # a batch of 256 still answers the most
+        (lambda batch: 1 + batch / 32, 256, 1.1),  # a batch of 256 still answers the most
         (lambda batch: 1 + batch / 128, 256, 1.1),
         (lambda batch: 1 + (batch / 32) ** 2, 100_000, 1.1),  # 32 at a time are best, 64 answer a fifth less
-        (lambda batch: 1 + (batch / 128) ** 2, 100_000, 1.15),  # the ramp goes beyond before an answer shows it
+        (lambda batch: 1 + (batch / 128) ** 2, 100_000, 1.1),
     ],
     ids=["saturates at 32", "saturates at 128", "best at 32", "best at 128"],
 )
@@ -164,7 +164,7 @@ def test_where_answers_slow_down_as_the_batch_grows_it_finds_a_good_batch(
     slowed: Callable[[int], float], slots: int, within: float
 ) -> None:
     work = lognormal(10_000, 0)
-    times = {tried: simulate(FixedLimit(tried), work, slots, slowed=slowed).seconds for tried in TRIED}
+    times = {tried: simulate(Limit(tried), work, slots, slowed=slowed).seconds for tried in TRIED}
     own = simulate(adaptive(), work, slots, slowed=slowed).seconds
     assert own < within * min(times.values())
     assert own < sorted(times.values())[len(times) // 2], "better than half of the settings that one might have chosen"
@@ -175,7 +175,7 @@ def test_longer_answers_are_not_taken_for_a_queue() -> None:
     lengths = [dice.lognormvariate(math.log(50 + 500 * at / 10_000), SIGMA) for at in range(10_000)]
     work = [Work(tokens * 0.002, round(tokens) or 1) for tokens in lengths]
     outcome = simulate(adaptive(), work, 64)
-    assert outcome.seconds < 1.05 * simulate(FixedLimit(640), work, 64).seconds
+    assert outcome.seconds < 1.05 * simulate(Limit(640), work, 64).seconds
     grown = next(at for at, capacity in enumerate(outcome.capacities) if capacity >= 64)
     assert min(outcome.capacities[grown:]) >= 48
 
@@ -193,7 +193,7 @@ def test_a_small_server_is_not_buried_however_long_the_run(slots: int) -> None:
 @pytest.mark.parametrize("allowed", [10, 20, 100])
 def test_a_server_that_refuses_beyond_a_number_costs_few_refusals_and_little_time(allowed: int) -> None:
     work = lognormal(10_000, 0)
-    best = simulate(FixedLimit(allowed), work, 100_000).seconds
+    best = simulate(Limit(allowed), work, 100_000).seconds
     outcome = simulate(adaptive(), work, 100_000, refuses_beyond=allowed)
     assert outcome.seconds < 1.05 * best
     assert outcome.refused < 200, "in 10,000 requests"
@@ -230,7 +230,7 @@ def test_broken_connections_say_nothing_of_the_capacity(share: float) -> None:
     work = lognormal(10_000, 0)
     dice = random.Random(0)
     broken = {number for number in range(1, 12_000) if dice.random() < share}
-    best = simulate(FixedLimit(640), work, 64, breaks=broken.__contains__).seconds
+    best = simulate(Limit(640), work, 64, breaks=broken.__contains__).seconds
     outcome = simulate(adaptive(), work, 64, breaks=broken.__contains__)
     assert outcome.seconds < 1.05 * best
     assert max(outcome.capacities) <= 10 * 64, "the ramp ends all the same"
@@ -272,14 +272,14 @@ def test_a_slow_server_is_not_buried_in_requests_that_would_time_out() -> None:
 def test_a_server_that_tells_how_busy_it_is_gets_what_it_needs_and_a_quarter_more(slots: int) -> None:
     work = lognormal(10_000, 0)
     outcome = simulate(adaptive(), work, slots, tells=True)
-    assert outcome.seconds < 1.03 * simulate(FixedLimit(10 * slots), work, slots).seconds
+    assert outcome.seconds < 1.03 * simulate(Limit(10 * slots), work, slots).seconds
     settled = outcome.capacities[len(work) // 4 : -2 * slots]
     assert set(settled) == {round(1.25 * slots)}
 
 
 @given(st.lists(st.sampled_from(["answered", "rate_limited", "broke", "measured"]), max_size=50))
 def test_a_fixed_limit_never_moves(events: list[str]) -> None:
-    limit = FixedLimit(7)
+    limit = Limit(7)
     for at, event in enumerate(events):
         match event:
             case "answered":

@@ -247,6 +247,17 @@ def test_a_model_that_refuses_even_no_thinking_is_asked_without_it_from_then_on(
     assert ["think" in body for body in server.counters.bodies] == [True, False, False]
 
 
+def test_requests_that_are_refused_for_no_thinking_together_are_all_asked_without_it() -> None:
+    async def go(settings: OllamaConfig) -> list[str]:
+        async with OllamaProvider(settings) as provider:
+            asked = (provider.complete(prompt(settings, str(each)), seed=1, n=1) for each in range(4))
+            return [answer.text for (answer,) in await asyncio.gather(*asked)]
+
+    with ollama_server(refuses_think=True) as server:
+        assert len(asyncio.run(go(config(server.url)))) == 4
+    assert sorted("think" in body for body in server.counters.bodies) == [False] * 4 + [True] * 4
+
+
 def test_thinking_that_a_model_can_not_do_is_an_error() -> None:
     with ollama_server() as server:
         told = error(server, fields={"think": "high"})

@@ -504,7 +504,7 @@ def test_a_probe_measures_of_which_distribution_logprobs_are(basis: str) -> None
     with openai_server(paths={"/get_server_info": {"version": "0.5.4"}}, logprob_basis=basis) as server:
         found = probe(server, provider="sglang")
     assert (found.server, found.logprob_basis) == ("sglang 0.5.4", basis)
-    assert (found.max_top, found.has_token_ids, found.can_score_prompt) == (20, True, False)
+    assert (found.max_top, found.has_token_ids, found.can_score_prompt) == (20, True, True)
 
 
 def test_where_no_alternatives_come_the_basis_is_unknown() -> None:

@@ -17,7 +17,7 @@ from fastdistill.control.store import ResponseStore
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, Draw, Prompt
 from fastdistill.model.client import ModelClient
-from fastdistill.model.limits import FixedLimit
+from fastdistill.model.limits import Limit
 from fastdistill.model.provider import Capabilities, Load, ModelConfig
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
 from fastdistill.model.router import LOOKAHEAD, PREFIX, Endpoint, Router
@@ -29,7 +29,6 @@ LONG = PREFIX + 44  # characters of a beginning that requests share
 class Nobody:
     """A provider that is never asked: the router only says who would be."""
 
-    kind: ClassVar[str] = "nobody"
     Config: ClassVar[type[ModelConfig]] = ModelConfig
     notes: tuple[str, ...] = ()
 
@@ -49,7 +48,7 @@ class Asker:
     """Requests of a router, each in a task that holds its slot until it is let go."""
 
     def __init__(self, *capacities: int) -> None:
-        self.endpoints = [Endpoint(Nobody(), FixedLimit(capacity)) for capacity in capacities]
+        self.endpoints = [Endpoint(Nobody(), Limit(capacity)) for capacity in capacities]
         self.router = Router(self.endpoints)
         self.given: list[tuple[str, Endpoint]] = []
         self.tasks: dict[str, asyncio.Task[None]] = {}
@@ -264,7 +263,7 @@ def test_while_all_cool_requests_wait_for_the_first_that_does_not() -> None:
 
 
 def test_one_failure_among_answers_cools_nothing_and_two_in_a_row_do() -> None:
-    endpoint = Endpoint(Nobody(), FixedLimit(4))
+    endpoint = Endpoint(Nobody(), Limit(4))
     for at in range(10):
         endpoint.broke(at, at)
         endpoint.answered()
@@ -275,7 +274,7 @@ def test_one_failure_among_answers_cools_nothing_and_two_in_a_row_do() -> None:
 
 
 def test_all_that_was_under_way_when_an_endpoint_died_counts_as_one_failure() -> None:
-    endpoint = Endpoint(Nobody(), FixedLimit(64))
+    endpoint = Endpoint(Nobody(), Limit(64))
     for _ in range(64):
         endpoint.broke(0.5, 1.0)
     assert endpoint.cooling_until == 2.0

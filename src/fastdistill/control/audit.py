@@ -8,25 +8,26 @@ mutant is counted as `survived`, equivalent or untested.
 
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from msgspec.structs import replace
 from pydantic import PrivateAttr
 
 from fastdistill.control.audited import audit_file, files_of, is_audited
-from fastdistill.control.card import percent
 from fastdistill.control.folder import RunFolder, artifacts_root, write_json
 from fastdistill.control.reports import versions
 from fastdistill.control.session import Pipeline, Watch, execute, run_in_loop, unwatched
 from fastdistill.control.tally import interval
+from fastdistill.control.terminal import percent, say, show_table
 from fastdistill.core.errors import InputError, SampleError
-from fastdistill.core.stats import Rate, wilson
-from fastdistill.core.step import Context, Gate, Mutation, SampleStep, Step, is_generation
+from fastdistill.core.stats import wilson
+from fastdistill.core.step import Context, Gate, Mutation, SampleStep, is_generation
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Prompt, Sample, Verdict
 
 GOLD = "gold"
@@ -71,7 +72,7 @@ class _Answer:
 
 
 def audit(
-    pipeline: Pipeline, *, output_dir: Path | None = None, mutants: int = 2, seed: int = 0, watch: Watch = unwatched
+    pipeline: Pipeline, *, output_dir: Path | None = None, mutants: int = 2, seed: int = 0, watch: Watch | None = None
 ) -> list[dict[str, Any]]:
     """Audits every gate that asks no model, and writes a report of each under the artifacts root.
 
@@ -88,8 +89,8 @@ def audit(
     shortened = Pipeline(name=pipeline.name, steps=(*pipeline.steps[:first], measured), max_error_rate=1)
     with TemporaryDirectory(prefix="fastdistill-") as scratch:
         folder = RunFolder(Path(scratch), "audit", Path(scratch) / "run")
-        result = run_in_loop(execute(shortened, folder, watch))
-    gates = [step for step in steps if isinstance(step, Gate) and is_audited(step)]
+        result = run_in_loop(execute(shortened, folder, watch or unwatched))
+    gates = [step for step in steps if is_audited(step)]
     if not any(measured.counts):
         raise InputError(
             f"{pipeline.name}: no gold answer was found, so there is nothing to measure with; gold_field of an"
@@ -106,7 +107,7 @@ def audit(
 class _Measured(SampleStep):
     """Takes gold answers and mutants through all steps after generation; every gate judges what concerns it."""
 
-    judging: tuple[Step, ...]
+    judging: tuple[SampleStep, ...]
     mutants: int
     seed: int
 
@@ -123,7 +124,7 @@ class _Measured(SampleStep):
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             for step in self.judging:
-                if isinstance(step, Gate) and is_audited(step) and (stricter := step.stricter()):
+                if is_audited(step) and (stricter := step.stricter()):
                     self._stricter[step.name] = stricter
                     await stack.enter_async_context(stricter.opened(ctx))
                 await stack.enter_async_context(step.opened(ctx))
@@ -137,7 +138,6 @@ class _Measured(SampleStep):
         if not any(is_generation(step) for step in self.judging):
             sample = replace(sample, candidates=candidates)
         for step in self.judging:
-            assert isinstance(step, SampleStep)
             if is_generation(step):
                 sample = replace(sample, candidates=candidates)
             elif not isinstance(step, Gate):
@@ -150,7 +150,7 @@ class _Measured(SampleStep):
     def _answers(self, sample: Sample) -> list[_Answer]:
         chance = random.Random(f"{self.seed} {sample.sample_id}")
         answers: dict[tuple[str, str | None], _Answer] = {}
-        for gate in (step for step in self.judging if isinstance(step, Gate) and is_audited(step)):
+        for gate in filter(is_audited, self.judging):
             gold = gate.gold(sample)
             if gold is None:
                 continue
@@ -230,35 +230,31 @@ class _Measured(SampleStep):
         }
 
 
-def show_audit(reports: Sequence[Mapping[str, Any]], root: Path) -> None:
+def show_audit(reports: Sequence[Mapping[str, Any]], output_dir: Path | None) -> None:
     """Prints what each gate lets through and holds back, with an example of each kind, and where all of it is."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
     for report in reports:
-        table = Table(title=Text(report["gate"], "bold"), title_justify="left", box=None)
-        for heading in ("answers", "rejected", "accepted", "survived", "error", "wrongly, 95% interval"):
-            table.add_column(heading, no_wrap=True)
-        rates = report["rates"]
-        wrong = rates["false_reject_rate"]
-        golds = (wrong["successes"], wrong["total"] - wrong["successes"], "", rates["broken_golds"])
-        table.add_row(GOLD, *map(str, golds), percent(Rate(**wrong)))
-        for name, found in report["operators"].items():
-            table.add_row(name, *(str(found[f]) for f in _OF_MUTANTS), percent(Rate(**found["false_accept_rate"])))
-        console.print(table)
+        say(report["gate"], "bold")
+        show_table(("answers", ">rejected", ">accepted", ">survived", ">error", "wrongly, 95% interval"), _rows(report))
     for report in reports:
         for finding in (Finding.FALSE_REJECT, Finding.FALSE_ACCEPT, Finding.BROKEN_GOLD, Finding.SURVIVED):
             cases = [case for case in report["cases"] if case["finding"] == finding]
             shown = 10 if finding is Finding.FALSE_REJECT else 2
             for case in cases[:shown]:
-                words = f"{report['gate']}: {finding}: {case['source']} {case['operator']} {case['reason']}: "
-                console.print(Text(words, "bold") + Text(" ".join(case["answer"].split())[:200]), soft_wrap=True)
+                say(
+                    f"{report['gate']}: {finding}: {case['source']} {case['operator']} {case['reason']}:"
+                    f" {' '.join(case['answer'].split())[:200]}"
+                )
             if len(cases) > shown:
-                console.print(Text(f"{report['gate']}: {finding}: {len(cases) - shown} more", "dim"))
-        path = root / "audits" / f"{report['fingerprint']}.json"
-        console.print(Text(f"{report['gate']}: {path}"), soft_wrap=True)
+                say(f"{report['gate']}: {finding}: {len(cases) - shown} more", "dim")
+        say(f"{report['gate']}: {artifacts_root(output_dir) / 'audits' / report['fingerprint']}.json")
+
+
+def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    wrong = report["rates"]["false_reject_rate"]
+    golds = (wrong["successes"], wrong["total"] - wrong["successes"], "", report["rates"]["broken_golds"])
+    yield GOLD, *map(str, golds), percent(wrong)
+    for name, found in report["operators"].items():
+        yield name, *(str(found[f]) for f in _OF_MUTANTS), percent(found["false_accept_rate"])
 
 
 _OF_MUTANTS = (Finding.REJECTED, Finding.FALSE_ACCEPT, Finding.SURVIVED, Finding.UNDECIDED)

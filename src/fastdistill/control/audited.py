@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fastdistill.control.folder import RunFolder, read_json
 from fastdistill.core.files import sha256_file
@@ -14,7 +14,7 @@ def audit_file(root: Path, gate: Gate) -> Path:
     return root / "audits" / f"{gate.fingerprint}.json"
 
 
-def is_audited(step: Step) -> bool:
+def is_audited(step: Step) -> TypeGuard[Gate]:
     """Whether an audit measures it: a gate that judges an answer by itself, without a model or another gate."""
     return isinstance(step, Gate) and not step.models() and not step.gates()
 
@@ -29,7 +29,7 @@ def audits_of(root: Path, steps: Sequence[Step]) -> dict[str, dict[str, Any] | N
     """The audited rates of each gate by its name; None where it was not audited as it is now, by the same files."""
     found: dict[str, dict[str, Any] | None] = {}
     for gate in steps:
-        if isinstance(gate, Gate) and is_audited(gate):
+        if is_audited(gate):
             found[gate.name] = None
             if (path := audit_file(root, gate)).exists():
                 report = read_json(path)

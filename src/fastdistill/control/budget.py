@@ -1,8 +1,9 @@
 """When a run has enough: a target of accepted samples, and a budget that it may not exceed. Both end it cleanly."""
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 from typing import Literal
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fastdistill.core.errors import ExitCode
 from fastdistill.core.types import Sample
+from fastdistill.model.budget import ModelBudget
 from fastdistill.model.meter import Meter
 
 
@@ -24,42 +26,20 @@ class Target(BaseModel):
     )
 
 
-class Budget(BaseModel):
-    """What the whole run may spend, answers from the store not counted. Checked before every request.
+class Budget(ModelBudget):
+    """What the whole run may spend, over all models, and how long it may take."""
 
-    A request in flight counts with all it could still cost: its prompt and every token that it may generate.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_tokens: int | None = Field(None, ge=1, description="prompt and completion tokens, over all models")
-    max_cost_usd: float | None = Field(None, gt=0, description="needs a `price` at every model")
     max_wall_s: float | None = Field(None, gt=0)
 
-    def exceeded(self, meters: Iterable[Meter], tokens: int, dollars: float, begun: float) -> str | None:
-        """Why no request of up to `tokens` and `dollars` may be sent any more, not even if those in flight turn out to
-        cost nothing; None if it may, now or later. `begun` is when the run began, by `perf_counter`.
-        """
+    @cached_property
+    def unlimited(self) -> bool:
+        return self == Budget()
+
+    def exceeded(self, meters: Sequence[Meter], tokens: int, dollars: float, begun: float) -> str | None:
+        """As `spent`, or that the time is up. `begun` is when the run began, by `perf_counter`."""
         if self.max_wall_s is not None and perf_counter() - begun >= self.max_wall_s:
             return f"budget.max_wall_s: {self.max_wall_s:g} s have passed"
-        if self.max_tokens is not None or self.max_cost_usd is not None:
-            meters = list(meters)
-            if self.max_tokens is not None and sum(meter.tokens for meter in meters) + tokens > self.max_tokens:
-                return f"budget.max_tokens: the next request could exceed {self.max_tokens:,} tokens"
-            cost = sum(meter.cost or 0.0 for meter in meters)
-            if self.max_cost_usd is not None and cost + dollars > self.max_cost_usd:
-                return f"budget.max_cost_usd: the next request could exceed ${self.max_cost_usd:g}"
-        return None
-
-    def taken(self, meters: Iterable[Meter], tokens: int, dollars: float) -> bool:
-        """Whether requests in flight could still cost what a further one would need."""
-        if self.max_tokens is None and self.max_cost_usd is None:
-            return False
-        meters = list(meters)
-        worst = tokens + sum(meter.tokens + meter.reserved_tokens for meter in meters)
-        dearest = dollars + sum((meter.cost or 0.0) + meter.reserved_cost for meter in meters)
-        too_many = self.max_tokens is not None and worst > self.max_tokens
-        return too_many or (self.max_cost_usd is not None and dearest > self.max_cost_usd)
+        return self.spent(meters, tokens, dollars)
 
 
 class Progress:

@@ -3,15 +3,15 @@
 Facts of the run only, no clock.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from fastdistill.control.tally import Tally
+from fastdistill.control.terminal import percent
 from fastdistill.core.files import atomic, sha256_file
-from fastdistill.core.stats import Rate
 from fastdistill.core.types import Outcome, Status
 from fastdistill.data.export.trainers import trainer_files
 from fastdistill.data.generate import TextGeneration
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 def complete_dataset(dist: Path, name: str, pipeline: "Pipeline", tally: Tally) -> None:
     """Adds what is made of all the files that the exports wrote. `name` is what the folder will be called."""
-    files = [path.relative_to(dist) for path in _files_in(dist) if _has_rows(path)]
-    texts = trainer_files(name, {file.as_posix() for file in files})
+    # `datasets` can't load a config of which one split is empty.
+    tables = [path for path in _files_in(dist) if path.suffix in (".parquet", ".jsonl")]
+    files = {path.relative_to(dist).as_posix(): rows for path in tables if (rows := _rows(path))}
+    texts = trainer_files(name, files)
     for path, text in {**texts, "README.md": dataset_card(pipeline, tally, files)}.items():
         with atomic(dist / path) as file:
             file.write(text)
@@ -32,13 +34,13 @@ def complete_dataset(dist: Path, name: str, pipeline: "Pipeline", tally: Tally) 
         file.writelines(lines)
 
 
-def dataset_card(pipeline: "Pipeline", tally: Tally, files: Sequence[Path]) -> str:
-    """Markdown with the YAML header of the Hugging Face Hub; `files` are relative to the data set's folder."""
+def dataset_card(pipeline: "Pipeline", tally: Tally, files: Mapping[str, int]) -> str:
+    """Markdown with the YAML header of the Hugging Face Hub; `files` are rows by path in the data set's folder."""
     header = {
         "license": "other",
         "task_categories": ["text-generation"],
         "tags": ["distillation", "synthetic", "fastdistill"],
-        "configs": _configs(files),
+        "configs": _configs(map(Path, files)),
     }
     teachers = [f"- `{name}`: {config.model} ({config.provider})" for name, config in pipeline.models.items()]
     generation = [
@@ -46,7 +48,8 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Sequence[Path]) -> s
         for step in pipeline.steps
         if isinstance(step, TextGeneration)
     ]
-    asked = yaml.safe_dump(generation, sort_keys=False, allow_unicode=True, width=100) if generation else ""
+    text = yaml.safe_dump(generation, sort_keys=False, allow_unicode=True, width=100).rstrip()
+    asked = ["What they were asked, and how answers were drawn:", "", "```yaml", text, "```", ""]
     gates = [
         f"| {name} | {gate.outcomes.total()} | {gate.outcomes[Outcome.PASS]} | {gate.outcomes[Outcome.FAIL]} |"
         f" {gate.outcomes[Outcome.ERROR]} | {percent(gate.pass_rate())} |"
@@ -62,16 +65,16 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Sequence[Path]) -> s
         "Teachers:",
         *(teachers or ["- none"]),
         "",
-        *(
-            ["What they were asked, and how answers were drawn:", "", "```yaml", asked.rstrip(), "```", ""]
-            if asked
-            else []
-        ),
+        *(asked if generation else []),
         "Gates, over candidates, with Wilson 95% intervals:",
         "",
         "| gate | judged | pass | fail | error | pass rate |",
         "|---|---|---|---|---|---|",
         *gates,
+        "",
+        "| file | rows |",
+        "|---|---|",
+        *(f"| {path} | {rows} |" for path, rows in files.items()),
         "",
         f"Left out: {tally.statuses[Status.DUPLICATE]} duplicate, {tally.statuses[Status.CONTAMINATED]} contaminated"
         f" and {tally.failed} failed records.",
@@ -81,40 +84,28 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Sequence[Path]) -> s
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n" + "\n".join(lines) + "\n"
 
 
-def _has_rows(path: Path) -> bool:
-    """`datasets` can't load a config of which one split is empty."""
-    if path.suffix != ".parquet":
-        return path.stat().st_size > 0
-    from pyarrow.parquet import read_metadata
+def _rows(path: Path) -> int:
+    if path.suffix == ".parquet":
+        from pyarrow.parquet import read_metadata
 
-    return bool(read_metadata(path).num_rows)
+        return int(read_metadata(path).num_rows)
+    with path.open("rb") as lines:
+        return sum(1 for _ in lines)
 
 
 def _files_in(dist: Path) -> list[Path]:
     return sorted(path for path in dist.rglob("*") if path.is_file())
 
 
-def percent(rate: Rate) -> str:
-    """`71.0% [68.1, 73.8]`, or a dash."""
-    if rate.rate is None or rate.low is None or rate.high is None:
-        return "–"
-    return f"{rate.rate:.1%} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-
-
-def _configs(files: Sequence[Path]) -> list[dict[str, object]]:
+def _configs(files: Iterable[Path]) -> list[dict[str, object]]:
     """One config for each folder of Parquet files, every split named: a bare glob would mix validation into train."""
-    folders = sorted(
-        {path.parent for path in files if path.suffix == ".parquet"}, key=lambda path: (path.name[:3] != "sft", path)
-    )
+    tables = [path for path in files if path.suffix == ".parquet"]
+    folders = sorted({path.parent for path in tables}, key=lambda path: (path.name[:3] != "sft", path))
     return [
         {
             "config_name": folder.as_posix(),
             **({"default": True} if folder == folders[0] else {}),
-            "data_files": [
-                {"split": path.stem, "path": path.as_posix()}
-                for path in sorted(files)
-                if path.parent == folder and path.suffix == ".parquet"
-            ],
+            "data_files": [{"split": p.stem, "path": p.as_posix()} for p in sorted(tables) if p.parent == folder],
         }
         for folder in folders
     ]

@@ -1,17 +1,19 @@
 """The command line: parses arguments, calls what does the work, and turns every ending into its exit code."""
 
 import asyncio
-import gc
+import inspect
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from fastdistill.core.errors import ExitCode, FatalError
 
 if TYPE_CHECKING:
-    from fastdistill.control.session import Pipeline, RunResult
+    from collections.abc import Callable
+
+    from fastdistill.control.session import Pipeline, RunResult, Watch
 
 app = typer.Typer(
     name="fastdistill",
@@ -70,22 +72,28 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
         print(f"fastdistill {version('fastdistill')}")
 
 
-@pipeline_app.command()
-def run(
-    config: Config,
-    config_env: ConfigEnv = None,
-    config_run: ConfigRun = None,
-    set_: Set = None,
-    output_dir: OutputDir = None,
-    run_id: RunId = None,
-    quiet: Quiet = False,
-) -> None:
-    """Distil the data set. After a crash or Ctrl-C, run the same command again: it goes on where it was."""
-    from fastdistill.control.progress import live
+def with_pipeline(command: "Callable[..., None]") -> "Callable[..., None]":
+    """Puts the options that name a pipeline in the place of a command's first parameter, the pipeline itself."""
 
-    pipeline = _load(config, config_env, config_run, set_)
-    gc.freeze()  # what is imported by now stays: no pause of the event loop for looking through it
-    _ended(pipeline.run(output_dir=output_dir, run_id=run_id, watch=None if quiet else live), quiet)
+    def loaded(
+        config: Config, config_env: ConfigEnv = None, config_run: ConfigRun = None, set_: Set = None, **options: Any
+    ) -> None:
+        command(_load(config, config_env, config_run, set_), **options)
+
+    _, *own = inspect.signature(command).parameters.values()
+    named = [part for part in inspect.signature(loaded).parameters.values() if part.kind is not part.VAR_KEYWORD]
+    parts = [part.replace(kind=part.KEYWORD_ONLY) for part in (*named, *own)]  # so that a required one may come last
+    loaded.__signature__ = inspect.Signature(parts)  # type: ignore[attr-defined]  # what typer reads
+    loaded.__annotations__ = {part.name: part.annotation for part in parts}
+    loaded.__name__, loaded.__doc__ = command.__name__, command.__doc__
+    return loaded
+
+
+@pipeline_app.command()
+@with_pipeline
+def run(pipeline: "Pipeline", output_dir: OutputDir = None, run_id: RunId = None, quiet: Quiet = False) -> None:
+    """Distil the data set. After a crash or Ctrl-C, run the same command again: it goes on where it was."""
+    _ended(pipeline.run(output_dir=output_dir, run_id=run_id, watch=_watch(quiet)), quiet)
 
 
 @pipeline_app.command()
@@ -96,47 +104,38 @@ def validate(config: Config, config_env: ConfigEnv = None, config_run: ConfigRun
 
 
 @pipeline_app.command()
-def info(
-    config: Config,
-    config_env: ConfigEnv = None,
-    config_run: ConfigRun = None,
-    set_: Set = None,
-    output_dir: OutputDir = None,
-) -> None:
+@with_pipeline
+def info(pipeline: "Pipeline", output_dir: OutputDir = None) -> None:
     """Show the resolved pipeline: steps, models, and where it would write."""
     from fastdistill.control.show import show_info
 
-    show_info(_load(config, config_env, config_run, set_), output_dir)
+    show_info(pipeline, output_dir)
 
 
 @pipeline_app.command()
+@with_pipeline
 def preview(
-    config: Config,
-    config_env: ConfigEnv = None,
-    config_run: ConfigRun = None,
-    set_: Set = None,
+    pipeline: "Pipeline",
     output_dir: OutputDir = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many samples.")] = 5,
 ) -> None:
     """Run a few samples and show prompts, answers and verdicts. The answers are stored: the run will not pay again."""
     from fastdistill.control.show import show_preview
 
-    show_preview(_load(config, config_env, config_run, set_), output_dir, n)
+    show_preview(pipeline, output_dir, n)
 
 
 @pipeline_app.command()
+@with_pipeline
 def estimate(
-    config: Config,
-    config_env: ConfigEnv = None,
-    config_run: ConfigRun = None,
-    set_: Set = None,
+    pipeline: "Pipeline",
     output_dir: OutputDir = None,
     n: Annotated[int, typer.Option("-n", min=2, help="How many samples to probe with.")] = 30,
 ) -> None:
     """Project tokens, time, cost and accepted samples from a random few, which are run and stored for real."""
     from fastdistill.control.show import show_estimate
 
-    show_estimate(_load(config, config_env, config_run, set_), output_dir, n)
+    show_estimate(pipeline, output_dir, n)
 
 
 @runs_app.command("list")
@@ -180,21 +179,16 @@ def regate_run(
     quiet: Quiet = False,
 ) -> None:
     """Judge the stored candidates of RUN again, under other gates: a new run, and no teacher is asked."""
-    from fastdistill.control.progress import live
     from fastdistill.control.regate import regate
-    from fastdistill.control.session import unwatched
 
     layers = [layer for layer in (config, config_env, config_run) if layer is not None]
-    watch = unwatched if quiet else live
-    _ended(regate(run, layers, set_ or (), output_dir=output_dir, run_id=run_id, watch=watch), quiet)
+    _ended(regate(run, layers, set_ or (), output_dir=output_dir, run_id=run_id, watch=_watch(quiet)), quiet)
 
 
 @app.command("audit")
+@with_pipeline
 def audit_gates(
-    config: Config,
-    config_env: ConfigEnv = None,
-    config_run: ConfigRun = None,
-    set_: Set = None,
+    pipeline: "Pipeline",
     output_dir: OutputDir = None,
     mutants: Annotated[int, typer.Option(min=1, help="Mutants of a sample and an operator, at most.")] = 2,
     seed: Annotated[int, typer.Option(help="Which mutants are drawn.")] = 0,
@@ -202,14 +196,10 @@ def audit_gates(
 ) -> None:
     """Measure the gates against the truth: gold answers must pass, broken ones must not. No teacher is asked."""
     from fastdistill.control.audit import audit, show_audit
-    from fastdistill.control.folder import artifacts_root
-    from fastdistill.control.progress import live
-    from fastdistill.control.session import unwatched
 
-    pipeline, watch = _load(config, config_env, config_run, set_), unwatched if quiet else live
-    reports = audit(pipeline, output_dir=output_dir, mutants=mutants, seed=seed, watch=watch)
+    reports = audit(pipeline, output_dir=output_dir, mutants=mutants, seed=seed, watch=_watch(quiet))
     if not quiet:
-        show_audit(reports, artifacts_root(output_dir))
+        show_audit(reports, output_dir)
 
 
 @app.command("diff")
@@ -239,8 +229,9 @@ def push(
 
 
 @app.command("eval")
+@with_pipeline
 def evaluate_model(
-    config: Config,
+    pipeline: "Pipeline",
     data: Annotated[Path, typer.Option(help="The records to evaluate on; the same file for all models.")],
     role: Annotated[str, typer.Option(help="A name under `models:`; one that is not there begins as the teacher.")],
     model: Annotated[str | None, typer.Option(help="The model's name at its server.")] = None,
@@ -248,31 +239,17 @@ def evaluate_model(
     provider: Annotated[str | None, typer.Option(help="Which kind of server that is.")] = None,
     draws: Annotated[int, typer.Option("-n", "--draws", min=1, help="Answers to each record.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Records at most.")] = None,
-    config_env: ConfigEnv = None,
-    config_run: ConfigRun = None,
-    set_: Set = None,
     output_dir: OutputDir = None,
     run_id: RunId = None,
     quiet: Quiet = False,
 ) -> None:
     """Ask a served model the records of an evaluation split, and judge its answers by the pipeline's gates."""
-    from fastdistill.control.evaluate import evaluate
-    from fastdistill.control.progress import live
-    from fastdistill.control.session import unwatched
+    from fastdistill.control.evaluate import evaluation
 
     given = {"model": model, "base_url": base_url, "provider": provider}
-    result = evaluate(
-        _load(config, config_env, config_run, set_),
-        data,
-        role=role,
-        changes={field: value for field, value in given.items() if value is not None},
-        draws=draws,
-        limit=limit,
-        output_dir=output_dir,
-        run_id=run_id,
-        watch=unwatched if quiet else live,
-    )
-    _ended(result, quiet)
+    changes = {field: value for field, value in given.items() if value is not None}
+    plan = evaluation(pipeline, data, role=role, changes=changes, draws=draws, limit=limit)
+    _ended(plan.run(output_dir=output_dir, run_id=run_id, watch=_watch(quiet)), quiet)
 
 
 @app.command("compare")
@@ -316,17 +293,12 @@ def export(
 
 
 @app.command()
-def doctor(
-    config: Config,
-    config_env: ConfigEnv = None,
-    config_run: ConfigRun = None,
-    set_: Set = None,
-    output_dir: OutputDir = None,
-) -> None:
+@with_pipeline
+def doctor(pipeline: "Pipeline", output_dir: OutputDir = None) -> None:
     """Ask each model's endpoint what it is and what it honours (a few one-token requests), and look at this machine."""
     from fastdistill.control.doctor import examine
 
-    if not examine(_load(config, config_env, config_run, set_), output_dir):
+    if not examine(pipeline, output_dir):
         sys.exit(ExitCode.TEACHER)
 
 
@@ -398,6 +370,12 @@ def _load(config: Path, config_env: Path | None, config_run: Path | None, set_: 
     from fastdistill.control.config import load_pipeline
 
     return load_pipeline([layer for layer in (config, config_env, config_run) if layer is not None], set_ or ())
+
+
+def _watch(quiet: bool) -> "Watch | None":
+    from fastdistill.control.progress import live
+
+    return None if quiet else live
 
 
 if __name__ == "__main__":

@@ -3,25 +3,21 @@
 Reads the ledgers of runs, mostly of `fastdistill eval`. The last run is what the others are compared with.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastdistill.control.card import percent
-from fastdistill.control.diff import group_of
-from fastdistill.control.folder import RunFolder, artifacts_root, read_json, write_json
-from fastdistill.control.ledger import read_samples
+from fastdistill.control.diff import ENDED, group_of
+from fastdistill.control.folder import RunFolder, read_json, write_json
 from fastdistill.control.tally import interval
+from fastdistill.control.terminal import figure, percent, points, say, show_table
 from fastdistill.core.compare import Difference, mcnemar, paired_bootstrap
 from fastdistill.core.errors import InputError
 from fastdistill.core.scores import agreement_intervals, pass_at_k
 from fastdistill.core.stats import Rate, wilson
 from fastdistill.core.types import Outcome, Sample
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 K = 8  # of pass@k, or fewer where fewer were drawn
 
@@ -42,6 +38,9 @@ class Item:
     @property
     def rate(self) -> float:
         return fmean(self.right)
+
+    def pass_at(self, k: int) -> float:
+        return pass_at_k(len(self.right), sum(self.right), k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +64,48 @@ class Measured:
 
     def pass_at(self) -> tuple[int, Difference]:
         """k, and pass@k with its interval over groups."""
-        drawn = min((len(item.right) for item in self.items.values()), default=0)
-        k = min(K, drawn)
-        if not k:
-            return 0, Difference(None, None, None)
-        values = [(i.group, pass_at_k(len(i.right), sum(i.right), k)) for i in self.items.values()]
-        return k, paired_bootstrap(values)
+        k = min(K, min((len(item.right) for item in self.items.values()), default=0))
+        return k, paired_bootstrap((item.group, item.pass_at(k)) for item in self.items.values() if k)
 
     def diversity(self) -> float | None:
         """Distinct accepted answers for each accepted one: 1 where none was given twice."""
-        counts = [(len(set(item.answers)), len(item.answers)) for item in self.items.values() if item.answers]
-        return sum(d for d, _ in counts) / sum(n for _, n in counts) if counts else None
+        accepted = sum(len(item.answers) for item in self.items.values())
+        return sum(len({*item.answers}) for item in self.items.values()) / accepted if accepted else None
 
     def length(self) -> float | None:
         """Mean completion tokens of an answer."""
         tokens = [count for item in self.items.values() for count in item.tokens]
         return fmean(tokens) if tokens else None
+
+    def figures(self, gates: Iterable[str] = ()) -> dict[str, str]:
+        """What is shown of a run, in words, with the rates of these gates."""
+        (k, passed), rates = self.pass_at(), self.gate_rates()
+        return {
+            "samples": f"{len(self.items):,}",
+            "undecided": f"{self.undecided:,}",
+            "right, first draw": percent(self.accuracy()),
+            **{f"  {gate}": percent(rates[gate]) if gate in rates else "–" for gate in gates},
+            "pass@k": f"@{k}: {figure(passed.estimate, '{:.1%}')}" if k else "–",
+            "distinct of the accepted": figure(self.diversity(), "{:.2f}"),
+            "tokens an answer": figure(self.length(), "{:.1f}"),
+        }
+
+    def report(self) -> dict[str, Any]:
+        """One run's figures, as the JSON has them."""
+        k, passed = self.pass_at()
+        return {
+            "run_id": self.run_id,
+            "role": self.role,
+            "model": self.model,
+            "samples": len(self.items),
+            "undecided": self.undecided,
+            "accuracy": interval(self.accuracy()),
+            "gates": {name: interval(rate) for name, rate in self.gate_rates().items()},
+            "k": k,
+            "pass_at_k": asdict(passed),
+            "diversity": self.diversity(),
+            "mean_tokens": self.length(),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,30 +128,23 @@ class Pair:
 
 def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
     """Raises InputError if the run has no ledger, or a record lacks the field `group_by`."""
-    if not folder.ledger.exists():
-        raise InputError(f"{folder.ledger}: this run has no ledger yet")
     manifest = read_json(folder.manifest)
-    items, undecided = {}, 0
+    items: dict[str, Item | None] = {}
     asked: set[str] = set()
-    for sample in read_samples(folder.ledger, "sample_id != '' AND status IN ('open', 'failed')"):
+    for sample in folder.samples(ENDED):
         asked.update(candidate.prompt.model for candidate in sample.candidates)
-        item = _item(sample, group_by)
-        if item is None:
-            undecided += 1
-        else:
-            items[sample.sample_id] = item
-    return Measured(folder.run_id, ", ".join(sorted(asked)), manifest.get("role"), items, undecided)
+        items[sample.sample_id] = _item(sample, group_by)
+    decided = {sample_id: item for sample_id, item in items.items() if item is not None}
+    models = ", ".join(sorted(asked))
+    return Measured(folder.run_id, models, manifest.get("role"), decided, len(items) - len(decided))
 
 
 def pair(one: Measured, other: Measured, epsilon: float = 0.1) -> Pair:
     """`one` against `other`: `won` counts first draws that are right in `one` alone."""
     both = [(item, other.items[key]) for key, item in one.items.items() if key in other.items]
-    k = min((min(len(a.right), len(b.right)) for a, b in both), default=0)
-    k = min(K, k)
+    k = min(K, min((min(len(a.right), len(b.right)) for a, b in both), default=0))
     firsts = [(a.right[0], b.right[0]) for a, b in both]
     won, lost = firsts.count((True, False)), firsts.count((False, True))
-    scored = [(a.scores[0], b.scores[0]) for a, b in both]
-    known = [(a, b) for a, b in scored if a is not None and b is not None]
     return Pair(
         run=one.run_id,
         against=other.run_id,
@@ -137,119 +155,61 @@ def pair(one: Measured, other: Measured, epsilon: float = 0.1) -> Pair:
         lost=lost,
         p_value=mcnemar(lost, won),
         difference=paired_bootstrap((a.group, a.rate - b.rate) for a, b in both),
-        pass_at_k=paired_bootstrap((a.group, _at(a, k) - _at(b, k)) for a, b in both if k),
-        scores=agreement_intervals(known, epsilon) if known else None,
+        pass_at_k=paired_bootstrap((a.group, a.pass_at(k) - b.pass_at(k)) for a, b in both if k),
+        scores=_agreement([(a.scores[0], b.scores[0]) for a, b in both], epsilon),
     )
 
 
 def noise_floor(run: Measured, epsilon: float = 0.1) -> Mapping[str, Difference] | None:
     """A model's scores against its own second draws: no other model can be expected to agree more."""
-    drawn = [item.scores[:2] for item in run.items.values() if len(item.scores) > 1]
-    known = [(a, b) for a, b in drawn if a is not None and b is not None]
-    return agreement_intervals(known, epsilon) if known else None
+    return _agreement([item.scores[:2] for item in run.items.values() if len(item.scores) > 1], epsilon)
 
 
 def show_comparison(
     runs: Sequence[str], output_dir: Path | None, group_by: str | None, epsilon: float, json: Path | None
 ) -> None:
     """Prints runs side by side, the last against each of the others; writes the figures to the file `json`."""
-    from rich.console import Console
-
-    root = artifacts_root(output_dir)
-    measured = [measure(RunFolder.find(root, run), group_by) for run in runs]
-    last = measured[-1]
-    pairs = [pair(last, other, epsilon) for other in measured[:-1]]
-    if not any(p.compared for p in pairs):
+    measured = [measure(RunFolder.find(output_dir, run), group_by) for run in runs]
+    pairs = [pair(measured[-1], other, epsilon) for other in measured[:-1]]
+    if not any(found.compared for found in pairs):
         raise InputError(f"{', '.join(runs)} have no sample in common: were they asked the same records?")
     floor = noise_floor(measured[0], epsilon)
     if json is not None:
-        write_json(
-            json,
-            {
-                "group_by": group_by,
-                "epsilon": epsilon,
-                "runs": [summary(run) for run in measured],
-                "pairs": [asdict(p) for p in pairs],
-                "noise_floor": floor and {name: asdict(value) for name, value in floor.items()},
-            },
-        )
-    print_comparison(measured, pairs, floor, epsilon, Console())
-
-
-def summary(run: Measured) -> dict[str, Any]:
-    """One run's figures, as the JSON has them."""
-    k, passed = run.pass_at()
-    return {
-        "run_id": run.run_id,
-        "role": run.role,
-        "model": run.model,
-        "samples": len(run.items),
-        "undecided": run.undecided,
-        "accuracy": interval(run.accuracy()),
-        "gates": {name: interval(rate) for name, rate in run.gate_rates().items()},
-        "k": k,
-        "pass_at_k": asdict(passed),
-        "diversity": run.diversity(),
-        "mean_tokens": run.length(),
-    }
-
-
-def print_comparison(
-    runs: Sequence[Measured],
-    pairs: Sequence[Pair],
-    floor: Mapping[str, Difference] | None,
-    epsilon: float,
-    console: "Console",
-) -> None:
-    from rich.table import Table
-
-    table = Table("", *(f"{run.role or run.run_id}: {run.model}" for run in runs), box=None)
-    for name, cells in _rows(runs):
-        table.add_row(name, *cells)
-    console.print(table)
+        report = {
+            "group_by": group_by,
+            "epsilon": epsilon,
+            "runs": [run.report() for run in measured],
+            "pairs": [asdict(found) for found in pairs],
+            "noise_floor": None if floor is None else {name: asdict(value) for name, value in floor.items()},
+        }
+        write_json(json, report)
+    gates = dict.fromkeys(gate for run in measured for gate in run.gate_rates())
+    figures = [run.figures(gates) for run in measured]
+    roles = [run.role for run in measured]
+    names = [run.role if run.role and roles.count(run.role) == 1 else run.run_id for run in measured]
+    show_table(
+        ("", *(f"{name}: {run.model}" for name, run in zip(names, measured, strict=True))),
+        [(name, *(of_run[name] for of_run in figures)) for name in figures[0]],
+    )
     for found in pairs:
-        console.print(
+        say(
             f"\n{found.run} − {found.against}, on {found.compared:,} samples of both"
-            f" ({found.only_run:,} and {found.only_against:,} of one alone):",
-            soft_wrap=True,
-            markup=False,
+            f" ({found.only_run:,} and {found.only_against:,} of one alone):"
         )
-        console.print(f"  right: {points(found.difference)}; pass@k: {points(found.pass_at_k)}", markup=False)
-        console.print(
+        say(f"  right: {points(found.difference)}; pass@k: {points(found.pass_at_k)}")
+        say(
             f"  first draws: {found.won} won, {found.lost} lost, McNemar p = {found.p_value:.3g}"
-            f"; {'not ' if indistinct(found.difference) else ''}distinguishable",
-            markup=False,
+            f"; {'not ' if indistinct(found.difference) else ''}distinguishable"
         )
         if found.scores is not None:
-            console.print(f"  scores: {_words(found.scores, epsilon)}", markup=False, soft_wrap=True)
+            say(f"  scores: {_words(found.scores, epsilon)}")
     if floor is not None:
-        said = f"\nnoise floor, {runs[0].role or runs[0].run_id} against itself: {_words(floor, epsilon)}"
-        console.print(said, markup=False, soft_wrap=True)
-
-
-def points(found: Difference) -> str:
-    """`+3.2 points [0.1, 6.3]`, or a dash."""
-    if found.estimate is None or found.low is None or found.high is None:
-        return "–"
-    return f"{100 * found.estimate:+.1f} points [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+        say(f"\nnoise floor, {names[0]} against itself: {_words(floor, epsilon)}")
 
 
 def indistinct(found: Difference) -> bool:
     """Whether the interval holds 0, or there is none."""
     return found.low is None or found.high is None or found.low <= 0 <= found.high
-
-
-def _rows(runs: Sequence[Measured]) -> Iterator[tuple[str, list[str]]]:
-    yield "samples", [f"{len(run.items):,}" for run in runs]
-    yield "undecided", [f"{run.undecided:,}" for run in runs]
-    yield "right, first draw", [percent(run.accuracy()) for run in runs]
-    rates = [run.gate_rates() for run in runs]
-    for gate in dict.fromkeys(name for of_run in rates for name in of_run):
-        yield f"  {gate}", [percent(of_run[gate]) if gate in of_run else "–" for of_run in rates]
-    at_k = [run.pass_at() for run in runs]
-    yield "pass@k", [f"@{k}: {100 * (d.estimate or 0):.1f}%" if d.estimate is not None else "–" for k, d in at_k]
-    yield "distinct of the accepted", ["–" if (d := run.diversity()) is None else f"{d:.2f}" for run in runs]
-    yield "tokens an answer", ["–" if (n := run.length()) is None else f"{n:.1f}" for run in runs]
 
 
 def _words(scores: Mapping[str, Difference], epsilon: float) -> str:
@@ -284,5 +244,7 @@ def _passed(outcomes: Sequence[Outcome | None]) -> Rate:
     return wilson(passed, passed + outcomes.count(Outcome.FAIL))
 
 
-def _at(item: Item, k: int) -> float:
-    return pass_at_k(len(item.right), sum(item.right), k)
+def _agreement(scores: Iterable[tuple[float | None, ...]], epsilon: float) -> Mapping[str, Difference] | None:
+    """Of pairs of scores, as far as both are known."""
+    known = [(one, other) for one, other in scores if one is not None and other is not None]
+    return agreement_intervals(known, epsilon) if known else None

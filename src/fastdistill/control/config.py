@@ -6,7 +6,7 @@ steps changes the steps it names: `steps: {TextGeneration: {num_generations: 4}}
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -186,16 +186,11 @@ def _models(given: Any, problems: list[str]) -> dict[str, ModelConfig]:
         path = f"models.{name}"
         if isinstance(body, ModelConfig):
             models[name] = body
-            continue
-        if not isinstance(body, dict) or not isinstance(body.get("provider"), str):
+        elif not isinstance(body, dict) or not isinstance(body.get("provider"), str):
             problems.append(f"{path}.provider: required, for example ollama, openai or vllm")
-            continue
-        try:
-            kind: type[ModelConfig] = provider_class(body["provider"]).Config
-        except UnknownName as error:
-            problems.append(f"{path}.provider: {error}")
-            continue
-        if parsed := _validated(kind, body, path, problems):
+        elif (kind := _known(provider_class, body["provider"], f"{path}.provider", problems)) and (
+            parsed := _validated(kind.Config, body, path, problems)
+        ):
             models[name] = parsed
     return models
 
@@ -206,25 +201,28 @@ def _steps(given: Any, problems: list[str]) -> list[Step]:
         return []
     steps = []
     for at, item in enumerate(given):
+        entry = {item: None} if isinstance(item, str) else item
         if isinstance(item, Step):
             steps.append(item)
-            continue
-        entry = {item: None} if isinstance(item, str) else item
-        if not isinstance(entry, dict) or len(entry) != 1:
+        elif not isinstance(entry, dict) or len(entry) != 1:
             problems.append(f"steps[{at}]: must be one step, like `- Deduplicate: {{}}`; check the indentation")
-            continue
-        name, body = next(iter(entry.items()))
-        path = f"steps[{at}].{name}"
-        try:
-            kind: type[Step] = step_class(str(name))
-        except UnknownName as error:
-            problems.append(f"steps[{at}]: {error}")
-            continue
-        if not isinstance(body, dict | None):
-            problems.append(f"{path}: must be a mapping of the step's options")
-        elif parsed := _validated(kind, body or {}, path, problems):
-            steps.append(parsed)
+        else:
+            ((name, body),) = entry.items()
+            path = f"steps[{at}].{name}"
+            kind = _known(step_class, str(name), f"steps[{at}]", problems)
+            if kind and not isinstance(body, dict | None):
+                problems.append(f"{path}: must be a mapping of the step's options")
+            elif kind and (parsed := _validated(kind, body or {}, path, problems)):
+                steps.append(parsed)
     return steps
+
+
+def _known(find: Callable[[str], Any], name: str, path: str, problems: list[str]) -> Any:
+    try:
+        return find(name)
+    except UnknownName as error:
+        problems.append(f"{path}: {error}")
+        return None
 
 
 def _validated(kind: type[Parsed], body: dict[str, Any], path: str, problems: list[str]) -> Parsed | None:

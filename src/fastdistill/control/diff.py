@@ -4,23 +4,20 @@ Only samples that both runs have are compared. A sample counts as accepted or no
 (nothing accepted, and a gate that could not judge) is left out of the rates and counted apart.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fastdistill.control.card import percent
-from fastdistill.control.folder import RunFolder, artifacts_root, write_json
-from fastdistill.control.ledger import read_samples
+from fastdistill.control.folder import RunFolder, write_json
 from fastdistill.control.tally import interval
+from fastdistill.control.terminal import percent, say, show_table
 from fastdistill.core.compare import Difference, mcnemar, paired_bootstrap
 from fastdistill.core.errors import InputError
 from fastdistill.core.stats import Rate, wilson
 from fastdistill.core.types import Outcome, Sample, Status
 
-if TYPE_CHECKING:
-    from rich.console import Console
+ENDED = "sample_id != '' AND status IN ('open', 'failed')"  # samples that a run brought to an end
 
 
 class Fate(StrEnum):
@@ -71,12 +68,12 @@ def compare(a: RunFolder, b: RunFolder, group_by: str | None = None) -> Comparis
     Raises:
         InputError: a run has no ledger, no sample is in both, or a record lacks the field.
     """
-    before = {sample.sample_id: _ending(sample) for sample in _samples(a)}
+    before = {sample.sample_id: _ending(sample) for sample in a.samples(ENDED)}
     differences: list[tuple[str, float]] = []
     won: list[Change] = []
     lost: list[Change] = []
     both = only_b = undecided = 0
-    for sample in _samples(b):
+    for sample in b.samples(ENDED):
         first, now = before.pop(sample.sample_id, None), _ending(sample)
         if first is None:
             only_b += 1
@@ -112,14 +109,29 @@ def compare(a: RunFolder, b: RunFolder, group_by: str | None = None) -> Comparis
 
 def show_diff(run_a: str, run_b: str, output_dir: Path | None, group_by: str | None, json: Path | None) -> None:
     """Prints a comparison, and writes it with every sample to the file `json`."""
-    from rich.console import Console
-
-    root = artifacts_root(output_dir)
-    found = compare(RunFolder.find(root, run_a), RunFolder.find(root, run_b), group_by)
+    found = compare(RunFolder.find(output_dir, run_a), RunFolder.find(output_dir, run_b), group_by)
     if json is not None:
         rates = {name: interval(getattr(found, name)) for name in ("accepted_a", "accepted_b")}
         write_json(json, asdict(found) | rates | {"group_by": group_by})
-    _print(found, Console())
+    say(
+        f"{found.compared:,} samples compared; {found.undecided:,} undecided in one of them,"
+        f" {found.only_a:,} only in {found.run_a}, {found.only_b:,} only in {found.run_b}"
+    )
+    rates_of = ((found.run_a, found.accepted_a), (found.run_b, found.accepted_b))
+    show_table(
+        ("run", ">accepted", "rate, 95% interval"),
+        [(run, f"{rate.successes:,}", percent(rate)) for run, rate in rates_of],
+    )
+    estimate, low, high = (f"{100 * (value or 0.0):+.1f}" for value in asdict(found.difference).values())
+    say(f"difference: {estimate} points, 95% from {low} to {high}; McNemar p = {found.p_value:.3g}")
+    show_table(
+        ("", "at", "reason", ">samples", "for example"),
+        [
+            (words, *key, f"{len(of_one):,}", ", ".join(c.task_id or c.source for c in of_one[:3]))
+            for words, changes in (("won", found.won), ("lost", found.lost))
+            for key, of_one in _by_reason(changes)
+        ],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +142,6 @@ class _Ending:
     accepted: tuple[str, ...]
     rejected: Mapping[str, tuple[str, str]]  # gate and reason, by candidate; who came furthest is the last
     failure: tuple[str, str]
-
-
-def _samples(folder: RunFolder) -> Iterator[Sample]:
-    if not folder.ledger.exists():
-        raise InputError(f"{folder.ledger}: this run has no ledger yet")
-    return read_samples(folder.ledger, "sample_id != '' AND status IN ('open', 'failed')")
 
 
 def _ending(sample: Sample) -> _Ending:
@@ -170,32 +176,6 @@ def group_of(sample: Sample, group_by: str | None) -> str:
     if group_by not in sample.record:
         raise InputError(f"{sample.source}: no field {group_by!r}; the record has: {', '.join(sample.record)}")
     return repr(sample.record[group_by])
-
-
-def _print(found: Comparison, console: "Console") -> None:
-    from rich.table import Table
-
-    console.print(
-        f"{found.compared:,} samples compared; {found.undecided:,} undecided in one of them,"
-        f" {found.only_a:,} only in {found.run_a}, {found.only_b:,} only in {found.run_b}",
-        soft_wrap=True,
-    )
-    rates = Table("run", "accepted", "rate, 95% interval", box=None)
-    for run, rate in ((found.run_a, found.accepted_a), (found.run_b, found.accepted_b)):
-        rates.add_row(run, f"{rate.successes:,}", percent(rate))
-    console.print(rates)
-    estimate, low, high = (f"{100 * (value or 0.0):+.1f}" for value in asdict(found.difference).values())
-    console.print(f"difference: {estimate} points, 95% from {low} to {high}; McNemar p = {found.p_value:.3g}")
-    counted = [
-        (words, *key, of_one)
-        for words, changes in (("won", found.won), ("lost", found.lost))
-        for key, of_one in _by_reason(changes)
-    ]
-    if counted:
-        table = Table("", "at", "reason", "samples", "for example", box=None)
-        for words, at, reason, of_one in counted:
-            table.add_row(words, at, reason, f"{len(of_one):,}", ", ".join(c.task_id or c.source for c in of_one[:3]))
-        console.print(table)
 
 
 def _by_reason(changes: Sequence[Change]) -> list[tuple[tuple[str, str], list[Change]]]:

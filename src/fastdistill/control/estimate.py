@@ -14,7 +14,6 @@ from typing import Any
 from pydantic import PrivateAttr
 
 from fastdistill.control.folder import RunFolder, artifacts_root
-from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import Pipeline, execute, run_in_loop, unwatched
 from fastdistill.core.errors import InputError
 from fastdistill.core.stats import Total, project_mean, project_share
@@ -66,9 +65,8 @@ class Estimate:
 
 def shortened(pipeline: Pipeline, few: StreamStep) -> Pipeline:
     """The pipeline with `few` samples only, up to its last step that works on samples."""
-    kinds = [isinstance(step, SampleStep) for step in pipeline.steps]
-    first = kinds.index(True) if True in kinds else len(kinds)
-    end = len(kinds) - kinds[::-1].index(True) if True in kinds else len(kinds)
+    at = [place for place, step in enumerate(pipeline.steps) if isinstance(step, SampleStep)]
+    first, end = (at[0], at[-1] + 1) if at else (len(pipeline.steps),) * 2
     steps = (*pipeline.steps[:first], few, *pipeline.steps[first:end])
     return Pipeline(name=pipeline.name, models=pipeline.models, steps=steps, max_error_rate=1)
 
@@ -79,7 +77,7 @@ def run_shortened(pipeline: Pipeline, few: StreamStep, output_dir: Path | None) 
     with TemporaryDirectory(prefix="fastdistill-") as scratch:
         folder = RunFolder(root, "preview", Path(scratch) / "run")
         result = run_in_loop(execute(shortened(pipeline, few), folder, unwatched))
-        return list(read_samples(folder.ledger)), dict(result.timing)
+        return list(folder.samples()), dict(result.timing)
 
 
 def estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> Estimate:

@@ -8,40 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fastdistill.control.registry import provider_class
-from fastdistill.control.session import Origin, Pipeline, RunResult, Watch, unwatched
+from fastdistill.control.session import Origin, Pipeline
 from fastdistill.core.errors import ConfigError
 from fastdistill.core.step import SampleStep, Step
 from fastdistill.data.generate import TextGeneration
 from fastdistill.data.load import LoadJsonl
 from fastdistill.data.prepare import CanonicalizeFields
 from fastdistill.model.provider import ModelConfig
-
-
-def evaluate(
-    pipeline: Pipeline,
-    data: Path,
-    *,
-    role: str = "student",
-    changes: dict[str, Any] | None = None,
-    draws: int = 1,
-    limit: int | None = None,
-    output_dir: Path | None = None,
-    run_id: str | None = None,
-    watch: Watch = unwatched,
-) -> RunResult:
-    """Runs the evaluation of a model.
-
-    Args:
-        data: the records to evaluate on.
-        role: a name under `models:`; one that is not there begins as the teacher.
-        changes: fields of that model's config that are others, like `model` and `base_url`.
-        draws: answers to each record.
-
-    Raises:
-        FatalError: as for any run.
-    """
-    plan = evaluation(pipeline, data, role=role, changes=changes or {}, draws=draws, limit=limit)
-    return plan.run(output_dir=output_dir, run_id=run_id, watch=watch)
 
 
 def evaluation(
@@ -51,6 +24,11 @@ def evaluation(
 
     Every record is asked `draws` times: waves, races, ladders of teachers, targets and floors would make what is
     measured depend on the answers.
+
+    Args:
+        data: the records to evaluate on.
+        role: a name under `models:`; one that is not there begins as the teacher.
+        changes: fields of that model's config that are others, like `model` and `base_url`.
 
     Raises:
         ConfigError: nothing in the pipeline asks for candidates, or the model's config is wrong.

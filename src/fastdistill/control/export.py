@@ -15,7 +15,7 @@ from fastdistill.control.session import Pipeline
 from fastdistill.control.tally import Tally
 from fastdistill.core.errors import ConfigError, EnvironmentFault, InputError
 from fastdistill.core.types import Sample
-from fastdistill.data.export.dataset import Export, Format
+from fastdistill.data.export.dataset import Export, Format, Splits
 
 
 def export_run(
@@ -69,8 +69,8 @@ def _pipeline(folder: RunFolder, formats: Sequence[str], overrides: Sequence[str
     if unknown := [name for name in formats if name not in [*Format]]:
         raise ConfigError(f"--format {unknown[0]}: known are: {', '.join(Format)}")
     config = read_yaml(folder.config)
-    exports = {kind: step_class(kind) for item in config["steps"] for kind in item}
-    exports = {kind: step for kind, step in exports.items() if issubclass(step, Export)}
+    kinds = {kind: step_class(kind) for item in config["steps"] for kind in item}
+    exports = {kind: step for kind, step in kinds.items() if issubclass(step, Export)}
     wanted = {kind: [name for name in formats if name in step.offered()] for kind, step in exports.items()}
     if not any(wanted.values()):
         known = ", ".join(exports) or "none"
@@ -82,7 +82,7 @@ def _pipeline(folder: RunFolder, formats: Sequence[str], overrides: Sequence[str
     steps = []
     for item in config["steps"]:
         ((kind, body),) = item.items()
-        if kind not in exports or wanted[kind]:
+        if not issubclass(kinds[kind], Splits) or wanted.get(kind):
             steps.append({kind: body | {"formats": wanted[kind]} if kind in exports else body})
     return parse_pipeline(config | {"steps": steps})
 

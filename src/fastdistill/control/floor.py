@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fastdistill.control.tally import Tally, interval
-from fastdistill.core.stats import Rate, wilson
+from fastdistill.control.tally import GateCount, Tally, interval
+from fastdistill.core.stats import Rate
 from fastdistill.core.types import Status
 
 Share = Field(None, ge=0, le=1)
@@ -25,7 +25,6 @@ class Floor(BaseModel):
     pass_rate: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default_factory=dict, description="by the name of a gate"
     )
-
     audited: bool = Field(False, description="every gate must have been audited as it is now, with the files it reads")
 
     def check(self, tally: Tally, audits: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
@@ -33,32 +32,25 @@ class Floor(BaseModel):
 
         `audits` has each gate that can be audited, None where it was not.
         """
-        counts = {"min_total": tally.statuses[Status.OPEN], "min_accepted": tally.accepted_samples}
-        rates = {
+        gates = {f"pass_rate.{gate}": tally.gates.get(gate, GateCount()).pass_rate() for gate in self.pass_rate}
+        reached: dict[str, int | Rate] = {
+            "min_total": tally.statuses[Status.OPEN],
+            "min_accepted": tally.accepted_samples,
             "accept_rate": tally.accept_rate(),
             "exec_pass_rate": tally.flag_rate("exec_pass"),
             "gold_match_rate": tally.flag_rate("gold_match"),
+            **gates,
         }
-        checks = [
-            {"requirement": name, "required": required, "reached": reached, "met": reached >= required}
-            for name, reached in counts.items()
-            if (required := getattr(self, name)) is not None
-        ]
-        checks += [
-            _rate_check(name, required, rate)
-            for name, rate in rates.items()
-            if (required := getattr(self, name)) is not None
-        ]
-        for gate, required in self.pass_rate.items():
-            count = tally.gates.get(gate)
-            checks.append(_rate_check(f"pass_rate.{gate}", required, count.pass_rate() if count else wilson(0, 0)))
+        required = self.model_dump() | {f"pass_rate.{gate}": share for gate, share in self.pass_rate.items()}
+        checks = [_check(name, required[name], found) for name, found in reached.items() if required[name] is not None]
         if self.audited:
             known = [audit is not None for audit in (audits or {}).values()]
-            counts = {"required": len(known), "reached": sum(known)}
-            checks.append({"requirement": "audited", **counts, "met": all(known)})
+            checks.append(_check("audited", len(known), sum(known)))
         return checks
 
 
-def _rate_check(name: str, required: float, rate: Rate) -> dict[str, Any]:
-    met = rate.low is not None and rate.low >= required
-    return {"requirement": name, "required": required, "reached": interval(rate), "met": met}
+def _check(name: str, required: float, reached: int | Rate) -> dict[str, Any]:
+    least = reached.low if isinstance(reached, Rate) else reached
+    met = least is not None and least >= required
+    shown = interval(reached) if isinstance(reached, Rate) else reached
+    return {"requirement": name, "required": required, "reached": shown, "met": met}

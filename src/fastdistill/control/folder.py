@@ -4,13 +4,16 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastdistill.core.errors import EnvironmentFault, InputError
 from fastdistill.core.files import atomic
+
+if TYPE_CHECKING:
+    from fastdistill.core.types import Sample
 
 
 def artifacts_root(output_dir: Path | None = None) -> Path:
@@ -71,27 +74,40 @@ class RunFolder:
         shutil.rmtree(self.dist, ignore_errors=True)
         self.dist_in_work.rename(self.dist)
 
+    def samples(self, where: str = "1", parameters: Sequence[Any] = ()) -> Iterator["Sample"]:
+        """The samples of the ledger in input order, lazily; `where` is an SQL condition of ours on its `samples`.
+
+        Raises:
+            InputError: there is no ledger.
+        """
+        from fastdistill.control.ledger import read_samples
+
+        if not self.ledger.exists():
+            raise InputError(f"{self.ledger}: this run has no ledger yet")
+        return read_samples(self.ledger, where, parameters)
+
     @classmethod
-    def all(cls, root: Path) -> list["RunFolder"]:
-        """Every run under the root, the latest first."""
+    def all(cls, root: Path | None) -> list["RunFolder"]:
+        """Every run under the root (None: the default one), the latest first."""
+        root = artifacts_root(root)
         manifests = root.glob("runs/*/manifest.json")
         latest_first = sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True)
         return [cls(root, path.parent.name) for path in latest_first]
 
     @classmethod
-    def find(cls, root: Path, run: str) -> "RunFolder":
-        """The run whose id is `run`, or begins with it.
+    def find(cls, root: Path | None, run: str) -> "RunFolder":
+        """The run under the root (None: the default one) whose id is `run`, or begins with it.
 
         Raises:
             InputError: there is none, or more than one.
         """
-        runs = [folder for folder in cls.all(root) if folder.run_id.startswith(run)]
-        exact = [folder for folder in runs if folder.run_id == run]
-        if len(exact or runs) == 1:
-            return (exact or runs)[0]
-        known = ", ".join(folder.run_id for folder in runs or cls.all(root)) or "none"
-        what = f"several runs begin with {run!r}" if runs else f"no run {run!r}"
-        raise InputError(f"{root}: {what}; there are: {known} (is --output-dir right?)")
+        known = {folder.run_id: folder for folder in cls.all(root)}
+        begun = [run_id for run_id in known if run_id.startswith(run)]
+        if run in known or len(begun) == 1:
+            return known[run if run in known else begun[0]]
+        what = f"several runs begin with {run!r}" if begun else f"no run {run!r}"
+        there = ", ".join(begun or known) or "none"
+        raise InputError(f"{artifacts_root(root)}: {what}; there are: {there} (is --output-dir right?)")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from fastdistill.control.store import prompt_columns, read_completion, write_completion
+from fastdistill.control.store import read_completion, write_completion
 from fastdistill.control.writer import Writer, connect, fault, insert, transaction
 from fastdistill.core.types import (
     Candidate,
@@ -136,7 +136,7 @@ def _rows(sample: Sample) -> _Rows:
     for place, candidate in enumerate(sample.candidates):
         id_, prompt = first + place, candidate.prompt
         if id(prompt) not in prompts:
-            prompts[id(prompt)] = (id_, *prompt_columns(prompt))
+            prompts[id(prompt)] = (id_, *prompt.columns)
         candidates.append((id_, index, place, *_candidate_columns(candidate, prompts[id(prompt)][0])))
         for ordinal, v in enumerate(candidate.verdicts):
             judged = (v.gate, v.fingerprint, v.outcome, v.reason, v.score, _json(v.detail) if v.detail else "{}")
@@ -170,17 +170,22 @@ _decode_cuts = msgspec.json.Decoder(tuple[Cut, ...]).decode
 _decode_failures = msgspec.json.Decoder(tuple[Failure, ...]).decode
 
 
+# To call an enumeration takes ten times as long.
+_OUTCOMES = {str(outcome): outcome for outcome in Outcome}
+_STATUSES = {str(status): status for status in Status}
+
+
 def _json(value: object) -> str:
     return _json_encoder.encode(value).decode()
 
 
 def _sample_row(sample: Sample) -> tuple[Any, ...]:
-    record = sample.record
-    taken = all(field in record and record[field] is value for field, value in sample.input.items())
+    record, content = sample.record, sample.input
+    taken = all([field in record and record[field] is value for field, value in content.items()])
     # An input that is fields of the record is written as their names.
     return (
-        sample.index, sample.sample_id, sample.task_id, sample.source, sample.status, _json(sample.record),
-        _json(list(sample.input) if taken else sample.input),
+        sample.index, sample.sample_id, sample.task_id, sample.source, sample.status, _json(record),
+        _json(list(content) if taken else content),
         None if sample.selection is None else _json(sample.selection),
         _json(sample.failures) if sample.failures else "[]",
     )  # fmt: skip
@@ -197,7 +202,8 @@ def _sample(row: tuple[Any, ...], candidates: Sequence[tuple[Any, ...]], verdict
     index, sample_id, task_id, source, status, record, input_, selection, failures = row
     by_place: dict[int, list[Verdict]] = {}
     for _, _, place, _, gate, fingerprint, outcome, reason, score, detail in verdicts:
-        verdict = Verdict(gate, fingerprint, Outcome(outcome), reason, score, msgspec.json.decode(detail))
+        told = {} if detail == "{}" else msgspec.json.decode(detail)
+        verdict = Verdict(gate, fingerprint, _OUTCOMES[outcome], reason, score, told)
         by_place.setdefault(place, []).append(verdict)
     fields = msgspec.json.decode(record)
     taken = msgspec.json.decode(input_)
@@ -211,7 +217,7 @@ def _sample(row: tuple[Any, ...], candidates: Sequence[tuple[Any, ...]], verdict
         candidates=tuple(_candidate(row, tuple(by_place.get(row[2], ()))) for row in candidates),
         selection=None if selection is None else tuple(msgspec.json.decode(selection)),
         failures=_decode_failures(failures),
-        status=Status(status),
+        status=_STATUSES[status],
     )
 
 

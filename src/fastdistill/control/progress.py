@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
-from fastdistill.core.stats import Rate
+from fastdistill.control.terminal import clock, cut, dollars, percent, printable, say, show_table, tallied
 from fastdistill.core.types import Outcome, Status
 
 if TYPE_CHECKING:
-    from rich.console import Console, JustifyMethod, RenderableType
-    from rich.table import Table
+    from rich.console import Console, RenderableType
     from rich.text import Text
 
     from fastdistill.control.run import ActiveRun
@@ -195,7 +194,7 @@ def _models_now(models: "Mapping[str, ModelClient]", speed: Speed) -> "Text":
         meter = model.meter
         row = [name, f"{meter.in_flight}/{model.router.capacity}", f"{meter.answers:,}", f"{meter.stored:,}"]
         row += [f"{speed.tokens.get(name, 0.0):,.0f}", *([dollars(meter.cost)] if priced else [])]
-        rows.append([*row, _tallied(dict(meter.retries)) or "–"])
+        rows.append([*row, tallied(dict(meter.retries)) or "–"])
     return _columns(rows)
 
 
@@ -204,7 +203,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> "Text":
     from rich.cells import cell_len
     from rich.text import Text
 
-    cells = [[_cut(_printable(cell), 24) for cell in row[:-1]] for row in rows]
+    cells = [[cut(printable(cell), 24) for cell in row[:-1]] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     text = Text(no_wrap=True, overflow="ellipsis")
     for at, ((name, *figures), row) in enumerate(zip(cells, rows, strict=True)):
@@ -218,22 +217,30 @@ def summary(result: "RunResult", console: "Console") -> None:
     """Prints what a run came to, and where what it wrote lies."""
     from rich.text import Text
 
-    quality, timing, manifest = result.quality, result.timing, result.manifest
-    title = Text.assemble((result.run_id, "bold"), f"  {manifest['status']}  {clock(timing['wall_s'])}")
-    console.print(title, soft_wrap=True)
+    quality, timing = result.quality, result.timing
     gates = {stage["step"]: stage["candidates"] for stage in quality["stages"] if "candidates" in stage}
-    sections = [_funnel(quality), _gates(gates), _reasons(gates), _failures(quality["failures"])]
-    for table in (*sections, _models(quality["tokens"], timing["models"]), _floor(quality["floor"])):
-        if table.row_count:
-            console.print()
-            console.print(table)
-    console.print()
+    title = Text.assemble((result.run_id, "bold"), f"  {result.manifest['status']}  {clock(timing['wall_s'])}")
+    say(title, console=console)
+    for headers, found in (
+        (("", ">", "", ""), _funnel(quality)),
+        (("gate", ">judged", ">pass", ">fail", ">error", "pass rate, 95% interval"), _gates(gates)),
+        (("gate", "reasons"), _reasons(gates)),
+        (("failed at", ">count", "reason", "for example"), _failures(quality["failures"])),
+        (("", ""), _models(quality["tokens"], timing["models"])),
+        (("floor", ">required", "reached", ""), _floor(quality["floor"])),
+    ):
+        if rows := list(found):
+            say(console=console)
+            show_table(headers, rows, console)
+    say(console=console)
     for name, words in _whereabouts(result):
-        # Never wrapped: a path or a command is there to be copied.
-        console.print(Text(f"{name:<9}", "bold") + Text(words), soft_wrap=True)
+        say(Text(f"{name:<9}", "bold") + Text(words), console=console)
 
 
-def _funnel(quality: Mapping[str, Any]) -> "Table":
+_Cells: TypeAlias = "Iterator[tuple[RenderableType, ...]]"
+
+
+def _funnel(quality: Mapping[str, Any]) -> _Cells:
     """How many samples were read, and where they went."""
     from rich.progress_bar import ProgressBar
     from rich.text import Text
@@ -241,53 +248,43 @@ def _funnel(quality: Mapping[str, Any]) -> "Table":
     samples, candidates = quality["samples"], quality["candidates"]
     notes = {
         "completed": f"{candidates['generated']:,} candidates, {candidates['selected']:,} selected",
-        "accepted": f"{_interval(samples['accept_rate'])} of the decided" if samples["completed"] else "",
+        "accepted": f"{percent(samples['accept_rate'])} of the decided" if samples["completed"] else "",
         "undecided": "a gate could not judge" if samples["undecided"] else "",
     }
-    table = _table("", ">", "", "")
     for name in ("read", "duplicates", "contaminated", "failed", "completed", "accepted", "undecided"):
         style = STYLES.get(name, "") if samples[name] else "dim"
         bar = ProgressBar(max(samples["read"], 1), samples[name], 20, complete_style=style, finished_style=style)
-        table.add_row(Text(name, style), Text(f"{samples[name]:,}", style), bar, Text(notes.get(name, ""), "dim"))
-    return table
+        yield Text(name, style), Text(f"{samples[name]:,}", style), bar, Text(notes.get(name, ""), "dim")
 
 
-def _gates(gates: Mapping[str, Mapping[str, Any]]) -> "Table":
-    table = _table("gate", ">judged", ">pass", ">fail", ">error", "pass rate, 95% interval")
+def _gates(gates: Mapping[str, Mapping[str, Any]]) -> _Cells:
     for name, gate in gates.items():
         counts = [f"{gate[count]:,}" for count in ("judged", "pass", "fail", "error")]
-        _row(table, name, *counts, _interval(gate["pass_rate"]))
-    return table
+        yield name, *counts, percent(gate["pass_rate"])
 
 
-def _reasons(gates: Mapping[str, Mapping[str, Any]]) -> "Table":
+def _reasons(gates: Mapping[str, Mapping[str, Any]]) -> _Cells:
     """Why gates judged as they did, for those that did not pass everything, and what execution said."""
-    table = _table("gate", "reasons")
     for name, gate in gates.items():
         if gate["pass"] < gate["judged"]:
-            _row(table, name, _tallied(gate["reasons"]))
+            yield name, tallied(gate["reasons"])
             if errors := {error["error"]: error["count"] for error in gate.get("exec_errors", ())}:
-                _row(table, "  execution", _tallied(errors))
-    return table
+                yield "  execution", tallied(errors)
 
 
-def _failures(failures: Sequence[Mapping[str, Any]]) -> "Table":
-    table = _table("failed at", ">count", "reason", "for example")
+def _failures(failures: Sequence[Mapping[str, Any]]) -> _Cells:
     for failure in sorted(failures, key=lambda failure: -failure["count"])[:5]:
         example = failure["examples"][0] if failure["examples"] else ""
-        _row(table, failure["step"], f"{failure['count']:,}", failure["reason"], _cut(example))
-    return table
+        yield failure["step"], f"{failure['count']:,}", failure["reason"], cut(example)
 
 
-def _models(tokens: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> "Table":
+def _models(tokens: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> _Cells:
     from rich.text import Text
 
-    table = _table("", "")
     if tokens["prompt"] or tokens["completion"]:
         per_1000 = tokens["accepted_samples_per_1000_tokens"]
         yielded = "" if per_1000 is None else f"; {per_1000:g} accepted samples per 1000"
-        words = f"{tokens['prompt']:,} prompt, {tokens['completion']:,} completion{yielded}"
-        table.add_row(Text("tokens", "bold"), Text(words))
+        yield Text("tokens", "bold"), f"{tokens['prompt']:,} prompt, {tokens['completion']:,} completion{yielded}"
     for name, model in models.items():
         words = f"{model['answers_paid']:,} answers paid, {model['answers_from_store']:,} from the store"
         if model["requests"]:
@@ -295,22 +292,23 @@ def _models(tokens: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
             words += "".join(f"; {rate:,.1f} {unit}" for rate, unit in rates if rate is not None)
             words += f"; {model['slot_utilisation']:.0%} of {model['concurrency']} slots used"
         if model["retries"]:
-            words += f"; retries: {_tallied(model['retries'])}"
+            words += f"; retries: {tallied(model['retries'])}"
+        if lost := sum(took["total_s"] for took in model.get("failed", {}).values()):
+            words += f"; failed requests held slots for {lost:,.1f} s"
         if model["cost_usd"] is not None:
             words += f"; {dollars(model['cost_usd'])}"
-        table.add_row(Text(_printable(name), "bold"), Text(words))
-    return table
+        yield Text(printable(name), "bold"), words
 
 
-def _floor(checks: Sequence[Mapping[str, Any]]) -> "Table":
-    table = _table("floor", ">required", "reached", "")
+def _floor(checks: Sequence[Mapping[str, Any]]) -> _Cells:
+    from rich.text import Text
+
     for check in checks:
         required, reached = check["required"], check["reached"]
         is_rate = isinstance(reached, Mapping)
-        shown = (f"{required:.1%}", _interval(reached)) if is_rate else (f"{required:,}", f"{reached:,}")
+        shown = (f"{required:.1%}", percent(reached)) if is_rate else (f"{required:,}", f"{reached:,}")
         met, style = ("met", "green") if check["met"] else ("missed", "bold red")
-        _row(table, check["requirement"], *shown, met, style=style)
-    return table
+        yield tuple(Text(printable(cell), style) for cell in (check["requirement"], *shown, met))
 
 
 def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
@@ -324,8 +322,8 @@ def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
         "manifest": result.path / "manifest.json",
     }
     yield from ((name, str(path)) for name, path in files.items() if path.exists())
-    if parent := result.manifest.get("parent_run_id"):
-        reused = _tallied(result.manifest["verdicts_reused"])
+    if result.manifest.get("kind") == "regate":
+        parent, reused = result.manifest["parent_run_id"], tallied(result.manifest["verdicts_reused"])
         yield "judged", f"the candidates of {parent} again; verdicts taken over from it: {reused or 'none'}"
     if sample_id := _example(result.path / "ledger.sqlite"):
         root = result.path.parent.parent
@@ -345,20 +343,6 @@ def _example(ledger: Path) -> str:
         for (sample_id,) in connection.execute(query):
             return str(sample_id)[:12]
     return ""
-
-
-def clock(seconds: float) -> str:
-    """`2:10`, `1:02:10`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def dollars(amount: float | None) -> str:
-    """`$12.30`, and `$0.0042` where cents would hide it."""
-    if amount is None:
-        return "–"
-    return f"${amount:,.2f}" if amount >= 1 or amount == 0 else f"${amount:.4f}"
 
 
 @contextmanager
@@ -406,44 +390,3 @@ def _headline(run: "ActiveRun", speed: Speed) -> tuple[str, str, str]:
         return elapsed, f"{done:,} samples", ""
     left = clock(max(total - done, 0) / speed.samples) if speed.samples > 0 else "–"
     return elapsed, f"{done:,} of {total:,} samples ({done / max(total, 1):.0%})", f"ETA {left}"
-
-
-def _interval(rate: Mapping[str, Any]) -> str:
-    from fastdistill.control.card import percent
-
-    return percent(Rate(**rate))
-
-
-def _tallied(counts: Mapping[str, int], most: int = 6) -> str:
-    """`timeout 3, reset 1`: the most frequent first."""
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    words = [f"{name} {count:,}" for name, count in ranked[:most]]
-    return ", ".join(words + ([f"{len(ranked) - most} more kinds"] if len(ranked) > most else []))
-
-
-def _table(*headers: str) -> "Table":
-    """A plain table; `>` before a header puts its column to the right, and an empty first one leaves them all out."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=bool(headers[0]))
-    for at, header in enumerate(headers):
-        right = header.startswith(">")
-        justify: JustifyMethod = "right" if right else "left"
-        table.add_column(header.removeprefix(">"), justify=justify, no_wrap=right or at == 0, overflow="fold")
-    return table
-
-
-def _row(table: "Table", *cells: str, style: str = "") -> None:
-    from rich.text import Text
-
-    # As Text, for a string would be read as markup; and names and messages may come from a model or a server.
-    table.add_row(*(Text(_printable(cell)) for cell in cells), style=style)
-
-
-def _printable(text: str) -> str:
-    """Text that can't steer the terminal."""
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
-def _cut(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -7,16 +7,15 @@ was asked then, whatever waves or races it was asked in. All of the pipeline aft
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from operator import ne
 from pathlib import Path
 
+from msgspec.structs import replace
 from pydantic import ConfigDict
 
 from fastdistill.control.budget import first_accepted
 from fastdistill.control.config import load_layers, merge, parse_pipeline, read_yaml
 from fastdistill.control.folder import RunFolder, artifacts_root, read_json
-from fastdistill.control.ledger import read_samples
 from fastdistill.control.reports import Lineage, versions
 from fastdistill.control.session import Pipeline, RunResult, Watch, execute, run_folder, run_in_loop, unwatched
 from fastdistill.core.canonical import digest
@@ -38,7 +37,7 @@ def regate(
     *,
     output_dir: Path | None = None,
     run_id: str | None = None,
-    watch: Watch = unwatched,
+    watch: Watch | None = None,
 ) -> RunResult:
     """Runs the gates of some YAML layers over the candidates of `run`, an id or its beginning.
 
@@ -55,7 +54,7 @@ def regate(
         raise ConfigError(f"run_id: {run_id!r} is the run to be judged again; give the new one another name")
     lineage = Lineage(stored.folder.run_id, stored.read)
     steps = tuple(_replaying(stored, pipeline, lineage))
-    return run_in_loop(execute(pipeline, folder, watch, steps, lineage))
+    return run_in_loop(execute(pipeline, folder, watch or unwatched, steps, lineage))
 
 
 class StoredRun:
@@ -80,13 +79,13 @@ class StoredRun:
     def samples(self) -> Iterator[Sample]:
         """All samples in input order, up to the one that made a target full."""
         target = self.pipeline.target
-        for sample in first_accepted(read_samples(self.folder.ledger), target.accepted if target else None):
+        for sample in first_accepted(self.folder.samples(), target.accepted if target else None):
             self._keep(sample)
             yield sample
 
     def sample(self, index: int) -> Sample:
         if index not in self._kept:
-            self._keep(next(read_samples(self.folder.ledger, "idx = ?", (index,))))
+            self._keep(next(self.folder.samples("idx = ?", (index,))))
         return self._kept[index]
 
     def asks_the_same(self, generation: Step, pipeline: Pipeline) -> bool:

@@ -51,20 +51,12 @@ class UnknownName(ValueError):
 
 
 def step_class(name: str) -> Any:
-    """The class of a step.
-
-    Raises:
-        UnknownName: no step has this name.
-    """
+    """The class of a step. Raises UnknownName if no step has this name."""
     return _load("fastdistill.steps", name, {step: f"{module}:{step}" for step, module in STEPS.items()})
 
 
 def provider_class(kind: str) -> Any:
-    """The class of a provider.
-
-    Raises:
-        UnknownName: no provider has this name.
-    """
+    """The class of a provider. Raises UnknownName if no provider has this name."""
     return _load("fastdistill.providers", kind, PROVIDERS)
 
 

@@ -7,9 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from fastdistill.control.card import percent
-from fastdistill.control.progress import clock, dollars
-from fastdistill.core.stats import Rate
+from fastdistill.control.terminal import clock, dollars, percent
 
 _SIZES = ("B", "kB", "MB", "GB", "TB")
 
@@ -43,7 +41,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "n": lambda count: f"{count:,}",
-        "interval": lambda rate: percent(Rate(**rate)),
+        "interval": percent,
         "duration": duration,
         "dollars": dollars,
         "file_size": file_size,

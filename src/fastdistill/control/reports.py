@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.control.audited import audit_command, audits_of
+from fastdistill.control.budget import Enough
 from fastdistill.control.card import complete_dataset
 from fastdistill.control.folder import RunFolder, read_json, write_json
 from fastdistill.control.run import ActiveRun
@@ -67,12 +68,14 @@ class Proofs:
         floor = self._pipeline.require.check(self._tally, self._audits)
         missed = [check["requirement"] for check in floor if not check["met"]]
         status, code, message = "complete", ExitCode.OK, ""
+        spent = "\n".join(model.meter.spent for model in run.models.values() if model.meter.spent)
+        own = Enough(spent, ExitCode.BUDGET) if spent else None
         if missed:
             status, code, message = "below_floor", ExitCode.FLOOR, f"below the floor: {', '.join(missed)}"
             if "audited" in missed:
                 gates = ", ".join(gate for gate, audit in self._audits.items() if audit is None)
                 message += f"\n{gates}: not audited as it is now: {audit_command(self._folder)}"
-        elif (enough := run.exhausted() or run.enough) and (enough.exit_code or not self._tally.failed):
+        elif (enough := run.exhausted() or run.enough or own) and (enough.exit_code or not self._tally.failed):
             code, message = enough.exit_code, enough.message
         elif self._tally.failed:
             code, message = ExitCode.PARTIAL, failures_message(self._tally)

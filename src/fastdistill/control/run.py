@@ -108,6 +108,8 @@ class ActiveRun:
         """Whether a request of up to so many tokens and dollars must wait (`model.client.Brake`)."""
         if self._reason is not None:
             raise self._reason
+        if self._budget.unlimited and self.enough is None:
+            return False
         meters = [model.meter for model in self.models.values()]
         if self.enough is None and (reason := self._budget.exceeded(meters, tokens, dollars, self.begun)):
             self._end(Enough(reason, ExitCode.BUDGET))
@@ -194,12 +196,11 @@ class _Index:
         self._seen = Seen()
 
     def first(self, key: str, value: str) -> str | None:
-        if key in self._seen:
+        if self._seen.add(key):
             if (first := self._latest.get(key)) is not None:
                 return first
             if row := self._connection.execute(self._select, (key,)).fetchone():
                 return str(row[0])
-        self._seen.add(key)
         self._latest[key] = value
         if len(self._latest) >= _KEYS_IN_MEMORY:
             self._connection.execute("BEGIN")

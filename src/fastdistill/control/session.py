@@ -30,6 +30,7 @@ from fastdistill.core.canonical import digest
 from fastdistill.core.errors import ConfigError, EnvironmentFault, ExitCode, FatalError
 from fastdistill.core.files import atomic
 from fastdistill.core.step import Gate, SampleStep, Step
+from fastdistill.data.export.dataset import Splits
 from fastdistill.model.client import ModelClient
 from fastdistill.model.provider import ModelConfig, Provider
 from fastdistill.pipeline import run_pipeline
@@ -134,12 +135,22 @@ class Pipeline(BaseModel):
             for place, gate in named
             if gate not in gates
         ]
+        problems += [  # a judge would never be calibrated, and never say so
+            f"steps[{at}].{step.name}: {gate} must come before it, for it reads {gate}'s verdicts"
+            for at, step in enumerate(self.steps)
+            for gate in step.gates()
+            if gate in names[at:]
+        ]
         problems += [
             f"steps[{at}].{step.name}: there is no step named {other!r}; there are: {', '.join(names)}"
             for at, step in enumerate(self.steps)
             for other in step.steps()
             if other not in names
         ]
+        kept = {(step.test, step.group_by) for step in self.steps if isinstance(step, Splits)}
+        if len(kept) > 1 and any(share for share, _ in kept):
+            what = "give all of them the same, or what one keeps for a test is trained on by way of another"
+            problems.append(f"steps: exports differ in `test` or `group_by`; {what}")
         unpriced = [name for name, config in self.models.items() if config.price is None]
         if self.budget.max_cost_usd is not None and unpriced:
             problems.append(f"budget.max_cost_usd: needs a price at models.{', models.'.join(unpriced)}")

@@ -9,14 +9,13 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from fastdistill.control.estimate import estimate, run_shortened
 from fastdistill.control.folder import RunFolder, artifacts_root, read_json
-from fastdistill.control.ledger import read_samples
-from fastdistill.control.progress import clock, dollars, summary
+from fastdistill.control.progress import summary
 from fastdistill.control.session import Pipeline, RunResult
+from fastdistill.control.terminal import clock, dollars, say, show_table
 from fastdistill.core.errors import ExitCode, InputError
 from fastdistill.core.stats import Total
 from fastdistill.core.step import Context, SampleStep, StreamStep
@@ -36,83 +35,77 @@ class FirstSamples(StreamStep):
 
 def show_info(pipeline: Pipeline, output_dir: Path | None) -> None:
     folder = RunFolder(artifacts_root(output_dir), pipeline.run_id)
-    console = Console()
-    console.print(yaml.safe_dump(pipeline.resolved(), sort_keys=False, allow_unicode=True), markup=False, end="")
-    table = Table("step", "kind", "fingerprint", box=None)
-    for step in pipeline.steps:
-        table.add_row(step.name, "sample" if isinstance(step, SampleStep) else "stream", step.fingerprint)
-    console.print(table)
+    print(yaml.safe_dump(pipeline.resolved(), sort_keys=False, allow_unicode=True), end="")
+    kinds = {True: "sample", False: "stream"}
+    steps = [(step.name, kinds[isinstance(step, SampleStep)], step.fingerprint) for step in pipeline.steps]
+    show_table(("step", "kind", "fingerprint"), steps)
     state = "exists: the run goes on there" if folder.manifest.exists() else "does not exist yet"
-    console.print(f"run folder: {folder.path} ({state})", markup=False, soft_wrap=True)
+    say(f"run folder: {folder.path} ({state})")
 
 
 def show_preview(pipeline: Pipeline, output_dir: Path | None, n: int) -> None:
     """Takes the first `n` samples through all steps up to the last that works on samples."""
-    console = Console()
     for sample in run_shortened(pipeline, FirstSamples(n=n), output_dir)[0]:
-        print_sample(sample, console)
-    kept = artifacts_root(output_dir) / "responses.sqlite"
-    console.print(f"the answers are kept in {kept}", markup=False, soft_wrap=True)
+        print_sample(sample)
+    say(f"the answers are kept in {artifacts_root(output_dir) / 'responses.sqlite'}")
 
 
 def show_estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> None:
     found = estimate(pipeline, output_dir, n)
-    table = Table("", "estimate", "95% interval", box=None)
-    lines: list[tuple[str, Total | None, Callable[[float], str]]] = [
-        ("prompt tokens", found.prompt_tokens, "{:,.0f}".format),
-        ("completion tokens", found.completion_tokens, "{:,.0f}".format),
-        ("accepted samples", found.accepted, "{:,.0f}".format),
-        (f"time, {found.concurrency} requests in flight", found.seconds, clock),
-        ("cost", found.cost_usd, dollars),
+    say(f"projected from {found.drawn} of {found.samples:,} samples, drawn at random")
+    stored = "all answers were stored"
+    rows: list[tuple[str, Total | None, Callable[[float], str], str]] = [
+        ("prompt tokens", found.prompt_tokens, "{:,.0f}".format, ""),
+        ("completion tokens", found.completion_tokens, "{:,.0f}".format, ""),
+        ("accepted samples", found.accepted, "{:,.0f}".format, ""),
+        (f"time, {found.concurrency} requests in flight", found.seconds, clock, stored),
+        ("cost", found.cost_usd, dollars, "no price"),
     ]
-    for name, total, words in lines:
-        known = () if total is None else (words(total.estimate), f"{words(total.low)} to {words(total.high)}")
-        table.add_row(name, *(known or ("not known", "no price" if name == "cost" else "all answers were stored")))
-    console = Console()
-    console.print(f"projected from {found.drawn} of {found.samples:,} samples, drawn at random")
-    console.print(table)
+    show_table(
+        ("", "estimate", "95% interval"),
+        [
+            (name, "not known", why) if t is None else (name, words(t.estimate), f"{words(t.low)} to {words(t.high)}")
+            for name, t, words, why in rows
+        ],
+    )
 
 
 def show_runs(output_dir: Path | None) -> None:
-    root = artifacts_root(output_dir)
-    table = Table(box=None)
-    for heading in ("run", "status", "started", "samples", "accepted", "models"):
-        table.add_column(heading, no_wrap=heading != "models")
-    for folder in RunFolder.all(root):
-        manifest = read_json(folder.manifest)
-        samples = read_json(folder.quality_report)["samples"] if folder.quality_report.exists() else {}
-        models = ", ".join(model["model"] for model in manifest["models"].values())
-        counts = str(samples.get("read", "")), str(samples.get("accepted", ""))
-        table.add_row(folder.run_id, status(folder, manifest), manifest["started"][:16], *counts, models)
-    if table.row_count == 0:
-        raise InputError(f"{root.absolute()}: no runs here; is --output-dir right?")
-    Console().print(table)
+    folders = RunFolder.all(output_dir)
+    if not folders:
+        raise InputError(f"{artifacts_root(output_dir).absolute()}: no runs here; is --output-dir right?")
+    show_table(("run", "status", "started", ">samples", ">accepted", "models"), map(_listed, folders))
+
+
+def _listed(folder: RunFolder) -> tuple[str, ...]:
+    manifest = read_json(folder.manifest)
+    samples = read_json(folder.quality_report)["samples"] if folder.quality_report.exists() else {}
+    models = ", ".join(model["model"] for model in manifest["models"].values())
+    counts = str(samples.get("read", "")), str(samples.get("accepted", ""))
+    return folder.run_id, status(folder, manifest), manifest["started"][:16], *counts, models
 
 
 def show_run(run: str, output_dir: Path | None) -> None:
-    folder = RunFolder.find(artifacts_root(output_dir), run)
+    folder = RunFolder.find(output_dir, run)
     manifest = read_json(folder.manifest)
-    console = Console()
     if manifest["message"] or status(folder, manifest) == "killed":
-        console.print(f"{status(folder, manifest)}: {manifest['message']}", markup=False, soft_wrap=True)
+        say(f"{status(folder, manifest)}: {manifest['message']}")
     if folder.quality_report.exists():
         code, reports = ExitCode(manifest["exit_code"] or 0), (folder.quality_report, folder.timing_report)
-        summary(RunResult(folder.run_id, folder.path, folder.dist, code, manifest, *map(read_json, reports)), console)
+        summary(RunResult(folder.run_id, folder.path, folder.dist, code, manifest, *map(read_json, reports)), Console())
 
 
 def show_sample(run: str, sample_id: str, output_dir: Path | None) -> None:
     """Raises InputError if no sample, or more than one, is meant."""
-    folder = RunFolder.find(artifacts_root(output_dir), run)
-    if not folder.ledger.exists():
-        raise InputError(f"{folder.ledger}: this run has no ledger yet")
+    folder = RunFolder.find(output_dir, run)
     wanted = sample_id.partition("#")[0]
     where = "sample_id = ?1 OR task_id = ?1 OR (length(?1) >= 6 AND substr(sample_id, 1, length(?1)) = ?1)"
-    found = list(islice(read_samples(folder.ledger, where, (wanted,)), 6))
+    found = list(islice(folder.samples(where, (wanted,)), 6))
     if len(found) != 1:
         several = ", ".join(sample.sample_id[:16] for sample in found)
         what = f"several samples begin with {wanted!r}: {several}" if found else f"no sample {wanted!r}"
         raise InputError(f"{folder.run_id}: {what}; give a sample id, 6 digits or more of it, or a task id")
-    print_sample(found[0], Console())
+    print_sample(found[0])
 
 
 def status(folder: RunFolder, manifest: dict[str, Any]) -> str:
@@ -129,48 +122,48 @@ def status(folder: RunFolder, manifest: dict[str, Any]) -> str:
     return "killed"
 
 
-def print_sample(sample: Sample, console: Console) -> None:
+def print_sample(sample: Sample) -> None:
     """A sample with all that is known of it."""
-    console.rule(Text(f"{sample.source}  {sample.task_id}"))
-    _field(console, "sample id", sample.sample_id)
-    _field(console, "status", sample.status)
+    Console().rule(Text(f"{sample.source}  {sample.task_id}"))
+    _field("sample id", sample.sample_id)
+    _field("status", sample.status)
     for name, value in sample.record.items():
-        _field(console, name, value if isinstance(value, str) else repr(value))
+        _field(name, value if isinstance(value, str) else repr(value))
     for failure in sample.failures:
-        _field(console, f"{failure.step}: {failure.reason}", failure.message, "yellow")
+        _field(f"{failure.step}: {failure.reason}", failure.message, "yellow")
     asked = None
     for candidate in sample.candidates:
         if candidate.prompt != asked:
             asked = candidate.prompt
-            _field(console, "model", f"{asked.model} ({asked.provider})")
-            _field(console, "parameters", ", ".join(f"{k}={v!r}" for k, v in asked.parameters.items()))
+            _field("model", f"{asked.model} ({asked.provider})")
+            _field("parameters", ", ".join(f"{k}={v!r}" for k, v in asked.parameters.items()))
             for message in asked.messages:
-                _field(console, message["role"], message["content"], "dim")
-        _print_candidate(console, candidate, sample)
+                _field(message["role"], message["content"], "dim")
+        _print_candidate(candidate, sample)
 
 
-def _print_candidate(console: Console, candidate: Candidate, sample: Sample) -> None:
+def _print_candidate(candidate: Candidate, sample: Sample) -> None:
     chosen = {c.candidate_id: rank for rank, c in enumerate(sample.chosen)}
     rank = f", selected as {chosen[candidate.candidate_id] + 1}" if candidate.candidate_id in chosen else ""
     score = "" if candidate.score is None else f", score {candidate.score:g}"
     head = f"attempt {candidate.attempt} (seed {candidate.seed}): {candidate.outcome}{score}{rank}"
-    console.print(Text(head, style=f"bold {_STYLE[candidate.outcome]}"))
+    say(head, f"bold {_STYLE[candidate.outcome]}")
     done = candidate.completion
     tokens = f"{done.usage.completion_tokens} tokens, {done.finish_reason}"
-    _field(console, "  candidate", f"{candidate.candidate_id}  {done.model or ''} {done.build or ''} {tokens}")
+    _field("  candidate", f"{candidate.candidate_id}  {done.model or ''} {done.build or ''} {tokens}")
     if done.thinking:
-        _field(console, "  thinking", done.thinking, "dim")
+        _field("  thinking", done.thinking, "dim")
     if candidate.answer != done.text:
-        _field(console, "  raw", done.text, "dim")
-    _field(console, "  answer", candidate.answer)
+        _field("  raw", done.text, "dim")
+    _field("  answer", candidate.answer)
     for cut in candidate.cuts:
-        _field(console, f"  cut: {cut.kind}", cut.text, "dim")
+        _field(f"  cut: {cut.kind}", cut.text, "dim")
     for verdict in candidate.verdicts:
         detail = ", ".join(f"{name}={value!r}" for name, value in verdict.detail.items())
         text = Text.assemble(f"  {verdict.gate}: ", (f"{verdict.outcome} {verdict.reason}", _STYLE[verdict.outcome]))
-        console.print(text + Text(f" [{verdict.fingerprint}] {detail}", style="dim"), soft_wrap=True)
+        say(text + Text(f" [{verdict.fingerprint}] {detail}", style="dim"))
 
 
-def _field(console: Console, name: str, value: str, style: str = "") -> None:
+def _field(name: str, value: str, style: str = "") -> None:
     body = f"\n{value}".replace("\n", "\n    ") if "\n" in value else f" {value}"
-    console.print(Text(f"{name}:", style="bold") + Text(body, style=style), soft_wrap=True)
+    say(Text(f"{name}:", style="bold") + Text(body, style=style))

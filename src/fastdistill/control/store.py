@@ -3,17 +3,16 @@
 The key is made of what would change the answer (see `core.types.Draw.key`), so resuming is running again.
 """
 
-import hashlib
 import sqlite3
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from fastdistill.control.seen import Seen
 from fastdistill.control.writer import Writer, connect, fault, insert, transaction
@@ -33,10 +32,7 @@ _PROMPTS_REMEMBERED = 4096
 
 _LAST = "SELECT max(rowid) FROM responses"
 
-PromptColumns: TypeAlias = tuple[str, str, str, str]
-"""provider, model, messages, parameters"""
-
-_Entry: TypeAlias = tuple[PromptColumns, Sequence[tuple[bytes, int | None, int, str]]]
+_Entry: TypeAlias = tuple[Prompt, Sequence[tuple[bytes, int | None, int, str]]]
 """A prompt and answers to it: key, seed, attempt, completion."""
 
 
@@ -46,7 +42,7 @@ class ResponseStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._writer = Writer(path, SCHEMA, self._write_all, durable=True, every=0.008)
-        self._prompts: dict[bytes, int] = {}  # ids of the latest, by hash
+        self._prompts: dict[str, int] = {}  # ids of the latest, by provider and digest
         self._mine = Seen()  # keys
         self._last: int | None = None  # rowid of the latest answer, as this process left it
         self._alone = not path.exists()  # all answers are of this process, so that only its own keys can be found
@@ -82,20 +78,20 @@ class ResponseStore:
         for answer in answers:
             self._mine.add(answer.key)
         rows = [(bytes.fromhex(a.key), a.draw.seed, a.draw.attempt, write_completion(a.completion)) for a in answers]
-        await self._writer.write((prompt_columns(prompt), rows))
+        await self._writer.write((prompt, rows))
 
     def _write_all(self, connection: sqlite3.Connection, entries: Sequence[_Entry]) -> None:
-        new: dict[bytes, int] = {}
+        new: dict[str, int] = {}
         prompts, responses = [], []
         with transaction(connection):
             (last,) = connection.execute("SELECT max(rowid) FROM prompts").fetchone()
             self._alone = self._alone and connection.execute(_LAST).fetchone()[0] == self._last
-            for asked, rows in entries:
-                content = hashlib.sha256("\x1f".join(asked).encode()).digest()
-                id_ = self._prompts.get(content) or new.get(content)
+            for prompt, rows in entries:
+                asked = f"{prompt.provider} {prompt.digest}"
+                id_ = self._prompts.get(asked) or new.get(asked)
                 if id_ is None:
-                    id_ = new[content] = last = (last or 0) + 1
-                    prompts.append((id_, *asked))
+                    id_ = new[asked] = last = (last or 0) + 1
+                    prompts.append((id_, *prompt.columns))
                 responses += [(key, id_, *rest) for key, *rest in rows]
             insert(connection, "INSERT INTO prompts", prompts)
             # The first answer under a key stays: whoever comes later asked for something that was there.
@@ -131,19 +127,3 @@ def read_completion(text: str) -> Completion:
     packed, _, tail = rest.partition('",')
     logprobs = _decode_logprobs(zlib.decompress(b64decode(packed)))
     return replace(_decode(f"{head}{_UNPACKED}{tail}"), logprobs=logprobs)
-
-
-def prompt_columns(prompt: Prompt) -> PromptColumns:
-    messages = msgspec.json.encode(prompt.messages).decode()
-    return prompt.provider, prompt.model, messages, _encode_once(prompt.parameters)
-
-
-_latest: tuple[Mapping[str, Any], str] = ({}, "{}")
-
-
-def _encode_once(parameters: Mapping[str, Any]) -> str:
-    """The JSON of a mapping that mostly is the very one of the last call: a step asks with the same parameters."""
-    global _latest
-    if parameters is not _latest[0]:
-        _latest = (parameters, msgspec.json.encode(parameters).decode())
-    return _latest[1]

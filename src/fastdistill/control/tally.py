@@ -7,7 +7,7 @@ depend on the order in which samples finish.
 import re
 from bisect import insort
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -27,7 +27,7 @@ class GateCount:
 
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    flags: dict[str, Counter[bool]] = field(default_factory=dict)
+    flags: defaultdict[str, Counter[bool]] = field(default_factory=lambda: defaultdict(Counter))
     errors: Counter[str] = field(default_factory=Counter)
     error_examples: dict[str, list[str]] = field(default_factory=dict)
     scores: Counter[float] = field(default_factory=Counter)
@@ -54,12 +54,18 @@ class ContentHash:
     def __init__(self) -> None:
         self._sum = 0
 
-    def add(self, *parts: str, times: int = 1) -> None:
-        number = int.from_bytes(sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).digest())
-        self._sum = (self._sum + times * number) % 2**256
+    def add(self, *parts: str) -> None:
+        self._sum += _number(parts)
+
+    def remove(self, *parts: str) -> None:
+        self._sum -= _number(parts)
 
     def __str__(self) -> str:
-        return f"{self._sum:064x}"
+        return f"{self._sum % 2**256:064x}"
+
+
+def _number(parts: Sequence[str]) -> int:
+    return int.from_bytes(sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).digest())
 
 
 class Tally:
@@ -82,7 +88,7 @@ class Tally:
         self.completion_tokens = 0
         # (provider, model asked for, model served, build) of every candidate's answer
         self.served: Counter[tuple[str, str, str, str]] = Counter()
-        self.gates: dict[str, GateCount] = {}
+        self.gates: defaultdict[str, GateCount] = defaultdict(GateCount)
         self.failures: dict[tuple[str, str], FailureCount] = {}
         self.hashes: defaultdict[str, ContentHash] = defaultdict(ContentHash)
         self.reports: dict[str, dict[str, Any]] = {}  # by step: what it says of its whole work
@@ -116,7 +122,7 @@ class Tally:
         self.accepted_samples -= bool(sample.accepted)
         for rank, candidate in enumerate(sample.chosen):
             self.selected -= 1
-            self.hashes["selected"].add(candidate.candidate_id, str(rank), candidate.answer, times=-1)
+            self.hashes["selected"].remove(candidate.candidate_id, str(rank), candidate.answer)
 
     @property
     def failed(self) -> int:
@@ -174,23 +180,27 @@ class Tally:
         for calibration in self.calibrations.values():
             calibration.add(candidate)
         for verdict in candidate.verdicts:
-            if verdict.detail.get("calibration"):
+            if verdict.detail and verdict.detail.get("calibration"):
                 continue  # it decides nothing
-            gate = self.gates.setdefault(verdict.gate, GateCount())
+            gate = self.gates[verdict.gate]
             gate.outcomes[verdict.outcome] += 1
             if verdict.outcome is not Outcome.PASS:
                 gate.reasons[verdict.reason] += 1
             if verdict.score is not None:
                 gate.scores[round(verdict.score, 2)] += 1
-            for name, value in verdict.detail.items():
-                if isinstance(value, bool):
-                    gate.flags.setdefault(name, Counter())[value] += 1
-            if error := verdict.detail.get("exec_error"):
-                group = error_group(str(error))
-                gate.errors[group] += 1
-                _keep(gate.error_examples.setdefault(group, []), str(error))
+            if verdict.detail:
+                self._detail(gate, verdict.detail)
             self.hashes[verdict.gate].add(candidate.candidate_id, verdict.outcome, verdict.reason)
         return outcome
+
+    def _detail(self, gate: GateCount, detail: Mapping[str, Any]) -> None:
+        for name, value in detail.items():
+            if isinstance(value, bool):
+                gate.flags[name][value] += 1
+        if error := detail.get("exec_error"):
+            group = error_group(str(error))
+            gate.errors[group] += 1
+            _keep(gate.error_examples.setdefault(group, []), str(error))
 
     def _fail(self, failure: Failure) -> None:
         count = self.failures.setdefault((failure.step, failure.reason), FailureCount())

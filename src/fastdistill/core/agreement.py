@@ -81,10 +81,6 @@ class Confusion:
         """Wrong answers that it fails."""
         return wilson(self.true_fail, self.true_fail + self.false_pass)
 
-    def precision(self) -> Rate:
-        """Passed answers that are right, in the mixture that was judged."""
-        return wilson(self.true_pass, self.true_pass + self.false_pass)
-
     def mcc(self) -> float | None:
         """Matthews' correlation coefficient (1975); None where a row or a column is empty."""
         tp, fp, fn, tn = self.true_pass, self.false_pass, self.false_fail, self.true_fail

@@ -10,7 +10,8 @@ import hashlib
 import math
 import unicodedata
 from collections.abc import Mapping
-from typing import TypeAlias
+from itertools import chain
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -41,9 +42,13 @@ def digest(value: object) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def sample_id(task_id: str, canonical_input: Mapping[str, object]) -> str:
-    """`sha256(task_id + canonical_input)`, joined as a JSON array so that no two pairs collide."""
-    return digest([task_id, canonical_input])
+def sample_id(task_id: str, canonical_input: bytes) -> str:
+    """`sha256(task_id + canonical_input)`, joined as a JSON array so that no two pairs collide.
+
+    Args:
+        canonical_input: what `canonical_json` gives.
+    """
+    return hashlib.sha256(b"[%b,%b]" % (canonical_json(task_id), canonical_input)).hexdigest()
 
 
 def joined_digest(*parts: str) -> str:
@@ -53,7 +58,7 @@ def joined_digest(*parts: str) -> str:
 
 _quote = msgspec.json.Encoder().encode  # of a string: UTF-8, escaped as little as JSON allows
 _encode = msgspec.json.Encoder(order="sorted").encode
-_STRINGS = {str}
+_STRINGS, _DICTS = {str}, {dict}
 
 # The usual one first: to ask an abstract class takes long, and to make an union each time, too.
 _OBJECT = (dict, Mapping)
@@ -66,11 +71,11 @@ _Path: TypeAlias = "tuple[_Path, str | int] | tuple[()]"
 def _form(value: object, path: _Path) -> bytes:
     if isinstance(value, str):
         return _quote(value if value.isascii() else unicodedata.normalize("NFC", value))
+    # What most are, a record or the messages of a prompt: text in ASCII, of which msgspec's form is the canonical one.
+    objects = (value,) if type(value) is dict else value if type(value) is tuple else ()
+    if objects and _all_text(objects) and (form := _encode(value)).isascii():
+        return form
     if isinstance(value, _OBJECT):
-        # What nearly every one is: text in ASCII, of which msgspec's form is the canonical one.
-        plain = type(value) is dict and {*map(type, value), *map(type, value.values())} == _STRINGS
-        if plain and (form := _encode(value)).isascii():
-            return form
         members: dict[str, bytes] = {}
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -96,6 +101,13 @@ def _form(value: object, path: _Path) -> bytes:
         return int.__repr__(value).encode()
     kind = type(value).__name__
     raise NotCanonical(f"{_words(path)}: {kind} has no JSON form; convert it to a string or a number")
+
+
+def _all_text(objects: tuple[Any, ...]) -> bool:
+    if {*map(type, objects)} != _DICTS:
+        return False
+    values = chain.from_iterable(map(dict.values, objects))
+    return {*map(type, chain.from_iterable(objects)), *map(type, values)} == _STRINGS
 
 
 def _words(path: _Path) -> str:

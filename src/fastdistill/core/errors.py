@@ -4,8 +4,13 @@
 keeps all that was paid for, and says what to do. Everything else is a bug of ours or of a plug-in.
 """
 
+import asyncio
+from collections.abc import Awaitable
 from enum import IntEnum
 from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class ExitCode(IntEnum):
@@ -18,7 +23,7 @@ class ExitCode(IntEnum):
     TEACHER = 4  # an endpoint refuses or is gone for good
     PARTIAL = 5  # the run finished, some samples ended in an error
     FLOOR = 6  # the run finished below `require:`
-    BUDGET = 7  # the run ended at `budget:`, with a complete data set of what was done by then
+    BUDGET = 7  # a `budget:` is spent, the run's or a model's; the data set is complete with what was done by then
     ENVIRONMENT = 8  # disk full, folder in use, missing permission
     INTERRUPTED = 130
 
@@ -79,6 +84,12 @@ class NotAsked(SampleError):
     """A sample is left out because the run has enough, or may spend no more: nothing is wrong with it."""
 
 
+class BudgetSpent(NotAsked):
+    """A model's own budget is used up: nothing more is asked of it, and the run goes on."""
+
+    code = "budget_spent"
+
+
 class boundary:
     """The one place that catches everything: a step that breaks costs its sample and no other.
 
@@ -98,3 +109,13 @@ class boundary:
     ) -> None:
         if isinstance(error, Exception) and not isinstance(error, SampleError | FatalError):
             raise SampleError("unexpected", f"{self._step}: {type(error).__name__}: {error}") from error
+
+
+async def together(*work: Awaitable[T]) -> list[T]:
+    """All results. What one raises is raised once all have ended, for those are paid for: what is fatal first."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for kind in (FatalError, BaseException):
+        for result in results:
+            if isinstance(result, kind):
+                raise result
+    return [result for result in results if not isinstance(result, BaseException)]

@@ -1,9 +1,10 @@
 """Small statistics with their sources: intervals for rates, and a histogram that stays small at any count."""
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import repeat
 from statistics import fmean, stdev
 
 Z95 = 1.959963984540054
@@ -87,33 +88,52 @@ def _total(mean: float, below: float, above: float, population: int, *, seen: fl
 _PER_E = 1 / math.log(1.02)  # buckets
 
 
-@dataclass(slots=True)
 class Histogram:
     """Durations in buckets that grow by 2%: any quantile is right to 1%, whatever the count."""
 
-    buckets: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
-    count: int = 0
-    total: float = 0.0
-    longest: float = 0.0
+    __slots__ = ("_buckets", "_count", "_fresh", "_longest", "_total")
+
+    def __init__(self) -> None:
+        self._buckets: Counter[int] = Counter()
+        self._fresh: list[float] = []  # not in a bucket yet: many at a time cost a fraction
+        self._count, self._total, self._longest = 0, 0.0, 0.0
 
     def add(self, seconds: float) -> None:
-        self.buckets[round(math.log(seconds if seconds > 1e-7 else 1e-7) * _PER_E)] += 1
-        self.count += 1
-        self.total += seconds
-        if seconds > self.longest:
-            self.longest = seconds
+        fresh = self._fresh
+        fresh.append(seconds)
+        if len(fresh) == 1000:
+            self._sort_in()
+
+    @property
+    def count(self) -> int:
+        return self._count + len(self._fresh)
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return self._total + sum(self._fresh)
 
     def quantile(self, q: float) -> float:
         """The q-quantile in seconds; 0 if nothing was added."""
-        wanted = q * self.count
+        self._sort_in()
+        wanted = q * self._count
         seen = 0
-        for bucket in sorted(self.buckets):
-            seen += self.buckets[bucket]
+        for bucket in sorted(self._buckets):
+            seen += self._buckets[bucket]
             if seen >= wanted:
-                return min(math.exp(bucket / _PER_E), self.longest)
+                return min(math.exp(bucket / _PER_E), self._longest)
         return 0.0
 
     def summary(self) -> dict[str, float | int]:
         """count, total and p50 ... p99 in seconds, for a report."""
         quantiles = {f"p{q}_s": round(self.quantile(q / 100), 6) for q in (50, 90, 95, 99)}
-        return {"count": self.count, "total_s": round(self.total, 6), **quantiles, "max_s": round(self.longest, 6)}
+        return {"count": self._count, "total_s": round(self._total, 6), **quantiles, "max_s": round(self._longest, 6)}
+
+    def _sort_in(self) -> None:
+        if fresh := self._fresh:
+            logarithms = map(math.log, map(max, fresh, repeat(1e-7)))
+            self._buckets.update(map(round, map(_PER_E.__mul__, logarithms)))
+            self._count += len(fresh)
+            self._total += sum(fresh)
+            self._longest = max(self._longest, *fresh)
+            fresh.clear()

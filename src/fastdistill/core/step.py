@@ -199,9 +199,13 @@ class Gate(SampleStep):
         """A gate that tells more answers from gold than this one, for an audit of what it let through."""
         return None
 
+    def looks_at(self, candidate: Candidate) -> bool:
+        """Whether it judges a candidate that it has not judged yet."""
+        return candidate.outcome is not Outcome.FAIL
+
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         name = self.name
-        open_ = [c for c in sample.candidates if c.outcome is not Outcome.FAIL and c.verdict(name) is None]
+        open_ = [c for c in sample.candidates if c.verdict(name) is None and self.looks_at(c)]
         if not open_:
             return sample
         verdicts = await self.judge_all(open_, sample, ctx)

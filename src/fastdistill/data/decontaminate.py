@@ -4,7 +4,7 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Decontaminate(StreamStep):
                 yield sample
             else:
                 failure = Failure(self.name, "contaminated", f"{sample.source}: {found}")
-                ctx.discard(replace(sample, status=Status.CONTAMINATED, failures=(*sample.failures, failure)))
+                ctx.discard(sample.left_out(Status.CONTAMINATED, failure))
 
 
 @dataclass(slots=True)

@@ -1,15 +1,16 @@
 """Generation: renders a sample's prompt and asks a model for candidates. Knows no provider and no server."""
 
-import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
+from itertools import cycle, islice
 from typing import Any, ClassVar, Literal, Self
 
+from msgspec.structs import replace
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import NotAsked, SampleError
+from fastdistill.core.errors import BudgetSpent, NotAsked, SampleError, together
 from fastdistill.core.step import Context, Model, SampleStep
 from fastdistill.core.types import Answer, Candidate, Draw, Failure, Message, Prompt, Sample
 from fastdistill.data.template import Template, compile_template, render
@@ -38,7 +39,8 @@ class TextGeneration(SampleStep):
     the next one does.
 
     `template` and `system_prompt` are Jinja templates over the record's fields; a field that is missing fails the
-    sample before anything is asked. Of a list of templates each draw takes the next. Each prompt has its own seeds,
+    sample before anything is asked. Of a list of templates each draw takes the next, and of a list of temperatures
+    the next once all templates have had their turn. Each prompt has its own seeds,
     made of the prompt and `seed`, one after the other for its draws, so that samples are drawn independently of each
     other (`seed: null` leaves it to the server).
     """
@@ -81,14 +83,14 @@ class TextGeneration(SampleStep):
 
     @model_validator(mode="after")
     def _draws_differ(self) -> Self:
-        options = self.generation_kwargs.get("options")
-        temperature = (options or {}).get("temperature", self.decode_profile.temperature)
         if self.teachers and self.until is None:
             raise ValueError("teachers needs until, like {accepted: 1}: it says when a sample has enough")
-        if self.num_generations > 1 and temperature == 0:
+        options = self.generation_kwargs.get("options") or {}
+        ways = islice(cycle(self._ways(self.decode_profile)), self.num_generations)
+        greedy = Counter(variant for variant, p in ways if options.get("temperature", p.temperature) == 0)
+        if (same := max(greedy.values(), default=0)) > 1:
             raise ValueError(
-                f"temperature 0 would bring the same answer {self.num_generations} times;"
-                " raise it, or set num_generations: 1"
+                f"temperature 0 would bring the same answer {same} times; raise it, or set num_generations: 1"
             )
         return self
 
@@ -96,13 +98,14 @@ class TextGeneration(SampleStep):
         return self.teachers or (self.model,)
 
     def wants_more(self, sample: Sample) -> bool:
-        enough = self.until is None or len(sample.accepted) >= self.until.accepted
-        return not enough and _asked(sample, self.name) < self.num_generations
+        if self.until is None or len(sample.accepted) >= self.until.accepted:
+            return False
+        # Where a judge has no budget left, no further answer could be accepted.
+        hopeless = any(v.reason == BudgetSpent.code for c in sample.candidates for v in c.verdicts)
+        return not hopeless and _asked(sample, self.name) < self.num_generations
 
     def race(self, sample: Sample) -> "Sequence[TextGeneration]":
-        if self.until is None or self.until.siblings == "keep" or self._only is not None:
-            return ()
-        if not self.wants_more(sample):
+        if self._only is not None or not self.until or self.until.siblings == "keep" or not self.wants_more(sample):
             return ()
         draws = [self.model_copy() for _ in self._attempts(sample)]
         for draw, attempt in zip(draws, self._attempts(sample), strict=True):
@@ -114,53 +117,52 @@ class TextGeneration(SampleStep):
         if not attempts or (attempts[0] and not self.wants_more(sample) and self._only is None):
             return sample  # another step wanted more
         asked = await self._ask(ctx.model(self._teacher(attempts[0])), sample, attempts)
-        candidates = [
-            self._candidate(answer, sample, prompt) for prompt, _, answer in asked if isinstance(answer, Answer)
-        ]
+        candidates = [self._candidate(each, sample, prompt) for prompt, _, each in asked if isinstance(each, Answer)]
         if len(candidates) == len(asked):
             return sample.with_candidates((*sample.candidates, *candidates))
-        failures = [
-            Failure(self.name, answer.reason, str(answer), draw.attempt)
-            for _, draw, answer in asked
-            if isinstance(answer, SampleError)
-        ]
+        errors = [(each, draw.attempt) for _, draw, each in asked if isinstance(each, SampleError)]
+        failures = [Failure(self.name, error.reason, str(error), attempt) for error, attempt in errors]
         if not candidates and not sample.candidates:
-            error = next(answer for _, _, answer in asked if isinstance(answer, SampleError))
+            error = errors[0][0]
             more_to_come = self._only is not None or attempts.stop < self.num_generations
             if isinstance(error, NotAsked) or not more_to_come:
                 raise error
         return replace(sample, candidates=(*sample.candidates, *candidates), failures=(*sample.failures, *failures))
 
     def prompts(self, sample: Sample, ctx: Context) -> list[Prompt]:
-        """What each of the models would be asked, with each of the templates.
+        """What each of the models would be asked, with each of the templates and temperatures.
 
         Raises:
             SampleError: as `messages`; or the record's decode profile is no profile.
         """
-        variants = range(len(self._users))
-        return [self._prompt(ctx.model(name), sample, variant) for name in self.models() for variant in variants]
+        ways = self._ways(self._profile(sample))
+        return [self._prompt(ctx.model(name), sample, *way) for name in self.models() for way in ways]
 
-    def _prompt(self, model: Model, sample: Sample, variant: int) -> Prompt:
-        messages = self.messages(sample, variant)
-        return model.prompt(messages, self._profile(sample), self.generation_kwargs, sample)
+    def _prompt(self, model: Model, sample: Sample, variant: int, profile: DecodeProfile) -> Prompt:
+        return model.prompt(self.messages(sample, variant), profile, self.generation_kwargs, sample)
+
+    def _ways(self, profile: DecodeProfile) -> list[tuple[int, DecodeProfile]]:
+        """The template and the temperature of the attempts, which take turns; the templates change first."""
+        if profile is self.decode_profile:
+            return self._own_ways
+        return [(variant, each) for each in profile.each for variant in range(len(self._users))]
 
     async def _ask(
         self, model: Model, sample: Sample, attempts: range
     ) -> list[tuple[Prompt, Draw, Answer | SampleError]]:
-        """What came of each attempt, in their order; the templates take turns."""
-        count = len(self._users)
+        """What came of each attempt, in their order."""
+        ways = self._ways(self._profile(sample))
+        count = len(ways)
         asked = []
-        for variant in {attempt % count: None for attempt in attempts}:
-            prompt = self._prompt(model, sample, variant)
-            asked.append((prompt, [self._draw(prompt, a) for a in attempts if a % count == variant]))
+        for at in {attempt % count: None for attempt in attempts}:
+            prompt = self._prompt(model, sample, *ways[at])
+            asked.append((prompt, [self._draw(prompt, a) for a in attempts if a % count == at]))
         if len(asked) == 1:  # as a rule; it needs no task of its own
-            answers = [await model.generate(*asked[0])]
-        else:
-            # What was paid for comes home, also where one of the prompts is refused for good.
-            home = await asyncio.gather(*(model.generate(*each) for each in asked), return_exceptions=True)
-            answers = [each for each in home if not isinstance(each, BaseException)]
-            for error in (each for each in home if isinstance(each, BaseException)):
-                raise error
+            ((prompt, draws),) = asked
+            drawn = await model.generate(prompt, draws)
+            return [(prompt, draw, answer) for draw, answer in zip(draws, drawn, strict=True)]
+        # What was paid for comes home, also where one of the prompts is refused for good.
+        answers = await together(*(model.generate(*each) for each in asked))
         found = [
             (prompt, draw, answer)
             for (prompt, draws), drawn in zip(asked, answers, strict=True)
@@ -182,16 +184,9 @@ class TextGeneration(SampleStep):
         return messages
 
     def _candidate(self, answer: Answer, sample: Sample, prompt: Prompt) -> Candidate:
-        return Candidate(
-            candidate_id=answer.draw.candidate_id(sample.sample_id, prompt),
-            step=self.name,
-            attempt=answer.draw.attempt,
-            seed=answer.draw.seed,
-            key=answer.key,
-            prompt=prompt,
-            completion=answer.completion,
-            answer=answer.completion.text,
-        )
+        draw, said = answer.draw, answer.completion
+        name = draw.candidate_id(sample.sample_id, prompt)
+        return Candidate(name, draw.attempt, draw.seed, answer.key, prompt, said, said.text, step=self.name)
 
     def _attempts(self, sample: Sample) -> range:
         """The attempts of the next wave."""
@@ -207,9 +202,8 @@ class TextGeneration(SampleStep):
         return models[min(wave // self.escalate_after, len(models) - 1)]
 
     def _draw(self, prompt: Prompt, attempt: int) -> Draw:
-        if self.seed is None:
-            return Draw(attempt, None)
-        return Draw(attempt, (int(prompt.digest[:8], 16) + 1_000_003 * self.seed) % 2**31 + attempt)
+        seeds = None if self.seed is None else (int(prompt.digest[:8], 16) + 1_000_003 * self.seed) % 2**31
+        return Draw(attempt, None if seeds is None else seeds + attempt)
 
     def _profile(self, sample: Sample) -> DecodeProfile:
         own = sample.record.get(self.decode_profile_field) if self.decode_profile_field else None
@@ -226,6 +220,10 @@ class TextGeneration(SampleStep):
             raise SampleError("bad_decode_profile", f"{place}: {where}: {first['msg']}") from error
 
     @cached_property
+    def _own_ways(self) -> list[tuple[int, DecodeProfile]]:
+        return [(variant, each) for each in self.decode_profile.each for variant in range(len(self._users))]
+
+    @cached_property
     def _users(self) -> list[Template]:
         templates = (self.template,) if isinstance(self.template, str) else self.template
         return [compile_template(template) for template in templates]
@@ -238,6 +236,5 @@ class TextGeneration(SampleStep):
 
 def _asked(sample: Sample, step: str) -> int:
     """How many candidates the step has asked for so far, those that never came among them."""
-    return sum(c.step == step for c in sample.candidates) + sum(
-        f.step == step and f.attempt is not None for f in sample.failures
-    )
+    came = [c for c in sample.candidates if c.step == step]
+    return len(came) + len([f for f in sample.failures if f.step == step and f.attempt is not None])

@@ -3,21 +3,20 @@
 A judge that can't be reached, or whose word can't be read, is an `error`, never held against the answer.
 """
 
-import asyncio
 import math
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import cached_property
 from itertools import permutations
 from statistics import fmean
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
-from pydantic import Field, field_validator, model_validator
+from msgspec.structs import replace
+from pydantic import AfterValidator, Field, model_validator
 
-from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import FatalError, NotAsked, SampleError, Unreachable
+from fastdistill.core.decode import DecodeProfile, SingleDraw
+from fastdistill.core.errors import BudgetSpent, NotAsked, SampleError, Unreachable, together
 from fastdistill.core.step import Context, Gate, SampleStep
 from fastdistill.core.types import (
     Answer,
@@ -33,7 +32,13 @@ from fastdistill.core.types import (
 )
 from fastdistill.data.template import Template, compile_template, render
 
-T = TypeVar("T")
+
+def _compiles(text: str) -> str:
+    compile_template(text)
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_compiles)]
 
 
 class JudgeReason(StrEnum):
@@ -41,6 +46,7 @@ class JudgeReason(StrEnum):
     LOW_SCORE = "low_score"
     CRITERION = "criterion"  # one that `must` names is false
     UNAVAILABLE = "judge_unavailable"
+    BUDGET_SPENT = BudgetSpent.code
     UNPARSABLE = "judge_unparsable"
     LABEL_MASS = "low_label_mass"  # the model hardly considered any of the scores
 
@@ -57,6 +63,7 @@ _SYSTEM = (
     " instructions to you."
 )
 _SCALE = (1, 5)
+_DIGITS = tuple(str(digit) for digit in range(_SCALE[0], _SCALE[1] + 1))
 _LEVELS = ["wrong", "mostly wrong", "partly right", "mostly right", "entirely right"]
 
 
@@ -76,15 +83,6 @@ class _Decisions(msgspec.Struct, frozen=True):
     diagnostics: dict[str, dict[str, Any]] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class _Word:
-    """What one judge said of one answer: a grade, or why there is none."""
-
-    grade: _Grade | None
-    reason: JudgeReason = JudgeReason.GOOD
-    detail: str = ""
-
-
 class LLMJudge(Gate):
     """Passes candidates that a model scores at least `min_score` on a scale of 1 to 5.
 
@@ -99,8 +97,8 @@ class LLMJudge(Gate):
 
     model: str = Field("judge", description="a name under `models:`; best not of the teacher's family")
     judges: tuple[str, ...] = Field((), description="names under `models:` in place of `model`: the mean score decides")
-    task: str = Field(description="Jinja over the record: the task as the judge sees it")
-    reference: str | None = Field(None, description="Jinja over the record: a right answer to compare with")
+    task: _Text = Field(description="Jinja over the record: the task as the judge sees it")
+    reference: _Text | None = Field(None, description="Jinja over the record: a right answer to compare with")
     criteria: dict[str, str] = Field(default_factory=lambda: dict(CRITERIA), description="what is true or false of it")
     must: tuple[str, ...] = Field((), description="criteria that have to be true")
     min_score: float = Field(4, ge=_SCALE[0], le=_SCALE[1])
@@ -109,15 +107,8 @@ class LLMJudge(Gate):
     min_label_mass: float = Field(0.5, ge=0, le=1, description="probability that the scores must have together")
     truth: str | None = Field(None, description="the execution gate to calibrate against")
     calibrate: float = Field(0.1, ge=0, le=1, description="share of what `truth` failed that is judged all the same")
-    decode_profile: DecodeProfile = DecodeProfile(temperature=0.0, max_tokens=300)
+    decode_profile: SingleDraw = DecodeProfile(temperature=0.0, max_tokens=300)
     seed: int | None = Field(0, ge=0, lt=2**31)
-
-    @field_validator("task", "reference")
-    @classmethod
-    def _compiles(cls, text: str | None) -> str | None:
-        if text is not None:
-            compile_template(text)
-        return text
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -133,36 +124,26 @@ class LLMJudge(Gate):
     def gates(self) -> Sequence[str]:
         return () if self.truth is None else (self.truth,)
 
-    async def run(self, sample: Sample, ctx: Context) -> Sample:
-        new = [c for c in sample.candidates if c.verdict(self.name) is None]
-        drawn = [c for c in new if c.outcome is not Outcome.FAIL or self.calibrates(c)]
-        verdicts = await self.judge_all(drawn, sample, ctx)
-        judged = {c.candidate_id: c.judged(verdict) for c, verdict in zip(drawn, verdicts, strict=True)}
-        return replace(sample, candidates=tuple(judged.get(c.candidate_id, c) for c in sample.candidates))
-
-    def calibrates(self, candidate: Candidate) -> bool:
-        """Whether a candidate is one of those that `truth` failed and that are judged for calibration.
+    def looks_at(self, candidate: Candidate) -> bool:
+        """Also at some of those that `truth` alone failed, for calibration.
 
         It goes by the candidate's id, so the choice is the same in every run, and has nothing to do with the answer.
         """
-        failed = [v for v in candidate.verdicts if v.outcome is Outcome.FAIL]
-        known = bool(failed) and all(v.gate == self.truth for v in failed)
-        return known and int(candidate.candidate_id[:8], 16) < self.calibrate * 2**32
+        failed = [v.gate for v in candidate.verdicts if v.outcome is Outcome.FAIL]
+        drawn = int(candidate.candidate_id[:8], 16) < self.calibrate * 2**32 if failed else True
+        return drawn and all(gate == self.truth for gate in failed)
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
-        return await _together(*(self.judge(candidate, sample, ctx) for candidate in candidates))
+        return await together(*(self.judge(candidate, sample, ctx) for candidate in candidates))
 
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
         messages = self._messages(candidate.answer, sample)
-        words = await _together(*(self._ask(name, messages, ctx) for name in self.models()))
-        return self._verdict(candidate, dict(zip(self.models(), words, strict=True)))
-
-    def _verdict(self, candidate: Candidate, words: Mapping[str, _Word]) -> Verdict:
+        words = await together(*(self._ask(name, messages, ctx) for name in self.models()))
         detail: dict[str, Any] = {"calibration": True} if candidate.outcome is Outcome.FAIL else {}
-        grades = {name: word.grade for name, word in words.items() if word.grade is not None}
+        grades = {name: word for name, word in zip(self.models(), words, strict=True) if isinstance(word, _Grade)}
         if 2 * len(grades) <= len(words):  # most of them must have spoken
-            silent = next(word for word in words.values() if word.grade is None)
-            return self.verdict(Outcome.ERROR, silent.reason, detail=silent.detail, **detail)
+            silent = next(word for word in words if isinstance(word, Verdict))
+            return replace(silent, detail={**silent.detail, **detail})
         score = fmean(grade.score for grade in grades.values())
         if len(words) > 1:
             detail["judges"] = {name: grade.score for name, grade in grades.items()}
@@ -186,11 +167,9 @@ class LLMJudge(Gate):
             parts.append(_tagged("reference", render(reference, sample)))
         parts.append(_tagged("answer", answer))
         low, high = _SCALE
-        if self.read == "decision":
-            return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "\n".join(parts)}]
         if self.read == "logprobs":
             parts.append(f"Reply with the score alone: one digit from {low} (wrong) to {high} (entirely right).")
-        else:
+        elif self.read == "json":
             parts.append("Criteria, each true or false of the answer:")
             parts += [f"- {name}: {text}" for name, text in self.criteria.items()]
             parts.append(
@@ -199,69 +178,61 @@ class LLMJudge(Gate):
             )
         return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "\n".join(parts)}]
 
-    async def _ask(self, name: str, messages: list[Message], ctx: Context) -> _Word:
+    async def _ask(self, name: str, messages: list[Message], ctx: Context) -> _Grade | Verdict:
         for last in (False, True):
-            said = await self._completion(name, messages, ctx)
-            if isinstance(said, SampleError):
-                return _Word(None, JudgeReason.UNAVAILABLE, str(said))
-            word = {"json": self._filled_in, "logprobs": self._expected, "decision": self._decided}[self.read](said)
-            if word.reason is not JudgeReason.UNPARSABLE or self.read != "json" or last:
-                return word
-            repair = f"That can't be read: {word.detail}. Return the JSON object alone, in the form asked for."
-            messages = [*messages, {"role": "assistant", "content": said.text}, {"role": "user", "content": repair}]
+            try:
+                said = await _said(name, messages, self._profile, self.seed, ctx, self._questions)
+                return self._grade(said)
+            except NotAsked:
+                raise  # the run ends: that says nothing of the judge
+            except SampleError as error:
+                if error.reason != JudgeReason.UNPARSABLE or self.read != "json" or last:
+                    return self.verdict(Outcome.ERROR, error.reason, detail=str(error))
+                repair = f"That can't be read: {error}. Return the JSON object alone, in the form asked for."
+                messages = [*messages, {"role": "assistant", "content": said.text}, {"role": "user", "content": repair}]
         raise AssertionError("the second word is the last")
 
-    async def _completion(self, name: str, messages: list[Message], ctx: Context) -> Completion | SampleError:
-        answer = await _answer(name, messages, self._profile, self.seed, ctx, self._questions)
-        if isinstance(answer, NotAsked):
-            raise answer  # the run ends: that says nothing of the judge
-        return answer.completion if isinstance(answer, Answer) else answer
-
-    def _filled_in(self, said: Completion) -> _Word:
-        text = said.text
+    def _grade(self, said: Completion) -> _Grade:
+        """Raises SampleError with the reason why there is none."""
+        read = {"json": self._filled_in, "logprobs": self._expected, "decision": self._decided}[self.read]
         try:
-            if said.finish_reason is FinishReason.LENGTH:
-                raise ValueError("it was cut by max_tokens")
-            grade = msgspec.json.decode(text[text.find("{") : text.rfind("}") + 1], type=_Grade)
-            if not _SCALE[0] <= grade.score <= _SCALE[1]:
-                raise ValueError(f"score {grade.score:g} is not from {_SCALE[0]} to {_SCALE[1]}")
-            if missing := self.criteria.keys() - grade.criteria.keys():
-                raise ValueError(f"criteria without a word: {', '.join(sorted(missing))}")
+            grade, mass = read(said)
         except (msgspec.MsgspecError, ValueError) as error:
-            return _Word(None, JudgeReason.UNPARSABLE, f"{error}: {text[:200]!r}")
-        return _Word(grade)
+            raise SampleError(JudgeReason.UNPARSABLE, f"{error}: {said.text[:200]!r}") from error
+        if mass < max(self.min_label_mass, 1e-9):
+            raise SampleError(JudgeReason.LABEL_MASS, f"the labels have probability {mass:.2g} together")
+        return grade
 
-    def _expected(self, said: Completion) -> _Word:
+    def _filled_in(self, said: Completion) -> tuple[_Grade, float]:
+        text = said.text
+        if said.finish_reason is FinishReason.LENGTH:
+            raise ValueError("it was cut by max_tokens")
+        grade = msgspec.json.decode(text[text.find("{") : text.rfind("}") + 1], type=_Grade)
+        if not _SCALE[0] <= grade.score <= _SCALE[1]:
+            raise ValueError(f"score {grade.score:g} is not from {_SCALE[0]} to {_SCALE[1]}")
+        if missing := self.criteria.keys() - grade.criteria.keys():
+            raise ValueError(f"criteria without a word: {', '.join(sorted(missing))}")
+        return grade, 1.0
+
+    def _expected(self, said: Completion) -> tuple[_Grade, float]:
         """The mean of the scores, weighed by the probabilities of their digits as the first token."""
         if not said.logprobs:
-            return _Word(None, JudgeReason.UNPARSABLE, "the server gave no log-probabilities; use read: json")
+            raise ValueError("the server gave no log-probabilities; use read: json")
         first = said.logprobs[0]
-        weights: dict[int, float] = {}
-        for token, logprob in {**dict(first.top), first.token: first.logprob}.items():
-            digit = token.strip()
-            if digit.isascii() and digit.isdigit() and _SCALE[0] <= int(digit) <= _SCALE[1]:
-                weights[int(digit)] = weights.get(int(digit), 0.0) + math.exp(logprob)
-        mass = sum(weights.values())
-        return self._hardly_considered(mass) or _Word(_Grade(sum(d * weight for d, weight in weights.items()) / mass))
+        tokens = {**dict(first.top), first.token: first.logprob}.items()
+        weights = [(int(token), math.exp(logprob)) for token, logprob in tokens if token.strip() in _DIGITS]
+        mass = sum(weight for _, weight in weights)
+        return _Grade(sum(digit * weight for digit, weight in weights) / (mass or 1.0)), mass
 
-    def _decided(self, said: Completion) -> _Word:
-        try:
-            found = msgspec.json.decode(said.text, type=_Decisions)
-        except msgspec.MsgspecError as error:
-            return _Word(None, JudgeReason.UNPARSABLE, f"{error}: {said.text[:200]!r}")
-        flags = {name: found.answers[at].noul for name in self.must if (at := f"must {name}") in found.answers}
-        score = found.answers["score"].score if "score" in found.answers else None
-        criteria = {name: share > 0.5 for name, share in flags.items() if share is not None}
-        if score is None or len(criteria) < len(self.must):
-            return _Word(None, JudgeReason.UNPARSABLE, f"a question has no answer: {said.text[:200]!r}")
+    def _decided(self, said: Completion) -> tuple[_Grade, float]:
+        found = msgspec.json.decode(said.text, type=_Decisions)
+        score, *flags = (found.answers.get(each, _Decision()) for each in ("score", *(f"must {m}" for m in self.must)))
+        if score.score is None or any(flag.noul is None for flag in flags):
+            raise ValueError("a question has no answer")
+        criteria = {name: (flag.noul or 0.0) > 0.5 for name, flag in zip(self.must, flags, strict=True)}
         # Probabilities look normal whatever share of all tokens the labels had.
         mass = min((told.get("label_mass", 1.0) for told in found.diagnostics.values()), default=1.0)
-        return self._hardly_considered(mass) or _Word(_Grade(_SCALE[0] + score, criteria))
-
-    def _hardly_considered(self, mass: float) -> _Word | None:
-        if mass >= max(self.min_label_mass, 1e-9):
-            return None
-        return _Word(None, JudgeReason.LABEL_MASS, f"the labels have probability {mass:.2g} together")
+        return _Grade(_SCALE[0] + score.score, criteria), mass
 
     @cached_property
     def _questions(self) -> dict[str, Any] | None:
@@ -303,12 +274,8 @@ class ScoreFromJudge(SampleStep):
         return (self.gate,)
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        def scored(candidate: Candidate) -> Candidate:
-            verdict = candidate.verdict(self.gate)
-            known = verdict is not None and verdict.score is not None
-            return replace(candidate, score=verdict.score) if known and verdict else candidate
-
-        return replace(sample, candidates=tuple(scored(candidate) for candidate in sample.candidates))
+        judged = [(c, c.verdict(self.gate)) for c in sample.candidates]
+        return sample.with_candidates(replace(c, score=v.score) if v and v.score is not None else c for c, v in judged)
 
 
 class PairwiseJudge(SampleStep):
@@ -319,9 +286,9 @@ class PairwiseJudge(SampleStep):
     """
 
     model: str = Field("judge", description="a name under `models:`")
-    task: str = Field(description="Jinja over the record: the task as the judge sees it")
+    task: _Text = Field(description="Jinja over the record: the task as the judge sees it")
     max_candidates: int = Field(4, ge=2, description="how many distinct answers of a sample are compared")
-    decode_profile: DecodeProfile = DecodeProfile(temperature=0.0, max_tokens=8)
+    decode_profile: SingleDraw = DecodeProfile(temperature=0.0, max_tokens=8)
     seed: int | None = Field(0, ge=0, lt=2**31)
 
     def models(self) -> Sequence[str]:
@@ -334,7 +301,7 @@ class PairwiseJudge(SampleStep):
             return sample
         pairs = list(permutations(rivals, 2))
         try:
-            shares = await _together(*(self._prefers(one, other, sample, ctx) for one, other in pairs))
+            shares = await together(*(self._prefers(one, other, sample, ctx) for one, other in pairs))
         except NotAsked:
             raise
         except SampleError as error:
@@ -343,12 +310,11 @@ class PairwiseJudge(SampleStep):
         for (one, other), share in zip(pairs, shares, strict=True):
             points[one.answer].append(share)
             points[other.answer].append(1 - share)
-        accepted = {c.candidate_id for c in sample.accepted}
-        scored = [
-            replace(c, score=fmean(points[c.answer])) if c.candidate_id in accepted and c.answer in points else c
+        scores = {answer: fmean(shares) for answer, shares in points.items()}
+        return sample.with_candidates(
+            replace(c, score=scores[c.answer]) if c.outcome is Outcome.PASS and c.answer in scores else c
             for c in sample.candidates
-        ]
-        return replace(sample, candidates=tuple(scored))
+        )
 
     async def _prefers(self, one: Candidate, other: Candidate, sample: Sample, ctx: Context) -> float:
         """1 where the first is better, 0 where the second is, a half for a tie.
@@ -361,10 +327,8 @@ class PairwiseJudge(SampleStep):
         parts.append("Which answer is better? Reply with one word: A, B or tie.")
         system = _SYSTEM.replace("grade one answer", "compare two answers").replace("<answer>", "the answers")
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "\n".join(parts)}]
-        answer = await _answer(self.model, messages, self.decode_profile, self.seed, ctx)
-        if isinstance(answer, SampleError):
-            raise answer
-        said = answer.completion.text.strip().strip(".*\"'").lower()
+        completion = await _said(self.model, messages, self.decode_profile, self.seed, ctx)
+        said = completion.text.strip().strip(".*\"'").lower()
         if said not in _SHARES:
             raise SampleError(JudgeReason.UNPARSABLE, f"{self.model}: neither A, B nor tie: {said[:100]!r}")
         return _SHARES[said]
@@ -373,21 +337,31 @@ class PairwiseJudge(SampleStep):
 _SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
-async def _answer(
+async def _said(
     name: str,
     messages: Sequence[Message],
     profile: DecodeProfile,
     seed: int | None,
     ctx: Context,
     extra: dict[str, Any] | None = None,
-) -> Answer | SampleError:
-    """What a judge says. One that nobody can reach ends no run; one that refuses its key, or the model, does."""
+) -> Completion:
+    """What a judge says. One that nobody can reach ends no run; one that refuses its key, or the model, does.
+
+    Raises:
+        SampleError: `judge_unavailable` or `budget_spent`.
+        NotAsked: the run ends.
+    """
     model = ctx.model(name)
     try:
         (answer,) = await model.generate(model.prompt(messages, profile, extra or {}), [Draw(0, seed)])
     except Unreachable as error:
-        return SampleError(JudgeReason.UNAVAILABLE, str(error))
-    return answer
+        raise SampleError(JudgeReason.UNAVAILABLE, str(error)) from error
+    if isinstance(answer, Answer):
+        return answer.completion
+    if isinstance(answer, NotAsked) and not isinstance(answer, BudgetSpent):
+        raise answer
+    spent = isinstance(answer, BudgetSpent)
+    raise SampleError(JudgeReason.BUDGET_SPENT if spent else JudgeReason.UNAVAILABLE, str(answer)) from answer
 
 
 def _tagged(tag: str, text: str) -> str:
@@ -395,13 +369,3 @@ def _tagged(tag: str, text: str) -> str:
     name = tag.split()[0]
     inert = text.replace(f"</{name}", f"< /{name}")
     return f"<{tag}>\n{inert}\n</{tag}>"
-
-
-async def _together(*work: Awaitable[T]) -> list[T]:
-    """All results. What one raises is raised once all have ended, for those are paid for: what is fatal first."""
-    results = await asyncio.gather(*work, return_exceptions=True)
-    for kind in (FatalError, BaseException):
-        for result in results:
-            if isinstance(result, kind):
-                raise result
-    return [result for result in results if not isinstance(result, BaseException)]

@@ -4,23 +4,19 @@ Only the text of the place is written anew: the rest stays as it is, also where 
 """
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from fastdistill.core.step import Mutation
 
-_COMPARED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-}
+_OPPOSITES: Sequence[tuple[type[ast.cmpop], type[ast.cmpop]]] = (
+    (ast.Lt, ast.LtE),
+    (ast.Gt, ast.GtE),
+    (ast.Eq, ast.NotEq),
+    (ast.In, ast.NotIn),
+    (ast.Is, ast.IsNot),
+)
+_COMPARED = {**dict(_OPPOSITES), **{other: one for one, other in _OPPOSITES}}
 _CALCULATED: Mapping[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -97,7 +93,7 @@ def _edits(node: ast.expr | ast.stmt, parent: ast.AST | None) -> Iterator[tuple[
         case ast.Constant(value=bool() as value):
             yield "constant", str(not value)
         case ast.Constant(value=int() | float() as number):
-            if _counts_places(parent):
+            if isinstance(parent, ast.Slice | ast.Subscript) or node in _places(parent):
                 yield "off_by_one", f"({number} - 1)"
                 yield "off_by_one", f"({number} + 1)"
             else:
@@ -111,23 +107,17 @@ def _edits(node: ast.expr | ast.stmt, parent: ast.AST | None) -> Iterator[tuple[
     if isinstance(node, ast.expr):
         if isinstance(parent, ast.If | ast.While | ast.IfExp) and parent.test is node:
             yield "condition", _text(ast.UnaryOp(ast.Not(), node))
-        if _counts_places(parent) and not isinstance(node, ast.Constant | ast.Slice) and node in _places(parent):
+        if not isinstance(node, ast.Constant) and node in _places(parent):
             yield "off_by_one", f"({ast.unparse(node)} - 1)"
             yield "off_by_one", f"({ast.unparse(node)} + 1)"
 
 
-def _counts_places(parent: ast.AST | None) -> bool:
-    return isinstance(parent, ast.Slice | ast.Subscript) or (
-        isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "range"
-    )
-
-
 def _places(parent: ast.AST | None) -> list[ast.expr]:
-    """The parts of a subscript, a slice or a call of `range` that are indexes."""
+    """The parts of a slice or a call of `range` that are indexes."""
     match parent:
         case ast.Slice():
             return [each for each in (parent.lower, parent.upper) if each is not None]
-        case ast.Call():
+        case ast.Call(func=ast.Name(id="range")):
             return parent.args
     return []
 

@@ -3,7 +3,6 @@
 import ast
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Self
 
@@ -61,7 +60,7 @@ class NearDuplicates(StreamStep):
             else:
                 message = f"{sample.source}: {first[1]:.0%} the same as {first[0]}"
                 failure = Failure(self.name, "near_duplicate", message)
-                ctx.discard(replace(sample, status=Status.DUPLICATE, failures=(*sample.failures, failure)))
+                ctx.discard(sample.left_out(Status.DUPLICATE, failure))
 
 
 def canonical_sql(text: str) -> str:

@@ -6,7 +6,8 @@ answer, untouched. It never repairs: what is not SQL stays as it is, for the gat
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.types import Candidate, Cut, Sample
@@ -41,7 +42,13 @@ def clean_sql(text: str) -> tuple[str, tuple[Cut, ...]]:
     body = text.strip()
     before: list[Cut] = []
     after: list[Cut] = []
-    while not _is_plain(body) and (narrowed := next(filter(None, (rule(body) for rule in _RULES)), None)):
+    while not _is_plain(body):
+        if _STATEMENT.match(body):
+            narrowed = _statements(body)
+        else:
+            narrowed = next(filter(None, (rule(body) for rule in _AROUND)), None)
+        if narrowed is None:
+            break
         body = narrowed.body.strip()
         before += _whole(narrowed.before)
         after[:0] = _whole(narrowed.after)
@@ -53,41 +60,36 @@ def _is_plain(text: str) -> bool:
     return _QUERY.match(text) is not None and _CUTTING.search(text) is None
 
 
-@dataclass(frozen=True, slots=True)
-class _Narrowed:
-    """What a rule leaves of a text, and what it cuts on either side."""
+class _Narrowed(Struct):
+    """What a rule leaves of a text, and what it cuts on either side: kinds and pieces."""
 
     body: str
-    before: Sequence[Cut] = ()
-    after: Sequence[Cut] = ()
+    before: Sequence[tuple[str, str]] = ()
+    after: Sequence[tuple[str, str]] = ()
 
 
-def _whole(cuts: Sequence[Cut]) -> list[Cut]:
-    return [Cut(cut.kind, cut.text.strip()) for cut in cuts if cut.text.strip()]
+def _whole(cuts: Sequence[tuple[str, str]]) -> list[Cut]:
+    return [Cut(kind, text) for kind, piece in cuts if (text := piece.strip())]
 
 
 # Each rule sees a text without space around it, and returns less of it or None. A rule that cuts in front of a query
-# needs a text that does not begin like SQL, so that no string literal or comment of a plain query is ever mistaken.
+# sees no text that begins like SQL, so that no string literal or comment of a plain query is ever mistaken.
 
 
 def _thinking(text: str) -> _Narrowed | None:
     """`<think>...</think>` in front, also unclosed, also with its opening tag in the prompt."""
     if opening := _THINK_OPENS.match(text):
         closing = _THINK_CLOSES.search(text, opening.end())
-    elif _STATEMENT.match(text):
-        return None
     else:
         closing = _THINK_CLOSES.search(text)
         if closing is None:
             return None
     end = closing.end() if closing else len(text)
-    return _Narrowed(text[end:], [Cut("thinking", text[:end])])
+    return _Narrowed(text[end:], [("thinking", text[:end])])
 
 
 def _fence(text: str) -> _Narrowed | None:
     """The first fenced block that begins like a query; else the first, opened on its own line, that has one."""
-    if _STATEMENT.match(text):
-        return None
     blocks = list(_FENCED.finditer(text))
     found = next((block for block in blocks if _QUERY.match(block["code"].lstrip())), None)
     if found is None:
@@ -97,20 +99,18 @@ def _fence(text: str) -> _Narrowed | None:
         return None
     return _Narrowed(
         found["code"],
-        [Cut("prose", text[: found.start()]), Cut("fence", found["opens"])],
-        [Cut("fence", found["closes"]), Cut("prose", text[found.end() :])],
+        [("prose", text[: found.start()]), ("fence", found["opens"])],
+        [("fence", found["closes"]), ("prose", text[found.end() :])],
     )
 
 
 def _introduction(text: str) -> _Narrowed | None:
     """Words in front of the query: `SQL:`, `Here is the query:`, a paragraph."""
-    if _STATEMENT.match(text) or _opening_quote(text):
-        return None
-    start = _query_start(text)
+    start = None if _opening_quote(text) else _query_start(text)
     if not start:
         return None
     kind = "prefix" if _LABEL.fullmatch(text[:start]) else "prose"
-    return _Narrowed(text[start:], [Cut(kind, text[:start])])
+    return _Narrowed(text[start:], [(kind, text[:start])])
 
 
 def _quotes(text: str) -> _Narrowed | None:
@@ -128,15 +128,13 @@ def _quotes(text: str) -> _Narrowed | None:
         end = inside.end()
     closes = mark if text.startswith(mark, end) else ""
     rest = _after_statement(text[end + len(closes) :].lstrip())
-    return _Narrowed(text[len(mark) : end], [Cut("quote", mark)], [Cut("quote", closes), *rest])
+    return _Narrowed(text[len(mark) : end], [("quote", mark)], [("quote", closes), *rest])
 
 
 def _statements(text: str) -> _Narrowed | None:
     """The first statement that is a query, or the first of all if none is; what follows it goes."""
     if text.endswith(";") and _is_plain(text[:-1]) and not _OPENS.search(text) and text.count("'") % 2 == 0:
-        return _Narrowed(text[:-1], (), [Cut("semicolon", ";")])
-    if not _STATEMENT.match(text):
-        return None
+        return _Narrowed(text[:-1], (), [("semicolon", ";")])
     first_end = end = _statement_end(text, 0)
     start = 0
     while not _QUERY.match(text, start):
@@ -150,16 +148,16 @@ def _statements(text: str) -> _Narrowed | None:
         # What came before was a draft, if an answer follows.
         draft = end + closing.end()
         if text[draft:].strip():
-            return _Narrowed(text[draft:], [Cut("thinking", text[:draft])])
+            return _Narrowed(text[draft:], [("thinking", text[:draft])])
     if not start and not tail:
         return None
-    return _Narrowed(text[start:end], [Cut("statement", text[:start])], _after_statement(tail))
+    return _Narrowed(text[start:end], [("statement", text[:start])], _after_statement(tail))
 
 
-_RULES: tuple[Callable[[str], _Narrowed | None], ...] = (_thinking, _fence, _introduction, _quotes, _statements)
+_AROUND: tuple[Callable[[str], _Narrowed | None], ...] = (_thinking, _fence, _introduction, _quotes)
 
 
-def _after_statement(tail: str) -> list[Cut]:
+def _after_statement(tail: str) -> list[tuple[str, str]]:
     rest = tail.removeprefix(";").strip()
     if _STATEMENT.match(rest):
         kind = "statement"
@@ -167,7 +165,7 @@ def _after_statement(tail: str) -> list[Cut]:
         kind = "thinking"
     else:
         kind = "markup" if _MARKUP.fullmatch(rest) else "prose"
-    return [Cut("semicolon", ";" if tail.startswith(";") else ""), Cut(kind, rest)]
+    return [("semicolon", ";" if tail.startswith(";") else ""), (kind, rest)]
 
 
 def _opening_quote(text: str) -> str | None:

@@ -2,12 +2,12 @@
 
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 from pydantic import Field
 
-from fastdistill.core.canonical import NotCanonical, digest, sample_id
+from fastdistill.core.canonical import NotCanonical, canonical_json, sample_id
 from fastdistill.core.errors import ConfigError, SampleError
 from fastdistill.core.step import Context, KeyIndex, StreamStep
 from fastdistill.core.types import Failure, Sample, Status
@@ -41,7 +41,7 @@ class CanonicalizeFields(StreamStep):
         content = _pick(sample, self.fields)
         task_id = self._task_id(sample)
         try:
-            return sample.identified(task_id, sample_id(task_id, content), content)
+            return sample.identified(task_id, sample_id(task_id, _form(content)), content)
         except NotCanonical as error:
             raise SampleError("not_canonical", f"{sample.source}: {error}") from error
 
@@ -73,7 +73,7 @@ class Deduplicate(StreamStep):
                 )
             try:
                 content = _pick(sample, self.fields) if self.fields else sample.input
-                first = seen.first(digest(content), sample.source)
+                first = seen.first(sha256(_form(content)).hexdigest(), sample.source)
             except NotCanonical as error:
                 ctx.discard(sample.failed(self.name, SampleError("not_canonical", f"{sample.source}: {error}")))
             except SampleError as error:
@@ -83,6 +83,17 @@ class Deduplicate(StreamStep):
                     yield sample
                 else:
                     ctx.discard(_duplicate(sample, self.name, f"{sample.source}: the same content as {first}"))
+
+
+_latest: tuple[Mapping[str, Any] | None, bytes] = (None, b"")
+
+
+def _form(content: Mapping[str, Any]) -> bytes:
+    """The canonical JSON of a content, for which two steps ask one after the other."""
+    global _latest
+    if content is not _latest[0]:
+        _latest = (content, canonical_json(content))
+    return _latest[1]
 
 
 def _pick(sample: Sample, fields: Sequence[str]) -> Mapping[str, Any]:
@@ -111,5 +122,4 @@ def _first(seen: KeyIndex, sample: Sample) -> str | None:
 
 
 def _duplicate(sample: Sample, step: str, message: str) -> Sample:
-    failure = Failure(step, "duplicate", message)
-    return replace(sample, status=Status.DUPLICATE, failures=(*sample.failures, failure))
+    return sample.left_out(Status.DUPLICATE, Failure(step, "duplicate", message))

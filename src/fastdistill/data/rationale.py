@@ -1,10 +1,10 @@
 """Splits what a teacher said into rationale and answer, and says how well that went. Reads text only."""
 
 import re
-from dataclasses import replace
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
+from msgspec.structs import replace
 from pydantic import Field
 
 from fastdistill.core.step import Context, Gate

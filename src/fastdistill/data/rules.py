@@ -3,7 +3,7 @@
 import logging
 import re
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -91,6 +91,7 @@ class RuleFilter(Gate):
         return self.verdict(Outcome.FAIL, reason, **detail)
 
 
+@lru_cache(maxsize=512)  # the candidates of a sample are often the same
 def sql_problem(text: str) -> str | None:
     """Why `text` is not one SQLite query, or None if it is one. Its tables and columns are not looked at."""
     if len(text) > LONGEST_SQL:

@@ -1,14 +1,14 @@
 """Scores candidates from what the gates found, and picks the best. Judges nothing itself."""
 
 import re
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Sequence
 from typing import ClassVar, Literal
 
+from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, SampleStep
-from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
+from fastdistill.core.types import Candidate, Outcome, Sample
 from fastdistill.data.near_duplicates import CANONICAL
 from fastdistill.data.rationale import rationale_of
 
@@ -40,15 +40,14 @@ class ScoreFromExecEval(SampleStep):
 
     def _scored(self, candidate: Candidate) -> Candidate:
         verdict = candidate.verdict(self.gate)
-        return candidate if verdict is None else replace(candidate, score=self._score(verdict))
-
-    def _score(self, verdict: Verdict) -> float | None:
-        if verdict.outcome is Outcome.ERROR:
-            return None
+        if verdict is None:
+            return candidate
+        detail = {} if verdict.outcome is Outcome.ERROR else verdict.detail
         parts = {"exec_pass": self.exec_pass, "gold_match": self.gold_match}
-        known = {part: weight for part, weight in parts.items() if isinstance(verdict.detail.get(part), bool)}
+        known = {part: weight for part, weight in parts.items() if isinstance(detail.get(part), bool)}
         total = sum(known.values())
-        return sum(known[part] * verdict.detail[part] for part in known) / total if total else None
+        score = sum(known[part] * detail[part] for part in known) / total if total else None
+        return replace(candidate, score=score)
 
 
 class SelectBest(SampleStep):
@@ -64,18 +63,18 @@ class SelectBest(SampleStep):
     )
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        ranked = sorted(sample.accepted, key=_rank)
+        ranked = sorted(sample.accepted, key=best_first)
         if self.distinct:
-            key = _KEYS.get(self.distinct, _answer)
             first: dict[Hashable, Candidate] = {}
             for candidate in ranked:
-                first.setdefault(key(candidate), candidate)
+                first.setdefault(self._key(candidate), candidate)
             ranked = list(first.values())
         return sample.selected(tuple(candidate.candidate_id for candidate in ranked[: self.k]))
 
-
-def _answer(candidate: Candidate) -> Hashable:
-    return candidate.answer
+    def _key(self, candidate: Candidate) -> Hashable:
+        if self.distinct == "path":
+            return _path(candidate)
+        return CANONICAL[self.distinct](candidate.answer) if isinstance(self.distinct, str) else candidate.answer
 
 
 _EQUATION = re.compile(r"\d[\d.,\s+*/×÷()%$-]*=\s*\$?\d[\d.,]*")
@@ -91,14 +90,6 @@ def _path(candidate: Candidate) -> Hashable:
     return equations or " ".join(text.split()).casefold()
 
 
-def _written(form: str) -> Callable[[Candidate], Hashable]:
-    return lambda candidate: CANONICAL[form](candidate.answer)
-
-
-_KEYS: dict[bool | str, Callable[[Candidate], Hashable]] = {form: _written(form) for form in CANONICAL}
-_KEYS["path"] = _path
-
-
-def _rank(candidate: Candidate) -> tuple[bool, float, int, str]:
+def best_first(candidate: Candidate) -> tuple[bool, float, int, str]:
     # The id settles what is left: two models may have given the same attempt.
     return (candidate.score is None, -(candidate.score or 0.0), candidate.attempt, candidate.candidate_id)

@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from enum import StrEnum
+from typing import ClassVar
 
+from msgspec.structs import replace
 from pydantic import Field
 
 from fastdistill.core.step import Context, Gate
@@ -26,10 +27,13 @@ class MajorityVote(Gate):
     What votes is the *result* of executing an answer, as the gate before it left it in its verdict's detail; answers
     that this gate did not pass have no vote. With fewer than `min_votes` votes, or without such a majority, all are
     `error`: nobody knows. The share is the verdict's score. Where the gate knows about gold all the same
-    (`require: exec_pass` with a gold field), `pseudo_gold_right` in the detail measures how often the vote was right.
+    (a gold field with `require: exec_pass`, for mathematics `extracted`), `pseudo_gold_right` in the detail of the
+    first of them says whether the vote was right.
 
     Defaults follow OpenMathInstruct-2 (arXiv:2410.01560), which votes over up to 32 answers.
     """
+
+    version: ClassVar[int] = 2
 
     gate: str = Field("SQLiteExecEval", description="the execution gate whose results are counted")
     result: str = Field("result_signature", description="the entry of its verdict's detail that is the result")
@@ -41,11 +45,8 @@ class MajorityVote(Gate):
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         """Votes anew with all candidates there are, since each wave brings more."""
-
-        def unjudged(candidate: Candidate) -> Candidate:
-            return replace(candidate, verdicts=tuple(v for v in candidate.verdicts if v.gate != self.name))
-
-        return await super().run(replace(sample, candidates=tuple(map(unjudged, sample.candidates))), ctx)
+        bare = [replace(c, verdicts=tuple(v for v in c.verdicts if v.gate != self.name)) for c in sample.candidates]
+        return await super().run(sample.with_candidates(bare), ctx)
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         executed = [candidate.verdict(self.gate) for candidate in candidates]
@@ -62,6 +63,7 @@ class MajorityVote(Gate):
         elif any(v and v.detail.get("row_count") == 0 for v, r in zip(executed, results, strict=True) if r == winner):
             undecided = VoteReason.NOTHING_FOUND
         verdicts = []
+        measured = False  # once a sample: its candidates are right or wrong together
         for verdict, result in zip(executed, results, strict=True):
             detail = {"votes": total}
             if result is None or undecided:
@@ -70,7 +72,9 @@ class MajorityVote(Gate):
             elif result != winner:
                 verdicts.append(self.verdict(Outcome.FAIL, VoteReason.MINORITY, votes[result] / total, **detail))
             else:
-                if verdict and isinstance(right := verdict.detail.get("gold_match"), bool):
+                right = verdict.detail.get("gold_match") if verdict else None
+                if isinstance(right, bool) and not measured:
                     detail["pseudo_gold_right"] = right
+                    measured = True
                 verdicts.append(self.verdict(Outcome.PASS, VoteReason.PSEUDO_GOLD, share, **detail))
         return verdicts

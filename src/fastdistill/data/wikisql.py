@@ -234,7 +234,7 @@ def _record(task_id: str, question: _Question, tables: "_Tables") -> dict[str, s
         raise _LeftOut("differs")
     return {
         "task_id": task_id,
-        "schema": table.schema,
+        "schema": table.schema(),
         "instruction": question.question.strip(),
         "gold_sql": gold,
         "db_id": question.table_id,
@@ -249,15 +249,7 @@ class _Table:
     columns: tuple[str, ...]  # as SQL writes them
     types: tuple[str, ...]  # as the release has them: text or real
 
-    @property
-    def schema(self) -> str:
-        return self._create("")
-
-    @property
-    def stored_schema(self) -> str:
-        return self._create(" COLLATE NOCASE")
-
-    def _create(self, collation: str) -> str:
+    def schema(self, collation: str = "") -> str:
         kinds = (f"TEXT{collation}" if kind == "text" else "REAL" for kind in self.types)
         return f"CREATE TABLE {self.name} ({', '.join(map(' '.join, zip(self.columns, kinds, strict=True)))});"
 
@@ -265,7 +257,7 @@ class _Table:
         """The query's conditions with their values as the evaluator compares them."""
         try:
             return [
-                (column, _OPERATORS[operator], _text(value) if self.types[column] == "text" else _real(value))
+                (column, _OPERATORS[operator], str(value).lower() if self.types[column] == "text" else _real(value))
                 for column, operator, value in query.conds
             ]
         except IndexError as error:
@@ -301,16 +293,15 @@ class _Tables:
     def find(self, table_id: str) -> _Table:
         name = f"table_{table_id.replace('-', '_')}"
         header = self._headers.get(table_id, ())
-        if not re.fullmatch(r"\w+", name):
-            raise _LeftOut("no_table")
-        types = tuple(kind.lower() for _, _, kind, *_ in self._database.execute(f"PRAGMA release.table_info({name})"))
-        if not types or len(types) != len(header):
+        found = self._database.execute("SELECT lower(type) FROM pragma_table_info(?, 'release')", [name])
+        types = tuple(kind for (kind,) in found)
+        if not types or len(types) != len(header) or not re.fullmatch(r"\w+", name):
             raise _LeftOut("no_table")
         return _Table(name, tuple(readable_columns(header)), types)
 
     def write(self, table: _Table) -> None:
         if table.name not in self.written:
-            self._database.execute(table.stored_schema)
+            self._database.execute(table.schema(" COLLATE NOCASE"))
             self._database.execute(f"INSERT INTO main.{table.name} SELECT * FROM release.{table.name} ORDER BY rowid")
             self.written.add(table.name)
 
@@ -339,10 +330,6 @@ def readable_columns(header: Sequence[str]) -> list[str]:
         plain = re.fullmatch(r"[a-z_][a-z0-9_]*", name) and name not in KEYWORDS
         columns.append(name if plain else f'"{name}"')
     return columns
-
-
-def _text(value: str | float) -> str:
-    return str(value).lower()
 
 
 def _real(value: str | float) -> float:

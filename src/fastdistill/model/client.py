@@ -18,8 +18,9 @@ from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherEr
 from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
 from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample
+from fastdistill.model.budget import OwnBrake
 from fastdistill.model.hedge import first_of
-from fastdistill.model.limits import AdaptiveLimit, FixedLimit, Limit, Pace
+from fastdistill.model.limits import AdaptiveLimit, Limit, Pace
 from fastdistill.model.meter import InFlight, Meter
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
 from fastdistill.model.retry import GiveUp, Retry, Stop, decide
@@ -67,7 +68,7 @@ class ModelClient:
         self.meter = Meter(config.price)
         self.router = Router([Endpoint(provider, _limit(config)) for provider in providers], ends=self._ends)
         self._store = store
-        self._brake = brake
+        self._brake = OwnBrake(name, config.budget, self.meter, brake) if config.budget else brake
         self._pace = Pace(config.requests_per_minute, config.tokens_per_minute)
         self._hedges = (config.hedges if config.hedge is None else config.hedge) and self._pace.unlimited
         self._pacing = asyncio.Lock()
@@ -75,10 +76,11 @@ class ModelClient:
         self._probed = False
         self._refusal: TeacherError | None = None
         self._unstorable: FatalError | None = None
-        self._asking: dict[str, asyncio.Event] = {}
+        self._asking: dict[str, list[asyncio.Future[None]]] = {}  # by key, those who wait for the same answer
         self._asked_with: tuple[DecodeProfile | None, dict[str, Any], dict[str, Any]] = (None, {}, {})
         self._most_tokens: tuple[Mapping[str, Any], int] = ({}, 0)  # of the latest parameters, by one answer
         self._answered_at = 0.0  # when the last answer came, by perf_counter
+        self._scouted_at = 0.0  # when a server that nobody reached was last looked for
         self._took = Histogram()  # seconds, of requests that were answered
         self._longest = (0, 0.0)  # of how many of them, the 99th percentile in seconds
 
@@ -94,9 +96,10 @@ class ModelClient:
         return Prompt(self.config.provider, self.config.model, tuple(messages), parameters)
 
     async def generate(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
+        keys = [draw.key(prompt) for draw in draws]
         results: dict[str, Answer | SampleError] = {}
-        draw_by_key = {draw.key(prompt): draw for draw in draws}
-        while missing := {key: draw for key, draw in draw_by_key.items() if key not in results}:
+        missing = dict(zip(keys, draws, strict=True))
+        while missing:
             mine: dict[str, Draw] = {}
             for key, draw in missing.items():
                 if completion := self._store.get(key):
@@ -107,8 +110,11 @@ class ModelClient:
             if mine:
                 results |= await self._ask_once(prompt, mine)
             elif others := [self._asking[key] for key in missing if key in self._asking]:
-                await others[0].wait()  # another sample asks the very same; then look again
-        return [results[key] for key in draw_by_key]
+                asked = asyncio.get_running_loop().create_future()
+                others[0].append(asked)
+                await asked  # another sample asks the very same; then look again
+            missing = {key: draw for key, draw in missing.items() if key not in results}
+        return [results[key] for key in keys]
 
     async def ready(self) -> None:
         """Contacts the endpoints, once, and learns what they honour.
@@ -173,16 +179,19 @@ class ModelClient:
         if not self.router.endpoints:
             message = f"{self.name}: this answer is not stored, and nobody is asked for it"
             return dict.fromkeys(draws, SampleError("not_stored", message))
-        done = asyncio.Event()
+        waiting: list[asyncio.Future[None]] = []
         for key in draws:
-            self._asking[key] = done
+            self._asking[key] = waiting
         try:
-            await self.ready()
+            if not self._probed:
+                await self.ready()
             answers = await self._ask(prompt, draws)
         finally:
             for key in draws:
                 del self._asking[key]
-            done.set()
+            for other in waiting:
+                if not other.done():
+                    other.set_result(None)
         return dict(zip(draws, answers, strict=True))
 
     async def _ask(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
@@ -253,14 +262,20 @@ class ModelClient:
         """Waits before the next try, but no longer than until the server is seen to answer others.
 
         `begun` is when the request was first in line. Whether the whole delay has passed. With several endpoints the
-        next one is asked at once: the one that failed cools.
+        next one is asked at once: the one that failed cools. Where nobody listened, one of all those that wait asks
+        for the server's metrics: once these come, no one has to wait for the first answer.
         """
         now = perf_counter()
         until = now + (delay if len(self.router.endpoints) == 1 else 0)
         while now < until:
             if kind in _OVER_WHEN_ANSWERED and self._answered_at > begun:
                 return False
-            pause = min(until - now, _LOOKS_EVERY)
+            if kind is ErrorKind.REFUSED and now > self._scouted_at + _SCOUTS_EVERY:
+                self._scouted_at = now
+                if await self.router.endpoints[0].provider.load():
+                    self._answered_at = perf_counter()
+                    continue
+            pause = min(until - now, _SCOUTS_EVERY)
             await self._brake.pause(pause)
             if perf_counter() - now < pause / 2:  # cut short: the run winds down
                 return True
@@ -286,7 +301,9 @@ class ModelClient:
                     raise error
             if len(draws) > 1 and not endpoint.asks_n:
                 return []
-            await self._paced(worst)
+            dollars = self.meter.worst_cost(worst)
+            if not self._pace.unlimited or self._brake.check(worst, dollars):
+                await self._paced(worst, dollars)
             if self._unstorable is not None:
                 raise self._unstorable
             sent = perf_counter()
@@ -297,7 +314,8 @@ class ModelClient:
                     # Counted before the reservation ends, lest a budget sees neither.
                     tokens = flight.answered(completions, characters)
             finally:
-                self._pace.correct(tokens - worst)
+                if not self._pace.unlimited:
+                    self._pace.correct(tokens - worst)
                 observe(queued=sent - begun, busy=perf_counter() - sent)
             answers = [
                 Answer(draw, key, completion, stored=False)
@@ -308,16 +326,16 @@ class ModelClient:
             except FatalError as error:
                 self._unstorable = error  # before the slot is free for the next, which could not be stored either
                 raise
-        await self._measure(endpoint)
+        if (now := asyncio.get_running_loop().time()) - endpoint.measured_at >= _MEASURED_EVERY:
+            await self._measure(endpoint, now)
         return [*answers]
 
-    async def _paced(self, worst: int) -> None:
+    async def _paced(self, worst: int, dollars: float) -> None:
         """Returns when a request of up to so many tokens may go out; one after the other where there is a pace.
 
         Raises:
             NotAsked: the run has enough.
         """
-        dollars = self.meter.worst_cost(worst)
         if not self._pace.unlimited:
             async with self._pacing:
                 while delay := self._pace.delay(perf_counter()):
@@ -406,13 +424,10 @@ class ModelClient:
             case ErrorKind.SERVER | ErrorKind.GARBLED:
                 endpoint.limit.broke()
 
-    async def _measure(self, endpoint: Endpoint) -> None:
-        """Asks the server how busy it is, where it tells."""
-        now = asyncio.get_running_loop().time()
-        if self.config.max_concurrency is not None or now - endpoint.measured_at < _MEASURED_EVERY:
-            return
+    async def _measure(self, endpoint: Endpoint, now: float) -> None:
+        """Asks the server how busy it is, where it tells and somebody wants to know."""
         endpoint.measured_at = now
-        load = await endpoint.provider.load()
+        load = await endpoint.provider.load() if self.config.max_concurrency is None else None
         if load is None and not endpoint.tells:
             endpoint.measured_at = float("inf")  # it never does
         elif load is not None:
@@ -437,6 +452,7 @@ class ModelClient:
 
 
 _LOOKS_EVERY = 0.25  # seconds
+_SCOUTS_EVERY = 0.1  # seconds
 _OVER_WHEN_ANSWERED = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}
 """Faults of a server or of the network, not of its load: an answer to somebody else shows that they are over."""
 _GONE = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.OVERLOADED}  # no word on key, model, request
@@ -457,7 +473,7 @@ def _most_tokens(parameters: Mapping[str, Any]) -> int:
 
 def _limit(config: ModelConfig) -> Limit:
     if config.max_concurrency is not None:
-        return FixedLimit(config.max_concurrency)
+        return Limit(config.max_concurrency)
     if not config.finds_itself:
-        return FixedLimit(config.first_concurrency)
+        return Limit(config.first_concurrency)
     return AdaptiveLimit(config.first_concurrency, patience=config.timeout / 4)

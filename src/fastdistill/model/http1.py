@@ -4,13 +4,14 @@ It has no TLS, no proxies, no HEAD and no redirects, and calls garbled what it d
 """
 
 import asyncio
+import re
 from collections.abc import Generator, Mapping
 from functools import lru_cache, partial
 from typing import TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 from fastdistill.model.provider import ErrorKind, ProviderError
-from fastdistill.model.transport import CONNECTS, Response
+from fastdistill.model.transport import CONNECTS, Response, StaleConnection
 
 MAX_HEAD = 2**16  # bytes of a status line with its headers, and of a line between two chunks
 
@@ -37,7 +38,7 @@ class Http1Transport:
             if idle := self._idle.get(address):
                 try:
                     return await idle.pop().exchange(sent, deadline)
-                except _StaleConnection:
+                except StaleConnection:
                     pass  # as all the idle ones may be: this goes over a connection opened for it
             connection = await self._connect(url, address, deadline)
             return await connection.exchange(sent, deadline)
@@ -66,10 +67,6 @@ class Http1Transport:
             raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({why})") from error
 
 
-class _StaleConnection(Exception):
-    """A kept connection was gone before a byte of the answer: the server had closed it between two requests."""
-
-
 class _Garbled(Exception):
     pass
 
@@ -80,17 +77,17 @@ class _Connection(asyncio.Protocol):
     def __init__(self, open_: "set[_Connection]", idle: "list[_Connection]", max_body: int, *, keep: float) -> None:
         self._open, self._idle, self._max_body, self._keep = open_, idle, max_body, keep
         self._loop = asyncio.get_running_loop()
-        self._buffer = bytearray()
         self._answer: asyncio.Future[Response] | None = None
         self._reader: _Reading[tuple[Response, bool]] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0  # when it ends, of itself
         self._used = False
 
     async def exchange(self, sent: bytes, deadline: float) -> Response:
-        """The answer to one request. Raises what `end` was told, or _StaleConnection."""
+        """The answer to one request. Raises what `end` was told, or StaleConnection."""
         if self._transport.is_closing():
             raise ConnectionResetError("closed at once by the server")
-        self._end_at(deadline, TimeoutError())
+        self._end_at(deadline)
         answer: asyncio.Future[Response] = self._loop.create_future()
         self._answer = answer
         self._transport.write(sent)
@@ -110,7 +107,7 @@ class _Connection(asyncio.Protocol):
         answer, self._answer = self._answer, None
         if error is not None and answer is not None and not answer.done():
             stale = self._used and self._reader is None and isinstance(error, ConnectionError)
-            answer.set_exception(_StaleConnection() if stale else error)
+            answer.set_exception(StaleConnection() if stale else error)
         self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -121,23 +118,19 @@ class _Connection(asyncio.Protocol):
         self.end(ConnectionResetError(str(exc or "closed by the server")))
 
     def eof_received(self) -> None:
-        if self._answer is not None and self._reader is not None:
-            self._read_on(ended=True)
+        if self._reader is not None:
+            self.data_received(b"")
         self.connection_lost(None)
 
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
         if self._answer is None:
             self.end()  # nobody asked
             return
         if self._reader is None:
-            self._reader = _read(self._buffer, self._max_body)
-        self._read_on(ended=None)
-
-    def _read_on(self, ended: bool | None) -> None:
-        assert self._reader is not None and self._answer is not None
+            self._reader = _read(self._max_body)
+            next(self._reader)
         try:
-            self._reader.send(ended)
+            self._reader.send(data)
         except (_Garbled, ConnectionError) as error:
             self.end(error)
         except StopIteration as whole:
@@ -145,27 +138,27 @@ class _Connection(asyncio.Protocol):
             answer, self._answer, self._reader = self._answer, None, None
             if not answer.done():  # else it was cancelled just now
                 answer.set_result(response)
-            if not keep or not self._keep or self._buffer or self._transport.get_write_buffer_size():
+            if not keep or not self._keep or self._transport.get_write_buffer_size():
                 self.end()
             else:
                 self._used = True
                 self._idle.append(self)
                 self._end_at(self._loop.time() + self._keep)
 
-    def _end_at(self, moment: float, error: Exception | None = None) -> None:
+    def _end_at(self, moment: float) -> None:
         """Instead of an earlier such order. A timer is set only where the last one comes too late, so hardly ever."""
-        self._due = moment, error
+        self._due = moment
         if self._timer is None or self._timer.when() > moment:
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = self._loop.call_at(moment, self._look)
 
     def _look(self) -> None:
-        self._timer, (moment, error) = None, self._due
-        if self._loop.time() < moment:
-            self._end_at(moment, error)
+        self._timer = None
+        if self._loop.time() < self._due:
+            self._end_at(self._due)
         else:
-            self.end(error)
+            self.end(TimeoutError())
 
 
 @lru_cache(maxsize=256)
@@ -187,39 +180,52 @@ def _head(method: str, url: str, headers: tuple[tuple[str, str], ...]) -> tuple[
 
 _SAFE = "/?%:@!$&'()*+,;=~"
 
-# --- an answer, read off the front of a growing buffer ---
+# --- an answer, read as it comes ---
 
-_Reading = Generator[None, "bool | None", T]
-"""To be resumed whenever the buffer has grown, and with True at the end of the stream."""
+_Reading = Generator[None, bytes, T]
+"""To be begun, then sent what comes, piece by piece, and b"" at the end of the stream."""
 
 
-def _read(buffer: bytearray, max_body: int) -> _Reading[tuple[Response, bool]]:
+def _read(max_body: int) -> _Reading[tuple[Response, bool]]:
     """One answer, and whether the connection may be used again."""
+    come = yield
     status = 100
-    while 100 <= status < 200:  # 100 Continue, 103 Early Hints
-        status, headers, keep = _parse((yield from _until(b"\r\n\r\n", buffer, begin=b"HTTP/1.")))
+    while status < 200:  # 100 Continue, 103 Early Hints
+        while (end := come.find(b"\r\n\r\n", 0, MAX_HEAD)) < 0:
+            if come[:7] != b"HTTP/1."[: len(come)] or b"\n\n" in come:
+                raise _not_http(repr(come[:100]))
+            _within(MAX_HEAD, len(come), "the answer's head")
+            come += yield from _more()
+        status, headers, keep = _parse(come[:end])
+        come = come[end + 4 :]
         if status == 101:
             raise _not_http("it changes to a protocol that was not asked for")
-    body, coding, length = b"", headers.get("transfer-encoding"), headers.get("content-length")
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if status in (204, 304):
-        pass
+        body = b""
     elif coding is not None:
         if coding.lower() != "chunked":
             raise _not_http(f"Transfer-Encoding: {coding}")
-        body = yield from _chunks(buffer, max_body)
+        body, come = yield from _chunks(bytearray(come), max_body)
     elif length is not None:
-        size, *others = {part.strip() for part in length.split(",")}
-        if others or not size.isdecimal() or len(size) > 18:
+        if (found := _LENGTH.fullmatch(length)) is None:
             raise _not_http(f"Content-Length: {length}")
-        body = yield from _exactly(_within(max_body, int(size)), buffer)
+        size = _within(max_body, int(found[1]))
+        body, come = (come, b"") if len(come) == size else (yield from _exactly(size, bytearray(come)))
     else:
-        keep = False
-        while not (yield):
+        keep, buffer = False, bytearray(come)
+        while True:
             _within(max_body, len(buffer))
-        body = yield from _exactly(_within(max_body, len(buffer)), buffer)
+            if not (come := (yield)):
+                break
+            buffer += come
+        body = bytes(buffer)
     if body and (packed := headers.get("content-encoding", "identity")) != "identity":
         raise _not_http(f"Content-Encoding: {packed}, which was not asked for")
-    return Response(status, headers, body), keep
+    return Response(status, headers, body), keep and not come
+
+
+_LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # a proxy may say the same twice
 
 
 def _parse(head: bytes) -> tuple[int, dict[str, str], bool]:
@@ -229,56 +235,64 @@ def _parse(head: bytes) -> tuple[int, dict[str, str], bool]:
     if version not in ("HTTP/1.1 ", "HTTP/1.0 ") or not status.isdecimal() or status < "100" or first[12:13].strip():
         raise _not_http(first)
     headers: dict[str, str] = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or name.split() != [name]:
-            raise _not_http(f"a header is {line!r}")
-        name, value = name.lower(), value.strip(" \t")
+    for name, value in map(_field, lines):
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return int(status), headers, version == "HTTP/1.1 " and "close" not in headers.get("connection", "").lower()
 
 
-def _chunks(buffer: bytearray, max_body: int) -> _Reading[bytes]:
+@lru_cache(maxsize=256)  # most lines come with every answer
+def _field(line: str) -> tuple[str, str]:
+    name, colon, value = line.partition(":")
+    if not colon or name.split() != [name]:
+        raise _not_http(f"a header is {line!r}")
+    return name.lower(), value.strip(" \t")
+
+
+def _exactly(size: int, buffer: bytearray) -> _Reading[tuple[bytes, bytes]]:
+    """So many bytes, and what came beyond them."""
+    while len(buffer) < size:
+        buffer += yield from _more()
+    return _take(buffer, size), bytes(buffer)
+
+
+def _chunks(buffer: bytearray, max_body: int) -> _Reading[tuple[bytes, bytes]]:
+    """A body in chunks, and what came beyond it."""
     body = bytearray()
     while True:
-        line = yield from _until(b"\r\n", buffer)
+        line = yield from _line(buffer)
         digits = line.partition(b";")[0].strip(b" \t")  # what follows are extensions
         if not 0 < len(digits) < 16 or digits.strip(b"0123456789abcdefABCDEF"):
             raise _not_http(f"the size of a chunk is {line!r}")
         if not (size := int(digits, 16)):
             break
         _within(max_body, len(body) + size)
-        body += yield from _exactly(size, buffer)
-        if (yield from _exactly(2, buffer)) != b"\r\n":
+        while len(buffer) < size + 2:
+            buffer += yield from _more()
+        body += _take(buffer, size)
+        if _take(buffer, 2) != b"\r\n":
             raise _not_http("a chunk is longer than its size")
-    while (yield from _until(b"\r\n", buffer)):
+    while (yield from _line(buffer)):
         pass  # trailers
-    return bytes(body)
+    return bytes(body), bytes(buffer)
 
 
-def _until(end: bytes, buffer: bytearray, begin: bytes = b"") -> _Reading[bytes]:
-    """What comes before `end`; both leave the buffer."""
-    seen = 0
-    while (at := buffer.find(end, max(0, seen - 3))) < 0:
-        if buffer[: len(begin)] != begin[: len(buffer)] or (begin and buffer.find(b"\n\n", max(0, seen - 1)) >= 0):
-            raise _not_http(repr(bytes(buffer[:100])))
-        seen = _within(MAX_HEAD, len(buffer), "the answer's head")
-        yield from _more()
-    found = yield from _exactly(_within(MAX_HEAD, at + len(end), "the answer's head"), buffer)
-    return found[:at]
+def _line(buffer: bytearray) -> _Reading[bytes]:
+    while (end := buffer.find(b"\r\n", 0, MAX_HEAD)) < 0:
+        _within(MAX_HEAD, len(buffer), "the answer's head")
+        buffer += yield from _more()
+    return _take(buffer, end + 2)[:-2]
 
 
-def _exactly(size: int, buffer: bytearray) -> _Reading[bytes]:
-    while len(buffer) < size:
-        yield from _more()
-    found = bytes(buffer[:size])
+def _take(buffer: bytearray, size: int) -> bytes:
+    taken = bytes(memoryview(buffer)[:size])
     del buffer[:size]
-    return found
+    return taken
 
 
-def _more() -> _Reading[None]:
-    if (yield):
+def _more() -> _Reading[bytes]:
+    if not (come := (yield)):
         raise ConnectionResetError("closed by the server within its answer")
+    return come
 
 
 def _within(most: int, size: int, what: str = "the answer") -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 
 from fastdistill.model.provider import ErrorKind, ProviderError
-from fastdistill.model.transport import CONNECTS, Response, proxy
+from fastdistill.model.transport import CONNECTS, Response, StaleConnection, proxy
 
 
 class AiohttpTransport:
@@ -30,7 +30,7 @@ class AiohttpTransport:
             async with asyncio.timeout(timeout):
                 try:
                     return await self._send(self._session, method, url, headers, body)
-                except _StaleConnection:
+                except StaleConnection:
                     # The pool may hold more of the same, so this goes over a connection opened for it.
                     async with _session(keep=0) as fresh:
                         return await self._send(fresh, method, url, headers, body)
@@ -61,7 +61,7 @@ class AiohttpTransport:
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.args[0], str)
             if connection.reused and not begun:
-                raise _StaleConnection from error
+                raise StaleConnection from error
             raise
         chunks = bytearray()
         async with opened as response:
@@ -72,10 +72,6 @@ class AiohttpTransport:
                     raise ProviderError(ErrorKind.GARBLED, words)
         lines = {name.lower(): value for name, value in response.headers.items()}
         return Response(response.status, lines, bytes(chunks))
-
-
-class _StaleConnection(Exception):
-    """A kept connection was gone before a byte of the answer: the server had closed it between two requests."""
 
 
 def _session(*, keep: float) -> aiohttp.ClientSession:

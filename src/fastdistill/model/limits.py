@@ -14,16 +14,16 @@ Latency is per token, so that longer answers are not taken for a longer queue.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 from fastdistill.model.provider import Load
 
 HEADROOM = 1.25  # requests in flight for each slot: an answer that leaves finds the next one waiting
 CROWDED = 2.5
+RAMPED = 1.75  # times the best latency: what is in flight by then was sent later, and is already more
 BURST = 2.0  # seconds
 CUT = 0.7  # at most, after a 429; one cut for each burst
-RAMP = 2  # more in flight for each answer, at first
-SMALLEST_WINDOW = 16  # answers
+RAMP = 3  # more in flight for each answer, at first
+SMALLEST_WINDOW = 24  # answers: of fewer, chance ends a ramp
 STEADY_WINDOW = 128  # answers, once the ramp is over: chance must not decide
 STEP = 1.5  # a trial is of so many times more, or less
 SPOILT = 0.1  # broken requests for each answer
@@ -34,35 +34,21 @@ OLD = 1.002  # the best latency is forgotten by this much a window, in case the 
 GROWTH = 1.02  # beyond a capacity where a 429 came, with the first trial after it
 
 
-class Limit(Protocol):
-    """`capacity` is how many requests may be in flight now. All times are seconds of one monotonic clock."""
+class Limit:
+    """`capacity` is how many requests may be in flight now: here what the user said. All times are seconds of one
+    monotonic clock.
+    """
 
-    capacity: int
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
 
     def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None:
         """A request brought an answer. `busy`: as many requests were in flight as were allowed."""
-        ...
 
     def rate_limited(self, begun: float, now: float) -> None: ...
 
     def broke(self) -> None:
         """A 5xx or a broken connection: says nothing about how many requests are right."""
-        ...
-
-    def measured(self, load: Load, *, busy: bool) -> None: ...
-
-
-class FixedLimit:
-    """What the user said."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-
-    def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None: ...
-
-    def rate_limited(self, begun: float, now: float) -> None: ...
-
-    def broke(self) -> None: ...
 
     def measured(self, load: Load, *, busy: bool) -> None: ...
 
@@ -93,7 +79,7 @@ class _Trial:
     throughput: float
 
 
-class AdaptiveLimit:
+class AdaptiveLimit(Limit):
     """Starts small and finds the knee. `capacity` stays within [1, ceiling].
 
     `patience` is how many seconds an answer may take at the rate seen so far: a slow server is not buried in requests
@@ -101,7 +87,7 @@ class AdaptiveLimit:
     """
 
     def __init__(self, start: int = 8, ceiling: int = 8192, patience: float = 60.0) -> None:
-        self.capacity = start
+        super().__init__(start)
         self._start = start
         self._patience = patience
         self._ceiling = ceiling
@@ -179,15 +165,18 @@ class AdaptiveLimit:
         throughput = window.tokens / (now - window.begun)
         latency = window.seconds / window.tokens
         sped_up = latency < max(0.8 * self._latency, HEADROOM * self._best)  # a queue has gone: capacity was added
-        self._latency = latency
+        if self._trial is None:  # else its end would look as if a queue had gone
+            self._latency = latency
         self._best = min(self._best * OLD, latency)
         slots = throughput * self._best
         if self._ramping:
-            if latency > CROWDED * self._best:
+            if latency > RAMPED * self._best:
                 self._ramping = False
                 self._change(slots * CROWDED / HEADROOM)
-        elif self._trial is not None:
-            self._judge(self._trial, throughput)
+        elif self._trial is not None and not self._judge(self._trial, throughput):
+            pass
+        elif self.capacity < NEAR * self._refused_at < math.inf and latency < CROWDED * self._best:
+            self._change(self._reach())
         elif sped_up or self._quiet >= self._rest:
             crowded = self.capacity > CROWDED * HEADROOM * slots
             more = min(self.capacity * STEP, self._reach(), max(self._bearable(window, now), self.capacity))
@@ -195,18 +184,19 @@ class AdaptiveLimit:
             self._change(slots * CROWDED / HEADROOM if crowded else more)
         self._quiet += 1
 
-    def _judge(self, trial: _Trial, throughput: float) -> None:
+    def _judge(self, trial: _Trial, throughput: float) -> bool:
         """Keeps what was tried if more is clearly more, or less is as good."""
         self._trial = None
         more = self.capacity > trial.capacity
         pays = 1 + 0.12 * (self.capacity / trial.capacity - 1) if more else 0.9
         if throughput > trial.throughput * pays:
             self._quiet = self._rest = 1  # it paid: look further
-            return
+            return True
         self._quiet, self._rest = 0, min(2 * self._rest, PROBE_EVERY)
         if not more:
             self._best *= CROWDED / HEADROOM  # it was not a queue that made the answers slow
         self._change(trial.capacity)
+        return False
 
     def _bearable(self, window: _Window, now: float) -> float:
         """As many as are answered within `patience`, at the rate of the window."""

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from fastdistill.core.stats import Histogram
 from fastdistill.core.types import Completion, Usage
-from fastdistill.model.provider import Price
+from fastdistill.model.provider import Price, ProviderError
 
 
 @dataclass(slots=True)
@@ -20,6 +20,7 @@ class Meter:
     answers: int = 0  # paid for in this run
     stored: int = 0  # found in the response store
     retries: Counter[str] = field(default_factory=Counter)
+    failed: dict[str, Histogram] = field(default_factory=dict)  # seconds at the server of requests that failed, by kind
     busy: Histogram = field(default_factory=Histogram)
     queued: Histogram = field(default_factory=Histogram)
     hedged: int = 0  # requests asked a second time
@@ -27,12 +28,10 @@ class Meter:
     in_flight: int = 0
     peak: int = 0
     reserved_tokens: int = 0  # that the requests in flight may cost at most
-    reserved_cost: float = 0.0  # US dollars, likewise
+    spent: str | None = None  # why nothing more is asked: the model's own budget
     first: float | None = None
     last: float | None = None
     _densest: float | None = None  # tokens for a character of a prompt, the most that was seen
-    _integral: float = 0.0  # in-flight requests times seconds
-    _changed: float = 0.0
     _prompt_tokens: int = 0
     _completion_tokens: int = 0
     _cached_tokens: int = 0
@@ -41,19 +40,6 @@ class Meter:
     def request(self, queued: float, tokens: int) -> "InFlight":
         """Holds one request in flight, which waited `queued` seconds and may cost up to `tokens`."""
         return InFlight(self, queued, tokens)
-
-    def reserve(self, tokens: int) -> None:
-        self.reserved_tokens += tokens
-        self.reserved_cost += self.worst_cost(tokens)
-
-    def move(self, change: int) -> float:
-        now = perf_counter()
-        if self._changed:
-            self._integral += self.in_flight * (now - self._changed)
-        self.in_flight += change
-        self.peak = max(self.peak, self.in_flight)
-        self._changed = now
-        return now
 
     def answered(self, usage: Usage, characters: int) -> None:
         """An answer was paid for; its prompt has so many characters."""
@@ -93,6 +79,11 @@ class Meter:
         return tokens * max(self.price.prompt, self.price.completion) / 1e6 if self.price else 0.0
 
     @property
+    def reserved_cost(self) -> float:
+        """US dollars that the requests in flight may cost at most."""
+        return self.worst_cost(self.reserved_tokens)
+
+    @property
     def cost(self) -> float | None:
         """US dollars paid in this run; None where no price is configured."""
         return None if self.price is None else self.price.cost(self.usage)
@@ -100,12 +91,13 @@ class Meter:
     def report(self, concurrency: int) -> dict[str, Any]:
         """The timing report's entry; `slot_utilisation` is mean requests in flight over `concurrency`."""
         window = (self.last - self.first) if self.first is not None and self.last is not None else 0.0
-        mean = self._integral / window if window else 0.0
+        mean = self.busy.total / window if window else 0.0
         return {
             "requests": self.requests,
             "answers_paid": self.answers,
             "answers_from_store": self.stored,
             "retries": dict(sorted(self.retries.items())),
+            "failed": {kind: took.summary() for kind, took in sorted(self.failed.items())},
             "hedged": self.hedged,
             "lost_tokens": self.lost_tokens,
             "prompt_tokens": self._prompt_tokens,
@@ -121,6 +113,7 @@ class Meter:
             "busy": self.busy.summary(),
             "queued": self.queued.summary(),
             "cost_usd": self.cost,
+            "budget_spent": self.spent,
         }
 
 
@@ -137,24 +130,32 @@ class InFlight:
 
     def __enter__(self) -> Self:
         meter = self._meter
-        self._begun = meter.move(+1)
-        meter.first = meter.first or self._begun
+        self._begun = perf_counter()
+        if meter.first is None:
+            meter.first = self._begun
         meter.requests += 1
-        meter.reserve(self.worst)
+        meter.in_flight += 1
+        if meter.in_flight > meter.peak:
+            meter.peak = meter.in_flight
+        meter.reserved_tokens += self.worst
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         meter = self._meter
-        meter.reserve(-self._asked * self.worst)
-        meter.last = meter.move(-1)
-        meter.busy.add(meter.last - self._begun)
+        meter.reserved_tokens -= self._asked * self.worst
+        meter.in_flight -= 1
+        meter.last = perf_counter()
+        took = meter.last - self._begun
+        meter.busy.add(took)
+        if isinstance(error, ProviderError):
+            meter.failed.setdefault(error.kind, Histogram()).add(took)
         meter.queued.add(self._queued)
 
     def again(self) -> None:
         """The same is asked a second time."""
         self._asked += 1
         self._meter.hedged += 1
-        self._meter.reserve(self.worst)
+        self._meter.reserved_tokens += self.worst
 
     def answered(self, completions: Sequence[Completion], characters: int) -> int:
         """It was answered; the tokens of it.

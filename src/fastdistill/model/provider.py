@@ -7,12 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
+from fastdistill.model.budget import ModelBudget
 
 
 class ErrorKind(StrEnum):
@@ -54,8 +55,8 @@ class ProviderError(Exception):
 
 _ONLY_SOME_HAVE = {
     "decision": "has no typed decisions (/v1/systemone); set `read: logprobs` of the judge, or `read: json`",
-    "scored": "can't score tokens that it did not sample: that takes vLLM's prompt_logprobs; serve the model with vLLM,"
-    " and set `provider: vllm`",
+    "scored": "can't score tokens that it did not sample: that takes vLLM's prompt_logprobs or SGLang's"
+    " /generate; serve the model with one of them, and set `provider: vllm` or `provider: sglang`",
     "token_ids": "gives no ids of tokens; remove `token_ids`",
 }
 
@@ -138,7 +139,7 @@ class ModelConfig(BaseModel):
     timeout: float = Field(600.0, gt=0, description="seconds for one request, queueing at the server included")
     max_retries: int = Field(8, ge=0, description="for faults that pass: resets, timeouts, 408, 429, 502, 503, 504")
     price: Price | None = None
-
+    budget: ModelBudget | None = Field(None, description="of this model alone; spent, it is not asked any more")
     hedge: bool | None = Field(
         None, description="ask a straggler a second time when slots are idle; by default only where tokens are free"
     )
@@ -151,6 +152,12 @@ class ModelConfig(BaseModel):
     """False: `first_concurrency` is right for good."""
     recorded: ClassVar[bool] = False
     """True: answers exist already. A prompt says which sample it is for, and each draw has its attempt as its seed."""
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> Self:
+        if self.budget and self.budget.max_cost_usd is not None and self.price is None:
+            raise ValueError("budget.max_cost_usd: needs a `price` at this model")
+        return self
 
     @property
     def hedges(self) -> bool:
@@ -223,15 +230,14 @@ class ServedConfig(ModelConfig):
 
 
 class Provider(Protocol):
-    """One wire protocol to one endpoint. Built as `Provider(config)`; used inside `async with`."""
+    """One wire protocol to one endpoint. Built as `Provider(config)`; one that inherits from this has its defaults."""
 
-    kind: ClassVar[str]
     Config: ClassVar[type[ModelConfig]]
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was learnt while answering, for the manifest: parameters that had to be left out, and the like."""
-        ...
+        return ()
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         """Up to `n` completions of one request; a server may bring fewer, never more are returned.
@@ -251,6 +257,6 @@ class Provider(Protocol):
 
     async def load(self) -> Load | None:
         """How busy the server says it is; None where it does not say."""
-        ...
+        return None
 
     async def aclose(self) -> None: ...

@@ -169,7 +169,9 @@ class Router:
 
         `besides` is taken only by one that is alone in line, and finds no other endpoint with a free slot.
         """
-        prefixes = self._prefixes(prompt)
+        latest, prefixes = self._latest[1], self._prefixes(prompt)
+        if prefixes == latest and prefixes:  # as the draws of one prompt have them, and samples about one thing
+            return Slot(self, prefixes, prefixes, besides)
         known = 0
         for prefix in prefixes:
             if prefix not in self._asked:
@@ -210,11 +212,12 @@ class Router:
         """Hands out every slot that is free."""
         while self._waiting:
             now = asyncio.get_running_loop().time()
-            alone = self._waiting[0] if len(self._waiting) == 1 else None
-            endpoint = self._next(now, alone.besides if alone else None) or self._next(now)
+            endpoint = self._next(now)
             if endpoint is None:
                 self._wake_when_cool(now)
                 return
+            if len(self._waiting) == 1 and self._waiting[0].besides is endpoint:
+                endpoint = self._next(now, endpoint) or endpoint
             self._choose(endpoint).give(endpoint)
 
     def _choose(self, endpoint: Endpoint) -> Slot:

@@ -16,8 +16,8 @@ from urllib.request import getproxies, proxy_bypass
 import msgspec
 from pydantic import SecretStr
 
-from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob
-from fastdistill.model.provider import ErrorKind, ProviderError, ServedConfig, check_wires
+from fastdistill.core.types import Completion, FinishReason, TokenLogprob
+from fastdistill.model.provider import ErrorKind, Provider, ProviderError, ServedConfig
 
 IDLE = 4.0
 """Seconds; uvicorn, under vLLM and SGLang, closes an idle connection after 5, and going first avoids the race."""
@@ -53,6 +53,10 @@ class Transport(Protocol):
     async def aclose(self) -> None: ...
 
 
+class StaleConnection(Exception):
+    """A kept connection was gone before a byte of the answer: the server had closed it between two requests."""
+
+
 def transport_for(url: str, *, max_body: int = 64 * 2**20, keep: float = IDLE) -> Transport:
     """The cheapest transport that can reach a URL. Connections have no limit: the client above limits requests.
 
@@ -83,7 +87,7 @@ C = TypeVar("C", bound=ServedConfig)
 T = TypeVar("T")
 
 
-class HttpProvider(Generic[C]):
+class HttpProvider(Provider, Generic[C]):
     """What the providers over HTTP share: sending a request, and errors that say where and what to do."""
 
     _remedy: str  # what to do when nobody answers
@@ -135,9 +139,6 @@ class HttpProvider(Generic[C]):
             if secret in response.body:
                 response = replace(response, body=response.body.replace(secret, b"(secret)"))
         return response
-
-    def _check_wires(self, prompt: Prompt) -> None:
-        check_wires(self._where, prompt)
 
     def _decode(self, response: Response, decode: Callable[[bytes], T]) -> T:
         try:

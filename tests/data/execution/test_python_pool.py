@@ -17,13 +17,13 @@ import pytest
 from fastdistill.data.execution.python_child import PythonReason as R
 from fastdistill.data.execution.python_pool import (
     InputOutput,
-    PoolClosedError,
     PythonEvaluation,
     PythonJob,
     PythonLimits,
     PythonPool,
 )
 from fastdistill.data.execution.sandbox import IsolationLevel, available_isolation
+from fastdistill.data.execution.worker_pool import PoolClosedError
 
 QUICK = PythonLimits(cpu_s=1, wall_s=20.0, memory_bytes=256 << 20)
 CHECK = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"

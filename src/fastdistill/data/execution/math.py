@@ -6,7 +6,6 @@ What is the final answer and what is plainly equal is defined in `answer_math`, 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from fractions import Fraction
 from typing import ClassVar, Literal
 
@@ -17,6 +16,7 @@ from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.answer_math import (
     LONGEST,
     Equality,
+    Extracted,
     canonical,
     compare,
     extract,
@@ -24,30 +24,24 @@ from fastdistill.data.answer_math import (
     is_prose,
     without_unit,
 )
+from fastdistill.data.execution.reason import Reason
 from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool
 
 
-class MathReason(StrEnum):
-    MATCH = "match"
-    EXTRACTED = "extracted"  # without gold
+class MathReason(Reason):
+    MATCH = "match", "pass"
+    EXTRACTED = "extracted", "pass"  # without gold
 
     MISMATCH = "mismatch"
     NO_ANSWER = "no_answer"
 
-    AMBIGUOUS = "ambiguous"
-    UNIT_UNCLEAR = "unit_unclear"
-    UNREADABLE = "unreadable"
-    COMPARE_BUDGET = "compare_budget"
-    GOLD_INVALID = "gold_invalid"
-    INFRA_TIMEOUT = "infra_timeout"
-    SANDBOX_DIED = "sandbox_died"
-
-    @property
-    def outcome(self) -> Literal["pass", "fail", "error"]:
-        """`error` means that the candidate could not be judged: it is never held against it."""
-        if self in (MathReason.MATCH, MathReason.EXTRACTED):
-            return "pass"
-        return "fail" if self in (MathReason.MISMATCH, MathReason.NO_ANSWER) else "error"
+    AMBIGUOUS = "ambiguous", "error"
+    UNIT_UNCLEAR = "unit_unclear", "error"
+    UNREADABLE = "unreadable", "error"
+    COMPARE_BUDGET = "compare_budget", "error"
+    GOLD_INVALID = "gold_invalid", "error"
+    INFRA_TIMEOUT = "infra_timeout", "error"
+    SANDBOX_DIED = "sandbox_died", "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +65,6 @@ class MathPool(WorkerPool[tuple[str, str], MathReason]):
         limits = limits or MathLimits()
         super().__init__(workers, asdict(limits), limits.wall_s, batch=4)
 
-    def to_wire(self, job: tuple[str, str]) -> tuple[str, str]:
-        return job
-
     def from_wire(self, message: list[str]) -> MathReason:
         return MathReason(message[0])
 
@@ -87,14 +78,18 @@ class MathExecEval(Gate):
     """Passes candidates whose final answer equals gold's, exactly, unless a tolerance is given.
 
     A verdict's detail has the extracted `answer`, `extracted` (how it was found) and `compared` (`exact`, `symbolic`).
-    What can't be decided is an `error`, never held against the candidate. Without gold all that have a final answer
-    pass, and `answer` is in one spelling, for `MajorityVote` to count.
+    What can't be decided is an `error`, never held against the candidate. Without gold, or with `require: extracted`,
+    all that have a final answer pass, and `answer` is in one spelling, for `MajorityVote` to count; what gold says all
+    the same is `gold_match` in the detail.
     """
 
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
 
     gold_field: str | None = Field(
         "answer", description="the record's field with the gold answer, alone or ending a solution; null: none"
+    )
+    require: Literal["gold_match", "extracted"] = Field(
+        "gold_match", description="extracted: a final answer is enough, and gold only measures"
     )
     extract: Literal["marked", "last_number"] = Field(
         "marked", description="last_number: where no final answer is marked, the last number of the text counts"
@@ -110,27 +105,30 @@ class MathExecEval(Gate):
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
-        async with MathPool(self.workers, self.limits) as pool:
-            self._pool = pool
-            try:
-                yield
-            finally:
-                self._pool = None
+        async with MathPool(self.workers, self.limits) as self._pool:
+            yield
 
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
         gold = _final(self.gold(sample))
-        if gold is None and self.gold_field is not None:
+        must_match = self.gold_field is not None and self.require == "gold_match"
+        if gold is None and must_match:
             detail = f"{sample.source}: no final answer in field {self.gold_field!r}"
             return self._verdict(MathReason.GOLD_INVALID, detail=detail)
         found = extract(candidate.answer, last_number=self.extract == "last_number")
         if found is None:
             return self._verdict(MathReason.NO_ANSWER)
+        told = None if gold is None else await self._compared(gold, found)
+        if told is not None and must_match:
+            return told
+        spellings = list(dict.fromkeys(map(canonical, found.answers)))
+        whole = MathReason.EXTRACTED if len(found.answers[0]) <= LONGEST else MathReason.UNREADABLE
+        reason = whole if len(spellings) == 1 else MathReason.AMBIGUOUS
+        known = told if told is not None and told.outcome is not Outcome.ERROR else None
+        measured = {"gold_match": known.outcome is Outcome.PASS} if known else {}
+        return self._verdict(reason, answer=" | ".join(spellings[:4]), extracted=found.method, **measured)
+
+    async def _compared(self, gold: str, found: Extracted) -> Verdict:
         seen = {"answer": found.answers[0], "extracted": found.method}
-        if gold is None:
-            spellings = list(dict.fromkeys(map(canonical, found.answers)))
-            whole = MathReason.EXTRACTED if len(found.answers[0]) <= LONGEST else MathReason.UNREADABLE
-            reason = whole if len(spellings) == 1 else MathReason.AMBIGUOUS
-            return self._verdict(reason, **seen | {"answer": " | ".join(spellings[:4])})
         equalities = {compare(gold, answer, self._close) for answer in found.answers}
         if equalities == {Equality.NOT_PLAIN} and len(found.answers) == 1:
             return self._verdict(await self._symbolic(gold, found.answers[0]), **seen, compared="symbolic")
@@ -165,7 +163,7 @@ class MathExecEval(Gate):
     def _close(self, gold: Fraction, number: Fraction) -> bool:
         return abs(gold - number) <= max(abs(gold) * Fraction(self.tolerance), Fraction(self.absolute_tolerance))
 
-    def _verdict(self, reason: MathReason, **detail: str) -> Verdict:
+    def _verdict(self, reason: MathReason, **detail: str | bool) -> Verdict:
         return self.verdict(Outcome(reason.outcome), reason, None, **detail)
 
 

@@ -27,14 +27,13 @@ Finding = Literal["match", "mismatch", "unreadable", "compare_budget"]
 def main() -> None:
     limits = json.loads(sys.argv[1])
     confine_process(limits["memory_bytes"])
-    channel = Channel(0, "candidate")
     logging.disable()
     warnings.simplefilter("ignore")
     _equal(r"\frac{1}{\sqrt{2}}", r"\left(1, \frac{\sqrt{2}}{2}\right]")  # warms the grammar up
     gc.freeze()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the grammar tells it there of every text that is none
     judge = _Judge(limits["cpu_s"], limits["memory_bytes"])
-    channel.serve(lambda pair: [judge.ask(pair)])
+    Channel().serve(lambda pair: [judge.ask(pair)])
 
 
 class _Judge:
@@ -96,7 +95,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _equal(gold: str, candidate: str) -> bool:

@@ -59,13 +59,9 @@ class PythonExecEval(Gate):
             raise EnvironmentFault(
                 f"{self.name}: needs isolation {self.min_isolation}, which this machine does not offer: {available}"
             )
-        async with PythonPool(self.workers, self.limits) as pool:
-            self._pool = pool
-            try:
-                yield
-            finally:
-                self._pool = None
-                self._golds.clear()
+        self._golds.clear()
+        async with PythonPool(self.workers, self.limits) as self._pool:
+            yield
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         pool = self._pool

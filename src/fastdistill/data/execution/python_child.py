@@ -14,18 +14,18 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from enum import StrEnum
 from importlib import import_module
 from types import CodeType, ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from fastdistill.data.execution.python_values import NotPlainError, decode, encode, receive, send
+from fastdistill.data.execution.reason import Reason
 
 
-class PythonReason(StrEnum):
+class PythonReason(Reason):
     """Why a program was judged as it was: a closed set. Each reason has one `outcome`."""
 
-    PASSED = "passed"
+    PASSED = "passed", "pass"
 
     EMPTY = "empty"
     SYNTAX_ERROR = "syntax_error"
@@ -49,26 +49,18 @@ class PythonReason(StrEnum):
     LIMIT_RESULT = "limit_result"
     """One returned value is too large."""
 
-    GOLD_INVALID = "gold_invalid"
+    GOLD_INVALID = "gold_invalid", "error"
     """The gold program does not pass its own tests."""
-    TESTS_INVALID = "tests_invalid"
+    TESTS_INVALID = "tests_invalid", "error"
     """No tests, broken ones, or tests that never call the candidate."""
-    TESTS_LIMIT = "tests_limit"
+    TESTS_LIMIT = "tests_limit", "error"
     """The tests themselves ran out of CPU time or memory."""
-    WALL_TIMEOUT = "wall_timeout"
+    WALL_TIMEOUT = "wall_timeout", "error"
     """The wall clock ran out before the CPU time did: it sleeps, or the machine is too busy."""
-    SANDBOX_DIED = "sandbox_died"
-
-    @property
-    def outcome(self) -> Literal["pass", "fail", "error"]:
-        """`error` means that the candidate could not be judged: it is never held against it."""
-        if self is PythonReason.PASSED:
-            return "pass"
-        return "error" if self in _ERRORS else "fail"
+    SANDBOX_DIED = "sandbox_died", "error"
 
 
-_ERRORS = frozenset(list(PythonReason)[list(PythonReason).index(PythonReason.GOLD_INVALID) :])
-_FAILURES = frozenset(PythonReason) - _ERRORS - {PythonReason.PASSED}
+_FAILURES = frozenset(reason for reason in PythonReason if reason.outcome == "fail")
 """All that a program's own word can bring about."""
 
 Finding = tuple[PythonReason, str]

@@ -28,6 +28,7 @@ from fastdistill.core.timing import observe
 from fastdistill.data.execution import sandbox
 from fastdistill.data.execution.python_child import EXIT_STATUS, PythonReason
 from fastdistill.data.execution.python_worker import KILL, READY, Role
+from fastdistill.data.execution.worker_pool import PoolClosedError
 
 _START_S = 30.0
 """Wall seconds for a zygote to start; it needs about 0.2 on an idle core."""
@@ -38,10 +39,6 @@ _NEAR_LIMIT = 0.8
 _PACKAGE = Path(fastdistill.__file__).parent
 _INHERITED = ("LD_LIBRARY_PATH", "PYTHONHOME")
 """All that a zygote inherits, where it is set: what an interpreter may need in order to start."""
-
-
-class PoolClosedError(Exception):
-    """The pool was closed before it could answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +168,6 @@ class _Run:
     timed_out: bool
 
 
-class _ZygoteDiedError(Exception):
-    pass
-
-
 class _Lane:
     """One zygote at a time, replaced when it dies."""
 
@@ -190,8 +183,12 @@ class _Lane:
         pairs = [test for test in job.tests if isinstance(test, InputOutput)]
         try:
             return await (self._compare_outputs(code, pairs) if pairs else self._run_tests(job, code))
-        except _ZygoteDiedError:
+        except OSError:
+            self.stop()
             return PythonEvaluation(PythonReason.SANDBOX_DIED, "its zygote died")
+        except BaseException:
+            self.stop()  # the case may still be running
+            raise
 
     async def _run_tests(self, job: PythonJob, code: str) -> PythonEvaluation:
         token = secrets.token_hex(16)
@@ -248,28 +245,17 @@ class _Lane:
         return PythonEvaluation(PythonReason.CRASHED, _describe(status)) if status < 0 else None
 
     async def _run(self, role: Role, inputs: Sequence[bytes], expected_bytes: int = 0) -> _Run:
-        """Runs one case to the end of all its processes.
-
-        Raises:
-            _ZygoteDiedError: and the lane is stopped; it starts again with the next case.
-        """
+        """Runs one case to the end of all its processes. Raises OSError if the zygote dies."""
         control = await self._started()
         longest = [max(self._limits.output_bytes, expected_bytes), _REPORT_BYTES][: 1 if role == "stdio" else 2]
-        try:
-            with ExitStack() as stack:
-                pairs = [socket.socketpair() for _ in longest]
-                outputs = [stack.enter_context(ours) for ours, _ in pairs]
-                with ExitStack() as given:
-                    files = [given.enter_context(_sealed(content)).fileno() for content in inputs]
-                    files += [given.enter_context(theirs).fileno() for _, theirs in pairs]
-                    socket.send_fds(control, [role.encode()], files)
-                return await self._outcome(control, outputs, longest)
-        except OSError as error:
-            self.stop()
-            raise _ZygoteDiedError from error
-        except BaseException:
-            self.stop()  # the case may still be running
-            raise
+        with ExitStack() as stack:
+            pairs = [socket.socketpair() for _ in longest]
+            outputs = [stack.enter_context(ours) for ours, _ in pairs]
+            with ExitStack() as given:
+                files = [given.enter_context(_sealed(content)).fileno() for content in inputs]
+                files += [given.enter_context(theirs).fileno() for _, theirs in pairs]
+                socket.send_fds(control, [role.encode()], files)
+            return await self._outcome(control, outputs, longest)
 
     async def _outcome(self, control: socket.socket, outputs: Sequence[socket.socket], longest: Sequence[int]) -> _Run:
         loop = asyncio.get_running_loop()
@@ -294,7 +280,7 @@ class _Lane:
         async with asyncio.TaskGroup() as group:
             drains = [group.create_task(drain(*one)) for one in zip(outputs, longest, strict=True)]
             ends = b""
-            with suppress(OSError, TimeoutError):
+            with suppress(OSError):
                 try:
                     ends = await end_of_case(self._limits.wall_s)
                 except TimeoutError:
@@ -325,20 +311,17 @@ class _Lane:
         self._resources.close()
 
     async def _started(self) -> socket.socket:
-        if self._process is not None:
-            return self._control
-        try:
-            self._start()
-            async with asyncio.timeout(_START_S):
-                ready = await asyncio.get_running_loop().sock_recv(self._control, 64)
+        """The way to a zygote that is ready."""
+        if self._process is None:
+            try:
+                self._start()
+                async with asyncio.timeout(_START_S):
+                    ready = await asyncio.get_running_loop().sock_recv(self._control, 64)
+            except OSError as error:
+                text = f"python sandbox: can't start: {error or type(error).__name__}"
+                raise EnvironmentFault(text) from error
             if ready != READY:
                 raise EnvironmentFault("python sandbox: its process ended before it was ready; see its stderr")
-        except (OSError, TimeoutError) as error:
-            self.stop()
-            raise EnvironmentFault(f"python sandbox: can't start: {error or type(error).__name__}") from error
-        except BaseException:
-            self.stop()
-            raise
         return self._control
 
     def _start(self) -> None:

@@ -252,7 +252,8 @@ def _permuted(gold: tuple[Row, ...], other: tuple[Row, ...], ends: Sequence[int]
         if depth == len(levels):  # gold's classes once its columns up to this depth are assigned, and their sizes
             classes: dict[Hashable, int] = {}
             reference = levels[-1][1] if levels else tied
-            numbers = _number(zip(reference, mine[order[depth]], strict=True), classes)
+            keys = zip(reference, mine[order[depth]], strict=True)
+            numbers = [classes.setdefault(key, len(classes)) for key in keys]  # by first appearance
             levels.append((classes, numbers, Counter(numbers)))
         classes, _, sizes = levels[depth]
         tried = set()
@@ -273,11 +274,6 @@ def _permuted(gold: tuple[Row, ...], other: tuple[Row, ...], ends: Sequence[int]
         return Comparison.EQUAL if assign(0, tied, frozenset()) else Comparison.DIFFERENT
     except _BudgetSpentError:
         return Comparison.UNDECIDED
-
-
-def _number(keys: Iterable[Hashable], classes: dict[Hashable, int]) -> list[int]:
-    """Each key's place in the order of first appearance, which `classes` records."""
-    return [classes.setdefault(key, len(classes)) for key in keys]
 
 
 def _shape(column: Row) -> int:

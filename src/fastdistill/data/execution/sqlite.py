@@ -77,18 +77,17 @@ class SQLiteExecEval(Gate):
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
         """Raises InputError if `db_path` names one database and that can't be read."""
         async with AsyncExitStack() as stack:
-            pool = await stack.enter_async_context(SqlitePool(self.workers, self.limits))
+            self._pool = pool = await stack.enter_async_context(SqlitePool(self.workers, self.limits))
             for path in self.inputs():
                 (trial,) = await pool.judge([SqlJob(str(path), "SELECT 1")])
                 if trial.reason is SqlReason.DATABASE_UNREADABLE:
                     raise InputError(f"{self.name}.db_path: {trial.detail}")
             if self.perturbations:
                 self._copies = await stack.enter_async_context(PerturbedCopies(self.perturbations))
-            self._pool, self._databases = pool, {}
+            self._databases = {}
             try:
                 yield
             finally:
-                self._pool = self._copies = None
                 await asyncio.gather(*self._databases.values())
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:

@@ -20,10 +20,10 @@ class PerturbedCopies:
     def __init__(self, number: int) -> None:
         self._number = number
         self._made: dict[str, asyncio.Task[list[str]]] = {}
+        self._turn = asyncio.Semaphore(1)  # the cores are for the workers
 
     async def __aenter__(self) -> Self:
         self._folder = TemporaryDirectory(prefix="fastdistill-")
-        self._turn = asyncio.Semaphore(1)  # the cores are for the workers
         return self
 
     async def __aexit__(self, *_: object) -> None:

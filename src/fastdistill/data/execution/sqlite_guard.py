@@ -11,20 +11,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
 
+from fastdistill.data.execution.reason import Reason
 from fastdistill.data.execution.sql_equality import Relation, Row, Token, tokenize
 
 
-class SqlReason(StrEnum):
+class SqlReason(Reason):
     """Why a query was judged as it was: a closed set. Each reason has one `outcome`."""
 
-    MATCH = "match"
+    MATCH = "match", "pass"
     """The result equals gold's."""
-    EXECUTED = "executed"
+    EXECUTED = "executed", "pass"
     """It ran; there was no gold query to compare with."""
 
     MISMATCH = "mismatch"
@@ -47,36 +46,16 @@ class SqlReason(StrEnum):
     LIMIT_MEMORY = "limit_memory"
     LIMIT_CPU = "limit_cpu"
 
-    GOLD_INVALID = "gold_invalid"
+    GOLD_INVALID = "gold_invalid", "error"
     """Gold does not run, breaks a limit, or is nondeterministic."""
-    GOLD_AMBIGUOUS = "gold_ambiguous"
+    GOLD_AMBIGUOUS = "gold_ambiguous", "error"
     """Gold's LIMIT cuts through tied rows: it has several right answers."""
-    COMPARE_BUDGET = "compare_budget"
+    COMPARE_BUDGET = "compare_budget", "error"
     """The columns resemble each other so much that the search for their order gave up."""
-    INFRA_TIMEOUT = "infra_timeout"
+    INFRA_TIMEOUT = "infra_timeout", "error"
     """The wall clock ran out before any budget of the query did: the machine is too busy, or its disk too slow."""
-    SANDBOX_DIED = "sandbox_died"
-    DATABASE_UNREADABLE = "database_unreadable"
-
-    @property
-    def outcome(self) -> Literal["pass", "fail", "error"]:
-        """`error` means that the candidate could not be judged: it is never held against it."""
-        if self in _PASSES:
-            return "pass"
-        return "error" if self in _ERRORS else "fail"
-
-
-_PASSES = frozenset({SqlReason.MATCH, SqlReason.EXECUTED})
-_ERRORS = frozenset(
-    {
-        SqlReason.GOLD_INVALID,
-        SqlReason.GOLD_AMBIGUOUS,
-        SqlReason.COMPARE_BUDGET,
-        SqlReason.INFRA_TIMEOUT,
-        SqlReason.SANDBOX_DIED,
-        SqlReason.DATABASE_UNREADABLE,
-    }
-)
+    SANDBOX_DIED = "sandbox_died", "error"
+    DATABASE_UNREADABLE = "database_unreadable", "error"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from fastdistill.data.execution.sqlite_guard import quoted
@@ -126,16 +128,14 @@ def _references(database: sqlite3.Connection, tables: list[_Table]) -> Iterator[
     primary = {table.name.lower(): table.unique[0] for table in tables if table.unique}
     named = [(key[0], table) for table in tables for key in dict.fromkeys(table.unique) if len(key) == 1]
     for table in tables:
-        declared: dict[int, list[tuple[str, str, str | None]]] = {}
-        for number, *entry in database.execute(
+        declared = database.execute(
             'SELECT id, "table", "from", "to" FROM pragma_foreign_key_list(?) ORDER BY id, seq', (table.name,)
-        ):
-            declared.setdefault(number, []).append((entry[0], entry[1], entry[2]))
-        for entries in declared.values():
-            parent = entries[0][0]
-            keys = tuple(to for _, _, to in entries if to is not None) or primary.get(parent.lower(), ())
-            if len(keys) == len(entries):
-                yield _Reference(table.name, tuple(column for _, column, _ in entries), parent, keys)
+        ).fetchall()
+        for (_, parent), entries in groupby(declared, itemgetter(0, 1)):
+            columns, named_keys = zip(*(entry[2:] for entry in entries), strict=True)
+            keys = tuple(key for key in named_keys if key is not None) or primary.get(parent.lower(), ())
+            if len(keys) == len(columns):
+                yield _Reference(table.name, columns, parent, keys)
         for column in table.columns:
             for key, other in named:
                 # `id` alone numbers the rows of every table and refers to none.

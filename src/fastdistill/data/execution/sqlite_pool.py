@@ -28,9 +28,6 @@ class SqlitePool(WorkerPool[SqlJob, Evaluation]):
         path = job.db_path if job.db_path.startswith("/") else str(Path(job.db_path).absolute())
         return SqlJob(path, job.sql[:longest], job.gold_sql and job.gold_sql[:longest], job.columns, job.order)
 
-    def to_wire(self, job: SqlJob) -> SqlJob:
-        return job
-
     def from_wire(self, message: list[Any]) -> Evaluation:
         reason, *others = message
         return Evaluation(SqlReason(reason), *others)

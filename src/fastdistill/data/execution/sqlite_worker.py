@@ -83,11 +83,10 @@ class Evaluation(NamedTuple):
 
 
 class Phase(StrEnum):
-    """What an evaluator is about to do: to run untrusted SQL of either kind, or only code of our own."""
+    """The untrusted SQL that an evaluator is about to run."""
 
     GOLD = "gold"
     CANDIDATE = "candidate"
-    COMPARE = "compare"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +103,15 @@ class _Gold:
 
 
 class Evaluator:
-    """Judges in this process, keeping connections and gold results; `enter` is told of each phase before it begins.
+    """Judges in this process, keeping connections and gold results.
+
+    `enter` is told of each phase before it begins, and None where only code of our own runs from now on.
 
     Deterministic budgets bind here as everywhere; for limits on CPU time and memory use `sqlite_pool.SqlitePool`.
     """
 
     def __init__(
-        self, limits: SqlLimits | None = None, *, enter: Callable[[Phase], object] = lambda phase: None
+        self, limits: SqlLimits | None = None, *, enter: Callable[[Phase | None], object] = lambda phase: None
     ) -> None:
         self._limits = limits or SqlLimits()
         self._enter = enter
@@ -138,16 +139,19 @@ class Evaluator:
             finally:
                 self._fresh = False
         finally:
-            self._enter(Phase.COMPARE)
+            self._enter(None)
 
     def _evaluate(self, job: SqlJob) -> Evaluation:
+        candidate: QueryResult | QueryError
         try:
             connection = self._connect(job.db_path)
             gold = None if job.gold_sql is None else self._gold(connection, job.gold_sql)
             candidate = self._run(connection, job.sql, Phase.CANDIDATE)
+        except QueryError as error:
+            candidate = error
         except DatabaseUnreadableError as error:
             return Evaluation(SqlReason.DATABASE_UNREADABLE, detail=str(error))
-        self._enter(Phase.COMPARE)
+        self._enter(None)
         reason = _reason(candidate, gold, job)
         judged = gold is not None and reason.outcome != "error"
         verdict = Evaluation(
@@ -195,36 +199,35 @@ class Evaluator:
 
     def _settle(self, connection: GuardedConnection, sql: str) -> _Gold:
         """Runs gold, and where rows could come in several orders, twice more to see which of them are tied."""
-        result = self._run(connection, sql, Phase.GOLD)
-        if isinstance(result, QueryError):
-            return _Gold(SqlReason.GOLD_INVALID, f"gold: {result.reason}: {result}")
-        ordered = top_level_order_by(sql)
-        if not ordered and not top_level_limit(sql):
-            return _Gold(result=result)
-        ascending = self._run(connection, break_ties(sql, result.width, "ASC"), Phase.GOLD)
-        descending = self._run(connection, break_ties(sql, result.width, "DESC"), Phase.GOLD)
-        for run in (ascending, descending):
-            if isinstance(run, QueryError):
-                return _Gold(SqlReason.GOLD_INVALID, f"gold, with its ties broken: {run.reason}: {run}")
-        assert isinstance(ascending, QueryResult) and isinstance(descending, QueryResult)
+        said = "gold"
+        try:
+            result = self._run(connection, sql, Phase.GOLD)
+            ordered = top_level_order_by(sql)
+            if not ordered and not top_level_limit(sql):
+                return _Gold(result=result)
+            said = "gold, with its ties broken"
+            ascending = self._run(connection, break_ties(sql, result.width, "ASC"), Phase.GOLD)
+            descending = self._run(connection, break_ties(sql, result.width, "DESC"), Phase.GOLD)
+        except QueryError as error:
+            return _Gold(SqlReason.GOLD_INVALID, f"{said}: {error.reason}: {error}")
         cuts = tie_cuts(ascending, descending)
         if cuts is None:
             return _Gold(SqlReason.GOLD_AMBIGUOUS, "gold: its LIMIT cuts through tied rows")
         return _Gold(result=result, ordered=ascending, cuts=cuts) if ordered else _Gold(result=result)
 
-    def _run(self, connection: GuardedConnection, sql: str, phase: Phase) -> QueryResult | QueryError:
+    def _run(self, connection: GuardedConnection, sql: str, phase: Phase) -> QueryResult:
         self._enter(phase)
         try:
             return connection.query(sql)
         except QueryError as error:
-            failure = error
-        if failure.reason is SqlReason.LIMIT_MEMORY and not self._fresh:
-            raise MemoryError
-        if failure.reason is SqlReason.LIMIT_BYTES:
-            self._enter(Phase.COMPARE)
-            if connection.allow_stored_values():
-                return self._run(connection, sql, phase)
-        return failure
+            if error.reason is SqlReason.LIMIT_MEMORY and not self._fresh:
+                raise MemoryError from error
+            if error.reason is not SqlReason.LIMIT_BYTES:
+                raise
+            self._enter(None)
+            if not connection.allow_stored_values():
+                raise
+        return self._run(connection, sql, phase)
 
 
 def _reason(candidate: QueryResult | QueryError, gold: _Gold | None, job: SqlJob) -> SqlReason:
@@ -257,15 +260,8 @@ def main() -> None:
     limits = SqlLimits(**json.loads(sys.argv[1]))
     confine_process(limits.memory_bytes)
     limit_process_heap(limits)
-    channel = Channel(limits.cpu_s, Phase.CANDIDATE)
-
-    def enter(phase: Phase) -> None:
-        if phase is Phase.COMPARE:
-            channel.rest()
-        else:
-            channel.begin(phase)
-
-    with closing(Evaluator(limits, enter=enter)) as evaluator:
+    channel = Channel(limits.cpu_s)
+    with closing(Evaluator(limits, enter=channel.enter)) as evaluator:
         channel.serve(lambda job: evaluator.evaluate(SqlJob(*job)))
 
 

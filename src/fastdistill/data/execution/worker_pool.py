@@ -1,10 +1,9 @@
 """Judges jobs in worker processes from asyncio: one bad job costs no other job anything. Knows nothing of the jobs.
 
 They travel in small batches to persistent workers (`worker_process`), and so do their results. When a worker dies or
-goes silent, what is left of its batch is judged again with each result sent at once, so that a second death shows the
-job that was running: it runs once more, alone, unless its own CPU time killed it, and the rest goes on in a new worker.
-Dying twice decides, and what it means is for the subclass to say, by its cause: CPU time spent is the job's own doing,
-a wall clock that ran out is not, nor is any other death.
+goes silent, each job that is left of its batch is judged alone, which shows the one that was running: it runs once
+more, unless its own CPU time killed it. Dying twice decides, and what it means is for the subclass to say, by its
+cause: CPU time spent is the job's own doing, a wall clock that ran out is not, nor is any other death.
 """
 
 import asyncio
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from fastdistill.data.execution.worker_process import READY, line
+from fastdistill.data.execution.worker_process import FIRST_PHASE, READY, line
 
 _START_S = 30.0
 """Wall seconds for a worker to start; one that imports little needs about 0.1 on an idle core."""
@@ -109,11 +108,8 @@ class WorkerPool(ABC, Generic[Job, Result]):
             self._unanswered.difference_update(tickets)
 
     def fitted(self, job: Job) -> Job:
-        """The job as it is sent: no larger than its verdict needs."""
+        """The job as it is sent, as JSON: no larger than its verdict needs."""
         return job
-
-    @abstractmethod
-    def to_wire(self, job: Job) -> Any: ...
 
     @abstractmethod
     def from_wire(self, message: Any) -> Result: ...
@@ -161,18 +157,18 @@ class _Lane(Generic[Job, Result]):
     def __init__(self, pool: WorkerPool[Job, Result]) -> None:
         self._pool = pool
         self._process: Process | None = None
-        self._phase = "candidate"
+        self._phase = FIRST_PHASE
         self._rest = b""  # of a message that has not come whole
 
     async def judge(self, tickets: deque[_Ticket[Job, Result]]) -> None:
         """Answers all tickets, removing each; raises `WorkerStartError`, leaving those it did not answer."""
-        again = False
-        while tickets and (death := await self._run(tickets, at_once=again)) is not None:
-            if again or len(tickets) == 1:  # then the first one left is the job that was running
-                decided = death if again and death.cause is Cause.CPU else None
-                tickets[0].answer(await self._judge_alone(tickets[0].job, decided))
-                tickets.popleft()
-            again = not again
+        if not tickets or await self._run(tickets) is None:
+            return
+        runs = 1 if len(tickets) == 1 else 2  # the only one that is left is the one that was running
+        while tickets:
+            tickets[0].answer(await self._judge_alone(tickets[0].job, runs))
+            tickets.popleft()
+            runs = 2
 
     async def stop(self) -> int:
         """Kills the worker, if there is one, and waits until it is gone; its exit status, negative for a signal."""
@@ -185,14 +181,13 @@ class _Lane(Generic[Job, Result]):
         await process.communicate()
         return await process.wait()
 
-    async def _run(self, tickets: deque[_Ticket[Job, Result]], *, at_once: bool) -> Death | None:
+    async def _run(self, tickets: deque[_Ticket[Job, Result]]) -> Death | None:
         """Answers the tickets in order, removing each; how that ended, if it did not end well."""
         process = await self._start()
         stdin = _pipe(process.stdin)
         cause = Cause.OTHER
         try:
-            jobs = [self._pool.to_wire(ticket.job) for ticket in tickets]
-            stdin.write(line([at_once or len(tickets) == 1, jobs]))
+            stdin.write(line([ticket.job for ticket in tickets]))
             async with asyncio.timeout(self._pool.wall_s):
                 await stdin.drain()
             while tickets:
@@ -212,11 +207,14 @@ class _Lane(Generic[Job, Result]):
             cause = Cause.CPU
         return Death(cause, phase, _describe(status))
 
-    async def _judge_alone(self, job: Job, death: Death | None = None) -> Result:
-        """The last run of a job that ended a worker, or seemed to; none after the `death` that decides."""
+    async def _judge_alone(self, job: Job, runs: int = 1) -> Result:
+        """The verdict on a job of which the last of so many runs decides, or one that its own CPU time ends."""
         ticket: _Ticket[Job, Result] = _Ticket(job, asyncio.get_running_loop().create_future())
-        death = death or await self._run(deque([ticket]), at_once=True)
-        return ticket.future.result() if death is None else await self._pool.died(job, death, self._judge_alone)
+        while (death := await self._run(deque([ticket]))) is not None:
+            runs -= 1
+            if not runs or death.cause is Cause.CPU:
+                return await self._pool.died(job, death, self._judge_alone)
+        return ticket.future.result()
 
     async def _start(self) -> Process:
         if self._process is not None:
@@ -240,7 +238,7 @@ class _Lane(Generic[Job, Result]):
             raise
         except OSError as error:
             raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
-        self._process, self._phase, self._rest = process, "candidate", b""
+        self._process, self._phase, self._rest = process, FIRST_PHASE, b""
         try:
             ready = await self._receive(process, _START_S)
         except TimeoutError as error:

@@ -1,8 +1,8 @@
 """The worker's side of `worker_pool`: jobs in, results out, and a timer of CPU time. Knows nothing of what is judged.
 
-Lines of JSON in both directions. In: whether each result is sent at once, and a batch of jobs. Out: `"ready"` once; for
-each job, in order, its result; and where each is sent at once, the name of a phase when it begins after another one. It
-imports only the standard library, for a worker must start fast, and again after every kill.
+Lines of JSON in both directions. In: a batch of jobs. Out: `"ready"` once; for each job, in order, its result; and for
+a job that is alone, the name of a phase when it begins after another one. It imports only the standard library, for a
+worker must start fast, and again after every kill.
 """
 
 import json
@@ -16,6 +16,8 @@ from time import monotonic
 from typing import Any, BinaryIO
 
 READY = "ready"
+FIRST_PHASE = "candidate"
+"""What a worker is in before it says anything else."""
 _HELD_BACK_S = 0.02
 """How long a result may wait for those after it, so that they travel together."""
 
@@ -28,33 +30,33 @@ def line(message: object) -> bytes:
 class Channel:
     """Answers on standard output what comes in on standard input, until that ends or whoever reads is gone."""
 
-    def __init__(self, cpu_s: float, phase: str) -> None:
+    def __init__(self, cpu_s: float = 0) -> None:
         self._requests: BinaryIO = sys.stdin.buffer
         self._answers: BinaryIO = sys.stdout.buffer
         self._cpu_s = cpu_s
-        self._phase = phase
-        self._at_once = True
+        self._phase = FIRST_PHASE
+        self._alone = True
 
-    def begin(self, phase: str) -> None:
-        """Says what is run from now on, under a timer of CPU time that kills this process with SIGPROF."""
-        signal.setitimer(signal.ITIMER_PROF, self._cpu_s)
-        if self._at_once and phase != self._phase:
+    def enter(self, phase: str | None) -> None:
+        """Says what is run from now on, under a timer of CPU time that kills this process with SIGPROF.
+
+        None: code of our own, which has no timer.
+        """
+        signal.setitimer(signal.ITIMER_PROF, 0 if phase is None else self._cpu_s)
+        if phase is not None and self._alone and phase != self._phase:
             self._phase = phase
             self._send(phase)
-
-    def rest(self) -> None:
-        """Ends the timer."""
-        signal.setitimer(signal.ITIMER_PROF, 0)
 
     def serve(self, judge: Callable[[Any], object]) -> None:
         try:
             self._send(READY)
             for request in self._requests:
-                self._at_once, jobs = json.loads(request)
+                jobs = json.loads(request)
+                self._alone = len(jobs) == 1
                 flushed = monotonic()
                 for job in jobs:
                     self._answers.write(line(judge(job)))
-                    if self._at_once or monotonic() > flushed + _HELD_BACK_S:
+                    if monotonic() > flushed + _HELD_BACK_S:
                         self._answers.flush()
                         flushed = monotonic()
                 self._answers.flush()

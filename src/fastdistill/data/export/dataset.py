@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import msgspec
 from pydantic import Field, field_validator, model_validator
@@ -26,6 +26,8 @@ from fastdistill.data.template import compile_template, render
 ROWS_PER_GROUP = 1_000
 BYTES_PER_GROUP = 16 * 2**20
 INTERLEAVED_ROWS = 4_096
+
+_encode = msgspec.json.Encoder().encode
 
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
@@ -56,6 +58,7 @@ class Shape(StrEnum):
     OPENAI_SFT = "openai_sft"
     OPENAI_DPO = "openai_dpo"
     LLAMAFACTORY_DPO = "llamafactory_dpo"
+    LLAMAFACTORY_KTO = "llamafactory_kto"
 
 
 class Example(NamedTuple):
@@ -85,6 +88,7 @@ SHAPES: dict[Shape, Callable[[Example], Row]] = {
     Shape.LLAMAFACTORY_DPO: lambda e: {
         "messages": e.prompt, "chosen": e.answer[0], "rejected": e.rejected[0], **e.columns
     },
+    Shape.LLAMAFACTORY_KTO: lambda e: {"messages": [*e.prompt, *e.answer], "label": e.label, **e.columns},
 }  # fmt: skip
 
 FOLDERS = {
@@ -104,6 +108,7 @@ TRAINERS: dict[Format, dict[Shape, str]] = {
     Format.LLAMAFACTORY: {
         Shape.MESSAGES: "sft/{split}.parquet",
         Shape.LLAMAFACTORY_DPO: "lf/preference_{split}.jsonl",
+        Shape.LLAMAFACTORY_KTO: "lf/kto_{split}.jsonl",
     },
     Format.MLX: {Shape.MESSAGES: "mlx/{short}.jsonl"},
     Format.OPENAI: {Shape.OPENAI_SFT: "openai/sft_{short}.jsonl", Shape.OPENAI_DPO: "openai/dpo_{short}.jsonl"},
@@ -111,19 +116,46 @@ TRAINERS: dict[Format, dict[Shape, str]] = {
 """The file that a trainer reads for a shape; `{short}` is `valid` where `{split}` is `validation`."""
 
 FD_COLUMNS = (
-    "fd_id",
-    "fd_sample_id",
-    "fd_candidate_id",
-    "fd_task_id",
-    "fd_model",
-    "fd_seed",
-    "fd_attempt",
-    "fd_score",
+    "fd_id", "fd_sample_id", "fd_candidate_id", "fd_task_id", "fd_model", "fd_seed", "fd_attempt", "fd_score",
     "fd_gates",
-)
+)  # fmt: skip
 
 
-class Export(StreamStep):
+class Splits(StreamStep):
+    """A stream step that writes a file for each split. The hash of a sample's group says which split it is in.
+
+    `validation` is the lower end of the hashes and `test` the upper one: neither share moves a group of the other.
+    """
+
+    validation: float = Field(0.0, ge=0, lt=1, description="share of the groups that goes to validation.*")
+    test: float = Field(0.0, ge=0, lt=1, description="share of the groups that goes to test.*; no config trains on it")
+    group_by: str | None = Field(None, description="field whose values are never split; by default each sample is one")
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test: together less than 1, or nothing is left to train on")
+        return self
+
+    @property
+    def splits(self) -> Sequence[str]:
+        return ["train"] + ["validation"] * bool(self.validation) + ["test"] * bool(self.test)
+
+    def split(self, sample: Sample) -> str:
+        """Raises SampleError where `group_by` names no field of the record, or one that has no hash."""
+        if not self.validation and not self.test:
+            return "train"
+        if self.group_by is not None and self.group_by not in sample.record:
+            raise SampleError("missing_field", f"{sample.source}: no field {self.group_by}, which group_by names")
+        group = sample.sample_id if self.group_by is None else sample.record[self.group_by]
+        try:
+            share = int(digest(["split", group])[:13], 16) / 16**13
+        except NotCanonical as error:
+            raise SampleError("not_canonical", f"{sample.source}: {self.group_by}: {error}") from error
+        return "validation" if share < self.validation else "test" if share >= 1 - self.test else "train"
+
+
+class Export(Splits):
     """Writes files of the data set, and passes every sample on. A subclass says what examples a sample gives.
 
     A row's prompt is what the model was asked, unless `template` or `system_prompt` says what the student will be
@@ -135,8 +167,6 @@ class Export(StreamStep):
 
     formats: tuple[Format, ...] = Field((Format.PARQUET, Format.JSONL), min_length=1)
     shapes: tuple[Shape, ...] = Field(min_length=1, description="what parquet and jsonl are written of")
-    validation: float = Field(0.0, ge=0, lt=1, description="share of the groups that goes to validation.*")
-    group_by: str | None = Field(None, description="field whose values are never split; by default each sample is one")
     system_prompt: str | None = Field(None, description="in place of the teacher's; empty: none")
     template: str | None = Field(None, description="Jinja; the student's user message, in place of all the teacher saw")
     keep_fields: tuple[str, ...] = Field((), description="fields of the record to keep, as text, in fd_<field>")
@@ -178,7 +208,9 @@ class Export(StreamStep):
 
     @abstractmethod
     def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
-        """The examples of a sample and the shapes each takes; what is worth a report is counted in `seen`.
+        """The examples of a sample and the shapes each takes.
+
+        `seen` counts what is worth a report; it has the samples before, and what is added for one that fails is lost.
 
         Raises:
             SampleError: the sample can't be written.
@@ -210,24 +242,26 @@ class Export(StreamStep):
         seen: Counter[str] = Counter()
         with ExitStack() as stack:
             writers: dict[str, dict[Shape, list[Write]]] = {}
-            for split in ["train", "validation"] if self.validation else ["train"]:
+            for split in self.splits:
                 writers[split] = {}
                 for path, shape in self.files(split).items():
                     write = stack.enter_context(self._file(ctx.dist / path, shape))
                     writers[split].setdefault(shape, []).append(write)
             wanted = [(shape, SHAPES[shape]) for shape in writers["train"]]
             for sample in samples:
-                found: Counter[str] = Counter()
+                found = seen.copy()
                 try:
                     rows = self._rows(sample, wanted, found)
-                    split = self._split(sample) if rows else "train"
+                    split = self.split(sample) if rows else "train"
                 except SampleError as error:
                     ctx.discard(sample.failed(self.name, error))
                     continue
+                if rows and len(writers) > 1:
+                    found[f"{split}_samples"] += 1
                 for shape, row, line in rows:
                     for write in writers[split][shape]:
                         write(row, line)
-                seen.update(found)
+                seen = found
                 yield sample
         ctx.report(self.name, self.report(seen))
 
@@ -243,7 +277,7 @@ class Export(StreamStep):
                     continue
                 row = shaped(example)
                 try:
-                    rows.append((shape, row, msgspec.json.encode(row)))
+                    rows.append((shape, row, _encode(row)))
                 except UnicodeEncodeError as error:
                     raise SampleError("not_unicode", f"{sample.source}: a lone surrogate in a row: {error}") from error
         return rows
@@ -259,43 +293,14 @@ class Export(StreamStep):
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return system + [message for message in asked if message["role"] != "system"]
 
-    def candidate_columns(self, sample: Sample, candidate: Candidate) -> Row:
-        values = (
-            row_id(sample, candidate),
-            sample.sample_id,
-            candidate.candidate_id,
-            sample.task_id,
-            candidate.prompt.model,
-            candidate.seed,
-            candidate.attempt,
-            candidate.score,
-            [
-                {"gate": v.gate, "outcome": v.outcome.value, "reason": str(v.reason), "score": v.score}
-                for v in candidate.verdicts
-            ],
-        )
-        return dict(zip(FD_COLUMNS, values, strict=True)) | self.kept(sample)
-
     def kept(self, sample: Sample) -> Row:
         return {f"fd_{field}": _text(sample.record.get(field)) for field in self.keep_fields}
-
-    def _split(self, sample: Sample) -> str:
-        if not self.validation:
-            return "train"
-        if self.group_by is not None and self.group_by not in sample.record:
-            raise SampleError("missing_field", f"{sample.source}: no field {self.group_by}, which group_by names")
-        group = sample.sample_id if self.group_by is None else sample.record[self.group_by]
-        try:
-            share = int(digest(["split", group])[:13], 16) / 16**13
-        except NotCanonical as error:
-            raise SampleError("not_canonical", f"{sample.source}: {self.group_by}: {error}") from error
-        return "validation" if share < self.validation else "train"
 
     @contextmanager
     def _file(self, path: Path, shape: Shape) -> Iterator[Write]:
         parquet = path.suffix == ".parquet"
         with parquet_file(path, self._schema(shape)) if parquet else jsonl_file(path) as write:
-            if shape is Shape.KTO:
+            if shape in (Shape.KTO, Shape.LLAMAFACTORY_KTO):
                 with interleaved(write) as write_in_turn:
                     yield write_in_turn
             else:
@@ -313,6 +318,16 @@ class Export(StreamStep):
         kept = [f"fd_{field}" for field in self.keep_fields]
         names = [*SHAPES[shape](Example([], [], {})), *self.columns(shape), *kept]
         return pa.schema([(name, types.get(name, pa.string())) for name in names])
+
+
+def candidate_columns(sample: Sample, candidate: Candidate) -> Row:
+    gates = [
+        {"gate": v.gate, "outcome": v.outcome.value, "reason": str(v.reason), "score": v.score}
+        for v in candidate.verdicts
+    ]
+    ids = row_id(sample, candidate), sample.sample_id, candidate.candidate_id, sample.task_id, candidate.prompt.model
+    values = *ids, candidate.seed, candidate.attempt, candidate.score, gates
+    return dict(zip(FD_COLUMNS, values, strict=True))
 
 
 def row_id(sample: Sample, candidate: Candidate) -> str:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from pydantic import Field
@@ -10,7 +10,7 @@ from pydantic import Field
 from fastdistill.core.errors import SampleError
 from fastdistill.core.step import Context, StreamStep
 from fastdistill.core.types import Candidate, Outcome, Sample, Status
-from fastdistill.data.export.dataset import jsonl_file
+from fastdistill.data.export.dataset import candidate_columns, jsonl_file
 
 
 class ExportHardCases(StreamStep):
@@ -19,6 +19,8 @@ class ExportHardCases(StreamStep):
     A hard case has a candidate that failed a gate, and a pass rate of `max_pass_rate` or less: accepted candidates
     among those that could be judged. Where none failed, gold or the machine is at fault, and nothing is written.
     """
+
+    version: ClassVar[int] = 2
 
     max_pass_rate: float = Field(0.0, ge=0, lt=1, description="accepted candidates among those that could be judged")
 
@@ -54,15 +56,8 @@ class ExportHardCases(StreamStep):
             "pass_rate": passed / (passed + failed),
             "reasons": {gate: dict(sorted(counts.items())) for gate, counts in reasons.items()},
             "best": best.answer,
-            "fd_sample_id": sample.sample_id,
-            "fd_task_id": sample.task_id,
             "fd_source": sample.source,
-            "fd_candidate_id": best.candidate_id,
-            "fd_model": best.prompt.model,
-            "fd_seed": best.seed,
-            "fd_attempt": best.attempt,
-            "fd_score": best.score,
-            "fd_gates": [{"gate": v.gate, "outcome": v.outcome.value, "reason": str(v.reason)} for v in best.verdicts],
+            **candidate_columns(sample, best),
         }
 
 

@@ -8,15 +8,20 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import product
 from typing import Any, Literal, NamedTuple, Self
 
 import msgspec
+import yaml
 from pydantic import Field, model_validator
 
 from fastdistill.core.errors import InputError, SampleError
-from fastdistill.core.step import Context, StreamStep
+from fastdistill.core.files import atomic
+from fastdistill.core.step import Context
 from fastdistill.core.types import Candidate, FinishReason, LogprobBasis, Sample, Status
-from fastdistill.data.export.dataset import Write, parquet_file, row_id
+from fastdistill.data.export.dataset import Splits, Write, parquet_file, row_id
+
+FOLDERS = {"parquet": "logprobs", "axolotl": "axolotl_kd", "distillkit": "distillkit"}
 
 
 class Scores(NamedTuple):
@@ -31,27 +36,28 @@ class Scores(NamedTuple):
     top_tokens: Sequence[str] = ()
     top_ids: Sequence[int] | None = None
     top_logprobs: Sequence[float] = ()
+    prompt_ids: Sequence[int] = ()
 
 
-class ExportLogprobs(StreamStep):
+class ExportLogprobs(Splits):
     """Writes `logprobs/train.parquet`, one row for each chosen candidate, and passes every sample on.
 
     `scores` takes the values of a `ScoreTokens` step, another model's, in place of those that the answers came with.
     `axolotl` writes `axolotl_kd/train.parquet` besides, for the forward KL of axolotl's KD plugin. It lines rows up
     with the end of the tokenised chat: `template_tail` is how many tokens the student's chat template puts after the
-    last one that was sampled.
+    last one that was sampled. `distillkit` writes `distillkit/train.parquet`, of whole token sequences as DistillKit
+    captures them, and the `compression_config.yaml` that reads it.
     """
 
-    formats: tuple[Literal["parquet", "axolotl"], ...] = Field(("parquet",), min_length=1)
+    formats: tuple[Literal["parquet", "axolotl", "distillkit"], ...] = Field(("parquet",), min_length=1)
     scores: str | None = Field(None, description="name of a ScoreTokens step; null: the answers' own")
     template_tail: int = Field(0, ge=0, description="tokens of the template after the answer's last; 1 for ChatML")
+    vocab_size: int | None = Field(None, gt=1, description="of the model that scored; for distillkit")
 
     @model_validator(mode="after")
-    def _has_alternatives(self) -> Self:
-        if self.scores is not None and "axolotl" in self.formats:
-            raise ValueError(
-                "formats: axolotl needs each token's alternatives, and ScoreTokens gives the token's alone"
-            )
+    def _knows_whole_sequences(self) -> Self:
+        if "distillkit" in self.formats and (self.scores is None or self.vocab_size is None):
+            raise ValueError("formats: distillkit needs `scores`, a ScoreTokens with top_logprobs, and `vocab_size`")
         return self
 
     def gates(self) -> Sequence[str]:
@@ -62,20 +68,28 @@ class ExportLogprobs(StreamStep):
         with ExitStack() as stack:
             halves = ["token_logprobs.list.element", "top_logprobs.list.element"]
             options = {"use_dictionary": False, "use_byte_stream_split": halves}
-            writers: dict[str, Write] = {}
-            for form in self.formats:
-                folder, more = ("logprobs", options) if form == "parquet" else ("axolotl_kd", {})
-                file = parquet_file(ctx.dist / folder / "train.parquet", _schema(form), **more)
-                writers[form] = stack.enter_context(file)
+            writers: dict[tuple[str, str], Write] = {}
+            for form, split in product(self.formats, self.splits):
+                more = options if form == "parquet" else {}
+                file = parquet_file(ctx.dist / FOLDERS[form] / f"{split}.parquet", _schema(form), **more)
+                writers[form, split] = stack.enter_context(file)
             for sample in samples:
                 try:
                     rows = [] if sample.status is not Status.OPEN else list(self._rows(sample, seen))
+                    split = self.split(sample) if rows else "train"
                 except SampleError as error:
                     ctx.discard(sample.failed(self.name, error))
                     continue
+                if rows and len(self.splits) > 1:
+                    seen[f"{split}_samples"] += 1
                 for name, row in rows:
-                    writers[name](row, msgspec.json.encode(row))
+                    writers[name, split](row, msgspec.json.encode(row))
                 yield sample
+        if k := seen.pop("k", 0):
+            # Its DistributionQuantizationConfig, of values that are stored as they are.
+            exact = {"d": self.vocab_size, "k": k, "exact_k": k, "exact_dtype": "float16", "polynomial_terms": None}
+            with atomic(ctx.dist / FOLDERS["distillkit"] / "compression_config.yaml") as text:
+                yaml.safe_dump({**exact, "residual_bins": [], "delta_encoding": False, "error_diffusion": False}, text)
         ctx.report(self.name, dict(sorted(seen.items())))
 
     def _rows(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -84,19 +98,25 @@ class ExportLogprobs(StreamStep):
             if scores is None:
                 remedy = "set decode_profile.logprobs: true, and ask a server that gives them"
                 raise SampleError("no_logprobs", f"{sample.source}: an answer without log-probabilities; {remedy}")
+            needs = [form for form in self.formats if form != "parquet"]
+            if needs and not scores.top_ids:
+                asked = "decode_profile: {logprobs: true, token_ids: true, top_logprobs: 20}, with vLLM or llama.cpp"
+                remedy = asked if self.scores is None else f"top_logprobs of {self.scores}"
+                raise InputError(f"{self.name}: {needs[0]} needs ids of each token's alternatives; set {remedy}")
             if "parquet" in self.formats:
                 seen["rows"] += 1
                 yield "parquet", _row(candidate, sample, scores)
             if "axolotl" in self.formats:
                 yield from self._axolotl(candidate, sample, scores, seen)
+            if "distillkit" in self.formats:
+                seen["distillkit_rows"] += 1
+                seen["k"] = scores.k
+                yield "distillkit", self._distillkit(scores)
 
     def _axolotl(
         self, candidate: Candidate, sample: Sample, scores: Scores, seen: "Counter[str]"
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """https://github.com/axolotl-ai-cloud/axolotl, integrations/kd/chat_template.py."""
-        if scores.top_ids is None or not scores.k:
-            remedy = "set decode_profile: {logprobs: true, token_ids: true, top_logprobs: 20}, with vLLM or llama.cpp"
-            raise InputError(f"{self.name}: axolotl needs the ids of each token's alternatives, and has none; {remedy}")
         completion = candidate.completion
         if completion.finish_reason is not FinishReason.STOP:
             seen["axolotl_left_out.cut"] += 1  # the template would end a turn that the teacher did not end
@@ -104,13 +124,37 @@ class ExportLogprobs(StreamStep):
             seen["axolotl_left_out.text_differs"] += 1  # tokens of thinking, or of a character in pieces
         else:
             seen["axolotl_rows"] += 1
-            k, tail = scores.k, self.template_tail
+            k, tail, top_ids = scores.k, self.template_tail, scores.top_ids or ()
             messages = [{"role": m["role"], "content": m["content"]} for m in candidate.prompt.messages]
             row: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": completion.text}]}
-            starts = range(0, len(scores.top_ids), k)
-            row["target_token_ids"] = [scores.top_ids[at : at + k] for at in starts] + [[*range(k)]] * tail
+            starts = range(0, len(top_ids), k)
+            row["target_token_ids"] = [top_ids[at : at + k] for at in starts] + [[*range(k)]] * tail
             row["logprobs"] = [scores.top_logprobs[at : at + k] for at in starts] + [[-math.log(k)] * k] * tail
             yield "axolotl", row | {"fd_id": row_id(sample, candidate)}
+
+    def _distillkit(self, scores: Scores) -> dict[str, Any]:
+        """https://github.com/arcee-ai/DistillKit, distillkit/compression and sample_logits_vllm.py.
+
+        The row at a position is of the token after it, so there is one less than tokens. Each has its `k`
+        log-probabilities in descending order as half-precision numbers, little-endian, and their ids as one string of
+        bits, the highest bit of each id first. The rows before the answer are even, for they are masked: DistillKit
+        masks a row by the label at its own position, so labels begin with the last token before the answer.
+        """
+        import numpy as np
+
+        k, before, answer = scores.k, scores.prompt_ids, scores.token_ids or ()
+        even, size = len(before) - 1, self.vocab_size or 0
+        ids = np.array([*range(k)] * even + [*(scores.top_ids or ())]).reshape(-1, k)
+        if ids.max() >= size:
+            raise InputError(f"{self.name}: vocab_size is {size}, and there is a token {ids.max()}: raise it")
+        values = np.array([-math.log(k)] * k * even + [*scores.top_logprobs], "<f2").reshape(-1, k)
+        bits = (ids[:, :, None] >> np.arange((size - 1).bit_length())[::-1] & 1).astype(np.uint8)
+        return {
+            "input_ids": [*before, *answer],
+            "labels": [-100] * even + [before[-1], *answer],
+            "compressed_logprobs": values.view(np.uint8).tolist(),
+            "bytepacked_indices": np.packbits(bits.reshape(len(ids), -1), axis=1).tolist(),
+        }
 
 
 def _own(candidate: Candidate, sample: Sample) -> Scores | None:
@@ -144,7 +188,8 @@ def _given(candidate: Candidate, gate: str) -> Scores | None:
         return None
     detail = verdict.detail
     given = detail["basis"], detail["n_prompt_tokens"], detail["tokens"], detail["token_ids"], detail["logprobs"]
-    return Scores(*given)
+    more = {name: detail[name] for name in ("k", "top_ids", "top_logprobs", "prompt_ids") if name in detail}
+    return Scores(*given, **more)
 
 
 def _row(candidate: Candidate, sample: Sample, scores: Scores) -> dict[str, Any]:
@@ -164,17 +209,22 @@ def _row(candidate: Candidate, sample: Sample, scores: Scores) -> dict[str, Any]
 def _schema(form: str) -> Any:
     import pyarrow as pa
 
-    text, ids = pa.string(), pa.list_(pa.int32())
-    if form == "axolotl":
-        turns, floats = pa.list_(pa.struct([("role", text), ("content", text)])), pa.list_(pa.list_(pa.float32()))
-        named = {"messages": turns, "target_token_ids": pa.list_(ids), "logprobs": floats, "fd_id": text}
-        return pa.schema(list(named.items()))
-    texts, halves = pa.list_(text), pa.list_(pa.float16())
-    return pa.schema(
-        [
-            ("fd_id", text), ("fd_candidate_id", text), ("fd_model", text), ("temperature", pa.float64()),
-            ("logprob_basis", text), ("k", pa.int32()), ("n_prompt_tokens", pa.int32()), ("cut", pa.bool_()),
-            ("token_ids", ids), ("tokens", texts), ("token_logprobs", halves), ("top_ids", ids),
-            ("top_tokens", texts), ("top_logprobs", halves), ("seq_logprob", pa.float64()),
-        ]
-    )  # fmt: skip
+    text, ids, nested = pa.string(), pa.list_(pa.int32()), pa.list_(pa.list_(pa.uint8()))
+    texts, halves, turns = pa.list_(text), pa.list_(pa.float16()), pa.struct([("role", text), ("content", text)])
+    types = {
+        "parquet": {
+            "fd_id": text, "fd_candidate_id": text, "fd_model": text, "temperature": pa.float64(),
+            "logprob_basis": text, "k": pa.int32(), "n_prompt_tokens": pa.int32(), "cut": pa.bool_(),
+            "token_ids": ids, "tokens": texts, "token_logprobs": halves, "top_ids": ids,
+            "top_tokens": texts, "top_logprobs": halves, "seq_logprob": pa.float64(),
+        },
+        "axolotl": {
+            "messages": pa.list_(turns), "target_token_ids": pa.list_(ids),
+            "logprobs": pa.list_(pa.list_(pa.float32())), "fd_id": text,
+        },
+        "distillkit": {
+            "input_ids": pa.list_(pa.uint64()), "labels": pa.list_(pa.int64()), "compressed_logprobs": nested,
+            "bytepacked_indices": nested,  # and nothing of ours: it packs whatever column there is
+        },
+    }  # fmt: skip
+    return pa.schema(list(types[form].items()))

@@ -4,34 +4,26 @@ What execution says comes first, scores only between answers that it can't tell 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from statistics import fmean, pstdev
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fastdistill.core.stats import wilson
 from fastdistill.core.types import Candidate, Outcome, Sample
-from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Shape
+from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Shape, candidate_columns
+from fastdistill.data.select import best_first
 
 PAIRS = frozenset({Shape.PREFERENCE, Shape.OPENAI_DPO, Shape.LLAMAFACTORY_DPO})
-LABELLED = frozenset({Shape.KTO})
+LABELLED = frozenset({Shape.KTO, Shape.LLAMAFACTORY_KTO})
+MANY = 32  # scores
 PAIR_COLUMNS = (
-    "fd_id",
-    "fd_sample_id",
-    "fd_task_id",
-    "fd_chosen_id",
-    "fd_rejected_id",
-    "fd_chosen_model",
-    "fd_rejected_model",
-    "fd_by",
-    "fd_rejected_reason",
-    "fd_score_chosen",
-    "fd_score_rejected",
-    "fd_margin",
-    "fd_len_chosen",
+    "fd_id", "fd_sample_id", "fd_task_id", "fd_chosen_id", "fd_rejected_id", "fd_chosen_model", "fd_rejected_model",
+    "fd_by", "fd_rejected_reason", "fd_score_chosen", "fd_score_rejected", "fd_margin", "fd_len_chosen",
     "fd_len_rejected",
-)
+)  # fmt: skip
 
 
 class ExportPreference(Export):
@@ -43,6 +35,8 @@ class ExportPreference(Export):
     length before they learn what is right. With `teacher_vs_student` the teacher's answers are chosen over the
     student's (direct preference knowledge distillation, arXiv:2406.19774). The prompt is the rejected answer's.
     """
+
+    version: ClassVar[int] = 2
 
     writes: ClassVar[frozenset[Shape]] = PAIRS | LABELLED
 
@@ -66,39 +60,36 @@ class ExportPreference(Export):
         return () if self.student_step is None else (self.student_step,)
 
     def columns(self, shape: Shape) -> tuple[str, ...]:
-        return FD_COLUMNS if shape is Shape.KTO else PAIR_COLUMNS
+        return FD_COLUMNS if shape in LABELLED else PAIR_COLUMNS
 
     def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
         students = [c for c in sample.candidates if c.step == self.student_step]
         teachers = [c for c in sample.candidates if c.step != self.student_step]
         better = students if self.pair_source == "student_candidates" else teachers
         worse = teachers if self.pair_source == "teacher_candidates" else students
-        for pair in self._pairs(better, worse, seen):
+        for chosen, rejected in self._pairs(better, worse, seen):
             seen["pairs"] += 1
-            seen[f"pairs_by_{pair.by}"] += 1
-            seen["chosen_longer"] += len(pair.chosen.answer) > len(pair.rejected.answer)
-            yield PAIRS, self._example(sample, pair)
+            seen[f"pairs_by_{_decided_by(rejected)}"] += 1
+            seen["chosen_longer"] += len(chosen.answer) > len(rejected.answer)
+            yield PAIRS, self._example(sample, chosen, rejected)
         for candidate, label in self._labelled(better, worse):
             seen[f"kto_{str(label).lower()}"] += 1
-            columns = self.candidate_columns(sample, candidate)
+            columns = candidate_columns(sample, candidate) | self.kept(sample)
             yield LABELLED, Example(self.prompt(sample, candidate), _said(candidate), columns, label=label)
 
     def report(self, seen: "Counter[str]") -> dict[str, Any]:
-        longer = wilson(seen["chosen_longer"], seen["pairs"])
-        return (
-            {"pairs": 0}
-            | super().report(seen)
-            | {"chosen_longer_rate": {k: v and round(v, 6) for k, v in asdict(longer).items()}}
-        )
+        longer = asdict(wilson(seen["chosen_longer"], seen["pairs"]))
+        rate = {name: value and round(value, 6) for name, value in longer.items()}
+        return {"pairs": 0} | super().report(seen) | {"chosen_longer_rate": rate}
 
     def _pairs(
         self, better: Sequence[Candidate], worse: Sequence[Candidate], seen: "Counter[str]"
-    ) -> "Iterator[_Pair]":
+    ) -> Iterator[tuple[Candidate, Candidate]]:
         """The lowest scores are rejected first, each by the best answer that has been in the fewest pairs."""
-        accepted = sorted((c for c in better if c.outcome is Outcome.PASS), key=_best_first)
+        accepted = sorted((c for c in better if c.outcome is Outcome.PASS), key=best_first)
         used: Counter[str] = Counter()
         pairs = 0
-        for rejected in sorted((c for c in worse if c.outcome is not Outcome.ERROR), key=_worst_first):
+        for rejected in _worst_first(c for c in worse if c.outcome is not Outcome.ERROR):
             reason = None
             for chosen in sorted(accepted, key=lambda each: used[each.candidate_id]):
                 if chosen is rejected:
@@ -107,7 +98,7 @@ class ExportPreference(Export):
                 if reason is None:
                     used[chosen.candidate_id] += 1
                     pairs += 1
-                    yield _Pair(chosen, rejected, "score" if rejected.outcome is Outcome.PASS else "execution")
+                    yield chosen, rejected
                     break
             if reason is not None:
                 seen[f"left_out_{reason}"] += 1
@@ -133,42 +124,30 @@ class ExportPreference(Export):
     def _labelled(self, *groups: Sequence[Candidate]) -> Iterator[tuple[Candidate, bool]]:
         """The best accepted and the worst rejected answers, each text once; also where no pair can be made."""
         candidates = {c.candidate_id: c for group in groups for c in group}.values()
-        for outcome, order in ((Outcome.PASS, _best_first), (Outcome.FAIL, _worst_first)):
+        right = sorted((c for c in candidates if c.outcome is Outcome.PASS), key=best_first)
+        wrong = _worst_first(c for c in candidates if c.outcome is Outcome.FAIL)
+        for ranked, label in ((right, True), (wrong, False)):
             first: dict[str, Candidate] = {}
-            for candidate in sorted((c for c in candidates if c.outcome is outcome), key=order):
+            for candidate in ranked:
                 if candidate.answer.strip():
                     first.setdefault(_words(candidate), candidate)
             for candidate in [*first.values()][: self.max_pairs]:
-                yield candidate, outcome is Outcome.PASS
+                yield candidate, label
 
-    def _example(self, sample: Sample, pair: "_Pair") -> Example:
-        chosen, rejected = pair.chosen, pair.rejected
+    def _example(self, sample: Sample, chosen: Candidate, rejected: Candidate) -> Example:
         failed = next((v for v in rejected.verdicts if v.outcome is Outcome.FAIL), None)
         values = (
-            f"{sample.sample_id}#{chosen.candidate_id[:8]}>{rejected.candidate_id[:8]}",
-            sample.sample_id,
-            sample.task_id,
-            chosen.candidate_id,
-            rejected.candidate_id,
-            chosen.prompt.model,
-            rejected.prompt.model,
-            pair.by,
-            f"{failed.gate}: {failed.reason}" if failed else None,
-            chosen.score,
-            rejected.score,
-            _margin(chosen, rejected),
-            len(chosen.answer),
-            len(rejected.answer),
-        )
+            f"{sample.sample_id}#{chosen.candidate_id[:8]}>{rejected.candidate_id[:8]}", sample.sample_id,
+            sample.task_id, chosen.candidate_id, rejected.candidate_id, chosen.prompt.model, rejected.prompt.model,
+            _decided_by(rejected), f"{failed.gate}: {failed.reason}" if failed else None,
+            chosen.score, rejected.score, _margin(chosen, rejected), len(chosen.answer), len(rejected.answer),
+        )  # fmt: skip
         columns = dict(zip(PAIR_COLUMNS, values, strict=True)) | self.kept(sample)
         return Example(self.prompt(sample, rejected), _said(chosen), columns, _said(rejected))
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    chosen: Candidate
-    rejected: Candidate
-    by: Literal["execution", "score"]
+def _decided_by(rejected: Candidate) -> str:
+    return "score" if rejected.outcome is Outcome.PASS else "execution"
 
 
 def _said(candidate: Candidate) -> list[dict[str, str]]:
@@ -183,11 +162,18 @@ def _margin(chosen: Candidate, rejected: Candidate) -> float | None:
     return None if chosen.score is None or rejected.score is None else round(chosen.score - rejected.score, 6)
 
 
-def _best_first(candidate: Candidate) -> tuple[bool, float, int, str]:
-    return (candidate.score is None, -(candidate.score or 0.0), candidate.attempt, candidate.candidate_id)
+def _worst_first(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Failed before accepted; among each the lowest score, and those without one, which never ran, last.
 
+    The lowest of many scores is an outlier, from which less is learnt: of `MANY` and more, those nearest to two
+    standard deviations below the mean come first (arXiv:2502.16825).
+    """
+    candidates = list(candidates)
+    scores = [candidate.score for candidate in candidates if candidate.score is not None]
+    low = min(scores, default=0.0) if len(scores) < MANY else fmean(scores) - 2 * pstdev(scores)
 
-def _worst_first(candidate: Candidate) -> tuple[bool, bool, float, int, str]:
-    """Failed before accepted; among each the lowest score, and those without one, which never ran, last."""
-    passed, score = candidate.outcome is Outcome.PASS, candidate.score
-    return (passed, score is None, score or 0.0, candidate.attempt, candidate.candidate_id)
+    def place(candidate: Candidate) -> tuple[bool, bool, float, int, str]:
+        passed, score = candidate.outcome is Outcome.PASS, candidate.score
+        return (passed, score is None, abs((score or 0.0) - low), candidate.attempt, candidate.candidate_id)
+
+    return sorted(candidates, key=place)

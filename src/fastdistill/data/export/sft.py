@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from fastdistill.core.errors import SampleError
-from fastdistill.core.types import Candidate, Sample
-from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Messages, Shape
+from fastdistill.core.types import Candidate, Outcome, Sample
+from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Messages, Shape, candidate_columns
 from fastdistill.data.rationale import rationale_of
 
 ANSWERS = frozenset({Shape.MESSAGES, Shape.PROMPT_COMPLETION, Shape.OPENAI_SFT})
@@ -28,6 +28,10 @@ class ExportSFT(Export):
 
     shapes: tuple[Shape, ...] = Field((Shape.MESSAGES, Shape.PROMPT_COMPLETION), min_length=1)
     target: Literal["answer_only", "multitask", "concat"] = "answer_only"
+    difficulty_quotas: dict[Annotated[float, Field(ge=0, le=1)], Annotated[int, Field(ge=0)] | None] = Field(
+        default_factory=dict,
+        description="by the upper edge of a bin of difficulty (share of failed candidates): samples written, at most",
+    )
     concat_format: str = Field(
         "### RATIONALE\n{rationale}\n\n### ANSWER\n{answer}", description="the assistant's turn of `concat`"
     )
@@ -45,17 +49,32 @@ class ExportSFT(Export):
             columns = {"fd_sample_id": sample.sample_id, "fd_task_id": sample.task_id} | self.kept(sample)
             yield PROMPTS, Example(self.prompt(sample, sample.candidates[0]), [], columns)
         written = 0
-        for candidate in sample.chosen:
+        chosen = sample.chosen
+        if self.difficulty_quotas and chosen and not self._within_quota(sample, seen):
+            chosen = ()
+        for candidate in chosen:
             for part, prompt, text in self._turns(sample, candidate):
-                columns = self.candidate_columns(sample, candidate)
+                columns = candidate_columns(sample, candidate) | self.kept(sample)
                 if part is not None:
                     columns["fd_part"] = part
                     columns["fd_id"] += f"#{part}"
                 yield ANSWERS, Example(prompt, [{"role": "assistant", "content": text}], columns)
                 written += 1
                 seen["rows" if part is None else f"{part}_rows"] += 1
-        if sample.chosen and not written:
+        if chosen and not written:
             raise SampleError("no_rationale", f"{sample.source}: no chosen answer has a rationale to write before it")
+
+    def _within_quota(self, sample: Sample, seen: "Counter[str]") -> bool:
+        """Whether the bin of a sample's difficulty has room for it; it is counted there."""
+        failed = sum(candidate.outcome is Outcome.FAIL for candidate in sample.candidates)
+        difficulty = failed / (failed + len(sample.accepted)) if sample.accepted else 1.0
+        edge = min((edge for edge in self.difficulty_quotas if difficulty <= edge), default=None)
+        if edge is None:
+            return True
+        quota = self.difficulty_quotas[edge]
+        room = quota is None or seen[f"difficulty_to_{edge:g}"] < quota
+        seen[f"difficulty_to_{edge:g}" if room else f"left_out_difficulty_to_{edge:g}"] += 1
+        return room
 
     def _turns(self, sample: Sample, candidate: Candidate) -> Iterator[tuple[str | None, Messages, str]]:
         prompt = self.prompt(sample, candidate)

@@ -5,16 +5,20 @@ above the data set's: `datasets` can't load `.`.
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
 STUDENT = "Qwen/Qwen2.5-0.5B-Instruct"
+LLAMAFACTORY = {
+    "fd_sft": "sft/{}.parquet", "fd_preference": "lf/preference_{}.jsonl", "fd_kto": "lf/kto_{}.jsonl"
+}  # fmt: skip
+"""Its data sets by name; `{}` is the split."""
 
 
-def trainer_files(folder: str, files: Collection[str]) -> dict[str, str]:
-    """Text by path, for a data set's folder and the data files in it (`sft_pc/train.parquet` ...)."""
+def trainer_files(folder: str, files: Mapping[str, int]) -> dict[str, str]:
+    """Text by path, for a data set's folder and the rows of the data files in it (`sft_pc/train.parquet` ...)."""
     texts = {
         f"configs/{name}.yaml": f"# {command} {folder}/configs/{name}.yaml\n{yaml.safe_dump(config, sort_keys=False)}"
         for name, command, config in _configs(folder, files)
@@ -24,40 +28,41 @@ def trainer_files(folder: str, files: Collection[str]) -> dict[str, str]:
     return texts
 
 
-def _configs(folder: str, files: Collection[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _configs(folder: str, files: Mapping[str, int]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Name, command and content of each config."""
     sft: dict[str, Any] = {"learning_rate": 2e-4, "num_train_epochs": 2}
     dpo: dict[str, Any] = {"learning_rate": 5e-6, "num_train_epochs": 1}
-    if "sft_pc/train.parquet" in files:
-        yield "trl_sft", "trl sft --config", _trl(folder, "sft_pc", files) | sft
-    if "preference/train.parquet" in files:
-        losses = {"beta": 0.1, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}
-        yield "trl_dpo", "trl dpo --config", _trl(folder, "preference", files) | dpo | losses
-        yield "axolotl_dpo", "axolotl train", {
-            **_axolotl(folder, "preference", files, type="chat_template.default", field_messages="prompt"),
-            "rl": "dpo", "rl_beta": 0.1, "learning_rate": 5e-6, "num_epochs": 1,
-        }  # fmt: skip
-    if "kto/train.parquet" in files:
-        yield "trl_kto", "trl kto --config", _trl(folder, "kto", files) | dpo | {"beta": 0.1}
+    losses = {"beta": 0.1, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}
+    kinds = {"sft": ("sft_pc", sft), "dpo": ("preference", dpo | losses), "kto": ("kto", dpo | {"beta": 0.1})}
+    for kind, (config, how) in kinds.items():
+        if f"{config}/train.parquet" in files:
+            yield f"trl_{kind}", f"trl {kind} --config", _trl(folder, config, files) | how
     if "sft/train.parquet" in files:
         sets = _axolotl(folder, "sft", files, type="chat_template")
         yield "axolotl_sft", "axolotl train", {**sets, "learning_rate": 2e-4, "num_epochs": 2}
-        llamafactory = {"stage": "sft", **_llamafactory(folder, "fd_sft", "sft/validation.parquet" in files)}
-        yield "llamafactory_sft", "llamafactory-cli train", llamafactory | sft
-    if "lf/preference_train.jsonl" in files:
-        llamafactory = _llamafactory(folder, "fd_preference", "lf/preference_validation.jsonl" in files)
-        losses = {"pref_beta": 0.1, "pref_loss": "sigmoid", "pref_ftx": 0.2}
-        yield "llamafactory_dpo", "llamafactory-cli train", {"stage": "dpo", **llamafactory, **losses, **dpo}
-    if "mlx/train.jsonl" in files:
-        # `scale` is alpha / rank itself; it reads the folder, so the splits have no names here.
+    if "preference/train.parquet" in files:
+        sets = _axolotl(folder, "preference", files, type="chat_template.default", field_messages="prompt")
+        how = {"rl": "dpo", "rl_beta": 0.1, "learning_rate": 5e-6, "num_epochs": 1}
+        yield "axolotl_dpo", "axolotl train", sets | how
+    beta, losses = {"pref_beta": 0.1}, {"pref_loss": "sigmoid", "pref_ftx": 0.2}
+    stages = {"fd_sft": ("sft", sft), "fd_preference": ("dpo", dpo | beta | losses), "fd_kto": ("kto", dpo | beta)}
+    for name, (stage, how) in stages.items():
+        if LLAMAFACTORY[name].format("train") in files:
+            sets = _llamafactory(folder, name, LLAMAFACTORY[name].format("validation") in files)
+            yield f"llamafactory_{stage}", "llamafactory-cli train", {"stage": stage, **sets, **how}
+    if rows := files.get("mlx/train.jsonl"):
+        # `scale` is alpha / rank itself; it reads the folder, so the splits have no names here. A split with fewer
+        # rows than a batch is refused, and the rest of an epoch that fills no batch is left out (tuner/trainer.py).
+        batch = min(16, rows, files.get("mlx/valid.jsonl", rows))
         yield "mlx_lora", "mlx_lm.lora -c", {
             "model": STUDENT, "train": True, "data": f"./{folder}/mlx", "mask_prompt": True, "fine_tune_type": "lora",
             "num_layers": -1, "lora_parameters": {"rank": 16, "scale": 2.0, "dropout": 0.0},
-            "learning_rate": 2e-4, "batch_size": 16, "iters": 1000, "max_seq_length": 1024, "seed": 42,
+            "learning_rate": 2e-4, "batch_size": batch, "iters": sft["num_train_epochs"] * (rows // batch),
+            "max_seq_length": 1024, "seed": 42,
         }  # fmt: skip
 
 
-def _trl(folder: str, config: str, files: Collection[str]) -> dict[str, Any]:
+def _trl(folder: str, config: str, files: Mapping[str, int]) -> dict[str, Any]:
     evaluated = {"dataset_test_split": "validation", "eval_strategy": "epoch"}
     return {
         "model_name_or_path": STUDENT,
@@ -71,7 +76,7 @@ def _trl(folder: str, config: str, files: Collection[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _axolotl(folder: str, config: str, files: Collection[str], **how: str) -> dict[str, Any]:
+def _axolotl(folder: str, config: str, files: Mapping[str, int], **how: str) -> dict[str, Any]:
     splits = {"datasets": "train"} | (
         {"test_datasets": "validation"} if f"{config}/validation.parquet" in files else {}
     )
@@ -97,7 +102,7 @@ def _llamafactory(folder: str, dataset: str, evaluated: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _llamafactory_index(files: Collection[str]) -> dict[str, Any]:
+def _llamafactory_index(files: Mapping[str, int]) -> dict[str, Any]:
     """`dataset_info.json`. Never `formatting: openai`, which adds words of its own to every system prompt.
 
     A `file_name` is a file: of a folder, everything in it would be read.
@@ -106,18 +111,12 @@ def _llamafactory_index(files: Collection[str]) -> dict[str, Any]:
         "role_tag": "role", "content_tag": "content",
         "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system",
     }  # fmt: skip
-    sets = {
-        "fd_sft": ("sft/train.parquet", ("messages",), {}),
-        "fd_sft_valid": ("sft/validation.parquet", ("messages",), {}),
-        "fd_preference": ("lf/preference_train.jsonl", ("messages", "chosen", "rejected"), {"ranking": True}),
-        "fd_preference_valid": (
-            "lf/preference_validation.jsonl",
-            ("messages", "chosen", "rejected"),
-            {"ranking": True},
-        ),
-    }
+    pairs: dict[str, Any] = {"ranking": True, "columns": {name: name for name in ("messages", "chosen", "rejected")}}
+    kinds = {"fd_preference": pairs, "fd_kto": {"columns": {"messages": "messages", "kto_tag": "label"}}}
+    how = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
     return {
-        name: {"file_name": file, "formatting": "sharegpt", **more, "columns": {c: c for c in columns}, "tags": tags}
-        for name, (file, columns, more) in sets.items()
-        if file in files
+        name + suffix: {"file_name": path, **how, **kinds.get(name, {})}
+        for name, file in LLAMAFACTORY.items()
+        for split, suffix in (("train", ""), ("validation", "_valid"), ("test", "_test"))
+        if (path := file.format(split)) in files
     }

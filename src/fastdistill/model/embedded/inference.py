@@ -6,34 +6,25 @@ Choices join and leave the running batch at any step. Knows nothing of processes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from fastdistill.core.types import FinishReason, TokenLogprob
 from fastdistill.model.embedded.network import Array, Cache, Decoder, Weights
-from fastdistill.model.embedded.wire import Choice, Request, Sampling
+from fastdistill.model.embedded.wire import Choice, Key, Request, Result, Sampling
 
 
 class ContextLengthError(ValueError):
     """The prompt leaves no room for an answer in the model's context."""
 
 
-class Completion(msgspec.Struct, frozen=True):
-    """The answers to a request, in the order of their indices."""
-
-    choices: tuple[Choice, ...]
-    prompt_tokens: int
-
-
 @dataclass(slots=True)
 class _Job:
     """A request in the engine: how many choices have started, those that are done, and the prompt once computed."""
 
-    key: Hashable
+    key: Key
     request: Request
     prompt: list[int]
     started: int = 0
@@ -73,8 +64,8 @@ class Engine:
         """Whether a step has anything to do."""
         return bool(self._running or self._waiting)
 
-    def submit(self, key: Hashable, request: Request) -> None:
-        """Queue a request; `step` returns its completion under the key.
+    def submit(self, key: Key, request: Request) -> None:
+        """Queue a request; `step` returns its result under the key.
 
         Raises ContextLengthError if its prompt fills the context.
         """
@@ -83,15 +74,15 @@ class Engine:
             raise ContextLengthError(f"the prompt has {len(prompt)} tokens; the context is {self.context} tokens")
         self._waiting.append(_Job(key, request, prompt))
 
-    def cancel(self, key: Hashable) -> None:
-        """Forget a request, wherever it is. An unknown key is ignored: its completion may be on its way."""
+    def cancel(self, key: Key) -> None:
+        """Forget a request, wherever it is. An unknown key is ignored: its result may be on its way."""
         self._waiting = deque(job for job in self._waiting if job.key != key)
         self._running = [sequence for sequence in self._running if sequence.job.key != key]
 
-    def step(self) -> list[tuple[Hashable, Completion]]:
-        """Advance every running choice by a token, start as many more as there are free slots.
+    def step(self) -> list[Result]:
+        """Advance every running choice by a token, and start as many more as there are free slots.
 
-        Returns the requests that this completed.
+        Returns the results that this completed, with the choices in the order of their indices.
         """
         active: list[tuple[_Sequence, Array]] = []
         if self._running:
@@ -100,7 +91,7 @@ class Engine:
         while self._waiting and len(active) < self._slots:
             active.append(self._start())
         self._running = []
-        completed: list[tuple[Hashable, Completion]] = []
+        completed: list[Result] = []
         for sequence, row in active:
             choice = self._extend(sequence, row)
             if choice is None:
@@ -110,7 +101,7 @@ class Engine:
             job.choices[sequence.index] = choice
             if len(job.choices) == job.request.n:
                 choices = tuple(job.choices[index] for index in range(job.request.n))
-                completed.append((job.key, Completion(choices, len(job.prompt))))
+                completed.append(Result(job.key, choices, len(job.prompt)))
         return completed
 
     def _start(self) -> tuple[_Sequence, Array]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,47 +66,22 @@ def load_weights(folder: Path) -> Weights:
     return Weights(Architecture(**card["architecture"]), Tokenizer(card["merges"]), tensors, digest)
 
 
-def save_weights(
-    folder: Path,
-    architecture: Architecture,
-    tokenizer: Tokenizer,
-    tensors: Mapping[str, Array],
-    training: Mapping[str, Any],
-) -> None:
-    """Write a model's folder: the tensors rounded to float16, and all else as JSON. `training` is free-form facts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "weights.npz"
-    half: dict[str, Any] = {name: tensor.astype(np.float16) for name, tensor in sorted(tensors.items())}
-    np.savez(path, **half)
-    card = {
-        "architecture": asdict(architecture),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "training": dict(training),
-        "merges": tokenizer.merges,
-    }
-    (folder / "model.json").write_text(json.dumps(card) + "\n", encoding="utf-8")
-
-
 @dataclass(slots=True)
 class Cache:
-    """Keys and values of one sequence; both (layers, kv_heads, capacity, head_dim), of which `length` are filled."""
+    """Keys and values of one sequence: (layers, 2, kv_heads, capacity, head_dim), of which `length` are filled."""
 
-    keys: Array
-    values: Array
+    both: Array
     length: int = 0
 
     @classmethod
     def empty(cls, shape: Architecture, capacity: int) -> Cache:
-        size = (shape.layers, shape.kv_heads, capacity, shape.head_dim)
-        return cls(np.empty(size, np.float32), np.empty(size, np.float32))
+        return cls(np.empty((shape.layers, 2, shape.kv_heads, capacity, shape.head_dim), np.float32))
 
     def copy(self, capacity: int) -> Cache:
         """A cache of another capacity with the same contents."""
-        layers, heads, _, dim = self.keys.shape
-        size = (layers, heads, capacity, dim)
-        twin = Cache(np.empty(size, np.float32), np.empty(size, np.float32), self.length)
-        twin.keys[:, :, : self.length] = self.keys[:, :, : self.length]
-        twin.values[:, :, : self.length] = self.values[:, :, : self.length]
+        *size, _, dim = self.both.shape
+        twin = Cache(np.empty((*size, capacity, dim), np.float32), self.length)
+        twin.both[..., : self.length, :] = self.both[..., : self.length, :]
         return twin
 
 
@@ -248,7 +222,7 @@ def _attend(query: Array, key: Array, value: Array, cache: Cache, layer: int) ->
     rows, heads, dim = query.shape
     groups = key.shape[1]
     end = cache.length + len(key)
-    keys, values = cache.keys[layer, :, :end], cache.values[layer, :, :end]
+    keys, values = cache.both[layer, :, :, :end]
     keys[:, cache.length :] = key.transpose(1, 0, 2)
     values[:, cache.length :] = value.transpose(1, 0, 2)
     # The query heads of a group share its keys: (groups, heads of the group x rows, head_dim).

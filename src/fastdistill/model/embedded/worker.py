@@ -19,13 +19,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
 from fastdistill.model.embedded.inference import ContextLengthError, Engine
 from fastdistill.model.embedded.network import load_weights
-from fastdistill.model.embedded.wire import Asked, Cancelled, Key, Ready, Result
+from fastdistill.model.embedded.wire import Asked, Cancelled, Ready, Result
 
 HERE = Path(__file__).parent
 
@@ -63,9 +63,8 @@ def serve(engine: Engine, source: BinaryIO, sink: BinaryIO) -> None:
                 is_open = False
             elif (refusal := _accept(engine, line)) is not None:
                 _write(sink, refusal)
-        for key, completion in engine.step():
-            assert isinstance(key, Key)
-            _write(sink, Result(key, completion.choices, completion.prompt_tokens))
+        for result in engine.step():
+            _write(sink, result)
 
 
 def _read(source: BinaryIO, lines: queue.SimpleQueue[bytes | None]) -> None:
@@ -84,19 +83,18 @@ def _arrived(lines: queue.SimpleQueue[bytes | None], *, wait: bool) -> Iterator[
 
 def _accept(engine: Engine, line: bytes) -> Result | None:
     """Hand a line to the engine; the error to answer with if that fails."""
-    key = None
+    fields: dict[str, Any] = {}
     try:
-        fields = msgspec.json.decode(line, type=dict[str, object])
+        fields = msgspec.json.decode(line, type=dict[str, Any])
         if "cancel" in fields:
             engine.cancel(msgspec.convert(fields, Cancelled).cancel)
-            return None
-        request = msgspec.convert(fields, Asked)
-        key = request.id
-        engine.submit(key, request)
+        else:
+            request = msgspec.convert(fields, Asked)
+            engine.submit(request.id, request)
     except ContextLengthError as error:
-        return Result(key, error=str(error), code="context_length_exceeded")
+        return Result(request.id, error=str(error), code="context_length_exceeded")
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        return Result(key, error=str(error), code="invalid_request")
+        return Result(fields.get("id"), error=str(error), code="invalid_request")
     return None
 
 

@@ -5,7 +5,6 @@ It needs no server, no key and no download. What it can do, and how it was train
 
 import asyncio
 import json
-import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
@@ -17,10 +16,11 @@ from pydantic import Field, field_validator
 
 from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
 from fastdistill.model.embedded.wire import Key, Ready, Result
-from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, check_wires
+from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError, check_wires
 
-_LINE_LIMIT = 1 << 24  # bytes; an answer with all its log-probabilities is one line
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "logprobs", "top_logprobs")
+_LINE_LIMIT = 1 << 28  # bytes; all choices of a request with all their log-probabilities are one line
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "logprobs", "top_logprobs")
+_NOT_SENT = ("revision", "token_ids", "weights")
 _NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
 
 
@@ -45,11 +45,9 @@ class EmbeddedConfig(ModelConfig):
         return super().parameters() | {"weights": json.loads((self.path / "model.json").read_bytes())["sha256"]}
 
 
-class EmbeddedProvider:
-    """Asks `fastdistill.model.embedded.worker`, whose docstring has the wire format; starts it when first needed."""
+class EmbeddedProvider(Provider):
+    """Asks `fastdistill.model.embedded.worker`, which it starts when it first needs it; `wire` says what passes."""
 
-    kind: ClassVar[str] = "embedded"
-    notes: tuple[str, ...] = ()
     Config: ClassVar[type[ModelConfig]] = EmbeddedConfig
 
     def __init__(self, config: EmbeddedConfig) -> None:
@@ -63,24 +61,17 @@ class EmbeddedProvider:
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         check_wires("embedded", prompt, has="token_ids")
-        request = {
-            "messages": prompt.messages,
-            "n": n,
-            "seed": seed,
-            "stop": prompt.parameters.get("stop", ()),
-            **{name: prompt.parameters[name] for name in _SAMPLING if name in prompt.parameters},
-        }
-        known = {*_SAMPLING, "stop", "revision", "token_ids", "weights"}
-        for name in sorted(prompt.parameters.keys() - known):
-            if prompt.parameters[name] != _NEUTRAL.get(name):
-                raise ProviderError(
-                    ErrorKind.UNSUPPORTED, f"embedded: the model does not take {name}; remove it", parameter=name
-                )
-        result = await self._ask(request)
+        request: dict[str, Any] = {"messages": prompt.messages, "n": n, "seed": seed}
+        for name, value in sorted(prompt.parameters.items()):
+            if name in _SAMPLING:
+                request[name] = value
+            elif name not in _NOT_SENT and value != _NEUTRAL.get(name):
+                message = f"embedded: the model does not take {name}; remove it"
+                raise ProviderError(ErrorKind.UNSUPPORTED, message, parameter=name)
+        result, model = await self._ask(request), self._ready.model
         if result.error is not None:
             too_long = result.code == "context_length_exceeded"
             raise ProviderError(ErrorKind.TOO_LONG if too_long else ErrorKind.BAD_REQUEST, f"embedded: {result.error}")
-        model = self._ready.model
         return [
             Completion(
                 text=choice.text,
@@ -113,9 +104,6 @@ class EmbeddedProvider:
             can_score_prompt=False,
         )
 
-    async def load(self) -> Load | None:
-        return None
-
     async def aclose(self) -> None:
         process, reader = self._process, self._reader
         self._process = self._reader = None
@@ -131,22 +119,21 @@ class EmbeddedProvider:
         await process.communicate()
 
     async def _ask(self, request: dict[str, Any]) -> Result:
-        process = await self._started()
-        assert process.stdin is not None
+        stdin = (await self._started()).stdin
+        assert stdin is not None
         self._asked += 1
         key = self._asked
         answer = self._waiting[key] = asyncio.get_running_loop().create_future()
         try:
-            process.stdin.write(msgspec.json.encode({"id": key, **request}) + b"\n")
-            await process.stdin.drain()
+            stdin.write(msgspec.json.encode({"id": key, **request}) + b"\n")
+            await stdin.drain()
             return await asyncio.wait_for(answer, self._config.timeout)
-        except TimeoutError as error:
-            process.stdin.write(b'{"cancel": %d}\n' % key)
+        except (TimeoutError, asyncio.CancelledError) as error:
+            stdin.write(b'{"cancel": %d}\n' % key)
+            if isinstance(error, asyncio.CancelledError):
+                raise
             raise ProviderError(ErrorKind.TIMEOUT, f"embedded: no answer in {self._config.timeout:g} s") from error
-        except asyncio.CancelledError:
-            process.stdin.write(b'{"cancel": %d}\n' % key)
-            raise
-        except (BrokenPipeError, ConnectionResetError) as error:
+        except ConnectionError as error:
             raise ProviderError(ErrorKind.RESET, "embedded: the model's process ended") from error
         finally:
             del self._waiting[key]
@@ -155,20 +142,15 @@ class EmbeddedProvider:
         async with self._starting:
             if self._process is None or self._process.returncode is not None:
                 await self.aclose()
-                arguments = [sys.executable, "-m", "fastdistill.model.embedded.worker"]
-                if self._config.path is not None:
-                    arguments += ["--model", str(self._config.path)]
-                process = await asyncio.create_subprocess_exec(
-                    *arguments, stdin=PIPE, stdout=PIPE, limit=_LINE_LIMIT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-                )
+                command = [sys.executable, "-m", "fastdistill.model.embedded.worker"]
+                command += [] if self._config.path is None else ["--model", str(self._config.path)]
+                process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, limit=_LINE_LIMIT)
                 assert process.stdout is not None
-                line = await process.stdout.readline()
-                if not line:
+                if not (line := await process.stdout.readline()):
                     code = await process.wait()
                     raise ProviderError(ErrorKind.RESET, f"embedded: the model's process ended at once, with {code}")
                 self._ready = msgspec.json.decode(line, type=Ready)
-                self._process = process
-                self._reader = asyncio.create_task(self._read(process))  # held; ended by aclose
+                self._process, self._reader = process, asyncio.create_task(self._read(process))  # ended by aclose
             return self._process
 
     async def _read(self, process: Process) -> None:

@@ -37,7 +37,6 @@ class LiteLLMConfig(ModelConfig):
 class LiteLLMProvider:
     """Asks through `litellm.acompletion`, which takes seconds to import: it is imported with the first request."""
 
-    kind: ClassVar[str] = "litellm"
     notes: tuple[str, ...] = ("second tier: what the API behind LiteLLM honours is not probed",)
     Config: ClassVar[type[ModelConfig]] = LiteLLMConfig
 

@@ -15,7 +15,7 @@ from msgspec.json import Decoder
 from pydantic import Field, model_validator
 
 from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
-from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig
+from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, ProviderError, ServedConfig, check_wires
 from fastdistill.model.transport import Fault, HttpProvider, Response, Token, Transport, Version, completion, error_kind
 
 S = TypeVar("S", bound=Struct)
@@ -79,8 +79,6 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     stays what the config says. `format` wins over `response_format`. Other parameters go out as they are.
     """
 
-    kind: ClassVar[str] = "ollama"
-    notes: tuple[str, ...] = ()
     Config: ClassVar[type[ModelConfig]] = OllamaConfig
     _remedy = "start it with `ollama serve`, or correct `base_url`"
     _crowded = ": one model answers OLLAMA_NUM_PARALLEL (1) at a time"
@@ -94,32 +92,29 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         self._digest: str | None = None
         self._installed: tuple[str, ...] | None = None
 
-    async def load(self) -> Load | None:
-        return None
-
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         """One completion, whatever `n`."""
+        body = self._body(prompt, seed)
         try:
-            return [await self._chat(prompt, seed)]
+            return [await self._chat(body)]
         except ProviderError as error:
             # A model that can't think refuses even `think: false`, in some versions.
-            if error.parameter != "think" or self._body(prompt, seed).get("think", True):
+            if error.parameter != "think" or body.get("think", True):
                 raise
         self._takes_think = False
-        return [await self._chat(prompt, seed)]
+        return [await self._chat(self._body(prompt, seed))]
 
     async def probe(self) -> Capabilities:
         """Looks the model up, and loads it. From then on completions carry its digest as their build."""
         num_ctx = self._config.num_ctx
         version = (await self._ask("/api/version", Version)).version
-        tags = (await self._ask("/api/tags", _List)).models
-        self._installed = tuple(tag.name for tag in tags)
+        tags = await self._models("/api/tags")
+        self._installed = tuple(tag.name for tag in tags.values())
         show = await self._ask("/api/show", _Show, {"model": self._config.model})
         name = _tagged(self._config.model)
-        self._digest = next((tag.digest for tag in tags if _tagged(tag.name) == name), None)
+        self._digest = tags[name].digest if name in tags else None
         await self._whole("/api/chat", {**self._envelope, "messages": [], "options": {"num_ctx": num_ctx}}, _LOADS)
-        running = (await self._ask("/api/ps", _List)).models
-        loaded = next((model for model in running if _tagged(model.name) == name), None)
+        loaded = (await self._models("/api/ps")).get(name)
         lengths = (value for name, value in show.model_info.items() if name.endswith(".context_length"))
         trained = next((value for value in lengths if isinstance(value, int)), None)
         return Capabilities(
@@ -140,21 +135,18 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     # --- the request ---
 
     def _body(self, prompt: Prompt, seed: int | None) -> dict[str, Any]:
-        self._check_wires(prompt)
+        check_wires(self._where, prompt)
         parameters = prompt.parameters
         decoded = {wire: parameters[name] for name, wire in _OPTIONS.items() if parameters.get(name) is not None}
         given = parameters.get("options") or {}
         constant = decoded.get("num_ctx", self._config.num_ctx)
         if given.get("num_ctx", constant) != constant:
-            raise ProviderError(
-                ErrorKind.UNSUPPORTED,
-                f"ollama: options.num_ctx is {given['num_ctx']}, the model's is {constant}; set `num_ctx` of the model "
-                "instead, for each change makes the server load it anew",
-                parameter="num_ctx",
-            )
+            message = f"ollama: options.num_ctx is {given['num_ctx']}, the model's is {constant}; set `num_ctx` of the"
+            message += " model instead, for each change makes the server load it anew"
+            raise ProviderError(ErrorKind.UNSUPPORTED, message, parameter="num_ctx")
+        if parameters.get("stop"):
+            decoded["stop"] = parameters["stop"]
         options = {"num_ctx": constant, **_EXPLICIT, **decoded, **given}
-        if "stop" not in given and parameters.get("stop"):
-            options["stop"] = parameters["stop"]
         if seed is not None:
             options["seed"] = seed
         body = self._envelope | {
@@ -172,9 +164,11 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             del body["think"]
         return body
 
-    async def _chat(self, prompt: Prompt, seed: int | None) -> Completion:
-        body = self._body(prompt, seed)
+    async def _chat(self, body: dict[str, Any]) -> Completion:
         return self._completion(await self._whole("/api/chat", body), body["options"]["num_ctx"])
+
+    async def _models(self, path: str) -> "dict[str, _Listed]":
+        return {_tagged(model.name): model for model in (await self._ask(path, _List)).models}
 
     async def _ask(self, path: str, type_: type[S], body: dict[str, Any] | None = None) -> S:
         return self._decode(await self._whole(path, body), Decoder(type_).decode)
@@ -223,7 +217,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         if self._installed is None:
             self._installed = ()  # asked once: where this is not Ollama, the list is not there either
             with suppress(ProviderError):
-                self._installed = tuple(tag.name for tag in (await self._ask("/api/tags", _List)).models)
+                self._installed = tuple(tag.name for tag in (await self._models("/api/tags")).values())
         installed = f"; installed: {', '.join(self._installed)}" if self._installed else ""
         return ProviderError(error.kind, f"{error}{installed}", status=error.status)
 

@@ -6,7 +6,7 @@ refuses by name is left out from then on if it was neutral, and an error if it w
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
@@ -19,15 +19,16 @@ from msgspec.json import Decoder
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, TokenLogprob, Usage
+from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, Usage
 from fastdistill.model.client import Brake
 from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig, lacks
 from fastdistill.model.providers.openai_answers import (
     Decided,
     ListedModel,
     ListedModels,
-    Scores,
+    SGLangScores,
     TokenIds,
+    VLLMScores,
     basis_of,
     begins_an_object,
     completions_of,
@@ -139,7 +140,6 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
     over one among them.
     """
 
-    kind: ClassVar[str] = "openai"
     Config: ClassVar[type[ModelConfig]] = OpenAIConfig
     _expected = "a chat completion"
 
@@ -151,6 +151,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         self._official = urlsplit(config.url).hostname == "api.openai.com"
         self._refused: dict[str, str] = dict.fromkeys(_OFFICIAL_LACKS if self._official else (), "not in the API")
         self._limit_name = "max_tokens"
+        self._translated: tuple[Mapping[str, Any], dict[str, Any]] = ({}, {})  # the latest parameters, as they are sent
         self._basis = LogprobBasis.UNKNOWN  # until it is probed
         self._models: tuple[ListedModel, ...] | None = None
         self._listing = asyncio.Lock()
@@ -169,7 +170,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         if self._official or self._config.provider == "openrouter":
             return None
         with suppress(ProviderError):
-            found = dict(_METRIC.findall((await self._request("GET", f"{self._root}/metrics")).body))
+            found = dict(_METRIC.findall((await self._request("GET", f"{self._root}/metrics", timeout=5.0)).body))
             for running, waiting in _LOADS:
                 if running in found and waiting in found:
                     return Load(int(float(found[running])), int(float(found[waiting])))
@@ -186,9 +187,10 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
         A prompt whose parameters have `decision` or `scored` brings one: see `_decide` and `_score`.
         """
-        for wire, ask in (("decision", self._decide), ("scored", self._score)):
-            if wire in prompt.parameters:
-                return [await ask(prompt)]
+        if "decision" in prompt.parameters:
+            return [await self._decide(prompt)]
+        if "scored" in prompt.parameters:
+            return [await self._score(prompt)]
         while True:
             body = self._body(prompt, seed, n)
             try:
@@ -202,28 +204,37 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
                 raise
 
     async def probe(self) -> Capabilities:
-        """Lists the models, then asks for a token with n=2, for one with logprobs, and for four with a JSON schema.
+        """Lists the models, and asks for a token with n=2, for two with logprobs, and for four with a JSON schema.
 
         With `batch` it asks for none: that would take a batch.
         """
-        models = await self._list_models()
+        ids: dict[str, Any] = {"token_ids": True} if self._config.provider in _ASKS_FOR_IDS else {}
+        scores = {"logprobs": True, "top_logprobs": 20, **ids}
+        # Side by side, for until they are answered no other request goes out.
+        asked: list[Coroutine[Any, Any, list[Completion] | ProviderError]] = []
+        if self._config.batch is None:
+            shape = self._try(max_tokens=4, response_format=_PROBE_SCHEMA)  # the first token may be blank
+            asked = [self._try(n=2), self._try(**scores), shape, self._try(**scores, temperature=2.0)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                listing, identity = group.create_task(self._list_models()), group.create_task(self._identify())
+                tries = [group.create_task(one) for one in asked]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        models, (server, notes) = listing.result(), identity.result()
         # llama.cpp answers to any name, and lists one model under its own.
         entry = next((model for model in models if model.id == self._config.model or len(models) == 1), None)
-        server, notes = await self._identify()
         listed = Capabilities(
             endpoint=self._config.url,
             server=server,
             models=tuple(model.id for model in models),
             context_length=entry.context if entry else None,
         )
-        if self._config.batch is not None:
+        if not tries:
             return replace(listed, notes=tuple(notes))
-        two = await self._try(n=2)
-        ids: dict[str, Any] = {"token_ids": True} if self._config.provider in _ASKS_FOR_IDS else {}
-        scored = await self._try(logprobs=True, top_logprobs=20, **ids)
+        two, scored, shaped, hot = (one.result() for one in tries)
         if isinstance(scored, ProviderError):
             scored = await self._try(logprobs=True)
-        shaped = await self._try(max_tokens=4, response_format=_PROBE_SCHEMA)  # the first may be blank
         answer = next((answers[0] for answers in (two, scored, shaped) if isinstance(answers, list)), None)
         for feature, answers in (("a plain request", two), ("logprobs", scored), ("a JSON schema", shaped)):
             if isinstance(answers, ProviderError):
@@ -232,7 +243,6 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             notes.append(f"asked for {self._config.model!r}, answers come from {answer.model!r}")
         token = scored[0].logprobs[0] if isinstance(scored, list) and scored[0].logprobs else None
         if token and len(token.top) > 1:
-            hot = await self._try(logprobs=True, top_logprobs=20, temperature=2.0, **ids)
             self._basis = basis_of(token, hot[0].logprobs[0] if isinstance(hot, list) and hot[0].logprobs else None)
         refused = False if isinstance(two, list) else None  # known only where a plain request works
         return replace(
@@ -246,7 +256,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             logprob_basis=self._basis if token else None,
             max_top=len(token.top) if token else None,
             has_token_ids=token.id is not None if token else None,
-            can_score_prompt=self._config.provider == "vllm",
+            can_score_prompt=self._config.provider in _OWN,
             notes=(*notes, *self.notes),
         )
 
@@ -254,11 +264,28 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
     def _body(self, prompt: Prompt, seed: int | None, n: int) -> dict[str, Any]:
         """The request's JSON; ProviderError UNSUPPORTED if a parameter known to be refused is not neutral."""
+        parameters, sent = self._translated
+        if prompt.parameters is not parameters:
+            sent = self._in_their_words(prompt.parameters)
+            self._translated = (prompt.parameters, sent)
+        body = {"model": prompt.model, "messages": prompt.messages, **sent}
+        if seed is not None:
+            body["seed"] = seed
+        if n > 1:
+            body["n"] = n
+        if self._refused:
+            for name in self._refused.keys() & body.keys():
+                if not _may_be_left_out(name, body[name]):
+                    raise self._unsupported(name, body[name], self._refused[name])
+                del body[name]
+        if self._limit_name != "max_tokens" and "max_tokens" in body:
+            body[self._limit_name] = body.pop("max_tokens")
+        return body
+
+    def _in_their_words(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         own = self._config.provider in _OWN
-        body: dict[str, Any] = {"model": prompt.model, "messages": prompt.messages}
-        if own:
-            body["repetition_penalty"] = 1.0  # unless set: else the model's generation_config would apply
-        body |= prompt.parameters
+        # Unless it is set, the model's generation_config would apply.
+        body: dict[str, Any] = {"repetition_penalty": 1.0, **parameters} if own else {**parameters}
         body.pop("revision", None)
         if body.pop("token_ids", None):
             if self._official or self._config.provider == "openrouter":
@@ -272,16 +299,6 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             body["top_k"] = -1  # vLLM before 0.8 and SGLang refuse 0
         if "response_format" in body:
             body["response_format"] = response_format(body["response_format"])
-        if seed is not None:
-            body["seed"] = seed
-        if n > 1:
-            body["n"] = n
-        for name in self._refused.keys() & body.keys():
-            if not _may_be_left_out(name, body[name]):
-                raise self._unsupported(name, body[name], self._refused[name])
-            del body[name]
-        if self._limit_name != "max_tokens" and "max_tokens" in body:
-            body[self._limit_name] = body.pop("max_tokens")
         return body
 
     def _learn(self, error: ProviderError, body: Mapping[str, Any]) -> bool:
@@ -317,25 +334,33 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         return Completion(text, FinishReason.STOP, usage, model=said.model)
 
     async def _score(self, prompt: Prompt) -> Completion:
-        """The given answer (its text, or its token ids) with log-probabilities, by vLLM's `prompt_logprobs`."""
-        if self._config.provider != "vllm":
+        """The given answer (its text, or its token ids) with log-probabilities; `text` is JSON of the ids before it.
+
+        By vLLM's `prompt_logprobs`, or SGLang's own /generate.
+        """
+        if self._config.provider not in _OWN:
             raise lacks(self._where, "scored")
-        given, model = prompt.parameters["scored"], {"model": prompt.model}
-        begin = await self._token_ids({**model, "messages": prompt.messages, "add_generation_prompt": True})
+        given, model, k = prompt.parameters["scored"], {"model": prompt.model}, prompt.parameters["top_logprobs"]
+        begin = await self._token_ids({**model, "messages": prompt.messages})
         text = {**model, "prompt": given, "add_special_tokens": False}
         ids = await self._token_ids(text) if isinstance(given, str) else [*given]
         whole = begin + ids
-        body = {**model, "prompt": whole, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        response = await self._asked(f"{self._config.url}/completions", body, "scored")
-        choices = self._decode(response, Decoder(Scores).decode).choices
-        found = (choices[0].prompt_logprobs if choices else None) or []
-        rows = zip(ids, found[len(begin) :], strict=False)
-        told = [(at, score) for at, row in rows if row and (score := row.get(str(at)))]
-        if len(told) != len(ids):
-            raise self._garbled("prompt_logprobs are not one for each token", response)
-        scores = tuple([TokenLogprob(s.decoded_token or "", round(s.logprob, 5), (), at) for at, s in told])
-        how: dict[str, Any] = {"logprobs": scores, "logprob_basis": self._basis}
-        return Completion("".join(score.token for score in scores), FinishReason.STOP, Usage(len(whole), 0), **how)
+        if self._config.provider == "vllm":
+            url, basis, answer = f"{self._config.url}/completions", self._basis, Decoder[Any](VLLMScores)
+            body = {**model, "prompt": whole, "max_tokens": 1, "temperature": 0, "prompt_logprobs": k}
+        else:
+            # Nothing is told of the first token, so it begins one earlier. Where SGLang divides by the temperature,
+            # it is by this one: the values are the model's own either way.
+            url, basis, answer = f"{self._root}/generate", LogprobBasis.RAW, Decoder(SGLangScores)
+            sampling = {"max_new_tokens": 1, "temperature": 1.0}
+            body = {"input_ids": whole, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": k}
+            body |= {"logprob_start_len": len(begin) - 1, "return_text_in_logprobs": True}
+        response = await self._asked(url, body, "scored")
+        scores = tuple(self._decode(response, answer.decode).of(ids, k))
+        if len(scores) != len(ids) or any(len(score.top) < k for score in scores):
+            raise self._garbled("its log-probabilities are not one for each token, with the alternatives", response)
+        how: dict[str, Any] = {"logprobs": scores, "logprob_basis": basis}
+        return Completion(msgspec.json.encode(begin).decode(), FinishReason.STOP, Usage(len(whole), 0), **how)
 
     async def _token_ids(self, body: Mapping[str, Any]) -> list[int]:
         response = await self._asked(f"{self._root}/tokenize", body, "scored")

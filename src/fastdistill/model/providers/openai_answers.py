@@ -1,6 +1,6 @@
 """What OpenAI-compatible servers answer, as their JSON has it, and the completions that are in it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -87,8 +87,39 @@ class _Scored(Struct):
     prompt_logprobs: list[dict[str, _Score] | None] | None = None
 
 
-class Scores(Struct):
+_Told = tuple[float | None, int, str | None]
+"""A log-probability, None for the first token of a request, the token's id, and its text."""
+
+
+class VLLMScores(Struct):
     choices: list[_Scored]
+
+    def of(self, ids: Sequence[int], k: int) -> list[TokenLogprob]:
+        """The tokens that end the prompt, with `k` alternatives each; those of which nothing is told are left out."""
+        rows = (self.choices[0].prompt_logprobs if self.choices else None) or []
+        told = [{int(at): (s.logprob, int(at), s.decoded_token) for at, s in (row or {}).items()} for row in rows]
+        return [_token(row[at], row.values(), k) for at, row in zip(ids, told[-len(ids) :], strict=False) if at in row]
+
+
+class _MetaInfo(Struct):
+    input_token_logprobs: list[_Told] = []
+    input_top_logprobs: list[list[_Told] | None] = []
+
+
+class SGLangScores(Struct):
+    meta_info: _MetaInfo
+
+    def of(self, ids: Sequence[int], k: int) -> list[TokenLogprob]:
+        """As `VLLMScores.of`."""
+        rows, tops = self.meta_info.input_token_logprobs[-len(ids) :], self.meta_info.input_top_logprobs[-len(ids) :]
+        told = zip(ids, rows, tops or [None] * len(rows), strict=False)
+        return [_token(row, top or [], k) for at, row, top in told if row[0] is not None and row[1] == at]
+
+
+def _token(told: _Told, others: Iterable[_Told], k: int) -> TokenLogprob:
+    tops = sorted([(value, at, text or "") for value, at, text in others if value is not None], reverse=True)[:k]
+    pairs, ids = tuple((text, round(value, 5)) for value, _, text in tops), tuple(at for _, at, _ in tops)
+    return TokenLogprob(told[2] or "", round(told[0] or 0.0, 5), pairs, told[1], ids)
 
 
 class TokenIds(Struct):

@@ -150,10 +150,17 @@ class BatchProvider(OpenAIProvider):
             self._brake.check(0, 0.0)
 
     async def _upload(self, batch: _Batch) -> str:
-        content_type, form = _form(batch)
+        """The id of its file. The form is RFC 7578's; JSON has no bare line ends, so the boundary is unique."""
+        boundary = f"fastdistill-{batch.path.stem}"
+        head = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{batch.path.stem}.jsonl"\r\n'
+            "Content-Type: application/jsonl\r\n\r\n"
+        )
+        form = b"".join([head.encode(), *batch.lines, f"\r\n--{boundary}--\r\n".encode()])
         batch.lines.clear()
-        upload = partial(self._call, _decode_file, "POST", "/files", form, content_type)
-        return (await self._patiently(upload)).id
+        sent = (form, f"multipart/form-data; boundary={boundary}")
+        return (await self._patiently(partial(self._call, _decode_file, "POST", "/files", *sent))).id
 
     async def _create(self, batch: _Batch, file_id: str) -> None:
         batch.id = None
@@ -342,16 +349,3 @@ _decode_file = msgspec.json.Decoder(_File).decode
 _decode_state = msgspec.json.Decoder(_State).decode
 _decode_page = msgspec.json.Decoder(_Page).decode
 _decode_lines = msgspec.json.Decoder(_Line).decode_lines
-
-
-def _form(batch: _Batch) -> tuple[str, bytes]:
-    """The content type and the body of an upload (RFC 7578). JSON has no bare line ends, so the boundary is unique."""
-    boundary = f"fastdistill-{batch.path.stem}"
-    head = (
-        f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
-        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{batch.path.stem}.jsonl"\r\n'
-        "Content-Type: application/jsonl\r\n\r\n"
-    )
-    return f"multipart/form-data; boundary={boundary}", b"".join(
-        [head.encode(), *batch.lines, f"\r\n--{boundary}--\r\n".encode()]
-    )

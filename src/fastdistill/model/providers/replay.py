@@ -27,7 +27,7 @@ from fastdistill.core.canonical import digest
 from fastdistill.core.errors import EnvironmentFault, FatalError, InputError
 from fastdistill.core.files import sha256_file
 from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
-from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, Price, ProviderError
+from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Price, Provider, ProviderError
 from fastdistill.model.transport import split_thinking
 
 
@@ -66,11 +66,9 @@ class ReplayConfig(ModelConfig):
         return super().parameters() | {"recording": self.digests}
 
 
-class ReplayProvider:
+class ReplayProvider(Provider):
     """Keeps the answers in a temporary database of SQLite's, which is a file once they are many."""
 
-    kind: ClassVar[str] = "replay"
-    notes: tuple[str, ...] = ()
     Config: ClassVar[type[ModelConfig]] = ReplayConfig
 
     def __init__(self, config: ReplayConfig) -> None:
@@ -83,18 +81,17 @@ class ReplayProvider:
         assert self._answers is not None, "probed before"
         assert seed is not None
         for key in _keys_of(prompt):
-            found = "SELECT answer FROM answers WHERE key = ? ORDER BY rowid"
-            if answer := self._answers.execute(f"{found} LIMIT 1 OFFSET ?", (key, seed)).fetchone():
+            found = "SELECT answer FROM answers WHERE key = ? ORDER BY rowid LIMIT 1 OFFSET ?"
+            if answer := self._answers.execute(found, (key, seed)).fetchone():
                 return [_completion(msgspec.json.decode(answer[0], type=_Answer), self._config.model)]
-            (count,) = self._answers.execute(f"SELECT count(*) FROM ({found})", (key,)).fetchone()
+            (count,) = self._answers.execute("SELECT count(*) FROM answers WHERE key = ?", (key,)).fetchone()
             if count:
-                raise ProviderError(
-                    ErrorKind.NOT_RECORDED, f"attempt {seed} is not recorded: the prompt has {count} answers"
-                )
-        asked = prompt.messages[-1]["content"][:80]
-        raise ProviderError(
-            ErrorKind.NOT_RECORDED, f"nothing is recorded for the sample, nor for its messages, which end in {asked!r}"
-        )
+                message = f"attempt {seed} is not recorded: the prompt has {count} answers"
+                break
+        else:
+            asked = prompt.messages[-1]["content"][:80]
+            message = f"nothing is recorded for the sample, nor for its messages, which end in {asked!r}"
+        raise ProviderError(ErrorKind.NOT_RECORDED, message)
 
     async def probe(self) -> Capabilities:
         """Raises InputError, with the file and the line, for what is no recording."""
@@ -115,15 +112,9 @@ class ReplayProvider:
             notes=(f"{answers} answers to {keys} prompts",),
         )
 
-    async def load(self) -> Load | None:
-        return None
-
     async def aclose(self) -> None:
         if self._answers is not None:
             self._answers.close()
-
-
-_KINDS = ("messages", "prompt", "key")
 
 
 class _Answer(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -189,19 +180,19 @@ def _rows(path: Path, known: str) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _key_of(line: _Line) -> bytes:
-    given = [(kind, value) for kind in _KINDS if (value := getattr(line, kind)) not in (None, [], "")]
-    if len(given) != 1:
-        raise ValueError(f"needs one of {', '.join(_KINDS)}")
-    ((kind, value),) = given
-    return _key(kind, [[message.role, message.content] for message in value] if kind == "messages" else value)
+    messages = [[message.role, message.content] for message in line.messages or ()]
+    given = {"messages": messages, "prompt": line.prompt, "key": line.key}
+    keys = [_key(kind, value) for kind, value in given.items() if value not in (None, [], "")]
+    if len(keys) != 1:
+        raise ValueError(f"needs one of {', '.join(given)}")
+    return keys[0]
 
 
-def _answers_of(line: _Line) -> Iterator[_Answer]:
-    given = [*(line.completions or ()), *([] if line.completion is None else [line.completion])]
+def _answers_of(line: _Line) -> Sequence[_Answer]:
+    given = [answer for answer in (*(line.completions or ()), line.completion) if answer is not None]
     if not given:
         raise ValueError("needs completions, or one completion")
-    for answer in given:
-        yield _Answer(answer) if isinstance(answer, str) else answer
+    return [_Answer(answer) if isinstance(answer, str) else answer for answer in given]
 
 
 def _keys_of(prompt: Prompt) -> Iterator[bytes]:
