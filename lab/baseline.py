@@ -2,12 +2,11 @@
 
     python -m lab.baseline --output demo/lab
 
-The embedded teacher answers questions about schemas of the training split, through a FastDistill pipeline. Fresh
-students of its architecture then learn from three sets of equal size, one answer for each prompt: what the gates
-passed, what came first without any gate, and the gold queries. A second generation has a student for its teacher. All
-are measured on held-out schemas. Beside the fresh students, others go on from the teacher's weights on the same sets: a
-short training tells data apart there that a fresh student has not the time to. What is already in the output folder is
-not made again.
+The embedded teacher answers questions about schemas of the training split, through a FastDistill pipeline. A base is
+trained that can write SQL over a schema and has never seen a question. Students go on from it on three sets that are
+equal in rows and in distinct answers: what the gates passed, what came first without any gate, and the gold queries. A
+second generation has a student for its teacher. All are measured on held-out schemas. What is already in the output
+folder is not made again.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ import argparse
 import json
 import os
 import random
+import re
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -51,7 +52,7 @@ from lab.model import Model, load, save
 from lab.train_teacher import SHAPE, Pair, prompt, train
 
 TEACHER = Path("src/fastdistill/model/embedded")
-ARMS = ("ungated", "gated", "gold")
+ARMS = ("gated", "ungated", "gold")
 SEEDS = (42, 43, 44)
 EVALUATION = 1000  # the seed of the held-out questions
 DRAWS = 4  # sampled answers to each of them, at temperature 1
@@ -59,28 +60,27 @@ DRAWS = 4  # sampled answers to each of them, at temperature 1
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """One training run: which generation, on what, from which random start, or going on from the teacher."""
+    """One training run from the base: which generation, on what, and the seed of the order of its pairs."""
 
     generation: int
     arm: str
     seed: int
-    goes_on: bool = False
 
     @property
     def kind(self) -> str:
-        return f"generation {self.generation}, {self.arm}" if not self.goes_on else f"teacher, then {self.arm}"
+        return f"generation {self.generation}, {self.arm}"
 
     @property
     def name(self) -> str:
-        return f"{self.kind.replace(', ', '-').replace(' ', '-')}-{self.seed}"
+        return f"generation-{self.generation}-{self.arm}-{self.seed}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Distil, filter, train and compare, on a small model.")
     parser.add_argument("--output", type=Path, default=Path("demo/lab"))
     parser.add_argument("--prompts", type=int, default=5000)
-    parser.add_argument("--minutes", type=float, default=4.5, help="CPU minutes for each student")
-    parser.add_argument("--more", type=float, default=1.0, help="CPU minutes for each that goes on from the teacher")
+    parser.add_argument("--base", type=int, default=36_000, help="queries that the base learns from")
+    parser.add_argument("--student", type=int, default=12_000, help="pairs that each student learns from, with repeats")
     parser.add_argument("--questions", type=int, default=480, help="held-out questions")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
@@ -90,24 +90,30 @@ def main() -> None:
     if not records.exists():
         write_synthetic(records.parent, arguments.prompts, seed=7, split="train")
 
-    samples = distil(folder, records, generation=0, teacher=TEACHER)
-    sets = {(1, arm): pairs for arm, pairs in arms(samples).items()}
-    students = [Student(1, arm, seed) for seed in SEEDS for arm in ARMS]
-    make(folder, students, sets, arguments.minutes, arguments.processes)
-    polished = [Student(1, arm, seed, goes_on=True) for seed in SEEDS for arm in ARMS]
-    make(folder, polished, sets, arguments.more, arguments.processes)
+    # The pipeline runs here, beside what the pool trains: whatever is ready takes a free core.
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        base = pool.submit(pretrain, folder, arguments.base)
+        samples = distil(folder, records, generation=0, teacher=TEACHER)
+        sets = {(1, arm): pairs for arm, pairs in arms(samples).items()}
+        print(base.result(), flush=True)
 
-    chosen = folder / Student(1, "gated", SEEDS[0]).name
-    again = distil(folder, records, generation=1, teacher=chosen)
-    sets[2, "gated"] = born_again(samples, again, len(sets[1, "gated"]))
-    born = [Student(2, "gated", seed) for seed in SEEDS]
-    make(folder, born, sets, arguments.minutes, arguments.processes)
+        def start(students: Sequence[Student]) -> list[Future[str]]:
+            return [pool.submit(learn, folder, s, sets[s.generation, s.arm], arguments.student) for s in students]
 
-    judged = measure(folder, [*students, *born, *polished], arguments.questions, arguments.processes)
+        first, *others = [Student(1, arm, seed) for seed in SEEDS for arm in ARMS]
+        training = start([first, *others])
+        print(training[0].result(), flush=True)
+        again = distil(folder, records, generation=1, teacher=folder / first.name)
+        sets[2, first.arm] = born_again(samples, again, sets[1, first.arm])
+        born = [Student(2, first.arm, seed) for seed in SEEDS]
+        for trained in [*training[1:], *start(born)]:
+            print(trained.result(), flush=True)
+        judged = measure(pool, folder, [first, *others, *born], arguments.questions)
+
     facts = {
         "prompts": arguments.prompts,
-        "cpu_minutes_a_student": arguments.minutes,
-        "cpu_minutes_going_on": arguments.more,
+        "base_queries": arguments.base,
+        "pairs_a_student": arguments.student,
         "held_out_questions": arguments.questions,
         "yield": {f"generation-{g}": yields(s) for g, s in ((0, samples), (1, again))},
         "sets": {f"generation-{g}-{arm}": size(pairs) for (g, arm), pairs in sets.items()},
@@ -116,7 +122,9 @@ def main() -> None:
     }
     (folder / "baseline.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     print(text(facts))
-    print(f"{(time.perf_counter() - begun) / 60:.1f} minutes; {folder / 'baseline.json'}")
+    used = (resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    cpu, clock = sum(one.ru_utime + one.ru_stime for one in used), time.perf_counter() - begun
+    print(f"{cpu / 60:.1f} CPU minutes, {clock / 60:.1f} minutes by the clock; {folder / 'baseline.json'}")
 
 
 # --- Data -----------------------------------------------------------------------------------------------------------
@@ -149,30 +157,43 @@ def distil(folder: Path, records: Path, *, generation: int, teacher: Path) -> li
 
 
 def arms(samples: Sequence[Sample]) -> dict[str, list[Pair]]:
-    """Sets of as many pairs each, one for a prompt: only where the answer comes from differs.
+    """Sets of as many pairs and as many distinct answers each: only where the answers come from differs.
 
     The gated set takes the first attempt that passed, the ungated one the first attempt, so both are draws from the
-    teacher and neither prefers its commonest texts. The gated set has only the prompts that passed; the others have
-    a random choice of all prompts, as many.
+    teacher and neither prefers its commonest texts. The gated set has only prompts that passed; the others have any.
     """
-    gated = [(s, s.chosen[0].answer) for s in samples if s.chosen]
-    ungated = [(s, s.candidates[0].answer) for s in samples]
-    gold = [(s, str(s.record["gold_sql"])) for s in samples]
-    rng = random.Random("arms")
-    drawn = {"ungated": rng.sample(ungated, len(gated)), "gated": gated, "gold": rng.sample(gold, len(gated))}
-    return {arm: [_pair(sample, sql) for sample, sql in chosen] for arm, chosen in drawn.items()}
+    pools = {
+        "gated": [_pair(s, s.chosen[0].answer) for s in samples if s.chosen],
+        "ungated": [_pair(s, s.candidates[0].answer) for s in samples],
+        "gold": [_pair(s, str(s.record["gold_sql"])) for s in samples],
+    }
+    # A twentieth less than there is, so that the second generation has as many too.
+    distinct = int(0.95 * min(len({answer for _, answer in pairs}) for pairs in pools.values()))
+    repeats = min(len(drawn(pairs, distinct)) for pairs in pools.values()) - distinct
+    return {arm: drawn(pairs, distinct, repeats) for arm, pairs in pools.items()}
 
 
-def born_again(before: Sequence[Sample], after: Sequence[Sample], count: int) -> list[Pair]:
-    """Half of the prompts with the first teacher's answer, half with the student's, as many pairs as before."""
+def drawn(pairs: Sequence[Pair], distinct: int, repeats: int | None = None) -> list[Pair]:
+    """A random choice with so many distinct answers, and so many pairs more that repeat one of them (None: all)."""
+    shuffled = random.Random("drawn").sample(pairs, len(pairs))
+    first: dict[str, Pair] = {}
+    for pair in shuffled:
+        if len(first) < distinct:
+            first.setdefault(pair[1], pair)
+    again = [pair for pair in shuffled if pair[1] in first and pair is not first[pair[1]]]
+    return [*first.values(), *again[:repeats]]
+
+
+def born_again(before: Sequence[Sample], after: Sequence[Sample], like: Sequence[Pair]) -> list[Pair]:
+    """Half of the prompts with the first teacher's answer, half with the student's; a set of the size of `like`."""
     first = {s.sample_id: _pair(s, s.chosen[0].answer) for s in before if s.chosen}
     second = {s.sample_id: _pair(s, s.chosen[0].answer) for s in after if s.chosen}
-    prompts = list({**first, **second})
     pairs = []
-    for at, sample_id in enumerate(prompts):
+    for at, sample_id in enumerate({**first, **second}):
         own, other = (first, second) if at % 2 else (second, first)
         pairs.append(own.get(sample_id) or other[sample_id])
-    return pairs[:count]
+    distinct = len({answer for _, answer in like})
+    return drawn(pairs, distinct, len(like) - distinct)
 
 
 def _pair(sample: Sample, sql: str) -> Pair:
@@ -193,36 +214,51 @@ def size(pairs: Sequence[Pair]) -> dict[str, int]:
     return {"rows": len(pairs), "prompts": len(prompts), "distinct_answers": len({answer for _, answer in pairs})}
 
 
-# --- Students -------------------------------------------------------------------------------------------------------
+# --- The base and the students --------------------------------------------------------------------------------------
 
 
-def make(
-    folder: Path, students: Sequence[Student], sets: dict[tuple[int, str], list[Pair]], minutes: float, processes: int
-) -> None:
-    """Trains those that are not there yet, side by side."""
-    missing = [s for s in students if not (folder / s.name / "model.json").exists()]
-    with ProcessPoolExecutor(processes) as pool:
-        done = [pool.submit(learn, folder / s.name, sets[s.generation, s.arm], minutes, s) for s in missing]
-        for future in done:
-            print(future.result(), flush=True)
+def queries(seed: int) -> Iterator[Pair]:
+    """Endless queries over schemas of the training split, each asked for by its names and values in random order.
+
+    What a base may know before it is taught: schemas, SQL, and to use what it is given. There is no question here, no
+    word of English, and nothing says which name is compared, counted or shown.
+    """
+    rng = random.Random(f"queries:{seed}")
+    for example in examples(seed, "train"):
+        found = re.findall(r"'[^']*'|\d[\d.]*|[A-Z]?[a-z]\w*", example.gold_sql)
+        words = list(dict.fromkeys(word.strip("'%") for word in found))
+        rng.shuffle(words)
+        yield prompt(example.schema, " ".join(words)), example.gold_sql
 
 
-def learn(folder: Path, pairs: list[Pair], minutes: float, student: Student) -> str:
-    """Trains one student, from random weights or from the teacher's. The order of the pairs comes from the seed too."""
+def pretrain(folder: Path, count: int) -> str:
+    """Trains the base from random weights."""
+    torch.manual_seed(0)
+    return _trained(folder / "base", Model(SHAPE), queries(seed=5), count, seed=0)
+
+
+def learn(folder: Path, student: Student, pairs: Sequence[Pair], count: int) -> str:
+    """Trains one student from the base."""
+    # Questions about one schema stand together, and share its computation; the schemas' order is random.
+    by_schema: dict[str, list[Pair]] = defaultdict(list)
+    for pair in random.Random(student.seed).sample(pairs, len(pairs)):
+        by_schema[pair[0][-1]["content"].partition("\nQuestion:")[0]].append(pair)
+    together = [pair for group in by_schema.values() for pair in group]
+    # Small batches: so short a training is better off with more steps.
+    rates = {"batch": 6, "matrix_rate": 0.015, "other_rate": 0.003}
+    return _trained(folder / student.name, load(folder / "base"), cycle(together), count, student.seed, **rates)
+
+
+def _trained(folder: Path, model: Model, pairs: Iterator[Pair], count: int, seed: int, **rates: Any) -> str:
+    """Trains a model if it is not there yet; what there is to say of it."""
+    if (folder / "model.json").exists():
+        return f"{folder.name}: already there"
     torch.set_num_threads(1)
-    torch.manual_seed(student.seed)
     tokenizer = load_weights(TEACHER).tokenizer
-    model = load(TEACHER) if student.goes_on else Model(SHAPE)
-    # What goes on begins near its end: full rates would unlearn it first.
-    rates = {"matrix_rate": 0.004, "other_rate": 0.0008} if student.goes_on else {}
-    shuffled = list(pairs)
-    random.Random(student.seed).shuffle(shuffled)
-    # Sorted by schema within a pass, so that questions about one schema share its computation.
-    shuffled.sort(key=lambda pair: pair[0][-1]["content"].partition("\nQuestion:")[0])
-    report = train(model, tokenizer, cycle(shuffled), minutes=minutes, seed=student.seed, quiet=True, **rates)
-    facts = {"seed": student.seed, "steps": report.steps, "examples": report.examples, "loss": round(report.loss, 4)}
+    report = train(model, tokenizer, pairs, count, seed=seed, quiet=True, **rates)
+    facts = {"seed": seed, "examples": report.examples, "loss": round(report.loss, 4)}
     save(model, tokenizer, folder, facts)
-    return f"{folder.name}: {facts}"
+    return f"{folder.name}: {facts}, {report.cpu_minutes:.1f} CPU minutes"
 
 
 # --- Measurement ----------------------------------------------------------------------------------------------------
@@ -241,15 +277,16 @@ class Measured:
         return np.array(rows, float)
 
 
-def measure(folder: Path, students: Sequence[Student], questions: int, processes: int) -> dict[str, list[Measured]]:
-    """All models by what they learnt from, one entry for each seed; the teacher first."""
-    folders = [TEACHER, *(folder / student.name for student in students)]
-    with ProcessPoolExecutor(processes) as pool:
-        measured = list(pool.map(_measured, folders, [questions] * len(folders)))
-    by_name: dict[str, list[Measured]] = {"teacher": [measured[0]]}
-    for student, one in zip(students, measured[1:], strict=True):
-        by_name.setdefault(student.kind, []).append(one)
-    return by_name
+def measure(
+    pool: ProcessPoolExecutor, folder: Path, students: Sequence[Student], questions: int
+) -> dict[str, list[Measured]]:
+    """All models by what they learnt from, one entry for each seed; the teacher and the base first."""
+    folders = [TEACHER, folder / "base", *(folder / student.name for student in students)]
+    kinds = ["teacher", "base", *(student.kind for student in students)]
+    measured: dict[str, list[Measured]] = defaultdict(list)
+    for kind, one in zip(kinds, pool.map(_measured, folders, [questions] * len(folders)), strict=True):
+        measured[kind].append(one)
+    return measured
 
 
 def _measured(folder: Path, questions: int) -> Measured:
@@ -278,9 +315,7 @@ _PAIRS = (
     ("generation 1, gated", "generation 1, gold"),
     ("generation 2, gated", "generation 1, gated"),
     ("generation 1, gated", "teacher"),
-    ("teacher, then gated", "teacher, then ungated"),
-    ("teacher, then gated", "teacher, then gold"),
-    ("teacher, then gated", "teacher"),
+    ("generation 2, gated", "teacher"),
 )
 
 
@@ -349,7 +384,7 @@ def _tables(facts: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     first, second = facts["yield"].values()
     yield (
         "kind | prompts | accepted from the teacher | from the student",
-        [f"{kind} | {row['prompts']} | {_interval(row)} | {_interval(second[kind])}" for kind, row in first.items()],
+        [f"{kind} | {row['prompts']:,} | {_interval(row)} | {_interval(second[kind])}" for kind, row in first.items()],
     )
 
 

@@ -52,25 +52,31 @@ class Block(nn.Module):
         nn.init.zeros_(self.attn_output.weight)
         nn.init.zeros_(self.ffn_down.weight)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        """x: (batch, length, hidden); cos and sin: (batch, length, 1, head_dim); bias: (batch, 1, length, length)."""
-        batch, length, _ = x.shape
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """x: (batch, length, hidden); cos and sin: (batch, length, 1, head_dim); bias: (batch, 1, length, length).
+
+        With `wanted` (batch, places), only what comes out at those places is computed: (batch, places, hidden).
+        """
         normed = self.attn_norm(x)
-        query, key, value = (
-            project(normed).view(batch, length, -1, self.shape.head_dim)
-            for project in (self.attn_q, self.attn_k, self.attn_v)
-        )
-        query = rotate(self.attn_q_norm(query), cos, sin) * self.shape.head_dim**-0.5
+        key, value = self._heads(self.attn_k(normed)), self._heads(self.attn_v(normed))
         key = rotate(self.attn_k_norm(key), cos, sin)
+        if wanted is not None:
+            each = torch.arange(len(x))[:, None]
+            x, normed, cos, sin = (part[each, wanted] for part in (x, normed, cos, sin))
+            bias = bias[each, 0, wanted][:, None]
+        query = rotate(self.attn_q_norm(self._heads(self.attn_q(normed))), cos, sin) * self.shape.head_dim**-0.5
         groups = self.shape.heads // self.shape.kv_heads
         key, value = (part.repeat_interleave(groups, dim=2) if groups > 1 else part for part in (key, value))
         # The backward pass of F.scaled_dot_product_attention is slower than this on a CPU.
         scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) + bias
         mixed = (scores.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2)
-        x = x + self.attn_output(mixed.reshape(batch, length, -1))
+        x = x + self.attn_output(mixed.flatten(2))
         normed = self.ffn_norm(x)
         hidden: Tensor = x + self.ffn_down(F.silu(self.ffn_gate(normed)) * self.ffn_up(normed))
         return hidden
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.shape.head_dim))
 
 
 class Model(nn.Module):
@@ -87,7 +93,7 @@ class Model(nn.Module):
         self.frequencies = frequencies
 
     def forward(self, tokens: Tensor, positions: Tensor, bias: Tensor, wanted: Tensor) -> Tensor:
-        """The logits (wanted, vocabulary) at the wanted places of the flattened batch.
+        """The logits (batch, places, vocabulary) at the wanted places (batch, places) of each row.
 
         tokens and positions: (batch, length); bias is added to the attention scores: (batch, 1, length, length).
         """
@@ -95,18 +101,19 @@ class Model(nn.Module):
         cos = angles.cos().repeat(1, 1, 1, 2)
         sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)
         x = self.token_embd(tokens)
-        for block in self.blk:
+        *before, last = self.blk
+        for block in before:
             x = block(x, cos, sin, bias)
-        logits: Tensor = self.output_norm(x.flatten(0, 1)[wanted]) @ self.token_embd.weight.T
+        logits: Tensor = self.output_norm(last(x, cos, sin, bias, wanted)) @ self.token_embd.weight.T
         return logits
 
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """The logits (length, vocabulary) after each token of one plain sequence."""
         length = len(tokens)
         bias = torch.full((length, length), -torch.inf).triu(1)[None, None]
-        everywhere = torch.arange(length)
-        logits: Tensor = self(torch.tensor([tokens]), everywhere[None], bias, everywhere)
-        return logits
+        everywhere = torch.arange(length)[None]
+        logits: Tensor = self(torch.tensor([tokens]), everywhere, bias, everywhere)
+        return logits[0]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Train a small text-to-SQL model from random weights: tokenizer, network, and the package's weight files.
 
-    python -m lab.train_teacher --minutes 10 --seed 0 --noise 0.15 --output src/fastdistill/model/embedded
+    python -m lab.train_teacher --pairs 42000 --seed 0 --noise 0.15 --output src/fastdistill/model/embedded
 
 `train` is the training loop by itself, over any iterator of (prompt messages, answer): students use it too.
 """
@@ -39,7 +39,7 @@ SHAPE = Architecture(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded teacher.")
-    parser.add_argument("--minutes", type=float, default=10, help="CPU minutes to train for")
+    parser.add_argument("--pairs", type=int, default=42_000, help="how many to train on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--noise", type=float, default=0.15, help="share of the labels that are corrupted")
     parser.add_argument("--output", type=Path, default=Path("src/fastdistill/model/embedded"))
@@ -50,7 +50,7 @@ def main() -> None:
     tokenizer = Tokenizer(learn_merges(chat_texts(arguments.seed, 4000), VOCABULARY))
     model = Model(SHAPE)
     pairs = teacher_pairs(arguments.seed, arguments.noise)
-    report = train(model, tokenizer, pairs, minutes=arguments.minutes, seed=arguments.seed)
+    report = train(model, tokenizer, pairs, arguments.pairs, seed=arguments.seed)
     facts = {"seed": arguments.seed, "label_noise": arguments.noise, "cpu_minutes": round(report.cpu_minutes, 2),
              "steps": report.steps, "examples": report.examples, "final_loss": round(report.loss, 4)}  # fmt: skip
     save(model, tokenizer, arguments.output, facts)
@@ -117,6 +117,7 @@ def corrupt(example: Example, rng: random.Random) -> str:
 # --- The training loop ----------------------------------------------------------------------------------------------
 
 GROUP = 4  # pairs in a row that share a prompt's beginning and so its computation
+NOTHING = -100  # the target where a row has fewer answer tokens than the longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def train(
     model: Model,
     tokenizer: Tokenizer,
     pairs: Iterator[Pair],
-    minutes: float,
+    count: int,
     *,
     seed: int = 0,
     batch: int = 12,
@@ -152,11 +153,11 @@ def train(
     other_rate: float = 0.004,
     quiet: bool = False,
 ) -> Report:
-    """Train on the pairs for some CPU minutes; the loss is on the answers alone.
+    """Train on so many pairs; the loss is on the answers alone.
 
-    The rates follow the time, so pairs that end early end the training with rates still high: cycle a finite set.
+    The rates follow the count, so pairs that end early end the training with rates still high: cycle a finite set.
     `batch` counts groups of up to four pairs. Muon trains the matrices of the blocks, AdamW the rest; both rates warm
-    up over the first 3 % and fall to zero over the last 60 % of the time.
+    up over the first 3 % and fall to zero over the last 60 % of the pairs.
     """
     matrices = [parameter for name, parameter in model.named_parameters() if is_block_matrix(name)]
     others = [parameter for name, parameter in model.named_parameters() if not is_block_matrix(name)]
@@ -167,7 +168,7 @@ def train(
     losses: list[float] = []
     seen = 0
     for groups in batches(grouped(pairs, tokenizer), batch, rng):
-        progress = (time.process_time() - started) / (60 * minutes)
+        progress = seen / count
         if progress >= 1:
             break
         factor = min(progress / 0.03 + 0.01, 1.0, (1 - progress) / 0.6)
@@ -241,25 +242,30 @@ def loss_of(model: Model, groups: Sequence[Group]) -> torch.Tensor:
     tokens = np.zeros((len(groups), length), np.int64)
     positions = np.zeros((len(groups), length), np.int64)
     branch_of = np.full((len(groups), length), -1)
-    sources: list[int] = []
-    targets: list[int] = []
+    sources: list[list[int]] = []  # for each row, the places that answers are predicted from
+    targets: list[list[int]] = []
     for row, group in enumerate(groups):
         end = len(group.prefix)
         tokens[row, :end] = group.prefix
         positions[row, :end] = range(end)
         branch_of[row, :end] = 0
+        sources.append([])
+        targets.append([])
         for number, (branch, answer) in enumerate(group.branches, start=1):
             start, end = end, end + len(branch)
             tokens[row, start:end] = branch
             positions[row, start:end] = range(len(group.prefix), len(group.prefix) + len(branch))
             branch_of[row, start:end] = number
-            sources += range(row * length + end - answer - 1, row * length + end - 1)
-            targets += branch[-answer:]
+            sources[row] += range(end - answer - 1, end - 1)
+            targets[row] += branch[-answer:]
     sees = (branch_of[:, None, :] == 0) | (branch_of[:, None, :] == branch_of[:, :, None])
     sees &= np.tri(length, dtype=bool)
     bias = torch.where(torch.from_numpy(sees), 0.0, -1e9)[:, None]
-    logits = model(torch.from_numpy(tokens), torch.from_numpy(positions), bias, torch.tensor(sources))
-    return F.cross_entropy(logits, torch.tensor(targets))
+    places = max(map(len, targets))
+    wanted = torch.tensor([row + [0] * (places - len(row)) for row in sources])
+    expected = torch.tensor([row + [NOTHING] * (places - len(row)) for row in targets])
+    logits = model(torch.from_numpy(tokens), torch.from_numpy(positions), bias, wanted)
+    return F.cross_entropy(logits.flatten(0, 1), expected.flatten(), ignore_index=NOTHING)
 
 
 if __name__ == "__main__":
