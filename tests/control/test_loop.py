@@ -10,7 +10,6 @@ import aiohttp  # noqa: F401  what a run imports once, at its first use, does no
 import jinja2  # noqa: F401
 import pyarrow.parquet
 import pytest
-import sqlglot  # noqa: F401
 
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.folder import RunFolder

@@ -110,23 +110,23 @@ class Prompt(Struct, frozen=True, dict=True):
     @cached_property
     def digest(self) -> str:
         """Of model, messages and parameters."""
-        return joined_digest(digest([self.model, self.messages]), _once(self.parameters)[0])
+        return joined_digest(digest([self.model, self.messages]), _digest_once(self.parameters))
 
     @cached_property
     def columns(self) -> tuple[str, str, str, str]:
         """What a table keeps of it: provider, model, and the JSON of messages and parameters."""
-        return self.provider, self.model, _encode(self.messages).decode(), _once(self.parameters)[1]
+        return self.provider, self.model, _encode(self.messages).decode(), _encode(self.parameters).decode()
 
 
 _encode = msgspec.json.Encoder().encode
-_latest: tuple[Mapping[str, Any], tuple[str, str]] = ({}, (digest({}), "{}"))
+_latest: tuple[Mapping[str, Any], str] = ({}, digest({}))
 
 
-def _once(parameters: Mapping[str, Any]) -> tuple[str, str]:
-    """Digest and JSON of a mapping that mostly is the very one of the last call: a step asks with the same ones."""
+def _digest_once(parameters: Mapping[str, Any]) -> str:
+    """The digest of a mapping that mostly is the very one of the last call: a step asks with the same ones."""
     global _latest
     if parameters is not _latest[0]:
-        _latest = (parameters, (digest(parameters), _encode(parameters).decode()))
+        _latest = (parameters, digest(parameters))
     return _latest[1]
 
 

@@ -1,12 +1,17 @@
 """Rule gate: pure checks of an answer's text. Never calls a model, never runs anything."""
 
+import asyncio
 import logging
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from enum import StrEnum
 from functools import cached_property, lru_cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from fastdistill.core.step import Context, Gate
 from fastdistill.core.types import Candidate, FinishReason, Outcome, Sample, Verdict
@@ -49,7 +54,20 @@ class RuleFilter(Gate):
             raise ValueError(f"max_chars {self.max_chars} is below min_chars {self.min_chars}")
         return self
 
+    _parser: "asyncio.Task[ModuleType] | None" = PrivateAttr(None)
+
+    @asynccontextmanager
+    async def opened(self, ctx: Context) -> AsyncIterator[None]:
+        if self.sql:
+            # A quarter of a second, in which answers could not be taken in nor the next be asked for.
+            self._parser = asyncio.create_task(asyncio.to_thread(import_module, "sqlglot"))
+        yield
+        if self._parser is not None:
+            await self._parser
+
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
+        if self._parser is not None and not self._parser.done():
+            await asyncio.shield(self._parser)
         return self._finish(candidate) or self._length(candidate.answer) or self._text(candidate.answer)
 
     def _finish(self, candidate: Candidate) -> Verdict | None:
