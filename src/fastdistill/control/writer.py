@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from fastdistill.core.errors import EnvironmentFault
 
-_MOST_WAITING = 10_000  # entries, before whoever brings more has to wait
+_MOST_WAITING = 2_000  # entries, before whoever brings more has to wait: some kilobytes each
 _CHECKPOINT = 4_000  # pages of WAL: a page that is written again and again goes to the file once
 
 Entry = TypeVar("Entry")
