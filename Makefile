@@ -1,12 +1,13 @@
 # make demo   sets up what it needs and distils a data set with the embedded teacher
 # make test   sets up what it needs and passes the tests
 # make test-litellm   passes those of the provider litellm, which `make test` leaves out
+# make test-trainers  passes those of the trainers' own loaders, which `make test` leaves out
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-litellm check lab clean
+.PHONY: demo test test-litellm test-trainers check lab clean
 
 demo: $(VENV)/.core
 	$(BIN)/python -m lab.grammar --samples 200 --seed 13 --output demo/data
@@ -18,6 +19,10 @@ test: check
 # An environment of its own: it takes over a minute to install, and needs an older python-dateutil than constraints.txt has.
 test-litellm: $(VENV)-litellm/.ready
 	$(VENV)-litellm/bin/python -m pytest tests/model/test_conformance.py -k litellm
+
+# An environment of its own: it has 1.7 GB, and LLaMA-Factory asks for a TRL and a transformers from before the others'.
+test-trainers: $(VENV)-trainers/.ready
+	$(VENV)-trainers/bin/python -m pytest tests/trainers
 
 # The whole loop on a small, real model: 58 CPU minutes, under 40 on two cores. What is in demo/lab already is not made again.
 lab: $(VENV)/.lab
@@ -50,5 +55,13 @@ $(VENV)-litellm/.ready: pyproject.toml
 	$(VENV)-litellm/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,litellm]'
 	touch $@
 
+# Of what LLaMA-Factory asks for, only what its loader imports: peft and omegaconf.
+$(VENV)-trainers/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-trainers
+	$(VENV)-trainers/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,lab]' \
+		trl==1.16.0 transformers==5.24.0 'mlx-lm[cpu]==0.32.2' peft==0.21.2 omegaconf==2.4.0
+	$(VENV)-trainers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llamafactory==0.9.5
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-litellm demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-litellm $(VENV)-trainers demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
