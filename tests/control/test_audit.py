@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -168,9 +167,8 @@ def test_a_run_carries_the_audited_rates_and_can_demand_them(tmp_path: Path) -> 
 
 
 def command(*words: str) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(sys, "argv", ["fastdistill", *words])
-        main()
+    with pytest.raises(SystemExit) as ended:
+        main(words)
     assert ended.value.code == ExitCode.OK
 
 

@@ -4,7 +4,6 @@ import json
 import resource
 import shutil
 import sqlite3
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -241,13 +240,12 @@ def test_a_sample_that_could_not_be_judged_is_neither_won_nor_lost(tmp_path: Pat
     assert not found.won and not found.lost
 
 
-def test_the_commands_say_it(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_say_it(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     artifacts = str(world.folder / "artifacts")
 
     def command(*words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["fastdistill", *words, "-o", artifacts])
         with pytest.raises(SystemExit) as ended:
-            main()
+            main([*words, "-o", artifacts])
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out + captured.err
 

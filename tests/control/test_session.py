@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -377,9 +376,8 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
     def run(*arguments: object) -> Ended:
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastdistill", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            main()
+            main([*map(str, arguments)])
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         return Ended(int(ended.value.code or 0), out, err)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 
 import msgspec
 import pytest
@@ -43,6 +44,20 @@ def stored(path: Path, keys: Sequence[str]) -> list[Completion | None]:
             return [store.get(key) for key in keys]
 
     return asyncio.run(go())
+
+
+def test_what_can_not_be_written_costs_itself_alone(tmp_path: Path) -> None:
+    odd = Prompt("vllm", "m", PROMPT.messages, {"options": MappingProxyType({"a": 1})})  # canonical, and no JSON
+
+    async def go() -> None:
+        async with ResponseStore(tmp_path / "responses.sqlite") as store:
+            with pytest.raises(TypeError):
+                await asyncio.wait_for(store.put(odd, [answer("a", prompt=odd)]), 10)
+            await asyncio.wait_for(store.put(PROMPT, [answer("b")]), 10)
+
+    asyncio.run(go())
+    (kept,) = stored(tmp_path / "responses.sqlite", [answer("b").key])
+    assert kept is not None
 
 
 SCORED = Completion(

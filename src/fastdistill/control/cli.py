@@ -11,7 +11,7 @@ import typer
 from fastdistill.core.errors import ExitCode, FatalError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from fastdistill.control.session import Pipeline, RunResult, Watch
 
@@ -43,10 +43,10 @@ GroupBy = Annotated[str | None, typer.Option(help="A record's field: its samples
 Json = Annotated[Path | None, typer.Option(help="Write all of it to this file.")]
 
 
-def main() -> NoReturn:
-    """The `fastdistill` command."""
+def main(arguments: "Sequence[str] | None" = None) -> NoReturn:
+    """The `fastdistill` command; without `arguments`, those of the process."""
     try:
-        app()
+        app(arguments)
     except FatalError as error:
         fail(str(error), error.exit_code)
     except (KeyboardInterrupt, asyncio.CancelledError):

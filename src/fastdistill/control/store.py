@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from fastdistill.control.seen import Seen
 from fastdistill.control.writer import Writer, connect, fault, insert, transaction
-from fastdistill.core.types import Answer, Completion, Prompt, TokenLogprob
+from fastdistill.core.types import Answer, Completion, Prompt, PromptColumns, TokenLogprob
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS prompts (
@@ -32,8 +32,8 @@ _PROMPTS_REMEMBERED = 4096
 
 _LAST = "SELECT max(rowid) FROM responses"
 
-_Entry: TypeAlias = tuple[Prompt, Sequence[tuple[bytes, int | None, int, str]]]
-"""A prompt and answers to it: key, seed, attempt, completion."""
+_Entry: TypeAlias = tuple[str, PromptColumns, Sequence[tuple[bytes, int | None, int, str]]]
+"""A prompt's name and columns, and answers to it: key, seed, attempt, completion."""
 
 
 class ResponseStore:
@@ -78,7 +78,8 @@ class ResponseStore:
         for answer in answers:
             self._mine.add(answer.key)
         rows = [(bytes.fromhex(a.key), a.draw.seed, a.draw.attempt, write_completion(a.completion)) for a in answers]
-        await self._writer.write((prompt, rows))
+        # Made here, not in the writer's thread: what has no JSON costs its own sample.
+        await self._writer.write((f"{prompt.provider} {prompt.digest}", prompt.columns, rows))
 
     def _write_all(self, connection: sqlite3.Connection, entries: Sequence[_Entry]) -> None:
         new: dict[str, int] = {}
@@ -86,12 +87,11 @@ class ResponseStore:
         with transaction(connection):
             (last,) = connection.execute("SELECT max(rowid) FROM prompts").fetchone()
             self._alone = self._alone and connection.execute(_LAST).fetchone()[0] == self._last
-            for prompt, rows in entries:
-                asked = f"{prompt.provider} {prompt.digest}"
+            for asked, columns, rows in entries:
                 id_ = self._prompts.get(asked) or new.get(asked)
                 if id_ is None:
                     id_ = new[asked] = last = (last or 0) + 1
-                    prompts.append((id_, *prompt.columns))
+                    prompts.append((id_, *columns))
                 responses += [(key, id_, *rest) for key, *rest in rows]
             insert(connection, "INSERT INTO prompts", prompts)
             # The first answer under a key stays: whoever comes later asked for something that was there.

@@ -8,7 +8,7 @@ dataclasses take; no cycle ever goes through one, so the collector need not look
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import Struct, field
@@ -20,6 +20,9 @@ from fastdistill.core.errors import NotAsked, SampleError
 Role = Literal["system", "user", "assistant"]
 Message = Mapping[str, str]
 """`{"role": Role, "content": str}`, as every chat endpoint and trainer writes it."""
+
+PromptColumns: TypeAlias = tuple[str, str, str, str]
+"""Provider, model, and the JSON of messages and parameters."""
 
 
 class Outcome(StrEnum):
@@ -113,8 +116,8 @@ class Prompt(Struct, frozen=True, dict=True):
         return joined_digest(digest([self.model, self.messages]), _digest_once(self.parameters))
 
     @cached_property
-    def columns(self) -> tuple[str, str, str, str]:
-        """What a table keeps of it: provider, model, and the JSON of messages and parameters."""
+    def columns(self) -> PromptColumns:
+        """What a table keeps of it."""
         return self.provider, self.model, _encode(self.messages).decode(), _encode(self.parameters).decode()
 
 
