@@ -57,11 +57,12 @@ class Http1Transport:
     async def _connect(self, url: str, address: _Address, deadline: float) -> "_Connection":
         loop = asyncio.get_running_loop()
         make = partial(_Connection, self._open, self._idle.setdefault(address, []), self._max_body, keep=self._keep)
+        patience = loop.time() + CONNECTS
         try:
-            async with asyncio.timeout_at(min(deadline, loop.time() + CONNECTS)):
+            async with asyncio.timeout_at(min(deadline, patience)):
                 return (await loop.create_connection(make, *address))[1]
         except (OSError, ValueError) as error:  # ValueError: no name that could be looked up
-            if isinstance(error, TimeoutError) and loop.time() >= deadline:
+            if isinstance(error, TimeoutError) and deadline <= patience:  # the clock may be a little behind its timer
                 raise
             why = str(error) or f"no connection within {CONNECTS:g} s"
             raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({why})") from error
