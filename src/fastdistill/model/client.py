@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from time import perf_counter
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
 from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample
 from fastdistill.model.budget import OwnBrake
-from fastdistill.model.hedge import first_of
+from fastdistill.model.hedge import Hedge
 from fastdistill.model.limits import AdaptiveLimit, Limit, Pace
 from fastdistill.model.meter import InFlight, Meter
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
@@ -70,7 +71,8 @@ class ModelClient:
         self._store = store
         self._brake = OwnBrake(name, config.budget, self.meter, brake) if config.budget else brake
         self._pace = Pace(config.requests_per_minute, config.tokens_per_minute)
-        self._hedges = (config.hedges if config.hedge is None else config.hedge) and self._pace.unlimited
+        hedges = (config.hedges if config.hedge is None else config.hedge) and self._pace.unlimited
+        self._hedge = Hedge[list[Completion]](self._due) if hedges else None
         self._pacing = asyncio.Lock()
         self._probing = asyncio.Lock()
         self._probed = False
@@ -310,7 +312,10 @@ class ModelClient:
             tokens = 0
             try:
                 with self.meter.request(sent - begun, worst) as flight:
-                    completions = await self._hedged(endpoint, prompt, draws, flight)
+                    answered = self._complete(endpoint, prompt, draws)
+                    if self._hedge is not None:
+                        answered = self._hedge.first_of(answered, partial(self._again, endpoint, prompt, draws, flight))
+                    completions = await answered
                     # Counted before the reservation ends, lest a budget sees neither.
                     tokens = flight.answered(completions, characters)
             finally:
@@ -345,15 +350,6 @@ class ModelClient:
                 self._pace.take(perf_counter(), worst)
         while self._brake.check(worst, dollars):
             await self._brake.pause(0.05)  # what is in flight may cost less than it could
-
-    async def _hedged(
-        self, endpoint: Endpoint, prompt: Prompt, draws: Mapping[str, Draw], flight: InFlight
-    ) -> list[Completion]:
-        """The first of two answers: the second is asked for where the first takes longer than others do."""
-        first = self._complete(endpoint, prompt, draws)
-        if not self._hedges:
-            return await first
-        return await first_of(first, lambda: self._again(endpoint, prompt, draws, flight), self._due)
 
     def _due(self, waited: float) -> float:
         """Seconds until a request that has taken so long may be asked a second time, or is looked at again; 0: now.
