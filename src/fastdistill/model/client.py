@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -111,12 +111,14 @@ class ModelClient:
                     mine[key] = draw
             if mine:
                 results |= await self._ask_once(prompt, mine)
+                if len(mine) == len(missing):
+                    break
             elif others := [self._asking[key] for key in missing if key in self._asking]:
                 asked = asyncio.get_running_loop().create_future()
                 others[0].append(asked)
                 await asked  # another sample asks the very same; then look again
             missing = {key: draw for key, draw in missing.items() if key not in results}
-        return [results[key] for key in keys]
+        return [*map(results.__getitem__, keys)]
 
     async def ready(self) -> None:
         """Contacts the endpoints, once, and learns what they honour.
@@ -187,7 +189,7 @@ class ModelClient:
         try:
             if not self._probed:
                 await self.ready()
-            answers = await self._ask(prompt, draws)
+            answers = await (self._request(prompt, draws) if len(draws) == 1 else self._ask(prompt, draws))
         finally:
             for key in draws:
                 del self._asking[key]
@@ -197,11 +199,9 @@ class ModelClient:
         return dict(zip(draws, answers, strict=True))
 
     async def _ask(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
-        """One answer for each draw, by its key: in one request where the servers bring several choices, else side by
+        """One answer for each of several draws: in one request where the servers bring several choices, else side by
         side.
         """
-        if len(draws) == 1:
-            return await self._request(prompt, draws)
         if all(endpoint.asks_n for endpoint in self.router.endpoints if endpoint.capabilities is not None):
             together = await self._request(prompt, draws)
             if rest := dict(islice(draws.items(), len(together), None)):
@@ -322,10 +322,7 @@ class ModelClient:
                 if not self._pace.unlimited:
                     self._pace.correct(tokens - worst)
                 observe(queued=sent - begun, busy=perf_counter() - sent)
-            answers = [
-                Answer(draw, key, completion, stored=False)
-                for (key, draw), completion in zip(draws.items(), completions, strict=False)
-            ]
+            answers = [*map(Answer, draws.values(), draws, completions, repeat(False))]
             try:
                 await self._store.put(prompt, answers)
             except FatalError as error:
