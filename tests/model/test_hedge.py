@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
 
 from fastdistill.core.errors import NotAsked
-from fastdistill.model.hedge import first_of
+from fastdistill.model.hedge import Hedge
 from fastdistill.model.provider import ErrorKind, ProviderError
 
 
@@ -17,7 +18,8 @@ class Race:
     def __init__(self) -> None:
         self.called_off: list[str] = []
         self.ends = {name: asyncio.get_running_loop().create_future() for name in ("first", "second")}
-        self.task = asyncio.ensure_future(first_of(self._ask("first"), lambda: self._ask("second"), lambda waited: 0.0))
+        hedge = Hedge[str](lambda waited: 0.0)
+        self.task = asyncio.ensure_future(hedge.first_of(self._ask("first"), lambda: self._ask("second")))
 
     async def _ask(self, name: str) -> str:
         try:
@@ -64,8 +66,30 @@ def test_who_does_not_straggle_is_asked_once() -> None:
             asked.append(True)
             return "second"
 
-        assert await first_of(asyncio.sleep(0, "first"), again, lambda waited: 5.0) == "first"
+        assert await Hedge[str](lambda waited: 5.0).first_of(asyncio.sleep(0, "first"), again) == "first"
         assert asked == []
+
+    run(go)
+
+
+def test_stragglers_are_asked_again_one_after_the_other_the_oldest_first() -> None:
+    async def go() -> None:
+        asked: list[str] = []
+
+        async def again(name: str) -> str:
+            asked.append(name)
+            return name
+
+        free = 2
+        hedge = Hedge[str](lambda waited: 0.0 if waited >= 0.02 and len(asked) < free else 0.01)
+        races = []
+        for name in "abc":
+            races.append(asyncio.create_task(hedge.first_of(asyncio.sleep(9, "late"), partial(again, name))))
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.1)
+        assert asked == ["a", "b"]
+        free = 3
+        assert await asyncio.gather(*races) == ["a", "b", "c"]
 
     run(go)
 

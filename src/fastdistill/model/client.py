@@ -9,7 +9,8 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from functools import partial
+from itertools import islice, repeat
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
 from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample
 from fastdistill.model.budget import OwnBrake
-from fastdistill.model.hedge import first_of
+from fastdistill.model.hedge import Hedge
 from fastdistill.model.limits import AdaptiveLimit, Limit, Pace
 from fastdistill.model.meter import InFlight, Meter
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
@@ -70,7 +71,8 @@ class ModelClient:
         self._store = store
         self._brake = OwnBrake(name, config.budget, self.meter, brake) if config.budget else brake
         self._pace = Pace(config.requests_per_minute, config.tokens_per_minute)
-        self._hedges = (config.hedges if config.hedge is None else config.hedge) and self._pace.unlimited
+        hedges = (config.hedges if config.hedge is None else config.hedge) and self._pace.unlimited
+        self._hedge = Hedge[list[Completion]](self._due) if hedges else None
         self._pacing = asyncio.Lock()
         self._probing = asyncio.Lock()
         self._probed = False
@@ -109,12 +111,14 @@ class ModelClient:
                     mine[key] = draw
             if mine:
                 results |= await self._ask_once(prompt, mine)
+                if len(mine) == len(missing):
+                    break
             elif others := [self._asking[key] for key in missing if key in self._asking]:
                 asked = asyncio.get_running_loop().create_future()
                 others[0].append(asked)
                 await asked  # another sample asks the very same; then look again
             missing = {key: draw for key, draw in missing.items() if key not in results}
-        return [results[key] for key in keys]
+        return [*map(results.__getitem__, keys)]
 
     async def ready(self) -> None:
         """Contacts the endpoints, once, and learns what they honour.
@@ -185,7 +189,7 @@ class ModelClient:
         try:
             if not self._probed:
                 await self.ready()
-            answers = await self._ask(prompt, draws)
+            answers = await (self._request(prompt, draws) if len(draws) == 1 else self._ask(prompt, draws))
         finally:
             for key in draws:
                 del self._asking[key]
@@ -195,11 +199,9 @@ class ModelClient:
         return dict(zip(draws, answers, strict=True))
 
     async def _ask(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
-        """One answer for each draw, by its key: in one request where the servers bring several choices, else side by
+        """One answer for each of several draws: in one request where the servers bring several choices, else side by
         side.
         """
-        if len(draws) == 1:
-            return await self._request(prompt, draws)
         if all(endpoint.asks_n for endpoint in self.router.endpoints if endpoint.capabilities is not None):
             together = await self._request(prompt, draws)
             if rest := dict(islice(draws.items(), len(together), None)):
@@ -310,17 +312,17 @@ class ModelClient:
             tokens = 0
             try:
                 with self.meter.request(sent - begun, worst) as flight:
-                    completions = await self._hedged(endpoint, prompt, draws, flight)
+                    answered = self._complete(endpoint, prompt, draws)
+                    if self._hedge is not None:
+                        answered = self._hedge.first_of(answered, partial(self._again, endpoint, prompt, draws, flight))
+                    completions = await answered
                     # Counted before the reservation ends, lest a budget sees neither.
                     tokens = flight.answered(completions, characters)
             finally:
                 if not self._pace.unlimited:
                     self._pace.correct(tokens - worst)
                 observe(queued=sent - begun, busy=perf_counter() - sent)
-            answers = [
-                Answer(draw, key, completion, stored=False)
-                for (key, draw), completion in zip(draws.items(), completions, strict=False)
-            ]
+            answers = [*map(Answer, draws.values(), draws, completions, repeat(False))]
             try:
                 await self._store.put(prompt, answers)
             except FatalError as error:
@@ -345,15 +347,6 @@ class ModelClient:
                 self._pace.take(perf_counter(), worst)
         while self._brake.check(worst, dollars):
             await self._brake.pause(0.05)  # what is in flight may cost less than it could
-
-    async def _hedged(
-        self, endpoint: Endpoint, prompt: Prompt, draws: Mapping[str, Draw], flight: InFlight
-    ) -> list[Completion]:
-        """The first of two answers: the second is asked for where the first takes longer than others do."""
-        first = self._complete(endpoint, prompt, draws)
-        if not self._hedges:
-            return await first
-        return await first_of(first, lambda: self._again(endpoint, prompt, draws, flight), self._due)
 
     def _due(self, waited: float) -> float:
         """Seconds until a request that has taken so long may be asked a second time, or is looked at again; 0: now.

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fastdistill.core.errors import NotAsked
 from fastdistill.model.provider import ProviderError
@@ -10,60 +10,85 @@ from fastdistill.model.provider import ProviderError
 T = TypeVar("T")
 
 
-async def first_of(
-    first: Awaitable[T], again: Callable[[], Coroutine[Any, Any, T]], due: Callable[[float], float]
-) -> T:
-    """What `first` brings, or `again()` if that is started and is faster.
+class Hedge(Generic[T]):
+    """Those requests under way that may be asked again. One timer looks after the oldest: the others are due later."""
 
-    The first runs in the task of the caller, so that a request which does not straggle costs one timer and no task.
+    def __init__(self, due: Callable[[float], float]) -> None:
+        """`due` gives, for the seconds that a request has taken, those until it is asked again, or 0: now.
 
-    Args:
-        due: asked with the seconds that the first has taken; seconds until to ask it again, or 0 to start the second.
+        The longer a request has taken, the sooner it is due.
+        """
+        self._due = due
+        self._alone: dict[_Race[T], None] = {}  # the oldest first
+        self._looks = False
 
-    Raises:
-        ProviderError: the first failed, and so did the second if there was one.
-    """
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    assert task is not None
-    begun, cancelling = loop.time(), task.cancelling()
-    timer: asyncio.TimerHandle
-    second: asyncio.Task[T] | None = None
-    racing, overtaken = True, False
+    async def first_of(self, first: Awaitable[T], again: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What `first` brings, or `again()` if that is started and is faster.
 
-    def look() -> None:
-        nonlocal timer, second
-        if wait := due(loop.time() - begun):
-            timer = loop.call_later(wait, look)
-        else:
-            second = loop.create_task(again())
-            second.add_done_callback(ended)
+        The first runs in the task of the caller, so that a request which does not straggle costs no task.
 
-    def ended(second: asyncio.Task[T]) -> None:
-        nonlocal overtaken
-        if racing and not second.cancelled() and second.exception() is None:
-            overtaken = True
-            task.cancel()  # as `asyncio.timeout` does: the caller waits for the first
-
-    timer = loop.call_later(due(0.0), look)
-    try:
-        return await first
-    except asyncio.CancelledError:
-        if second is None or not overtaken or task.uncancel() > cancelling:
-            raise
-        return second.result()
-    except ProviderError as error:
-        racing = False
-        timer.cancel()
-        if second is None:
-            raise
+        Raises:
+            ProviderError: the first failed, and so did the second if there was one.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        race = _Race(task, again)
+        self._alone[race] = None
+        if not self._looks:
+            self._look()
         try:
-            return await second
-        except (ProviderError, NotAsked):
-            raise error from None
-    finally:
-        racing = False
-        timer.cancel()
-        if second is not None:
-            second.cancel()
-            await asyncio.gather(second, return_exceptions=True)
+            return await first
+        except asyncio.CancelledError:
+            if race.second is None or not race.overtaken or task.uncancel() > race.cancelling:
+                raise
+            return race.second.result()
+        except ProviderError as error:
+            race.over = True
+            if race.second is None:
+                raise
+            try:
+                return await race.second
+            except (ProviderError, NotAsked):
+                raise error from None
+        finally:
+            self._alone.pop(race, None)
+            race.over = True
+            if race.second is not None:
+                race.second.cancel()
+                await asyncio.gather(race.second, return_exceptions=True)
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        oldest = next(iter(self._alone), None)
+        self._looks = oldest is not None
+        if oldest is None:
+            return
+        if wait := self._due(loop.time() - oldest.begun):
+            loop.call_later(wait, self._look)
+        else:
+            del self._alone[oldest]
+            oldest.start()
+            loop.call_soon(self._look)  # once this one is in line
+
+
+class _Race(Generic[T]):
+    """A request in the task of who waits for it, and from `start` on a second one for the same."""
+
+    __slots__ = ("_again", "_task", "begun", "cancelling", "over", "overtaken", "second")
+
+    def __init__(self, task: asyncio.Task[Any], again: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self.begun = asyncio.get_running_loop().time()
+        self.cancelling = task.cancelling()
+        self.second: asyncio.Task[T] | None = None
+        self.over = self.overtaken = False
+        self._task = task
+        self._again = again
+
+    def start(self) -> None:
+        self.second = asyncio.create_task(self._again())
+        self.second.add_done_callback(self._ended)
+
+    def _ended(self, second: asyncio.Task[T]) -> None:
+        if not self.over and not second.cancelled() and second.exception() is None:
+            self.overtaken = True
+            self._task.cancel()  # as `asyncio.timeout` does: the caller waits for the first

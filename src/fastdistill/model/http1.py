@@ -232,13 +232,21 @@ _LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # a proxy may say th
 def _parse(head: bytes) -> tuple[int, dict[str, str], bool]:
     """Status, headers, and whether the connection may be used again."""
     first, *lines = head.decode("latin-1").replace("\r\n ", " ").replace("\r\n\t", " ").split("\r\n")
-    version, status = first[:9], first[9:12]
-    if version not in ("HTTP/1.1 ", "HTTP/1.0 ") or not status.isdecimal() or status < "100" or first[12:13].strip():
-        raise _not_http(first)
-    headers: dict[str, str] = {}
-    for name, value in map(_field, lines):
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return int(status), headers, version == "HTTP/1.1 " and "close" not in headers.get("connection", "").lower()
+    status, keep = _status(first)
+    fields = [*map(_field, lines)]
+    headers = dict(fields)
+    if len(headers) < len(fields):
+        headers = {name: ", ".join([value for other, value in fields if other == name]) for name in headers}
+    return status, headers, keep and "close" not in headers.get("connection", "").lower()
+
+
+@lru_cache(maxsize=64)
+def _status(line: str) -> tuple[int, bool]:
+    """Status, and whether connections of this version are kept."""
+    version, status = line[:9], line[9:12]
+    if version not in ("HTTP/1.1 ", "HTTP/1.0 ") or not status.isdecimal() or status < "100" or line[12:13].strip():
+        raise _not_http(line)
+    return int(status), version == "HTTP/1.1 "
 
 
 @lru_cache(maxsize=256)  # most lines come with every answer

@@ -163,11 +163,12 @@ class InFlight:
         One that was asked a second time is counted twice: nobody says what the request that was called off had cost by
         then, but it was for the same draw, so the winner's usage is what it would have come to.
         """
-        tokens = 0
+        meter = self._meter
+        before = meter.tokens
         for completion in completions:
-            usage = completion.usage
-            tokens += usage.prompt_tokens + usage.completion_tokens
-            self._meter.answered(usage, characters)
-            if self._asked > 1:
-                self._meter.lost(usage)
+            meter.answered(completion.usage, characters)
+        tokens = meter.tokens - before
+        if self._asked > 1:
+            for completion in completions:
+                meter.lost(completion.usage)
         return tokens

@@ -7,7 +7,8 @@ request of a prefix leads: while it is under way, those that would follow let ot
 """
 
 import asyncio
-from collections import Counter, OrderedDict, deque
+import math
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Endpoint:
     latest: tuple[int, ...] = ()  # prefixes of the request that was sent here last
     _cooled_at: float = float("-inf")
     _warm: OrderedDict[int, int] = field(default_factory=OrderedDict)  # prefix -> the tick at which it was used last
-    _led: Counter[int] = field(default_factory=Counter)
+    _led: dict[int, int] = field(default_factory=dict)  # cold prefix -> how many requests under way warm it
 
     @property
     def free(self) -> int:
@@ -85,17 +86,25 @@ class Endpoint:
             used = tick
         return seen, used, False
 
-    def begin(self, prefixes: tuple[int, ...]) -> None:
+    def begin(self, prefixes: tuple[int, ...]) -> tuple[int, ...]:
+        """A request goes out; gives those of its prefixes that it leads."""
         self.in_flight += 1
         self.latest = prefixes
-        for prefix in prefixes:
-            self._led[prefix] += 1
+        warm, led = self._warm, self._led
+        if not prefixes or prefixes[-1] in warm:
+            return ()
+        leads = tuple([prefix for prefix in prefixes if prefix not in warm])
+        for prefix in leads:
+            led[prefix] = led.get(prefix, 0) + 1
+        return leads
 
-    def end(self, prefixes: Sequence[int], tick: int) -> None:
+    def end(self, prefixes: tuple[int, ...], leads: tuple[int, ...], tick: int) -> None:
+        """One that `begin` let out has come home."""
         self.in_flight -= 1
-        for prefix in prefixes:
-            self._led[prefix] -= 1
-            if self._led[prefix] <= 0:
+        for prefix in leads:
+            if (others := self._led[prefix] - 1) > 0:
+                self._led[prefix] = others
+            else:
                 del self._led[prefix]
         _remember(self._warm, prefixes, tick, REMEMBERED)
 
@@ -103,7 +112,7 @@ class Endpoint:
 class Slot:
     """A request that waits for a slot, and then holds it: `async with router.slot(prompt) as endpoint`."""
 
-    __slots__ = ("_router", "_turn", "besides", "endpoint", "longest", "passed", "prefixes", "shared")
+    __slots__ = ("_router", "_turn", "besides", "endpoint", "leads", "longest", "passed", "prefixes", "shared")
 
     def __init__(
         self, router: "Router", prefixes: tuple[int, ...], shared: tuple[int, ...], besides: Endpoint | None
@@ -138,7 +147,7 @@ class Slot:
                 return
             self._turn.set_result(None)
         self.endpoint = endpoint
-        endpoint.begin(self.prefixes)
+        self.leads = endpoint.begin(self.prefixes)
 
 
 class Router:
@@ -187,31 +196,32 @@ class Router:
     def leave(self, slot: Slot) -> None:
         """Of one that has its slot, or does not want one any more."""
         if slot.endpoint is not None:
-            self._end(slot.endpoint, slot.prefixes)
+            self._ticks += 1
+            slot.endpoint.end(slot.prefixes, slot.leads, self._ticks)
         else:
             with suppress(ValueError):  # when a slot came to it after it was cancelled
                 self._waiting.remove(slot)
-            self._fill()
-
-    def _end(self, endpoint: Endpoint, prefixes: tuple[int, ...]) -> None:
-        self._ticks += 1
-        endpoint.end(prefixes, self._ticks)
         self._fill()
 
     def _next(self, now: float, besides: Endpoint | None = None) -> Endpoint | None:
         """The endpoint with the lowest load of those that have a free slot and do not cool."""
         best = None
         for endpoint in self.endpoints:
-            if endpoint is besides or endpoint.free <= 0 or (endpoint.cooling_until > now and not self._ending):
-                continue
-            if best is None or endpoint.load < best.load:
+            if (
+                endpoint.free > 0
+                and endpoint is not besides
+                and (endpoint.cooling_until <= now or self._ending)
+                and (best is None or endpoint.load < best.load)
+            ):
                 best = endpoint
         return best
 
     def _fill(self) -> None:
         """Hands out every slot that is free."""
+        if not self._waiting:
+            return
+        now = asyncio.get_running_loop().time()
         while self._waiting:
-            now = asyncio.get_running_loop().time()
             endpoint = self._next(now)
             if endpoint is None:
                 self._wake_when_cool(now)
@@ -257,15 +267,17 @@ class Router:
         """Hashes of a prompt's beginnings of 256, 512, 1,024 ... characters, the whole prompt not among them."""
         if prompt is not self._latest[0]:  # the draws of one prompt come one after the other
             text = "\x1f".join([message["content"] for message in prompt.messages])
-            lengths = (PREFIX << power for power in range((len(text) // PREFIX).bit_length()))
-            self._latest = (prompt, tuple([hash(text[:length]) for length in lengths if length < len(text)]))
+            powers = range(((len(text) - 1) // PREFIX).bit_length())
+            self._latest = (prompt, tuple([hash(text[: PREFIX << power]) for power in powers]))
         return self._latest[1]
 
     def _wake_when_cool(self, now: float) -> None:
-        cooling = [e.cooling_until for e in self.endpoints if e.free > 0 and e.cooling_until > now]
-        if not cooling:
+        at = math.inf
+        for endpoint in self.endpoints:
+            if endpoint.cooling_until > now and endpoint.free > 0:
+                at = min(at, endpoint.cooling_until + 0.001, now + LOOKS)
+        if at == math.inf:
             return
-        at = min(min(cooling) + 0.001, now + LOOKS)
         if self._wake is not None and self._wake.when() > at:
             self._wake.cancel()
             self._wake = None

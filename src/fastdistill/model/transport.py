@@ -6,7 +6,7 @@ It does not retry, but for a connection that had died in the pool.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import msgspec
+from msgspec.structs import replace
 from pydantic import SecretStr
 
 from fastdistill.core.types import Completion, FinishReason, TokenLogprob
@@ -25,8 +26,7 @@ CONNECTS = 30.0
 """Seconds for a connection to come about."""
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
+class Response(msgspec.Struct, frozen=True):
     """A whole answer. Names in `headers` are in lower case; `body` is decompressed."""
 
     status: int

@@ -391,7 +391,8 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             fault = next((choice.error for choice in answer.choices or () if choice.error is not None), None)
             if fault is None:
                 raise self._garbled("no choices", response)
-            raise self._error(None, replace(response, body=msgspec.json.encode({"error": fault})), body)
+            said = Response(response.status, response.headers, msgspec.json.encode({"error": fault}))
+            raise self._error(None, said, body)
         return completions
 
     def _error(self, status: int | None, response: Response, body: Mapping[str, Any]) -> ProviderError:

@@ -1,6 +1,7 @@
 """What OpenAI-compatible servers answer, as their JSON has it, and the completions that are in it."""
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 from msgspec import Struct
@@ -151,7 +152,7 @@ def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasi
     if len(choices) > 1:
         choices = sorted(choices, key=lambda choice: choice.index)[:n]
     shares = _share(answer.usage or _Usage(), choices) if choices else []
-    return [_completion(answer, choice, usage, basis) for choice, usage in zip(choices, shares, strict=True)]
+    return [*map(_completion, repeat(answer), choices, shares, repeat(basis))]
 
 
 def _completion(answer: ChatAnswer, choice: _Choice, usage: Usage, basis: LogprobBasis) -> Completion:
