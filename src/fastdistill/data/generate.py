@@ -117,9 +117,10 @@ class TextGeneration(SampleStep):
         if not attempts or (attempts[0] and not self.wants_more(sample) and self._only is None):
             return sample  # another step wanted more
         asked = await self._ask(ctx.model(self._teacher(attempts[0])), sample, attempts)
-        candidates = [self._candidate(each, sample, prompt) for prompt, _, each in asked if isinstance(each, Answer)]
+        step = self.name
+        candidates = [_candidate(each, sample, prompt, step) for prompt, _, each in asked if isinstance(each, Answer)]
         if len(candidates) == len(asked):
-            return sample.with_candidates((*sample.candidates, *candidates))
+            return replace(sample, candidates=(*sample.candidates, *candidates))
         errors = [(each, draw.attempt) for _, draw, each in asked if isinstance(each, SampleError)]
         failures = [Failure(self.name, error.reason, str(error), attempt) for error, attempt in errors]
         if not candidates and not sample.candidates:
@@ -153,14 +154,15 @@ class TextGeneration(SampleStep):
         """What came of each attempt, in their order."""
         ways = self._ways(self._profile(sample))
         count = len(ways)
+        if count == 1 or len(attempts) == 1:  # as a rule; it needs no task of its own
+            prompt = self._prompt(model, sample, *ways[attempts[0] % count])
+            draws = self._draws(prompt, attempts)
+            drawn = await model.generate(prompt, draws)
+            return [*zip([prompt] * len(draws), draws, drawn, strict=True)]
         asked = []
         for at in {attempt % count: None for attempt in attempts}:
             prompt = self._prompt(model, sample, *ways[at])
-            asked.append((prompt, [self._draw(prompt, a) for a in attempts if a % count == at]))
-        if len(asked) == 1:  # as a rule; it needs no task of its own
-            ((prompt, draws),) = asked
-            drawn = await model.generate(prompt, draws)
-            return [(prompt, draw, answer) for draw, answer in zip(draws, drawn, strict=True)]
+            asked.append((prompt, self._draws(prompt, [a for a in attempts if a % count == at])))
         # What was paid for comes home, also where one of the prompts is refused for good.
         answers = await together(*(model.generate(*each) for each in asked))
         found = [
@@ -176,17 +178,11 @@ class TextGeneration(SampleStep):
         Raises:
             SampleError: `missing_field`, or `template_error` with what Jinja says.
         """
-        messages: list[Message] = []
-        if self._system is not None:
-            system = self._system if isinstance(self._system, str) else render(self._system, sample)
-            messages.append({"role": "system", "content": system})
-        messages.append({"role": "user", "content": render(self._users[variant], sample)})
-        return messages
-
-    def _candidate(self, answer: Answer, sample: Sample, prompt: Prompt) -> Candidate:
-        draw, said = answer.draw, answer.completion
-        name = draw.candidate_id(sample.sample_id, prompt)
-        return Candidate(name, draw.attempt, draw.seed, answer.key, prompt, said, said.text, step=self.name)
+        user = {"role": "user", "content": render(self._users[variant], sample)}
+        system = self._system
+        if isinstance(system, Template):
+            return [{"role": "system", "content": render(system, sample)}, user]
+        return [*system, user]
 
     def _attempts(self, sample: Sample) -> range:
         """The attempts of the next wave."""
@@ -197,13 +193,17 @@ class TextGeneration(SampleStep):
         return range(first, min(first + wave, self.num_generations))
 
     def _teacher(self, attempt: int) -> str:
+        if not self.teachers:
+            return self.model
         wave = 0 if self.until is None else attempt // self.until.wave
-        models = self.models()
+        models = self.teachers
         return models[min(wave // self.escalate_after, len(models) - 1)]
 
-    def _draw(self, prompt: Prompt, attempt: int) -> Draw:
-        seeds = None if self.seed is None else (int(prompt.digest[:8], 16) + 1_000_003 * self.seed) % 2**31
-        return Draw(attempt, None if seeds is None else seeds + attempt)
+    def _draws(self, prompt: Prompt, attempts: Sequence[int]) -> list[Draw]:
+        if self.seed is None:
+            return [Draw(attempt, None) for attempt in attempts]
+        seeds = (int(prompt.digest[:8], 16) + 1_000_003 * self.seed) % 2**31
+        return [Draw(attempt, seeds + attempt) for attempt in attempts]
 
     def _profile(self, sample: Sample) -> DecodeProfile:
         own = sample.record.get(self.decode_profile_field) if self.decode_profile_field else None
@@ -229,12 +229,23 @@ class TextGeneration(SampleStep):
         return [compile_template(template) for template in templates]
 
     @cached_property
-    def _system(self) -> Template | str | None:
+    def _system(self) -> Template | Sequence[Message]:
+        """The system prompt: a template, or the message that it is for every sample, if there is one."""
         text = self.system_prompt
-        return text if text is None or "{" not in text else compile_template(text)
+        if text is None:
+            return ()
+        return compile_template(text) if "{" in text else ({"role": "system", "content": text},)
+
+
+def _candidate(answer: Answer, sample: Sample, prompt: Prompt, step: str) -> Candidate:
+    draw, said = answer.draw, answer.completion
+    name = draw.candidate_id(sample.sample_id, prompt)
+    return Candidate(name, draw.attempt, draw.seed, answer.key, prompt, said, said.text, step=step)
 
 
 def _asked(sample: Sample, step: str) -> int:
     """How many candidates the step has asked for so far, those that never came among them."""
+    if not sample.candidates and not sample.failures:  # at first
+        return 0
     came = [c for c in sample.candidates if c.step == step]
     return len(came) + len([f for f in sample.failures if f.step == step and f.attempt is not None])

@@ -63,13 +63,15 @@ class SelectBest(SampleStep):
     )
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        ranked = sorted(sample.accepted, key=best_first)
-        if self.distinct:
-            first: dict[Hashable, Candidate] = {}
-            for candidate in ranked:
-                first.setdefault(self._key(candidate), candidate)
-            ranked = list(first.values())
-        return sample.selected(tuple(candidate.candidate_id for candidate in ranked[: self.k]))
+        ranked: Sequence[Candidate] = sample.accepted
+        if len(ranked) > 1:
+            ranked = sorted(ranked, key=best_first)
+            if self.distinct:
+                first: dict[Hashable, Candidate] = {}
+                for candidate in ranked:
+                    first.setdefault(self._key(candidate), candidate)
+                ranked = list(first.values())
+        return sample.selected(tuple([candidate.candidate_id for candidate in ranked[: self.k]]))
 
     def _key(self, candidate: Candidate) -> Hashable:
         if self.distinct == "path":
