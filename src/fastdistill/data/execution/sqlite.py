@@ -160,11 +160,12 @@ class SQLiteExecEval(Gate):
             reason = SqlReason.EXECUTED  # whatever gold says
         elif self.require == "exec_pass" and seen.exec_pass is False and reason.outcome == "error":
             reason = SqlReason.SQL_ERROR
-        shown = {name: value for name, value in seen._asdict().items() if value not in (None, (), [])}
-        del shown["reason"]
+        shown: dict[str, Any] = {name: value for name, value in zip(_SHOWN, seen[1:], strict=True) if value is not None}
+        if not seen.tables:
+            del shown["tables"]
         if not seen.near_limit:
             del shown["near_limit"]
-        return self.verdict(Outcome(reason.outcome), reason, **shown)
+        return self.verdict(_OUTCOMES[reason], reason, **shown)
 
     @cached_property
     def _only_path(self) -> str:
@@ -173,6 +174,10 @@ class SQLiteExecEval(Gate):
     @cached_property
     def _template(self) -> Template | None:
         return compile_template(self.db_path) if "{{" in self.db_path else None
+
+
+_SHOWN = Evaluation._fields[1:]  # all but the reason
+_OUTCOMES = {reason: Outcome(reason.outcome) for reason in SqlReason}
 
 
 def _agreement(seen: Sequence[Evaluation]) -> tuple[SqlReason, dict[str, Any]]:
