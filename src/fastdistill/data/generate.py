@@ -86,7 +86,7 @@ class TextGeneration(SampleStep):
         if self.teachers and self.until is None:
             raise ValueError("teachers needs until, like {accepted: 1}: it says when a sample has enough")
         options = self.generation_kwargs.get("options") or {}
-        ways = islice(cycle(self._ways(self.decode_profile)), self.num_generations)
+        ways = islice(cycle(self._own_ways), self.num_generations)
         greedy = Counter(variant for variant, p in ways if options.get("temperature", p.temperature) == 0)
         if (same := max(greedy.values(), default=0)) > 1:
             raise ValueError(
@@ -136,23 +136,25 @@ class TextGeneration(SampleStep):
         Raises:
             SampleError: as `messages`; or the record's decode profile is no profile.
         """
-        ways = self._ways(self._profile(sample))
+        ways = self._ways(sample)
         return [self._prompt(ctx.model(name), sample, *way) for name in self.models() for way in ways]
 
     def _prompt(self, model: Model, sample: Sample, variant: int, profile: DecodeProfile) -> Prompt:
         return model.prompt(self.messages(sample, variant), profile, self.generation_kwargs, sample)
 
-    def _ways(self, profile: DecodeProfile) -> list[tuple[int, DecodeProfile]]:
+    def _ways(self, sample: Sample) -> list[tuple[int, DecodeProfile]]:
         """The template and the temperature of the attempts, which take turns; the templates change first."""
-        if profile is self.decode_profile:
-            return self._own_ways
+        own = sample.record.get(self.decode_profile_field) if self.decode_profile_field else None
+        return self._own_ways if own is None else self._ways_with(self._profile(own, sample))
+
+    def _ways_with(self, profile: DecodeProfile) -> list[tuple[int, DecodeProfile]]:
         return [(variant, each) for each in profile.each for variant in range(len(self._users))]
 
     async def _ask(
         self, model: Model, sample: Sample, attempts: range
     ) -> list[tuple[Prompt, Draw, Answer | SampleError]]:
         """What came of each attempt, in their order."""
-        ways = self._ways(self._profile(sample))
+        ways = self._ways(sample)
         count = len(ways)
         if count == 1 or len(attempts) == 1:  # as a rule; it needs no task of its own
             prompt = self._prompt(model, sample, *ways[attempts[0] % count])
@@ -189,8 +191,9 @@ class TextGeneration(SampleStep):
         if self._only is not None:
             return range(self._only, self._only + 1)
         first = _asked(sample, self.name)
-        wave = self.num_generations if self.until is None else self.until.wave
-        return range(first, min(first + wave, self.num_generations))
+        if self.until is None:
+            return range(first, self.num_generations)
+        return range(first, min(first + self.until.wave, self.num_generations))
 
     def _teacher(self, attempt: int) -> str:
         if not self.teachers:
@@ -205,10 +208,7 @@ class TextGeneration(SampleStep):
         seeds = (int(prompt.digest[:8], 16) + 1_000_003 * self.seed) % 2**31
         return [Draw(attempt, seeds + attempt) for attempt in attempts]
 
-    def _profile(self, sample: Sample) -> DecodeProfile:
-        own = sample.record.get(self.decode_profile_field) if self.decode_profile_field else None
-        if own is None:
-            return self.decode_profile
+    def _profile(self, own: object, sample: Sample) -> DecodeProfile:
         place = f"{sample.source}: field {self.decode_profile_field!r}"
         if not isinstance(own, Mapping):
             raise SampleError("bad_decode_profile", f'{place} must be an object like {{"temperature": 0.7}}')
@@ -221,7 +221,7 @@ class TextGeneration(SampleStep):
 
     @cached_property
     def _own_ways(self) -> list[tuple[int, DecodeProfile]]:
-        return [(variant, each) for each in self.decode_profile.each for variant in range(len(self._users))]
+        return self._ways_with(self.decode_profile)
 
     @cached_property
     def _users(self) -> list[Template]:
