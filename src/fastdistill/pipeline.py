@@ -57,6 +57,7 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
 async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run, *, last: bool) -> None:
     """Takes samples through the fused sample steps, `run.open_samples` at a time."""
     stages = [Stage.of(step) for step in steps]
+    asking = [step for step in steps if type(step).wants_more is not SampleStep.wants_more]
     stopped_for: list[FatalError] = []
     workers = 0
     room = run.open_samples
@@ -71,7 +72,7 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], ru
             while not run.stopping and (sample := next(samples, None)) is not None:
                 if workers < room:
                     group.create_task(work())
-                await run.finished(await run_sample(stages, sample, run), last=last)
+                await run.finished(await run_sample(stages, asking, sample, run), last=last)
                 if (now := perf_counter()) - turn > _TURN:  # samples that never wait let the others have their turn
                     await asyncio.sleep(0)
                     turn, room = now, run.open_samples
@@ -94,23 +95,20 @@ class Stage(NamedTuple):
     name: str
     run: Callable[[Sample, Run], Awaitable[Sample]]
     races: bool
-    repeats: bool
 
     @classmethod
     def of(cls, step: SampleStep) -> "Stage":
-        kind = type(step)
-        races, repeats = kind.race is not SampleStep.race, kind.wants_more is not SampleStep.wants_more
-        return cls(step, step.name, step.run, races, repeats)
+        return cls(step, step.name, step.run, type(step).race is not SampleStep.race)
 
 
-async def run_sample(stages: Sequence[Stage], sample: Sample, run: Run) -> Sample:
+async def run_sample(stages: Sequence[Stage], asking: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
     """One sample through all steps; what breaks is recorded with the sample and costs no other."""
     while True:  # again only while a step wants more: candidates come in waves until enough are accepted
         sample = await run_steps(stages, sample, run)
         if sample.status is not Status.OPEN:
             return sample
-        for stage in stages:
-            if stage.repeats and stage.step.wants_more(sample):
+        for step in asking:
+            if step.wants_more(sample):
                 break
         else:
             return sample
@@ -120,7 +118,7 @@ async def run_steps(stages: Sequence[Stage], sample: Sample, run: Run) -> Sample
     at_work = boundary()
     try:
         with at_work:
-            for at, (step, name, work, races, _) in enumerate(stages, 1):
+            for at, (step, name, work, races) in enumerate(stages, 1):
                 at_work.step = name
                 if races and (draws := step.race(sample)):
                     sample = await run_race(draws, stages[at:], sample, run)
