@@ -6,10 +6,11 @@ any order; the ledger gives them back in input order to the stream steps that fo
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from itertools import groupby
 from time import perf_counter
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -55,23 +56,26 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
 
 async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run, *, last: bool) -> None:
     """Takes samples through the fused sample steps, `run.open_samples` at a time."""
+    stages = [Stage.of(step) for step in steps]
+    asking = [step for step in steps if type(step).wants_more is not SampleStep.wants_more]
     stopped_for: list[FatalError] = []
     workers = 0
+    room = run.open_samples
     turn = perf_counter()
 
     async def work() -> None:
         # The workers share one iterator: whoever is free takes the next sample. Each starts one more while there
         # are too few, for `open_samples` follows what the teachers turn out to take.
-        nonlocal workers, turn
+        nonlocal workers, room, turn
         workers += 1
         try:
             while not run.stopping and (sample := next(samples, None)) is not None:
-                if workers < run.open_samples:
+                if workers < room:
                     group.create_task(work())
-                await run.finished(await run_sample(steps, sample, run), last=last)
+                await run.finished(await run_sample(stages, asking, sample, run), last=last)
                 if (now := perf_counter()) - turn > _TURN:  # samples that never wait let the others have their turn
                     await asyncio.sleep(0)
-                    turn = now
+                    turn, room = now, run.open_samples
         except FatalError as error:
             stopped_for.append(error)
             run.stop(error)
@@ -84,39 +88,55 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], ru
         raise stopped_for[0]
 
 
-async def run_sample(steps: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
+class Stage(NamedTuple):
+    """A sample step, and what need not be asked of it for every sample."""
+
+    step: SampleStep
+    name: str
+    run: Callable[[Sample, Run], Awaitable[Sample]]
+    races: bool
+
+    @classmethod
+    def of(cls, step: SampleStep) -> "Stage":
+        return cls(step, step.name, step.run, type(step).race is not SampleStep.race)
+
+
+async def run_sample(stages: Sequence[Stage], asking: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
     """One sample through all steps; what breaks is recorded with the sample and costs no other."""
     while True:  # again only while a step wants more: candidates come in waves until enough are accepted
-        sample = await run_steps(steps, sample, run)
+        sample = await run_steps(stages, sample, run)
         if sample.status is not Status.OPEN:
             return sample
-        for step in steps:
+        for step in asking:
             if step.wants_more(sample):
                 break
         else:
             return sample
 
 
-async def run_steps(steps: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
-    for at, step in enumerate(steps):
-        try:
-            if draws := step.race(sample):
-                sample = await run_race(draws, steps[at + 1 :], sample, run)
-                continue
-            with run.timed(step), boundary(step.name):
-                sample = await step.run(sample, run)
-        except SampleError as error:
-            return sample.failed(step.name, error)
+async def run_steps(stages: Sequence[Stage], sample: Sample, run: Run) -> Sample:
+    at_work = boundary()
+    try:
+        with at_work:
+            for at, (step, name, work, races) in enumerate(stages, 1):
+                at_work.step = name
+                if races and (draws := step.race(sample)):
+                    sample = await run_race(draws, stages[at:], sample, run)
+                else:
+                    with run.timed(step):
+                        sample = await work(sample, run)
+    except SampleError as error:
+        return sample.failed(at_work.step, error)
     return sample
 
 
-async def run_race(draws: Sequence[SampleStep], gates: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
+async def run_race(draws: Sequence[SampleStep], gates: Sequence[Stage], sample: Sample, run: Run) -> Sample:
     """Draws of one sample side by side through the gates, until enough are accepted; those behind are called off.
 
     They are looked at in the order of attempts: a fast answer has no better chance than a slow one.
     """
     bare = replace(sample, candidates=(), failures=())
-    tasks = [asyncio.create_task(run_steps([draw, *gates], bare, run)) for draw in draws]
+    tasks = [asyncio.create_task(run_steps([Stage.of(draw), *gates], bare, run)) for draw in draws]
     try:
         for draw, task in zip(draws, tasks, strict=True):
             done = await task

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable
 from enum import IntEnum
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 T = TypeVar("T")
 
@@ -97,18 +97,19 @@ class boundary:
         SampleError: `unexpected`, in place of any exception that is not one of ours.
     """
 
-    __slots__ = ("_step",)
+    __slots__ = ("step",)
 
-    def __init__(self, step: str) -> None:
-        self._step = step
+    def __init__(self, step: str = "") -> None:
+        self.step = step  # who is at work within it; it may change
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception) and not isinstance(error, SampleError | FatalError):
-            raise SampleError("unexpected", f"{self._step}: {type(error).__name__}: {error}") from error
+            raise SampleError("unexpected", f"{self.step}: {type(error).__name__}: {error}") from error
 
 
 async def together(*work: Awaitable[T]) -> list[T]:

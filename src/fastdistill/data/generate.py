@@ -86,7 +86,7 @@ class TextGeneration(SampleStep):
         if self.teachers and self.until is None:
             raise ValueError("teachers needs until, like {accepted: 1}: it says when a sample has enough")
         options = self.generation_kwargs.get("options") or {}
-        ways = islice(cycle(self._ways(self.decode_profile)), self.num_generations)
+        ways = islice(cycle(self._own_ways), self.num_generations)
         greedy = Counter(variant for variant, p in ways if options.get("temperature", p.temperature) == 0)
         if (same := max(greedy.values(), default=0)) > 1:
             raise ValueError(
@@ -117,9 +117,10 @@ class TextGeneration(SampleStep):
         if not attempts or (attempts[0] and not self.wants_more(sample) and self._only is None):
             return sample  # another step wanted more
         asked = await self._ask(ctx.model(self._teacher(attempts[0])), sample, attempts)
-        candidates = [self._candidate(each, sample, prompt) for prompt, _, each in asked if isinstance(each, Answer)]
+        step = self.name
+        candidates = [_candidate(each, sample, prompt, step) for prompt, _, each in asked if isinstance(each, Answer)]
         if len(candidates) == len(asked):
-            return sample.with_candidates((*sample.candidates, *candidates))
+            return replace(sample, candidates=(*sample.candidates, *candidates))
         errors = [(each, draw.attempt) for _, draw, each in asked if isinstance(each, SampleError)]
         failures = [Failure(self.name, error.reason, str(error), attempt) for error, attempt in errors]
         if not candidates and not sample.candidates:
@@ -135,32 +136,35 @@ class TextGeneration(SampleStep):
         Raises:
             SampleError: as `messages`; or the record's decode profile is no profile.
         """
-        ways = self._ways(self._profile(sample))
+        ways = self._ways(sample)
         return [self._prompt(ctx.model(name), sample, *way) for name in self.models() for way in ways]
 
     def _prompt(self, model: Model, sample: Sample, variant: int, profile: DecodeProfile) -> Prompt:
         return model.prompt(self.messages(sample, variant), profile, self.generation_kwargs, sample)
 
-    def _ways(self, profile: DecodeProfile) -> list[tuple[int, DecodeProfile]]:
+    def _ways(self, sample: Sample) -> list[tuple[int, DecodeProfile]]:
         """The template and the temperature of the attempts, which take turns; the templates change first."""
-        if profile is self.decode_profile:
-            return self._own_ways
+        own = sample.record.get(self.decode_profile_field) if self.decode_profile_field else None
+        return self._own_ways if own is None else self._ways_with(self._profile(own, sample))
+
+    def _ways_with(self, profile: DecodeProfile) -> list[tuple[int, DecodeProfile]]:
         return [(variant, each) for each in profile.each for variant in range(len(self._users))]
 
     async def _ask(
         self, model: Model, sample: Sample, attempts: range
     ) -> list[tuple[Prompt, Draw, Answer | SampleError]]:
         """What came of each attempt, in their order."""
-        ways = self._ways(self._profile(sample))
+        ways = self._ways(sample)
         count = len(ways)
+        if count == 1 or len(attempts) == 1:  # as a rule; it needs no task of its own
+            prompt = self._prompt(model, sample, *ways[attempts[0] % count])
+            draws = self._draws(prompt, attempts)
+            drawn = await model.generate(prompt, draws)
+            return [*zip([prompt] * len(draws), draws, drawn, strict=True)]
         asked = []
         for at in {attempt % count: None for attempt in attempts}:
             prompt = self._prompt(model, sample, *ways[at])
-            asked.append((prompt, [self._draw(prompt, a) for a in attempts if a % count == at]))
-        if len(asked) == 1:  # as a rule; it needs no task of its own
-            ((prompt, draws),) = asked
-            drawn = await model.generate(prompt, draws)
-            return [(prompt, draw, answer) for draw, answer in zip(draws, drawn, strict=True)]
+            asked.append((prompt, self._draws(prompt, [a for a in attempts if a % count == at])))
         # What was paid for comes home, also where one of the prompts is refused for good.
         answers = await together(*(model.generate(*each) for each in asked))
         found = [
@@ -176,39 +180,35 @@ class TextGeneration(SampleStep):
         Raises:
             SampleError: `missing_field`, or `template_error` with what Jinja says.
         """
-        messages: list[Message] = []
-        if self._system is not None:
-            system = self._system if isinstance(self._system, str) else render(self._system, sample)
-            messages.append({"role": "system", "content": system})
-        messages.append({"role": "user", "content": render(self._users[variant], sample)})
-        return messages
-
-    def _candidate(self, answer: Answer, sample: Sample, prompt: Prompt) -> Candidate:
-        draw, said = answer.draw, answer.completion
-        name = draw.candidate_id(sample.sample_id, prompt)
-        return Candidate(name, draw.attempt, draw.seed, answer.key, prompt, said, said.text, step=self.name)
+        user = {"role": "user", "content": render(self._users[variant], sample)}
+        system = self._system
+        if isinstance(system, Template):
+            return [{"role": "system", "content": render(system, sample)}, user]
+        return [*system, user]
 
     def _attempts(self, sample: Sample) -> range:
         """The attempts of the next wave."""
         if self._only is not None:
             return range(self._only, self._only + 1)
         first = _asked(sample, self.name)
-        wave = self.num_generations if self.until is None else self.until.wave
-        return range(first, min(first + wave, self.num_generations))
+        if self.until is None:
+            return range(first, self.num_generations)
+        return range(first, min(first + self.until.wave, self.num_generations))
 
     def _teacher(self, attempt: int) -> str:
+        if not self.teachers:
+            return self.model
         wave = 0 if self.until is None else attempt // self.until.wave
-        models = self.models()
+        models = self.teachers
         return models[min(wave // self.escalate_after, len(models) - 1)]
 
-    def _draw(self, prompt: Prompt, attempt: int) -> Draw:
-        seeds = None if self.seed is None else (int(prompt.digest[:8], 16) + 1_000_003 * self.seed) % 2**31
-        return Draw(attempt, None if seeds is None else seeds + attempt)
+    def _draws(self, prompt: Prompt, attempts: Sequence[int]) -> list[Draw]:
+        if self.seed is None:
+            return [Draw(attempt, None) for attempt in attempts]
+        seeds = (int(prompt.digest[:8], 16) + 1_000_003 * self.seed) % 2**31
+        return [Draw(attempt, seeds + attempt) for attempt in attempts]
 
-    def _profile(self, sample: Sample) -> DecodeProfile:
-        own = sample.record.get(self.decode_profile_field) if self.decode_profile_field else None
-        if own is None:
-            return self.decode_profile
+    def _profile(self, own: object, sample: Sample) -> DecodeProfile:
         place = f"{sample.source}: field {self.decode_profile_field!r}"
         if not isinstance(own, Mapping):
             raise SampleError("bad_decode_profile", f'{place} must be an object like {{"temperature": 0.7}}')
@@ -221,7 +221,7 @@ class TextGeneration(SampleStep):
 
     @cached_property
     def _own_ways(self) -> list[tuple[int, DecodeProfile]]:
-        return [(variant, each) for each in self.decode_profile.each for variant in range(len(self._users))]
+        return self._ways_with(self.decode_profile)
 
     @cached_property
     def _users(self) -> list[Template]:
@@ -229,12 +229,23 @@ class TextGeneration(SampleStep):
         return [compile_template(template) for template in templates]
 
     @cached_property
-    def _system(self) -> Template | str | None:
+    def _system(self) -> Template | Sequence[Message]:
+        """The system prompt: a template, or the message that it is for every sample, if there is one."""
         text = self.system_prompt
-        return text if text is None or "{" not in text else compile_template(text)
+        if text is None:
+            return ()
+        return compile_template(text) if "{" in text else ({"role": "system", "content": text},)
+
+
+def _candidate(answer: Answer, sample: Sample, prompt: Prompt, step: str) -> Candidate:
+    draw, said = answer.draw, answer.completion
+    name = draw.candidate_id(sample.sample_id, prompt)
+    return Candidate(name, draw.attempt, draw.seed, answer.key, prompt, said, said.text, step=step)
 
 
 def _asked(sample: Sample, step: str) -> int:
     """How many candidates the step has asked for so far, those that never came among them."""
+    if not sample.candidates and not sample.failures:  # at first
+        return 0
     came = [c for c in sample.candidates if c.step == step]
     return len(came) + len([f for f in sample.failures if f.step == step and f.attempt is not None])

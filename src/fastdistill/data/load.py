@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
+import msgspec
 from pydantic import Field, field_validator, model_validator
 
 from fastdistill.core.errors import InputError, SampleError
@@ -67,34 +68,30 @@ class LoadJsonl(StreamStep):
         yield from samples
         empty = True
         stop = None if self.limit is None else self.start + self.limit
-        for entry in islice(self._entries(files), self.start, stop):
+        for source, content in islice(self._entries(files), self.start, stop):
             empty = False
             index = ctx.next_index()
-            if isinstance(entry.content, SampleError):
-                ctx.discard(Sample(index, entry.source, {}).failed(self.name, entry.content))
+            if isinstance(content, SampleError):
+                ctx.discard(Sample(index, source, {}).failed(self.name, content))
             else:
-                yield Sample(index, entry.source, entry.content)
+                yield Sample(index, source, content)
         if empty:
             origin = ", ".join(str(file.path) for file in files) or "rows"
             after = f" after the first {self.start}" if self.start else ""
             raise InputError(f"{origin}: no records{after}; a data set has one JSON object a line")
 
-    def _entries(self, files: list["_File"]) -> Iterator["_Entry"]:
+    def _entries(self, files: list["_File"]) -> "Iterator[_Entry]":
         if self.rows is not None:
             for number, row in enumerate(self.rows, 1):
-                yield _Entry(f"rows:{number}", row)
+                yield f"rows:{number}", row
         names = [file.path.name for file in files]
         for file in files:
             unique = names.count(file.path.name) == 1
             yield from file.entries(file.path.name if unique else str(file.given))
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One record, or why it is none, and where it stands."""
-
-    source: str
-    content: Mapping[str, Any] | SampleError
+_Entry: TypeAlias = tuple[str, Mapping[str, Any] | SampleError]
+"""Where a record stands, and the record, or why it is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +122,9 @@ class _File:
         try:
             with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
                 for number, line in enumerate(file, 1):
-                    text = (line.removeprefix(_BOM) if number == 1 else line).strip()
-                    if text:
+                    if text := (line.removeprefix(_BOM) if number == 1 else line).strip():
                         source = f"{label}:{number}"
-                        yield _Entry(source, _parsed(text, source))
+                        yield source, _parsed(text, source)
         except (EOFError, zlib.error, OSError) as error:
             raise InputError(f"{self.path}: can't be read to its end: {error}; fetch the file again") from error
 
@@ -142,7 +138,7 @@ class _File:
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                     for record in batch.to_pylist():
                         number += 1
-                        yield _Entry(f"{label}:{number}", record)
+                        yield f"{label}:{number}", record
         except (ArrowException, OSError) as error:
             raise InputError(f"{self.path}: can't be read as Parquet: {error}; fetch the file again") from error
 
@@ -154,10 +150,10 @@ def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         InputError: the file can't be read, or one of its lines.
     """
     file = _File.found(path)
-    for entry in file.entries(file.path.name):
-        if isinstance(entry.content, SampleError):
-            raise InputError(f"{file.path.parent}/{entry.content}")
-        yield entry.source, entry.content
+    for source, content in file.entries(file.path.name):
+        if isinstance(content, SampleError):
+            raise InputError(f"{file.path.parent}/{content}")
+        yield source, content
 
 
 def _count(path: Path) -> int:
@@ -178,11 +174,12 @@ def _paths(path: Path | tuple[Path, ...] | None) -> tuple[Path, ...]:
     return (path,) if isinstance(path, Path) else path or ()
 
 
-def _parsed(text: bytes, source: str) -> dict[str, Any] | SampleError:
-    import msgspec
+_decode = msgspec.json.Decoder().decode
 
+
+def _parsed(text: bytes, source: str) -> dict[str, Any] | SampleError:
     try:
-        record = msgspec.json.decode(text)
+        record = _decode(text)
     except (ValueError, RecursionError) as error:
         return SampleError("bad_record", f"{source}: {_problem(text, error)}")
     if isinstance(record, dict):

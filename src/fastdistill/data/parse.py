@@ -5,7 +5,7 @@ answer, untouched. It never repairs: what is not SQL stays as it is, for the gat
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from msgspec import Struct
 
@@ -40,24 +40,32 @@ def clean_sql(text: str) -> tuple[str, tuple[Cut, ...]]:
     if len(text) > LONGEST:
         return text, ()
     body = text.strip()
-    before: list[Cut] = []
-    after: list[Cut] = []
-    while not _is_plain(body):
+    before: list[tuple[str, str]] = []
+    after: list[tuple[str, str]] = []
+    while (plain := _plain(body)) is None:
         if _STATEMENT.match(body):
             narrowed = _statements(body)
         else:
-            narrowed = next(filter(None, (rule(body) for rule in _AROUND)), None)
+            narrowed = ("<" in body and _thinking(body)) or _fence(body) or _introduction(body) or _quotes(body)
         if narrowed is None:
             break
         body = narrowed.body.strip()
-        before += _whole(narrowed.before)
-        after[:0] = _whole(narrowed.after)
-    return body, (*before, *after)
+        before += narrowed.before
+        after[:0] = narrowed.after
+    if plain is not None and plain != body:
+        body = plain
+        after.insert(0, ("semicolon", ";"))
+    return body, tuple([Cut(kind, whole) for kind, piece in before + after if (whole := piece.strip())])
 
 
-def _is_plain(text: str) -> bool:
-    """Whether it surely is one query and nothing else. Most are, and no rule has to read them token by token."""
-    return _QUERY.match(text) is not None and _CUTTING.search(text) is None
+def _plain(text: str) -> str | None:
+    """`text` without a final semicolon, if it surely is one query and nothing else: most are, and no rule has to read
+    them token by token.
+    """
+    found = _PLAIN.match(text)
+    if found is None or not found[1]:
+        return found and text
+    return None if _OPENS.search(text) or text.count("'") % 2 else text[:-1].rstrip()
 
 
 class _Narrowed(Struct):
@@ -66,10 +74,6 @@ class _Narrowed(Struct):
     body: str
     before: Sequence[tuple[str, str]] = ()
     after: Sequence[tuple[str, str]] = ()
-
-
-def _whole(cuts: Sequence[tuple[str, str]]) -> list[Cut]:
-    return [Cut(kind, text) for kind, piece in cuts if (text := piece.strip())]
 
 
 # Each rule sees a text without space around it, and returns less of it or None. A rule that cuts in front of a query
@@ -90,18 +94,19 @@ def _thinking(text: str) -> _Narrowed | None:
 
 def _fence(text: str) -> _Narrowed | None:
     """The first fenced block that begins like a query; else the first, opened on its own line, that has one."""
-    blocks = list(_FENCED.finditer(text))
-    found = next((block for block in blocks if _QUERY.match(block["code"].lstrip())), None)
-    if found is None:
-        opened = [block for block in blocks if not text[: block.start()].rpartition("\n")[2].strip(" \t>")]
-        found = next((block for block in opened if _query_start(block["code"]) is not None), None)
-    if found is None:
-        return None
-    return _Narrowed(
-        found["code"],
-        [("prose", text[: found.start()]), ("fence", found["opens"])],
-        [("fence", found["closes"]), ("prose", text[found.end() :])],
-    )
+    for block in _FENCED.finditer(text):
+        if _QUERY.match(text, *block.span("code")):
+            break
+    else:
+        for block in _FENCED.finditer(text):
+            opened = not text[: block.start()].rpartition("\n")[2].strip(" \t>")
+            if opened and _query_start(block["code"]) is not None:
+                break
+        else:
+            return None
+    opens, code, closes = block.groups()
+    before, after = text[: block.start()], text[block.end() :]
+    return _Narrowed(code, [("prose", before), ("fence", opens)], [("fence", closes), ("prose", after)])
 
 
 def _introduction(text: str) -> _Narrowed | None:
@@ -133,8 +138,6 @@ def _quotes(text: str) -> _Narrowed | None:
 
 def _statements(text: str) -> _Narrowed | None:
     """The first statement that is a query, or the first of all if none is; what follows it goes."""
-    if text.endswith(";") and _is_plain(text[:-1]) and not _OPENS.search(text) and text.count("'") % 2 == 0:
-        return _Narrowed(text[:-1], (), [("semicolon", ";")])
     first_end = end = _statement_end(text, 0)
     start = 0
     while not _QUERY.match(text, start):
@@ -152,9 +155,6 @@ def _statements(text: str) -> _Narrowed | None:
     if not start and not tail:
         return None
     return _Narrowed(text[start:end], [("statement", text[:start])], _after_statement(tail))
-
-
-_AROUND: tuple[Callable[[str], _Narrowed | None], ...] = (_thinking, _fence, _introduction, _quotes)
 
 
 def _after_statement(tail: str) -> list[tuple[str, str]]:
@@ -298,19 +298,24 @@ _FENCED = re.compile(
     r"""(?P<opens>```[ \t]*+(?:
             (?i:sql(?:ite3?)?|mysql|postgres(?:ql)?)\b | (?!(?i:select|with|values)\b)[\w+-]++(?=[ \t]*+\n)
         )?)
-        (?P<code>.*?) (?P<closes>```|\Z)""",
-    re.VERBOSE | re.DOTALL,
+        (?P<code>[^`]*+(?:`(?!``)[^`]*+)*+) (?P<closes>```|\Z)""",
+    re.VERBOSE,
 )
 _LABEL = re.compile(r"[#*\s]*+[^\n:：]{0,60}(?:[:：][*\s]*+)?\s*+")
 _QUOTED_BEFORE = re.compile(r"['\"`]++\Z")
 
 # None of these can stand in SQL outside of a string or a comment.
 _MARK = rf"```|</?{_THINK_NAME}>|</\w+>|<\||\[/\w+\]|\*\*(?=\s*+(?:\n|\Z))|(?<=[A-Za-z)\]'\"`])\.(?=\s*+\Z)"
-# Without any of these, even in a string, a text that begins like a query ends like one. A line may go on with a keyword
-# that no sentence begins with.
-_GOES_ON = "|".join(sorted(KEYWORDS - _SENTENCE_OPENERS))
-_CUTTING = re.compile(rf"[;`]|</|<\||<{_THINK_NAME}>|\[/|\*\*|\.\Z|\n(?!\s*+(?ai:{_GOES_ON})\b)")
-_OPENS = re.compile(r"[\"\[]|--|/\*")  # what might not be closed before the end
+# With none of what may begin such a mark, even in a string, a text that begins like a query ends like one. A line may
+# go on with a keyword that no sentence begins with; the commonest are looked for first.
+_GOES_ON = "|".join(["from", "where", "and", "group", "order", "limit", *sorted(KEYWORDS - _SENTENCE_OPENERS)])
+_PLAIN = re.compile(
+    rf"""(?={_LEAD}{_QUERY_TEXT})
+    (?:[^;`<\[*.\n]++ | <(?!/|\||{_THINK_NAME}>) | \[(?!/) | \*(?!\*) | \.(?!\s*+;?\Z)
+      | \n\s*+(?=(?ai:{_GOES_ON})\b))*+ (;?)\Z""",
+    re.VERBOSE,
+)
+_OPENS = re.compile(r'"|\[|--|/\*')  # what might not be closed before the end
 _MARKUP = re.compile(r"(?:```|</?\w+>|<\|\w+\|>|\[/\w+\]|\*\*|[.\s])++")
 _TOKEN = re.compile(
     rf"""(?P<end>{_MARK}) | (?P<semicolon>;) | (?P<space>\s++)

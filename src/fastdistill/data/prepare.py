@@ -46,7 +46,9 @@ class CanonicalizeFields(StreamStep):
             raise SampleError("not_canonical", f"{sample.source}: {error}") from error
 
     def _task_id(self, sample: Sample) -> str:
-        value = sample.record.get(self.task_id_field)
+        value = sample.record.get(self.task_id_field, "")
+        if isinstance(value, str) and value.isascii():  # as a rule
+            return value
         if value is None:
             return ""
         if isinstance(value, bool) or not isinstance(value, str | int):
@@ -65,14 +67,17 @@ class Deduplicate(StreamStep):
         """Raises:
         ConfigError: there is nothing to compare.
         """
+        fields = self.fields
         seen = ctx.index(self.name)
         for sample in samples:
-            if not self.fields and not sample.input:
+            content = sample.input
+            if not fields and not content:
                 raise ConfigError(
                     f"{self.name}: nothing to compare; put CanonicalizeFields before it, or give `fields`"
                 )
             try:
-                content = _pick(sample, self.fields) if self.fields else sample.input
+                if fields:
+                    content = _pick(sample, fields)
                 first = seen.first(sha256(_form(content)).hexdigest(), sample.source)
             except NotCanonical as error:
                 ctx.discard(sample.failed(self.name, SampleError("not_canonical", f"{sample.source}: {error}")))
@@ -97,11 +102,14 @@ def _form(content: Mapping[str, Any]) -> bytes:
 
 
 def _pick(sample: Sample, fields: Sequence[str]) -> Mapping[str, Any]:
-    missing = [field for field in fields if field not in sample.record]
-    if missing:
-        there = ", ".join(sample.record) or "none"
-        raise SampleError("missing_field", f"{sample.source}: no field {', '.join(missing)}; the record has: {there}")
-    return {field: sample.record[field] for field in fields}
+    record = sample.record
+    try:
+        return dict(zip(fields, map(record.__getitem__, fields), strict=True))
+    except KeyError as error:
+        missing = ", ".join([field for field in fields if field not in record])
+        there = ", ".join(record) or "none"
+        message = f"{sample.source}: no field {missing}; the record has: {there}"
+        raise SampleError("missing_field", message) from error
 
 
 def _first(seen: KeyIndex, sample: Sample) -> str | None:

@@ -9,9 +9,9 @@ from enum import StrEnum
 from functools import cached_property, lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, Gate
 from fastdistill.core.types import Candidate, FinishReason, Outcome, Sample, Verdict
@@ -54,13 +54,14 @@ class RuleFilter(Gate):
             raise ValueError(f"max_chars {self.max_chars} is below min_chars {self.min_chars}")
         return self
 
-    _parser: "asyncio.Task[ModuleType] | None" = PrivateAttr(None)
+    _parser: "ClassVar[asyncio.Task[ModuleType] | None]" = None
+    """Its import; of a step that is open, in its own `__dict__`: pydantic's private ones are slow."""
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
         if self.sql:
             # A quarter of a second, in which answers could not be taken in nor the next be asked for.
-            self._parser = asyncio.create_task(asyncio.to_thread(import_module, "sqlglot"))
+            self.__dict__["_parser"] = asyncio.create_task(asyncio.to_thread(import_module, "sqlglot"))
         yield
         if self._parser is not None:
             await self._parser
@@ -68,10 +69,13 @@ class RuleFilter(Gate):
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
         if self._parser is not None and not self._parser.done():
             await asyncio.shield(self._parser)
-        return self._finish(candidate) or self._length(candidate.answer) or self._text(candidate.answer)
+        if (finish := candidate.completion.finish_reason) is not FinishReason.STOP and (
+            failed := self._finish(candidate, finish)
+        ):
+            return failed
+        return self._length(candidate.answer) or self._text(candidate.answer)
 
-    def _finish(self, candidate: Candidate) -> Verdict | None:
-        reason = candidate.completion.finish_reason
+    def _finish(self, candidate: Candidate, reason: FinishReason) -> Verdict | None:
         if reason is FinishReason.CONTENT_FILTER:
             return self._fail(RuleReason.CONTENT_FILTERED)
         if reason is FinishReason.LENGTH and not self.allow_truncated:

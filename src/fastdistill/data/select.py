@@ -42,12 +42,14 @@ class ScoreFromExecEval(SampleStep):
         verdict = candidate.verdict(self.gate)
         if verdict is None:
             return candidate
-        detail = {} if verdict.outcome is Outcome.ERROR else verdict.detail
-        parts = {"exec_pass": self.exec_pass, "gold_match": self.gold_match}
-        known = {part: weight for part, weight in parts.items() if isinstance(detail.get(part), bool)}
-        total = sum(known.values())
-        score = sum(known[part] * detail[part] for part in known) / total if total else None
-        return replace(candidate, score=score)
+        reached = total = 0.0
+        if verdict.outcome is not Outcome.ERROR:
+            find = verdict.detail.get
+            for weight, found in ((self.exec_pass, find("exec_pass")), (self.gold_match, find("gold_match"))):
+                if isinstance(found, bool):
+                    total += weight
+                    reached += weight * found
+        return replace(candidate, score=reached / total if total else None)
 
 
 class SelectBest(SampleStep):
@@ -63,13 +65,15 @@ class SelectBest(SampleStep):
     )
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        ranked = sorted(sample.accepted, key=best_first)
-        if self.distinct:
-            first: dict[Hashable, Candidate] = {}
-            for candidate in ranked:
-                first.setdefault(self._key(candidate), candidate)
-            ranked = list(first.values())
-        return sample.selected(tuple(candidate.candidate_id for candidate in ranked[: self.k]))
+        ranked: Sequence[Candidate] = sample.accepted
+        if len(ranked) > 1:
+            ranked = sorted(ranked, key=best_first)
+            if self.distinct:
+                first: dict[Hashable, Candidate] = {}
+                for candidate in ranked:
+                    first.setdefault(self._key(candidate), candidate)
+                ranked = list(first.values())
+        return sample.selected(tuple([candidate.candidate_id for candidate in ranked[: self.k]]))
 
     def _key(self, candidate: Candidate) -> Hashable:
         if self.distinct == "path":

@@ -22,10 +22,10 @@ _RESERVED = frozenset(["and", "else", "false", "if", "in", "is", "none", "not", 
 
 @dataclass(frozen=True)
 class Template:
-    """A template that compiles. `parts` are text and the names of fields in turn, where it has nothing else."""
+    """A template that compiles. `plain` is the same for `str.format`, where it has nothing but text and fields."""
 
     text: str
-    parts: tuple[str, ...] | None
+    plain: str | None
 
     @cached_property
     def compiled(self) -> "jinja2.Template":
@@ -44,7 +44,9 @@ def compile_template(text: str) -> Template:
         # Jinja, too, makes every line end "\n".
         parts = re.split(_FIELD, re.sub(r"\r\n|\r", "\n", text), flags=re.ASCII)
         if _RESERVED.isdisjoint(name.lower() for name in parts[1::2]):
-            return Template(text, tuple(parts))
+            parts[::2] = [part.replace("{", "{{").replace("}", "}}") for part in parts[::2]]
+            parts[1::2] = [f"{{{name}!s}}" for name in parts[1::2]]
+            return Template(text, "".join(parts))
     template = Template(text, None)
 
     from jinja2 import TemplateSyntaxError
@@ -63,12 +65,13 @@ def render(template: Template, sample: Sample) -> str:
         SampleError: `missing_field` or `template_error`.
     """
     record = sample.record
-    try:
-        # Jinja knows more names than the record's, and what to say of one that nobody knows.
-        if template.parts is not None and all([name in record for name in template.parts[1::2]]):
-            return "".join([str(record[part]) if at % 2 else part for at, part in enumerate(template.parts)])
-    except ValueError as error:  # an integer that Python does not write
-        raise SampleError("template_error", f"{sample.source}: the template: {error}") from error
+    if template.plain is not None:
+        try:
+            return template.plain.format_map(record)
+        except KeyError:
+            pass  # Jinja knows more names than the record's, and what to say of one that nobody knows
+        except ValueError as error:  # an integer that Python does not write
+            raise SampleError("template_error", f"{sample.source}: the template: {error}") from error
 
     from jinja2 import TemplateError, UndefinedError
 

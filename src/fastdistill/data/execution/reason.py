@@ -7,6 +7,8 @@ from typing import Literal
 class Reason(StrEnum):
     """A base for sets of reasons: `EQUAL = "equal", "pass"`; what says no outcome is a `fail`."""
 
+    __hash__ = str.__hash__  # Enum's own is Python, and every count asks for it
+
     outcome: Literal["pass", "fail", "error"]
     """`error` means that the candidate could not be judged: it is never held against it."""
 

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fastdistill.core.errors import InputError
 from fastdistill.core.files import sha256_file
@@ -44,9 +44,10 @@ class SQLiteExecEval(Gate):
     limits: SqlLimits = SqlLimits()
     workers: int | None = Field(None, gt=0, le=64, description="worker processes; by default one a core, two at most")
 
-    _pool: SqlitePool | None = PrivateAttr(None)
-    _copies: PerturbedCopies | None = PrivateAttr(None)
-    _databases: dict[str, asyncio.Future[str | None]] = PrivateAttr(default_factory=dict)  # sha256 by path, once read
+    # Of a step that is open, in its own `__dict__`: pydantic's private ones are slow.
+    _pool: ClassVar[SqlitePool | None] = None
+    _copies: ClassVar[PerturbedCopies | None] = None
+    _databases: ClassVar[dict[str, asyncio.Future[str | None]]] = {}  # sha256 by path, once read
 
     @field_validator("db_path")
     @classmethod
@@ -77,18 +78,19 @@ class SQLiteExecEval(Gate):
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
         """Raises InputError if `db_path` names one database and that can't be read."""
         async with AsyncExitStack() as stack:
-            self._pool = pool = await stack.enter_async_context(SqlitePool(self.workers, self.limits))
+            held = self.__dict__
+            held["_pool"] = pool = await stack.enter_async_context(SqlitePool(self.workers, self.limits))
             for path in self.inputs():
                 (trial,) = await pool.judge([SqlJob(str(path), "SELECT 1")])
                 if trial.reason is SqlReason.DATABASE_UNREADABLE:
                     raise InputError(f"{self.name}.db_path: {trial.detail}")
             if self.perturbations:
-                self._copies = await stack.enter_async_context(PerturbedCopies(self.perturbations))
-            self._databases = {}
+                held["_copies"] = await stack.enter_async_context(PerturbedCopies(self.perturbations))
+            held["_databases"] = databases = dict[str, asyncio.Future[str | None]]()
             try:
                 yield
             finally:
-                await asyncio.gather(*self._databases.values())
+                await asyncio.gather(*databases.values())
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         path = self._path(sample)
@@ -158,11 +160,12 @@ class SQLiteExecEval(Gate):
             reason = SqlReason.EXECUTED  # whatever gold says
         elif self.require == "exec_pass" and seen.exec_pass is False and reason.outcome == "error":
             reason = SqlReason.SQL_ERROR
-        shown = {name: value for name, value in seen._asdict().items() if value not in (None, (), [])}
-        del shown["reason"]
+        shown: dict[str, Any] = {name: value for name, value in zip(_SHOWN, seen[1:], strict=True) if value is not None}
+        if not seen.tables:
+            del shown["tables"]
         if not seen.near_limit:
             del shown["near_limit"]
-        return self.verdict(Outcome(reason.outcome), reason, **shown)
+        return self.verdict(_OUTCOMES[reason], reason, **shown)
 
     @cached_property
     def _only_path(self) -> str:
@@ -171,6 +174,10 @@ class SQLiteExecEval(Gate):
     @cached_property
     def _template(self) -> Template | None:
         return compile_template(self.db_path) if "{{" in self.db_path else None
+
+
+_SHOWN = Evaluation._fields[1:]  # all but the reason
+_OUTCOMES = {reason: Outcome(reason.outcome) for reason in SqlReason}
 
 
 def _agreement(seen: Sequence[Evaluation]) -> tuple[SqlReason, dict[str, Any]]:

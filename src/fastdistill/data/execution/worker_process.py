@@ -24,7 +24,10 @@ _HELD_BACK_S = 0.02
 
 def line(message: object) -> bytes:
     """ASCII JSON, so that lone surrogates survive the way, and a line break."""
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+    return _encode(message).encode() + b"\n"
+
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Channel:
