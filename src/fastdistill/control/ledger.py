@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from fastdistill.control.store import read_completion, write_completion
-from fastdistill.control.writer import Writer, connect, fault, insert, transaction
+from fastdistill.control.writer import Writer, connect, fault, insert
 from fastdistill.core.types import (
     Candidate,
     Cut,
@@ -147,7 +147,8 @@ def _rows(sample: Sample) -> _Rows:
 def _write_all(connection: sqlite3.Connection, entries: Sequence[_Rows | int]) -> None:
     # Of two for the same sample the later one counts.
     latest = {entry.sample[0]: entry for entry in entries if isinstance(entry, _Rows)}
-    with transaction(connection):
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
         known = connection.execute(
             "SELECT idx FROM samples WHERE idx IN (SELECT value FROM json_each(?))", (_json(list(latest)),)
         )
