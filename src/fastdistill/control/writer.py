@@ -19,7 +19,7 @@ from fastdistill.core.errors import EnvironmentFault
 
 _MOST_WAITING = 2_000  # entries, before whoever brings more has to wait: some kilobytes each
 _MOST_AT_ONCE = 1_000  # entries of a group
-_CHECKPOINT = 4_000  # pages of WAL: a page that is written again and again goes to the file once
+_CHECKPOINT = 16_000_000  # bytes of WAL: a page that is written again and again goes to the file once
 
 _END: tuple[None, None] = (None, None)  # the last job
 
@@ -31,7 +31,8 @@ class Writer(Generic[Entry]):
 
     `write_all` writes a group of entries in one transaction, in the writer's thread; a group begins `every` so many
     seconds at most. `durable` files survive the process being killed at any moment (WAL: a commit is in the system's
-    hands), and a power cut up to the last checkpoint; the others are for what can be computed again.
+    hands), and a power cut up to the last checkpoint; the others are for what can be computed again. `page_size` is in
+    bytes, and a new file's.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class Writer(Generic[Entry]):
         *,
         durable: bool,
         every: float,
+        page_size: int = 4096,
     ) -> None:
         self.path = path
         self._schema = schema
         self._write_all = write_all
         self._durable = durable
         self._every = every
+        self._page_size = page_size
         self._jobs: SimpleQueue[tuple[Entry | None, asyncio.Future[None] | None]] = SimpleQueue()
         self._thread: Thread | None = None
         self._unreported: EnvironmentFault | None = None
@@ -56,9 +59,10 @@ class Writer(Generic[Entry]):
         self._loop = asyncio.get_running_loop()
         connection = connect(self.path)
         try:
+            connection.execute(f"PRAGMA page_size={self._page_size}")
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute(f"PRAGMA synchronous={'NORMAL' if self._durable else 'OFF'}")
-            connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT}")
+            connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT // self._page_size}")
             connection.executescript(self._schema)
         except sqlite3.Error as error:
             connection.close()
