@@ -2,11 +2,14 @@
 
 import asyncio
 import random
+import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +27,7 @@ from fastdistill.core.types import (
     Prompt,
     Sample,
     Status,
+    TokenLogprob,
     Usage,
     Verdict,
 )
@@ -62,7 +66,12 @@ candidates = st.builds(
     key=text,
     prompt=prompts,
     completion=st.builds(
-        Completion, text=text, finish_reason=st.sampled_from(FinishReason), usage=st.just(Usage(3, 4)), thinking=text
+        Completion,
+        text=text,
+        finish_reason=st.sampled_from(FinishReason),
+        usage=st.just(Usage(3, 4)),
+        thinking=text,
+        logprobs=st.sampled_from([None, (), (TokenLogprob("a", -0.5, (("b", -1.5),)),)]),
     ),
     answer=text,
     cuts=st.lists(st.builds(Cut, kind=text, text=text), max_size=2).map(tuple),
@@ -205,4 +214,49 @@ def test_a_ledger_that_is_not_one_is_told(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     path.write_bytes(b"no database at all\n" * 300)
     with pytest.raises(EnvironmentFault, match=r"ledger\.sqlite: file is not a database"):
+        list(read_samples(path))
+
+
+def test_the_prompt_of_a_wave_is_kept_once(tmp_path: Path) -> None:
+    first, other = candidate("a", content="Q" * 1000), candidate("b", 9)
+    wave = [replace(first, attempt=attempt) for attempt in range(8)]
+    (found,) = written(tmp_path / "ledger.sqlite", [sample(0, *wave, other, other)])
+    assert found == sample(0, *wave, other, other)
+    assert len({id(c.prompt) for c in found.candidates}) == 2
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as database:
+        (size,) = database.execute("SELECT length(sample) FROM samples").fetchone()
+    assert 1000 < size < 8000
+
+
+def test_candidates_and_verdicts_can_be_asked_for_with_sql(tmp_path: Path) -> None:
+    verdicts = [Verdict("Gate", "f", Outcome(outcome), outcome, 0.5) for outcome in ("pass", "error", "fail")]
+    judged = [replace(candidate(f"{n}", n), verdicts=tuple(verdicts[:n])) for n in range(4)]
+    written(tmp_path / "ledger.sqlite", [sample(3, *judged)])
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as database:
+        outcomes = database.execute("SELECT idx, place, key, answer, outcome FROM candidates ORDER BY idx, place")
+        told = zip(range(4), ("pass", "pass", "error", "fail"), strict=True)
+        assert outcomes.fetchall() == [(3, n, f"k{n}", f"{n}", outcome) for n, outcome in told]
+        found = database.execute("SELECT idx, ordinal, gate, reason, outcome, score FROM verdicts WHERE place = 3")
+        assert found.fetchall() == [(3, n, "Gate", v.reason, v.outcome, 0.5) for n, v in enumerate(verdicts)]
+
+
+def test_what_a_gate_says_in_types_of_its_own_is_kept(tmp_path: Path) -> None:
+    class Reason(str):
+        pass
+
+    said = replace(candidate("a"), verdicts=(Verdict("Gate", "f", Outcome.FAIL, Reason("odd"), np.float64(0.25)),))
+    assert written(tmp_path / "ledger.sqlite", [sample(0, said)]) == [sample(0, said)]
+
+
+def test_a_value_of_another_type_than_its_field_is_told_with_its_place(tmp_path: Path) -> None:
+    said = replace(candidate("a"), verdicts=(Verdict("Gate", "f", Outcome.FAIL, "odd", True),))
+    with pytest.raises(EnvironmentFault, match=r"got `bool` - at `\$\.candidates.*score`; a step gave"):
+        written(tmp_path / "ledger.sqlite", [sample(0, said)])
+
+
+def test_a_ledger_of_another_version_is_told_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript("CREATE TABLE samples (idx INTEGER PRIMARY KEY); PRAGMA user_version = 1")
+    with pytest.raises(EnvironmentFault, match=r"ledger\.sqlite: another version .*; start the run again"):
         list(read_samples(path))

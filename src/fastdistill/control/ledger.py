@@ -4,45 +4,47 @@ It can be computed again from the records and the response store, so a new start
 """
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from operator import itemgetter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from operator import is_
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
-from fastdistill.control.store import read_completion, write_completion
-from fastdistill.control.writer import Writer, connect, fault, insert, transaction
-from fastdistill.core.types import (
-    Candidate,
-    Cut,
-    Failure,
-    Outcome,
-    Prompt,
-    Sample,
-    Status,
-    Verdict,
-)
+from fastdistill.control.store import pack, unpack
+from fastdistill.control.writer import Writer, connect, fault, insert
+from fastdistill.core.errors import EnvironmentFault
+from fastdistill.core.types import Prompt, Sample, Status
 
-SCHEMA = """
+_VERSION = 2
+# A row for each sample, most of it one JSON: tables of candidates and of verdicts cost three times as much, written and
+# read. The pages are large, for half of a small one would be empty. The views are for people.
+SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS samples (
-    idx INTEGER PRIMARY KEY, sample_id TEXT, task_id TEXT, source TEXT, status TEXT,
-    record TEXT, input TEXT, selection TEXT, failures TEXT);
-CREATE TABLE IF NOT EXISTS prompts (
-    id INTEGER PRIMARY KEY, provider TEXT, model TEXT, messages TEXT, parameters TEXT);
-CREATE TABLE IF NOT EXISTS candidates (
-    id INTEGER PRIMARY KEY, idx INTEGER, place INTEGER, candidate_id TEXT, step TEXT, attempt INTEGER, seed INTEGER,
-    key TEXT, prompt INTEGER, outcome TEXT, answer TEXT, score REAL, cuts TEXT, completion TEXT);
-CREATE TABLE IF NOT EXISTS verdicts (
-    id INTEGER PRIMARY KEY, idx INTEGER, place INTEGER, ordinal INTEGER, gate TEXT, fingerprint TEXT, outcome TEXT,
-    reason TEXT, score REAL, detail TEXT);
-PRAGMA user_version = 1;
+    idx INTEGER PRIMARY KEY, sample_id TEXT, task_id TEXT, status TEXT, input TEXT, logprobs TEXT, sample TEXT);
+CREATE VIEW IF NOT EXISTS candidates AS
+    SELECT idx, c.key AS place, json_extract(c.value, '$.candidate_id') AS candidate_id,
+    json_extract(c.value, '$.step') AS step, json_extract(c.value, '$.attempt') AS attempt,
+    json_extract(c.value, '$.seed') AS seed, json_extract(c.value, '$.key') AS key,
+    coalesce((SELECT max(json_extract(v.value, '$.outcome')) FROM json_each(c.value, '$.verdicts') v
+        WHERE json_extract(v.value, '$.outcome') <> 'pass'), 'pass') AS outcome,
+    json_extract(c.value, '$.answer') AS answer, json_extract(c.value, '$.score') AS score,
+    json_extract(c.value, '$.cuts') AS cuts, json_extract(c.value, '$.completion') AS completion
+    FROM samples, json_each(sample, '$.candidates') c;
+CREATE VIEW IF NOT EXISTS verdicts AS
+    SELECT idx, c.key AS place, v.key AS ordinal, json_extract(v.value, '$.gate') AS gate,
+    json_extract(v.value, '$.fingerprint') AS fingerprint, json_extract(v.value, '$.outcome') AS outcome,
+    json_extract(v.value, '$.reason') AS reason, json_extract(v.value, '$.score') AS score,
+    json_extract(v.value, '$.detail') AS detail
+    FROM samples, json_each(sample, '$.candidates') c, json_each(c.value, '$.verdicts') v;
+PRAGMA user_version = {_VERSION};
 """
-# The ids keep what belongs to a sample together, and in order: `idx`, then `place`, then `ordinal`.
-_PLACES = 1 << 16  # candidates of a sample
-_ORDINALS = 1 << 8  # verdicts on a candidate
+
+_Row: TypeAlias = tuple[int, str, str, str, str, str, str]
+"""The columns of `samples`. `sample` lacks what others have, but for the status that it was saved with."""
 
 
 class Ledger:
@@ -52,7 +54,7 @@ class Ledger:
         self.path = path
         for leftover in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
             leftover.unlink(missing_ok=True)
-        self._writer = Writer(path, SCHEMA, _write_all, durable=False, every=0.1)
+        self._writer = Writer(path, SCHEMA, _write_all, durable=False, every=0.1, page_size=65_536)
 
     async def __aenter__(self) -> "Ledger":
         await self._writer.__aenter__()
@@ -67,11 +69,11 @@ class Ledger:
         """Writes a sample whole, in place of what was written of it before; soon, not at once."""
         if self._writer.crowded:
             await self._writer.write(None)
-        self.submit(sample)
+        self._writer.submit(_row(sample))
 
     def submit(self, sample: Sample) -> None:
         """As `save`, for what can't wait."""
-        self._writer.submit(_rows(sample))
+        self._writer.submit(_row(sample))
 
     async def leave_out_after(self, index: int) -> None:
         """Samples beyond this one are not part of the data set: the run had enough."""
@@ -83,157 +85,87 @@ class Ledger:
         return read_samples(self.path, "status = 'open'")
 
 
+def _write_all(connection: sqlite3.Connection, entries: Sequence[_Row | int]) -> None:
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        rows = [entry for entry in entries if not isinstance(entry, int)]
+        insert(connection, "INSERT OR REPLACE INTO samples", rows)  # of two for the same sample the later one stays
+        if len(rows) < len(entries):
+            last = min(entry for entry in entries if isinstance(entry, int))
+            connection.execute("UPDATE samples SET status = 'skipped' WHERE idx > ? AND status = 'open'", (last,))
+
+
 def read_samples(path: Path, where: str = "1", parameters: Sequence[Any] = ()) -> Iterator[Sample]:
-    """Samples of a ledger in input order, lazily; `where` is an SQL condition of ours on the table `samples`."""
+    """Samples of a ledger in input order, lazily; `where` is an SQL condition of ours on the table `samples`.
+
+    Raises:
+        EnvironmentFault: the file is none that this version can read.
+    """
     connection = connect(path, readonly=True)
     try:
-        found = connection.execute(f"SELECT * FROM samples WHERE {where} ORDER BY idx", parameters)
-        while rows := found.fetchmany(_READ_AT_A_TIME):
-            chosen = (_json([row[0] for row in rows]),)
-            candidates, verdicts = (
-                _by_sample(connection.execute(query, chosen)) for query in (_SELECT_CANDIDATES, _SELECT_VERDICTS)
-            )
-            for row in rows:
-                yield _sample(row, candidates.get(row[0], ()), verdicts.get(row[0], ()))
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version != _VERSION:
+            remedy = "start the run again with the same config: its answers are stored, and nothing is asked twice"
+            raise EnvironmentFault(f"{path}: another version of fastdistill wrote it; {remedy}")
+        rows = connection.execute(f"SELECT * FROM samples WHERE {where} ORDER BY idx", parameters)
+        yield from map(_sample, rows)
     except sqlite3.Error as error:
         raise fault(path, error) from error
+    except msgspec.DecodeError as error:
+        remedy = "a step gave a sample a value of another type than the field has; mend that step"
+        raise EnvironmentFault(f"{path}: {error}; {remedy}") from error
     finally:
         connection.close()
 
 
-_READ_AT_A_TIME = 64  # samples
-_WITHIN = "FROM json_each(?) s CROSS JOIN {0} ON {0}.id BETWEEN s.value * {1} AND (s.value + 1) * {1} - 1"
-_SELECT_CANDIDATES = (
-    "SELECT candidates.*, prompts.provider, prompts.model, prompts.messages, prompts.parameters "
-    + _WITHIN.format("candidates", _PLACES)
-    + " JOIN prompts ON prompts.id = candidates.prompt"
-)
-_SELECT_VERDICTS = "SELECT verdicts.* " + _WITHIN.format("verdicts", _PLACES * _ORDINALS)
+def _plain(value: object) -> object:
+    """What a gate may say in a type of its own, as NumPy's floats are."""
+    for kind in (str, float):
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(f"{type(value).__name__} has no JSON")
 
 
-def _by_sample(rows: Iterable[tuple[Any, ...]]) -> dict[int, list[tuple[Any, ...]]]:
-    found: dict[int, list[tuple[Any, ...]]] = {}
-    for row in sorted(rows, key=itemgetter(0)):
-        found.setdefault(row[1], []).append(row)
-    return found
+_encode = msgspec.json.Encoder(enc_hook=_plain).encode
+_decode = msgspec.json.Decoder().decode
+_decode_sample = msgspec.json.Decoder(Sample).decode
+_STATUSES = {str(status): status for status in Status}  # to call an enumeration takes ten times as long
+_AS_BEFORE = Prompt("", "", (), {})  # the one of the candidate before
+_ELSEWHERE: dict[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """What the tables have of one sample."""
-
-    sample: tuple[Any, ...]
-    prompts: list[tuple[Any, ...]]
-    candidates: list[tuple[Any, ...]]
-    verdicts: list[tuple[Any, ...]]
-
-
-def _rows(sample: Sample) -> _Rows:
-    index = sample.index
-    first = index * _PLACES
-    prompts: dict[int, tuple[Any, ...]] = {}  # the candidates of a wave share theirs
-    candidates, verdicts = [], []
-    for place, candidate in enumerate(sample.candidates):
-        id_, prompt = first + place, candidate.prompt
-        if id(prompt) not in prompts:
-            prompts[id(prompt)] = (id_, *prompt.columns)
-        candidates.append((id_, index, place, *_candidate_columns(candidate, prompts[id(prompt)][0])))
-        for ordinal, v in enumerate(candidate.verdicts):
-            judged = (v.gate, v.fingerprint, v.outcome, v.reason, v.score, _json(v.detail) if v.detail else "{}")
-            verdicts.append((id_ * _ORDINALS + ordinal, index, place, ordinal, *judged))
-    return _Rows(_sample_row(sample), list(prompts.values()), candidates, verdicts)
-
-
-def _write_all(connection: sqlite3.Connection, entries: Sequence[_Rows | int]) -> None:
-    # Of two for the same sample the later one counts.
-    latest = {entry.sample[0]: entry for entry in entries if isinstance(entry, _Rows)}
-    with transaction(connection):
-        known = connection.execute(
-            "SELECT idx FROM samples WHERE idx IN (SELECT value FROM json_each(?))", (_json(list(latest)),)
-        )
-        for (index,) in known.fetchall():
-            for table, ids in (("prompts", _PLACES), ("candidates", _PLACES), ("verdicts", _PLACES * _ORDINALS)):
-                within = (index * ids, (index + 1) * ids - 1)
-                connection.execute(f"DELETE FROM {table} WHERE id BETWEEN ? AND ?", within)
-        insert(connection, "INSERT OR REPLACE INTO samples", [rows.sample for rows in latest.values()])
-        for table in ("prompts", "candidates", "verdicts"):
-            insert(
-                connection, f"INSERT INTO {table}", [row for rows in latest.values() for row in getattr(rows, table)]
-            )
-        for entry in entries:
-            if isinstance(entry, int):
-                connection.execute("UPDATE samples SET status = 'skipped' WHERE idx > ? AND status = 'open'", (entry,))
-
-
-_json_encoder = msgspec.json.Encoder()
-_decode_cuts = msgspec.json.Decoder(tuple[Cut, ...]).decode
-_decode_failures = msgspec.json.Decoder(tuple[Failure, ...]).decode
-
-
-# To call an enumeration takes ten times as long.
-_OUTCOMES = {str(outcome): outcome for outcome in Outcome}
-_STATUSES = {str(status): status for status in Status}
-
-
-def _json(value: object) -> str:
-    return _json_encoder.encode(value).decode()
-
-
-def _sample_row(sample: Sample) -> tuple[Any, ...]:
-    record, content = sample.record, sample.input
-    taken = all([field in record and record[field] is value for field, value in content.items()])
+def _row(sample: Sample) -> _Row:
+    content, candidates = sample.input, sample.candidates
+    if len(candidates) > 1:
+        others = [replace(c, prompt=_AS_BEFORE) if c.prompt is b.prompt else c for b, c in pairwise(candidates)]
+        candidates = (candidates[0], *others)
+    slim = replace(sample, sample_id="", task_id="", input=_ELSEWHERE, candidates=candidates)
+    text, logprobs = _encode(slim).decode(), ""
+    if '"logprobs":[' in text:
+        found = [c.completion.logprobs for c in candidates]
+        logprobs = _encode([None if each is None else pack(each) for each in found]).decode()
+        bare = [replace(c, completion=replace(c.completion, logprobs=None)) for c in candidates]
+        text = _encode(replace(slim, candidates=bare)).decode()
     # An input that is fields of the record is written as their names.
+    taken = all(map(is_, map(sample.record.get, content), content.values()))
     return (
-        sample.index, sample.sample_id, sample.task_id, sample.source, sample.status, _json(record),
-        _json(list(content) if taken else content),
-        None if sample.selection is None else _json(sample.selection),
-        _json(sample.failures) if sample.failures else "[]",
+        sample.index, sample.sample_id, sample.task_id, str(sample.status),
+        _encode(list(content) if taken else content).decode(), logprobs, text,
     )  # fmt: skip
 
 
-def _candidate_columns(c: Candidate, prompt: int) -> tuple[Any, ...]:
-    return (
-        c.candidate_id, c.step, c.attempt, c.seed, c.key, prompt, c.outcome, c.answer, c.score,
-        _json(c.cuts) if c.cuts else "[]", write_completion(c.completion),
-    )  # fmt: skip
-
-
-def _sample(row: tuple[Any, ...], candidates: Sequence[tuple[Any, ...]], verdicts: Sequence[tuple[Any, ...]]) -> Sample:
-    index, sample_id, task_id, source, status, record, input_, selection, failures = row
-    by_place: dict[int, list[Verdict]] = {}
-    for _, _, place, _, gate, fingerprint, outcome, reason, score, detail in verdicts:
-        told = {} if detail == "{}" else msgspec.json.decode(detail)
-        verdict = Verdict(gate, fingerprint, _OUTCOMES[outcome], reason, score, told)
-        by_place.setdefault(place, []).append(verdict)
-    fields = msgspec.json.decode(record)
-    taken = msgspec.json.decode(input_)
-    return Sample(
-        index=index,
-        source=source,
-        record=fields,
-        task_id=task_id,
-        sample_id=sample_id,
-        input={name: fields[name] for name in taken} if isinstance(taken, list) else taken,
-        candidates=tuple(_candidate(row, tuple(by_place.get(row[2], ()))) for row in candidates),
-        selection=None if selection is None else tuple(msgspec.json.decode(selection)),
-        failures=_decode_failures(failures),
-        status=_STATUSES[status],
-    )
-
-
-def _candidate(row: tuple[Any, ...], verdicts: tuple[Verdict, ...]) -> Candidate:
-    _, _, _, candidate_id, step, attempt, seed, key, _, _, answer, score, cuts, completion, *asked = row
-    provider, model, messages, parameters = asked
-    return Candidate(
-        candidate_id=candidate_id,
-        step=step,
-        attempt=attempt,
-        seed=seed,
-        key=key,
-        prompt=Prompt(provider, model, tuple(msgspec.json.decode(messages)), msgspec.json.decode(parameters)),
-        completion=read_completion(completion),
-        answer=answer,
-        cuts=_decode_cuts(cuts),
-        verdicts=verdicts,
-        score=score,
+def _sample(row: _Row) -> Sample:
+    _, sample_id, task_id, status, input_, logprobs, text = row
+    sample = _decode_sample(text)
+    content, candidates = _decode(input_), sample.candidates
+    if isinstance(content, list):
+        content = {name: sample.record.get(name) for name in content}
+    if logprobs:
+        found = [None if each is None else unpack(each) for each in _decode(logprobs)]
+        whole = [replace(c.completion, logprobs=each) for c, each in zip(candidates, found, strict=True)]
+        candidates = tuple([replace(c, completion=each) for c, each in zip(candidates, whole, strict=True)])
+    if len(candidates) > 1:
+        candidates = tuple(accumulate(candidates, lambda b, c: c if c.prompt.provider else replace(c, prompt=b.prompt)))
+    return replace(
+        sample, sample_id=sample_id, task_id=task_id, status=_STATUSES[status], input=content, candidates=candidates
     )

@@ -336,7 +336,8 @@ def _example(ledger: Path) -> str:
     """The short id of a sample worth a look: the first with a candidate that a gate held back, else the first."""
     from fastdistill.control.writer import connect
 
-    held_back = "SELECT idx FROM candidates WHERE outcome <> 'pass' ORDER BY idx LIMIT 1"
+    told = """instr(sample, '"outcome":"fail"') OR instr(sample, '"outcome":"error"')"""  # no JSON is parsed for it
+    held_back = f"SELECT idx FROM samples WHERE {told} ORDER BY idx LIMIT 1"
     first = "SELECT idx FROM samples WHERE sample_id <> '' ORDER BY idx LIMIT 1"
     query = f"SELECT sample_id FROM samples WHERE idx = coalesce(({held_back}), ({first}))"
     with suppress(sqlite3.Error), closing(connect(ledger, readonly=True)) as connection:

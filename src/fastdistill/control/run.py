@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import count
@@ -39,7 +40,7 @@ class ActiveRun:
         self.dist = dist
         self.tally = tally
         self.models = models
-        self.step_times: dict[str, StepTime] = {}
+        self.step_times: defaultdict[str, StepTime] = defaultdict(StepTime)
         self.begun = perf_counter()
         self.total: int | None = None  # records to come in all, once somebody has counted them
         self._ledger = ledger
@@ -127,10 +128,7 @@ class ActiveRun:
         return Enough(f"target.accepted: the records are used up at {reached} accepted samples", ExitCode.PARTIAL)
 
     def timed(self, step: Step) -> Timer:
-        times = self.step_times.get(step.name)
-        if times is None:
-            times = self.step_times[step.name] = StepTime()
-        return Timer(times)
+        return Timer(self.step_times[step.name])
 
     def close(self) -> None:
         self._indexes.close()

@@ -6,16 +6,17 @@ The key is made of what would change the answer (see `core.types.Draw.key`), so 
 import sqlite3
 import zlib
 from base64 import b64decode, b64encode
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 from msgspec.structs import replace
 
 from fastdistill.control.seen import Seen
-from fastdistill.control.writer import Writer, connect, fault, insert, transaction
+from fastdistill.control.writer import Writer, connect, fault, insert
 from fastdistill.core.types import Answer, Completion, Prompt, PromptColumns, TokenLogprob
 
 SCHEMA = """
@@ -30,10 +31,8 @@ PRAGMA user_version = 1;
 # comes again after so many others is written again.
 _PROMPTS_REMEMBERED = 4096
 
-_LAST = "SELECT max(rowid) FROM responses"
-
-_Entry: TypeAlias = tuple[str, PromptColumns, Sequence[tuple[bytes, int | None, int, str]]]
-"""A prompt's name and columns, and answers to it: key, seed, attempt, completion."""
+_Entry: TypeAlias = tuple[str, PromptColumns, list[list[Any]]]
+"""A prompt's name and columns, and answers to it: the columns of `responses`, the prompt's id to be put in."""
 
 
 class ResponseStore:
@@ -42,9 +41,9 @@ class ResponseStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._writer = Writer(path, SCHEMA, self._write_all, durable=True, every=0.008)
-        self._prompts: dict[str, int] = {}  # ids of the latest, by provider and digest
+        self._prompts: OrderedDict[str, int] = OrderedDict()  # ids of the latest, by provider and digest
         self._mine = Seen()  # keys
-        self._last: int | None = None  # rowid of the latest answer, as this process left it
+        self._last = 0  # id of the latest prompt, as this process left it
         self._alone = not path.exists()  # all answers are of this process, so that only its own keys can be found
 
     async def __aenter__(self) -> "ResponseStore":
@@ -63,7 +62,7 @@ class ResponseStore:
             return None
         try:
             row = self._reader.execute(
-                "SELECT completion FROM responses WHERE key = ?", (bytes.fromhex(key),)
+                "SELECT completion FROM responses WHERE key = ?", (bytearray.fromhex(key),)
             ).fetchone()
             return None if row is None else read_completion(row[0])
         except (sqlite3.Error, msgspec.DecodeError, ValueError, zlib.error) as error:
@@ -75,31 +74,38 @@ class ResponseStore:
         return int(count)
 
     async def put(self, prompt: Prompt, answers: Sequence[Answer]) -> None:
-        for answer in answers:
-            self._mine.add(answer.key)
-        rows = [(bytes.fromhex(a.key), a.draw.seed, a.draw.attempt, write_completion(a.completion)) for a in answers]
+        if self._alone:
+            for answer in answers:
+                self._mine.add(answer.key)
+        rows = [
+            [bytearray.fromhex(a.key), 0, a.draw.seed, a.draw.attempt, write_completion(a.completion)] for a in answers
+        ]
         # Made here, not in the writer's thread: what has no JSON costs its own sample.
         await self._writer.write((f"{prompt.provider} {prompt.digest}", prompt.columns, rows))
 
     def _write_all(self, connection: sqlite3.Connection, entries: Sequence[_Entry]) -> None:
         new: dict[str, int] = {}
-        prompts, responses = [], []
-        with transaction(connection):
-            (last,) = connection.execute("SELECT max(rowid) FROM prompts").fetchone()
-            self._alone = self._alone and connection.execute(_LAST).fetchone()[0] == self._last
+        prompts: list[tuple[Any, ...]] = []
+        responses: list[list[Any]] = []
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            last = connection.execute("SELECT max(rowid) FROM prompts").fetchone()[0] or 0
+            self._alone = self._alone and last == self._last  # another process begins with a prompt of its own
             for asked, columns, rows in entries:
                 id_ = self._prompts.get(asked) or new.get(asked)
                 if id_ is None:
-                    id_ = new[asked] = last = (last or 0) + 1
+                    id_ = new[asked] = last = last + 1
                     prompts.append((id_, *columns))
-                responses += [(key, id_, *rest) for key, *rest in rows]
+                for row in rows:
+                    row[1] = id_
+                responses += rows
             insert(connection, "INSERT INTO prompts", prompts)
             # The first answer under a key stays: whoever comes later asked for something that was there.
             insert(connection, "INSERT OR IGNORE INTO responses", responses)
-            (self._last,) = connection.execute(_LAST).fetchone()
-        self._prompts |= new
+        self._last = last
+        self._prompts.update(new)
         while len(self._prompts) > _PROMPTS_REMEMBERED:
-            del self._prompts[next(iter(self._prompts))]
+            self._prompts.popitem(last=False)
 
 
 _encode = msgspec.json.Encoder().encode
@@ -109,13 +115,10 @@ _UNPACKED, _PACKED = '"logprobs":null,', '"logprobs":"'  # neither can stand in 
 
 
 def write_completion(completion: Completion) -> str:
-    """A completion as the store and the ledger have it: JSON, its log-probabilities packed into one string.
-
-    With 20 alternatives for each token that halves what is by far the largest part of an answer.
-    """
+    """A completion as JSON, its log-probabilities packed."""
     if completion.logprobs is None:
         return _encode(completion).decode()
-    packed = b64encode(zlib.compress(_encode(completion.logprobs))).decode()
+    packed = pack(completion.logprobs)
     return _encode(replace(completion, logprobs=None)).decode().replace(_UNPACKED, f'{_PACKED}{packed}",')
 
 
@@ -125,5 +128,16 @@ def read_completion(text: str) -> Completion:
     if not packed:
         return _decode(text)
     packed, _, tail = rest.partition('",')
-    logprobs = _decode_logprobs(zlib.decompress(b64decode(packed)))
-    return replace(_decode(f"{head}{_UNPACKED}{tail}"), logprobs=logprobs)
+    return replace(_decode(f"{head}{_UNPACKED}{tail}"), logprobs=unpack(packed))
+
+
+def pack(logprobs: Sequence[TokenLogprob]) -> str:
+    """Log-probabilities as one string.
+
+    With 20 alternatives for each token that halves what is by far the largest part of an answer.
+    """
+    return b64encode(zlib.compress(_encode(logprobs))).decode()
+
+
+def unpack(packed: str) -> tuple[TokenLogprob, ...]:
+    return _decode_logprobs(zlib.decompress(b64decode(packed)))

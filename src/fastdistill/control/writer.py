@@ -4,12 +4,12 @@ way, or too soon after it, goes into the next. The event loop never waits for th
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from itertools import chain
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Thread
 from time import monotonic, sleep
 from types import TracebackType
@@ -18,7 +18,10 @@ from typing import Any, Generic, TypeVar
 from fastdistill.core.errors import EnvironmentFault
 
 _MOST_WAITING = 2_000  # entries, before whoever brings more has to wait: some kilobytes each
-_CHECKPOINT = 4_000  # pages of WAL: a page that is written again and again goes to the file once
+_MOST_AT_ONCE = 1_000  # entries of a group
+_CHECKPOINT = 16_000_000  # bytes of WAL: a page that is written again and again goes to the file once
+
+_END: tuple[None, None] = (None, None)  # the last job
 
 Entry = TypeVar("Entry")
 
@@ -26,9 +29,10 @@ Entry = TypeVar("Entry")
 class Writer(Generic[Entry]):
     """Owns the writing connection to `path`; use as an async context manager.
 
-    `write_all` writes a group of entries in one `transaction`, in the writer's thread; a group begins `every` so many
+    `write_all` writes a group of entries in one transaction, in the writer's thread; a group begins `every` so many
     seconds at most. `durable` files survive the process being killed at any moment (WAL: a commit is in the system's
-    hands), and a power cut up to the last checkpoint; the others are for what can be computed again.
+    hands), and a power cut up to the last checkpoint; the others are for what can be computed again. `page_size` is in
+    bytes, and a new file's.
     """
 
     def __init__(
@@ -39,13 +43,15 @@ class Writer(Generic[Entry]):
         *,
         durable: bool,
         every: float,
+        page_size: int = 4096,
     ) -> None:
         self.path = path
         self._schema = schema
         self._write_all = write_all
         self._durable = durable
         self._every = every
-        self._jobs: SimpleQueue[tuple[Entry | None, asyncio.Future[None] | None] | None] = SimpleQueue()
+        self._page_size = page_size
+        self._jobs: SimpleQueue[tuple[Entry | None, asyncio.Future[None] | None]] = SimpleQueue()
         self._thread: Thread | None = None
         self._unreported: EnvironmentFault | None = None
 
@@ -53,9 +59,10 @@ class Writer(Generic[Entry]):
         self._loop = asyncio.get_running_loop()
         connection = connect(self.path)
         try:
+            connection.execute(f"PRAGMA page_size={self._page_size}")
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute(f"PRAGMA synchronous={'NORMAL' if self._durable else 'OFF'}")
-            connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT}")
+            connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT // self._page_size}")
             connection.executescript(self._schema)
         except sqlite3.Error as error:
             connection.close()
@@ -67,7 +74,7 @@ class Writer(Generic[Entry]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._jobs.put(None)
+        self._jobs.put(_END)
         assert self._thread is not None
         await asyncio.to_thread(self._thread.join)
         if self._unreported is not None and error is None:
@@ -99,22 +106,17 @@ class Writer(Generic[Entry]):
 
     def _work(self, connection: sqlite3.Connection) -> None:
         earliest = 0.0
-        while (job := self._jobs.get()) is not None:
+        get = self._jobs.get
+        while (job := get()) is not _END:
             if (early := earliest - monotonic()) > 0:
                 sleep(early)
             earliest = monotonic() + self._every
-            batch = [job]
-            while len(batch) < 1000:
-                try:
-                    more = self._jobs.get_nowait()
-                except Empty:
-                    break
-                if more is None:
-                    self._jobs.put(None)  # to be found by the outer loop, after this batch
-                    break
-                batch.append(more)
-            error = self._commit(connection, [entry for entry, _ in batch if entry is not None])
-            waiting = [done for _, done in batch if done is not None]
+            group = [job, *[get() for _ in range(min(self._jobs.qsize(), _MOST_AT_ONCE - 1))]]
+            if group[-1] is _END:
+                self._jobs.put(_END)  # to be found by the loop, after this group
+            entries, futures = zip(*group, strict=True)
+            error = self._commit(connection, [entry for entry in entries if entry is not None])
+            waiting = list(filter(None, futures))
             self._unreported = error or self._unreported
             if waiting:
                 self._loop.call_soon_threadsafe(_resolve, waiting, self._unreported)
@@ -132,28 +134,22 @@ class Writer(Generic[Entry]):
         return None
 
 
-@contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """All that is written within it, or nothing."""
-    with connection:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-
-
 def insert(connection: sqlite3.Connection, into: str, rows: Sequence[Sequence[Any]]) -> None:
     """`into` is like `INSERT INTO t`.
 
-    Many rows are one statement: each run of one gives up the interpreter's lock, and has to wait for it again.
+    Many rows are one statement: each run of one gives up the interpreter's lock, and has to wait for it again. A value
+    that is not of type `int`, `float`, `str` or `bytearray` itself costs `sqlite3` as much as all else of its row.
     """
-    at = 0
-    for size in (64, 8, 1):
-        while len(rows) - at >= size:
-            some = rows[at : at + size]
-            connection.execute(_insert(into, len(some[0]), size), list(chain.from_iterable(some)))
-            at += size
+    values = list(chain.from_iterable(rows))
+    at, left = 0, len(rows)
+    while left:
+        size = min(64, 1 << left.bit_length() - 1)  # few sizes: statements are kept
+        end = at + size * len(rows[0])
+        connection.execute(_insert(into, len(rows[0]), size), values[at:end])
+        at, left = end, left - size
 
 
-@lru_cache
+@cache
 def _insert(into: str, width: int, size: int) -> str:
     row = f"({', '.join('?' * width)})"
     return f"{into} VALUES {', '.join([row] * size)}"
