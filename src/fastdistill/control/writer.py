@@ -129,7 +129,7 @@ class Writer(Generic[Entry]):
     def _commit(self, connection: sqlite3.Connection, entries: Sequence[Entry]) -> EnvironmentFault | None:
         try:
             self._write_all(connection, entries)
-        except (sqlite3.Error, OverflowError, UnicodeError) as error:  # uncaught, the thread would end and all wait
+        except Exception as error:  # uncaught, the thread would end, and whoever waits would wait for ever
             return fault(self.path, error)
         return None
 
