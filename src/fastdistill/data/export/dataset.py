@@ -429,6 +429,8 @@ def parquet_file(path: Path, schema: Any, read_as: Any = None, **options: Any) -
             writer.write_table(pa.concat_tables(group))
             group.clear()
             size = 0
+            # By itself mimalloc keeps what is free for the next group: how much, depends on the time.
+            pa.default_memory_pool().release_unused()
 
         def write(text: bytes) -> None:
             nonlocal size
