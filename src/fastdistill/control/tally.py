@@ -20,7 +20,7 @@ from fastdistill.core.types import Candidate, Failure, FinishReason, Outcome, Sa
 from fastdistill.data.judge import LLMJudge
 
 EXAMPLES = 3
-_AT_A_TIME = 64  # items that wait to be hashed: many at a time cost less
+_HASHED_AT_ONCE = 64  # samples
 
 
 @dataclass(slots=True)
@@ -51,28 +51,26 @@ class FailureCount:
 
 
 class ContentHash:
-    """Hash of a multiset of items, each given by its identifying parts."""
+    """Hash of a multiset of items, each a tuple of its identifying parts.
+
+    What is added waits in a list for the next `sum_up`, for many at a time cost less.
+    """
 
     def __init__(self) -> None:
         self._sum = 0
-        self._fresh: list[tuple[str, ...]] = []  # not in the sum yet
+        self._fresh: list[tuple[str, ...]] = []
+        self.add = self._fresh.append
 
-    def add(self, *parts: str) -> None:
-        fresh = self._fresh
-        fresh.append(parts)
-        if len(fresh) == _AT_A_TIME:
-            self._sum_up()
+    def remove(self, item: tuple[str, ...]) -> None:
+        self._sum -= _sum([item])
 
-    def remove(self, *parts: str) -> None:
-        self._sum -= _sum([parts])
-
-    def __str__(self) -> str:
-        self._sum_up()
-        return f"{self._sum % 2**256:064x}"
-
-    def _sum_up(self) -> None:
+    def sum_up(self) -> None:
         self._sum += _sum(self._fresh)
         self._fresh.clear()
+
+    def __str__(self) -> str:
+        self.sum_up()
+        return f"{self._sum % 2**256:064x}"
 
 
 _bytes, _digest = methodcaller("encode", "utf-8", "surrogatepass"), methodcaller("digest")
@@ -113,7 +111,10 @@ class Tally:
         if sample.failures and status not in (Status.DUPLICATE, Status.CONTAMINATED, Status.SKIPPED):
             for failure in sample.failures:
                 self._fail(failure)
-        hashes["samples"].add(sample.sample_id, sample.source)
+        hashes["samples"].add((sample.sample_id, sample.source))
+        if self.samples % _HASHED_AT_ONCE == 0:
+            for content in hashes.values():
+                content.sum_up()
         outcomes = [self._candidate(candidate, hashes) for candidate in sample.candidates]
         if status is not Status.OPEN:
             self.left_at.setdefault(sample.failures[-1].step, Counter())[status] += 1
@@ -124,7 +125,7 @@ class Tally:
             self.undecided_samples += 1
         for rank, candidate in enumerate(sample.chosen):
             self.selected += 1
-            hashes["selected"].add(candidate.candidate_id, str(rank), candidate.answer)
+            hashes["selected"].add((candidate.candidate_id, str(rank), candidate.answer))
 
     def leave(self, sample: Sample) -> None:
         """A sample that was added while it was open leaves the stream after all: an export can't take it."""
@@ -136,7 +137,7 @@ class Tally:
         self.accepted_samples -= bool(sample.accepted)
         for rank, candidate in enumerate(sample.chosen):
             self.selected -= 1
-            self.hashes["selected"].remove(candidate.candidate_id, str(rank), candidate.answer)
+            self.hashes["selected"].remove((candidate.candidate_id, str(rank), candidate.answer))
 
     @property
     def failed(self) -> int:
@@ -210,7 +211,7 @@ class Tally:
             self.cuts[cut.kind] += 1
         if candidate.score is not None:
             self.scores[round(candidate.score, 2)] += 1
-        hashes["candidates"].add(candidate_id, completion.text)
+        hashes["candidates"].add((candidate_id, completion.text))
         if self.calibrations:
             for calibration in self.calibrations.values():
                 calibration.add(candidate)
@@ -226,7 +227,7 @@ class Tally:
                 gate.scores[round(verdict.score, 2)] += 1
             if detail:
                 self._detail(gate, detail)
-            hashes[name].add(candidate_id, said, verdict.reason)
+            hashes[name].add((candidate_id, said, verdict.reason))
         return outcome
 
     def _detail(self, gate: GateCount, detail: Mapping[str, Any]) -> None:

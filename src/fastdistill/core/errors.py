@@ -107,7 +107,7 @@ class boundary:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, SampleError | FatalError):
+        if kind is not None and isinstance(error, Exception) and not isinstance(error, SampleError | FatalError):
             raise SampleError("unexpected", f"{self._step}: {type(error).__name__}: {error}") from error
 
 

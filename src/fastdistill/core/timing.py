@@ -28,13 +28,12 @@ class Timer:
         self._step = step
 
     def __enter__(self) -> None:
-        _timer.set(self)  # no step has another within it
+        _timer.set(self)  # until the next step begins: nothing observes between two
         self._begun: float | None = perf_counter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _timer.set(None)
         if self._begun is not None:
             self._step.busy.add(perf_counter() - self._begun)
 

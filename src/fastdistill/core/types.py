@@ -253,12 +253,13 @@ class Sample(Struct, frozen=True, gc=False):
     @property
     def chosen(self) -> tuple[Candidate, ...]:
         """The selected candidates, best first; every accepted one where no step selects."""
-        if self.selection is None:
+        candidates, selection = self.candidates, self.selection
+        if selection is None:
             return self.accepted
-        if len(self.candidates) == len(self.selection) == 1:
-            return self.candidates
-        by_id = {candidate.candidate_id: candidate for candidate in self.candidates}
-        return tuple([by_id[candidate_id] for candidate_id in self.selection])
+        if len(candidates) == 1:
+            return candidates if selection else ()
+        by_id = {candidate.candidate_id: candidate for candidate in candidates}
+        return tuple([by_id[candidate_id] for candidate_id in selection])
 
     def failed(self, step: str, error: SampleError) -> "Sample":
         status = Status.SKIPPED if isinstance(error, NotAsked) else Status.FAILED

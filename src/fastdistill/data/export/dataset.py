@@ -250,18 +250,20 @@ class Export(Splits):
         with ExitStack() as stack:
             writers = {split: self._writers(split, ctx.dist, stack) for split in self.splits}
             wanted = [(shape, SHAPES[shape]) for shape in dict.fromkeys(self.files("train").values())]
+            divided = len(writers) > 1
+            own = writers["train"]
             for sample in samples:
                 before = dict(seen)
                 try:
                     rows = self._rows(sample, wanted, seen)
-                    split = self.split(sample) if rows else "train"
+                    if rows and divided:
+                        split = self.split(sample)
+                        seen[f"{split}_samples"] += 1
+                        own = writers[split]
                 except SampleError as error:
                     seen = Counter(before)
                     ctx.discard(sample.failed(self.name, error))
                     continue
-                if rows and len(writers) > 1:
-                    seen[f"{split}_samples"] += 1
-                own = writers[split]
                 for kind, line in rows:
                     own[kind](line)
                 yield sample

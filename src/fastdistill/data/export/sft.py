@@ -54,15 +54,17 @@ class ExportSFT(Export):
         chosen = sample.chosen
         if self.difficulty_quotas and chosen and not self._within_quota(sample, seen):
             return
-        turns = [(candidate, turn) for candidate in chosen for turn in self._turns(sample, candidate)]
-        for candidate, (part, prompt, text) in turns:
-            columns = self.columns_of(sample, candidate)
-            if part is not None:
-                columns["fd_part"] = part
-                columns["fd_id"] += f"#{part}"
-            yield ANSWERS, Example(prompt, [{"role": "assistant", "content": text}], columns)
-            seen["rows" if part is None else f"{part}_rows"] += 1
-        if chosen and not turns:
+        written = False
+        for candidate in chosen:
+            for part, prompt, text in self._turns(sample, candidate):
+                columns = self.columns_of(sample, candidate)
+                if part is not None:
+                    columns["fd_part"] = part
+                    columns["fd_id"] += f"#{part}"
+                yield ANSWERS, Example(prompt, [{"role": "assistant", "content": text}], columns)
+                seen["rows" if part is None else f"{part}_rows"] += 1
+                written = True
+        if chosen and not written:
             raise SampleError("no_rationale", f"{sample.source}: no chosen answer has a rationale to write before it")
 
     def _within_quota(self, sample: Sample, seen: "Counter[str]") -> bool:
