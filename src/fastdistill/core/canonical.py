@@ -6,10 +6,10 @@ insignificant space, strings in NFC, numbers in their shortest round-trip form, 
 otherwise follows in spirit).
 """
 
-import hashlib
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -39,12 +39,12 @@ def canonical_json(value: object) -> bytes:
 
 def digest(value: object) -> str:
     """sha256 of the canonical JSON, 64 hex digits. A list as `value` gives its parts an unambiguous joint."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+    return sha256(canonical_json(value)).hexdigest()
 
 
 def pair_digest(text: str, canonical: bytes) -> str:
     """`digest` of the list of a text and of a value whose canonical JSON is there already."""
-    return hashlib.sha256(b"[%b,%b]" % (canonical_json(text), canonical)).hexdigest()
+    return sha256(b"[%b,%b]" % (canonical_json(text), canonical)).hexdigest()
 
 
 sample_id = pair_digest
@@ -53,11 +53,12 @@ sample_id = pair_digest
 
 def joined_digest(*parts: str) -> str:
     """sha256 of parts of which none holds a line break: cheaper than `digest`, and as unambiguous."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return sha256("\n".join(parts).encode()).hexdigest()
 
 
 _quote = msgspec.json.Encoder().encode  # of a string: UTF-8, escaped as little as JSON allows
 _encode = msgspec.json.Encoder(order="sorted").encode
+_flat = chain.from_iterable
 _STRINGS, _DICTS = {str}, {dict}
 
 # The usual one first: to ask an abstract class takes long, and to make an union each time, too.
@@ -105,11 +106,12 @@ def _form(value: object, path: _Path) -> bytes:
 def _all_text(value: Any) -> bool:
     """Of a dict, or a tuple of dicts."""
     if type(value) is dict:
-        return {*map(type, value), *map(type, value.values())} == _STRINGS
-    if {*map(type, value)} != _DICTS:
+        items: Iterable[Any] = value.items()
+    elif {*map(type, value)} == _DICTS:
+        items = _flat(map(dict.items, value))
+    else:
         return False
-    values = chain.from_iterable(map(dict.values, value))
-    return {*map(type, chain.from_iterable(value)), *map(type, values)} == _STRINGS
+    return {*map(type, _flat(items))} == _STRINGS
 
 
 def _words(path: _Path) -> str:
