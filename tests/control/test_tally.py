@@ -174,9 +174,9 @@ def test_a_content_hash_changes_with_the_content(stage: str, changed: Sample) ->
 def test_a_content_hash_counts_how_often_an_item_comes(items: list[list[str]]) -> None:
     once, twice = ContentHash(), ContentHash()
     for item in items:
-        once.add(*item)
-        twice.add(*item)
-        twice.add(*item)
+        once.add(tuple(item))
+        twice.add(tuple(item))
+        twice.add(tuple(item))
     assert (str(once) == str(twice)) is (not items)
     assert len(str(once)) == 64
 

@@ -1,7 +1,10 @@
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from msgspec.structs import replace
 from pydantic import ValidationError
 
 from fastdistill.core.types import Candidate, Cut, Outcome, Sample, Status, Verdict
-from fastdistill.data.export.dataset import ROWS_PER_GROUP
+from fastdistill.data.export.dataset import BYTES_PER_BLOCK, BYTES_PER_GROUP
 from fastdistill.data.export.sft import ExportSFT
 from tests.context import TestContext, candidate
 
@@ -100,13 +103,36 @@ def test_the_same_samples_give_the_same_bytes(ctx: TestContext) -> None:
     assert len(hashes[0]) == 8
 
 
-def test_row_groups_are_bounded(ctx: TestContext) -> None:
-    export(ctx, ExportSFT(), *(sample(n) for n in range(2 * ROWS_PER_GROUP + 1)))
+def test_row_groups_are_as_large_as_their_bound_in_bytes(ctx: TestContext) -> None:
+    export(ctx, ExportSFT(), *(sample(n, [accepted("x" * 8 * 2**10)]) for n in range(2500)))
     metadata = pq.read_metadata(ctx.dist / "sft" / "train.parquet")
-    assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [ROWS_PER_GROUP] * 2 + [1]
+    written = iter((ctx.dist / "sft" / "train.jsonl").read_bytes().splitlines(keepends=True))
+    sizes = [sum(map(len, islice(written, metadata.row_group(n).num_rows))) for n in range(metadata.num_row_groups)]
+    assert len(sizes) == 6
+    assert all(BYTES_PER_GROUP <= size < BYTES_PER_GROUP + BYTES_PER_BLOCK + 9_000 for size in sizes[:-1])
+    assert sizes[-1] < BYTES_PER_GROUP
+    assert next(written, None) is None
 
-    export(ctx, ExportSFT(), *(sample(n, [accepted("x" * 5 * 2**20)]) for n in range(8)))
-    assert pq.read_metadata(ctx.dist / "sft" / "train.parquet").num_row_groups == 2
+    export(ctx, ExportSFT(), *(sample(n, [accepted("x" * 3 * 2**20)]) for n in range(8)))
+    assert pq.read_metadata(ctx.dist / "sft" / "train.parquet").num_row_groups == 4
+
+
+def test_an_export_does_not_import_pandas(tmp_path: Path) -> None:
+    """pyarrow does, 50 MB of it, as soon as it converts an object of Python's; `datasets` brings it to these tests."""
+    code = """
+import sys
+from pathlib import Path
+import pyarrow as pa
+from fastdistill.data.export.dataset import parquet_file
+with parquet_file(Path(sys.argv[1]), pa.schema([("a", pa.list_(pa.string()))])) as write:
+    write(b'{"a":["b"]}\\n')
+assert "pandas" not in sys.modules
+pa.array(["b"])
+assert "pandas" in sys.modules, "nothing is shown"
+"""
+    path = tmp_path / "t.parquet"
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+    assert pq.read_table(path).to_pylist() == [{"a": ["b"]}]
 
 
 def test_a_run_that_stops_leaves_no_half_file(ctx: TestContext) -> None:

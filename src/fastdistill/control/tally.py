@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from operator import methodcaller
 from typing import Any
 
 from fastdistill.control.calibration import Calibration
@@ -19,6 +20,7 @@ from fastdistill.core.types import Candidate, Failure, FinishReason, Outcome, Sa
 from fastdistill.data.judge import LLMJudge
 
 EXAMPLES = 3
+_HASHED_AT_ONCE = 64  # samples
 
 
 @dataclass(slots=True)
@@ -49,23 +51,33 @@ class FailureCount:
 
 
 class ContentHash:
-    """Hash of a multiset of items, each given by its identifying parts."""
+    """Hash of a multiset of items, each a tuple of its identifying parts.
+
+    What is added waits in a list for the next `sum_up`, for many at a time cost less.
+    """
 
     def __init__(self) -> None:
         self._sum = 0
+        self._fresh: list[tuple[str, ...]] = []
+        self.add = self._fresh.append
 
-    def add(self, *parts: str) -> None:
-        self._sum += _number(parts)
+    def remove(self, item: tuple[str, ...]) -> None:
+        self._sum -= _sum([item])
 
-    def remove(self, *parts: str) -> None:
-        self._sum -= _number(parts)
+    def sum_up(self) -> None:
+        self._sum += _sum(self._fresh)
+        self._fresh.clear()
 
     def __str__(self) -> str:
+        self.sum_up()
         return f"{self._sum % 2**256:064x}"
 
 
-def _number(parts: Sequence[str]) -> int:
-    return int.from_bytes(sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).digest())
+_bytes, _digest = methodcaller("encode", "utf-8", "surrogatepass"), methodcaller("digest")
+
+
+def _sum(items: Sequence[Sequence[str]]) -> int:
+    return sum(map(int.from_bytes, map(_digest, map(sha256, map(_bytes, map("\x1f".join, items))))))
 
 
 class Tally:
@@ -78,16 +90,14 @@ class Tally:
         self.left_at: dict[str, Counter[Status]] = {step.name: Counter() for step in steps}
         self.accepted_samples = 0
         self.undecided_samples = 0  # nothing accepted, and at least one candidate that could not be judged
-        self.candidates = 0
         self.outcomes: Counter[Outcome] = Counter()
         self.selected = 0
-        self.finish_reasons: Counter[FinishReason] = Counter()
         self.cuts: Counter[str] = Counter()
         self.scores: Counter[float] = Counter()
         self.prompt_tokens = 0
         self.completion_tokens = 0
-        # (provider, model asked for, model served, build) of every candidate's answer
-        self.served: Counter[tuple[str, str, str, str]] = Counter()
+        # (finish reason, provider, model asked for, model served, build) of every candidate's answer
+        self._answers: Counter[tuple[FinishReason, str, str, str | None, str | None]] = Counter()
         self.gates: defaultdict[str, GateCount] = defaultdict(GateCount)
         self.failures: dict[tuple[str, str], FailureCount] = {}
         self.hashes: defaultdict[str, ContentHash] = defaultdict(ContentHash)
@@ -95,22 +105,27 @@ class Tally:
         self.calibrations = {step.name: Calibration(step) for step in steps if isinstance(step, LLMJudge)}
 
     def add(self, sample: Sample) -> None:
+        status, hashes = sample.status, self.hashes
         self.samples += 1
-        self.statuses[sample.status] += 1
-        if sample.status is not Status.OPEN:
-            self.left_at.setdefault(sample.failures[-1].step, Counter())[sample.status] += 1
-        if sample.status not in (Status.DUPLICATE, Status.CONTAMINATED, Status.SKIPPED):
+        self.statuses[status] += 1
+        if sample.failures and status not in (Status.DUPLICATE, Status.CONTAMINATED, Status.SKIPPED):
             for failure in sample.failures:
                 self._fail(failure)
-        self.hashes["samples"].add(sample.sample_id, sample.source)
-        outcomes = [self._candidate(candidate) for candidate in sample.candidates]
-        if sample.status is Status.OPEN:
-            accepted = Outcome.PASS in outcomes
-            self.accepted_samples += accepted
-            self.undecided_samples += Outcome.ERROR in outcomes and not accepted
-            for rank, candidate in enumerate(sample.chosen):
-                self.selected += 1
-                self.hashes["selected"].add(candidate.candidate_id, str(rank), candidate.answer)
+        hashes["samples"].add((sample.sample_id, sample.source))
+        if self.samples % _HASHED_AT_ONCE == 0:
+            for content in hashes.values():
+                content.sum_up()
+        outcomes = [self._candidate(candidate, hashes) for candidate in sample.candidates]
+        if status is not Status.OPEN:
+            self.left_at.setdefault(sample.failures[-1].step, Counter())[status] += 1
+            return
+        if Outcome.PASS in outcomes:
+            self.accepted_samples += 1
+        elif Outcome.ERROR in outcomes:
+            self.undecided_samples += 1
+        for rank, candidate in enumerate(sample.chosen):
+            self.selected += 1
+            hashes["selected"].add((candidate.candidate_id, str(rank), candidate.answer))
 
     def leave(self, sample: Sample) -> None:
         """A sample that was added while it was open leaves the stream after all: an export can't take it."""
@@ -122,11 +137,30 @@ class Tally:
         self.accepted_samples -= bool(sample.accepted)
         for rank, candidate in enumerate(sample.chosen):
             self.selected -= 1
-            self.hashes["selected"].remove(candidate.candidate_id, str(rank), candidate.answer)
+            self.hashes["selected"].remove((candidate.candidate_id, str(rank), candidate.answer))
 
     @property
     def failed(self) -> int:
         return self.statuses[Status.FAILED]
+
+    @property
+    def candidates(self) -> int:
+        return self.outcomes.total()
+
+    @property
+    def finish_reasons(self) -> Counter[FinishReason]:
+        reasons: Counter[FinishReason] = Counter()
+        for (reason, *_), count in self._answers.items():
+            reasons[reason] += count
+        return reasons
+
+    @property
+    def served(self) -> Counter[tuple[str, str, str, str]]:
+        """(provider, model asked for, model served, build) of every candidate's answer."""
+        served: Counter[tuple[str, str, str, str]] = Counter()
+        for (_, provider, asked, model, build), count in self._answers.items():
+            served[provider, asked, model or "", build or ""] += count
+        return served
 
     def accept_rate(self) -> Rate:
         """Samples with an accepted candidate, among those that could be decided."""
@@ -163,34 +197,37 @@ class Tally:
             in_stream = kept
         return stages
 
-    def _candidate(self, candidate: Candidate) -> Outcome:
-        outcome = candidate.outcome
-        self.candidates += 1
-        self.outcomes[outcome] += 1
+    def _candidate(self, candidate: Candidate, hashes: Mapping[str, ContentHash]) -> Outcome:
+        outcome, candidate_id = candidate.outcome, candidate.candidate_id
         prompt, completion = candidate.prompt, candidate.completion
-        self.finish_reasons[completion.finish_reason] += 1
-        self.prompt_tokens += completion.usage.prompt_tokens
-        self.completion_tokens += completion.usage.completion_tokens
-        self.served[prompt.provider, prompt.model, completion.model or "", completion.build or ""] += 1
+        usage = completion.usage
+        self.outcomes[outcome] += 1
+        self._answers[
+            completion.finish_reason, prompt.provider, prompt.model, completion.model, completion.build
+        ] += 1  # fmt: skip
+        self.prompt_tokens += usage.prompt_tokens
+        self.completion_tokens += usage.completion_tokens
         for cut in candidate.cuts:
             self.cuts[cut.kind] += 1
         if candidate.score is not None:
             self.scores[round(candidate.score, 2)] += 1
-        self.hashes["candidates"].add(candidate.candidate_id, completion.text)
-        for calibration in self.calibrations.values():
-            calibration.add(candidate)
+        hashes["candidates"].add((candidate_id, completion.text))
+        if self.calibrations:
+            for calibration in self.calibrations.values():
+                calibration.add(candidate)
         for verdict in candidate.verdicts:
-            if verdict.detail and verdict.detail.get("calibration"):
+            name, said, detail = verdict.gate, verdict.outcome, verdict.detail
+            if detail and detail.get("calibration"):
                 continue  # it decides nothing
-            gate = self.gates[verdict.gate]
-            gate.outcomes[verdict.outcome] += 1
-            if verdict.outcome is not Outcome.PASS:
+            gate = self.gates[name]
+            gate.outcomes[said] += 1
+            if said is not Outcome.PASS:
                 gate.reasons[verdict.reason] += 1
             if verdict.score is not None:
                 gate.scores[round(verdict.score, 2)] += 1
-            if verdict.detail:
-                self._detail(gate, verdict.detail)
-            self.hashes[verdict.gate].add(candidate.candidate_id, verdict.outcome, verdict.reason)
+            if detail:
+                self._detail(gate, detail)
+            hashes[name].add((candidate_id, said, verdict.reason))
         return outcome
 
     def _detail(self, gate: GateCount, detail: Mapping[str, Any]) -> None:

@@ -6,10 +6,10 @@ insignificant space, strings in NFC, numbers in their shortest round-trip form, 
 otherwise follows in spirit).
 """
 
-import hashlib
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -39,25 +39,26 @@ def canonical_json(value: object) -> bytes:
 
 def digest(value: object) -> str:
     """sha256 of the canonical JSON, 64 hex digits. A list as `value` gives its parts an unambiguous joint."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+    return sha256(canonical_json(value)).hexdigest()
 
 
-def sample_id(task_id: str, canonical_input: bytes) -> str:
-    """`sha256(task_id + canonical_input)`, joined as a JSON array so that no two pairs collide.
+def pair_digest(text: str, canonical: bytes) -> str:
+    """`digest` of the list of a text and of a value whose canonical JSON is there already."""
+    return sha256(b"[%b,%b]" % (canonical_json(text), canonical)).hexdigest()
 
-    Args:
-        canonical_input: what `canonical_json` gives.
-    """
-    return hashlib.sha256(b"[%b,%b]" % (canonical_json(task_id), canonical_input)).hexdigest()
+
+sample_id = pair_digest
+"""`sha256(task_id + canonical_input)`, joined as a JSON array so that no two pairs collide."""
 
 
 def joined_digest(*parts: str) -> str:
     """sha256 of parts of which none holds a line break: cheaper than `digest`, and as unambiguous."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return sha256("\n".join(parts).encode()).hexdigest()
 
 
 _quote = msgspec.json.Encoder().encode  # of a string: UTF-8, escaped as little as JSON allows
 _encode = msgspec.json.Encoder(order="sorted").encode
+_flat = chain.from_iterable
 _STRINGS, _DICTS = {str}, {dict}
 
 # The usual one first: to ask an abstract class takes long, and to make an union each time, too.
@@ -72,8 +73,8 @@ def _form(value: object, path: _Path) -> bytes:
     if isinstance(value, str):
         return _quote(value if value.isascii() else unicodedata.normalize("NFC", value))
     # What most are, a record or the messages of a prompt: text in ASCII, of which msgspec's form is the canonical one.
-    objects = (value,) if type(value) is dict else value if type(value) is tuple else ()
-    if objects and _all_text(objects) and (form := _encode(value)).isascii():
+    kind = type(value)
+    if (kind is dict or kind is tuple) and _all_text(value) and (form := _encode(value)).isascii():
         return form
     if isinstance(value, _OBJECT):
         members: dict[str, bytes] = {}
@@ -99,15 +100,18 @@ def _form(value: object, path: _Path) -> bytes:
         if value.bit_length() > _LONGEST_INTEGER:
             raise NotCanonical(f"{_words(path)}: an integer of more than 4,200 digits; write it as a string")
         return int.__repr__(value).encode()
-    kind = type(value).__name__
-    raise NotCanonical(f"{_words(path)}: {kind} has no JSON form; convert it to a string or a number")
+    raise NotCanonical(f"{_words(path)}: {kind.__name__} has no JSON form; convert it to a string or a number")
 
 
-def _all_text(objects: tuple[Any, ...]) -> bool:
-    if {*map(type, objects)} != _DICTS:
+def _all_text(value: Any) -> bool:
+    """Of a dict, or a tuple of dicts."""
+    if type(value) is dict:
+        items: Iterable[Any] = value.items()
+    elif {*map(type, value)} == _DICTS:
+        items = _flat(map(dict.items, value))
+    else:
         return False
-    values = chain.from_iterable(map(dict.values, objects))
-    return {*map(type, chain.from_iterable(objects)), *map(type, values)} == _STRINGS
+    return {*map(type, _flat(items))} == _STRINGS
 
 
 def _words(path: _Path) -> str:

@@ -1,10 +1,11 @@
 """Small statistics with their sources: intervals for rates, and a histogram that stays small at any count."""
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import accumulate, repeat
 from statistics import fmean, stdev
 
 Z95 = 1.959963984540054
@@ -115,19 +116,24 @@ class Histogram:
 
     def quantile(self, q: float) -> float:
         """The q-quantile in seconds; 0 if nothing was added."""
-        self._sort_in()
-        wanted = q * self._count
-        seen = 0
-        for bucket in sorted(self._buckets):
-            seen += self._buckets[bucket]
-            if seen >= wanted:
-                return min(math.exp(bucket / _PER_E), self._longest)
-        return 0.0
+        return self._quantiles([q])[0]
 
     def summary(self) -> dict[str, float | int]:
         """count, total and p50 ... p99 in seconds, for a report."""
-        quantiles = {f"p{q}_s": round(self.quantile(q / 100), 6) for q in (50, 90, 95, 99)}
-        return {"count": self._count, "total_s": round(self._total, 6), **quantiles, "max_s": round(self._longest, 6)}
+        p50, p90, p95, p99 = [round(seconds, 6) for seconds in self._quantiles([0.5, 0.9, 0.95, 0.99])]
+        return {
+            "count": self._count, "total_s": round(self._total, 6),
+            "p50_s": p50, "p90_s": p90, "p95_s": p95, "p99_s": p99, "max_s": round(self._longest, 6),
+        }  # fmt: skip
+
+    def _quantiles(self, shares: Sequence[float]) -> list[float]:
+        self._sort_in()
+        buckets = sorted(self._buckets)
+        if not buckets:
+            return [0.0] * len(shares)
+        reached = list(accumulate(map(self._buckets.__getitem__, buckets)))
+        places = [buckets[bisect_left(reached, share * self._count)] for share in shares]
+        return [min(math.exp(place / _PER_E), self._longest) for place in places]
 
     def _sort_in(self) -> None:
         if fresh := self._fresh:

@@ -4,10 +4,9 @@ A step is timed as a whole; code below it that knows better (a model client, a w
 with `observe`, and then those are what counts.
 """
 
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from time import perf_counter
 from types import TracebackType
-from typing import Self
 
 from fastdistill.core.stats import Histogram
 
@@ -23,26 +22,23 @@ class StepTime:
 class Timer:
     """Times a block for its step: the units observed within it, or the whole block as one busy unit."""
 
-    __slots__ = ("_begun", "_observed", "_step", "_token")
+    __slots__ = ("_begun", "_step")
 
     def __init__(self, step: StepTime) -> None:
         self._step = step
-        self._observed = False
 
-    def __enter__(self) -> Self:
-        self._token: Token[Timer | None] = _timer.set(self)
-        self._begun = perf_counter()
-        return self
+    def __enter__(self) -> None:
+        _timer.set(self)  # until the next step begins: nothing observes between two
+        self._begun: float | None = perf_counter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _timer.reset(self._token)
-        if not self._observed:
+        if self._begun is not None:
             self._step.busy.add(perf_counter() - self._begun)
 
     def observe(self, queued: float, busy: float) -> None:
-        self._observed = True
+        self._begun = None  # the units are what counts
         self._step.busy.add(busy)
         self._step.queued.add(queued)
 

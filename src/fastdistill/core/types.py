@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from fastdistill.core.canonical import digest, joined_digest
+from fastdistill.core.canonical import canonical_json, digest, joined_digest, pair_digest
 from fastdistill.core.errors import NotAsked, SampleError
 
 Role = Literal["system", "user", "assistant"]
@@ -113,7 +113,8 @@ class Prompt(Struct, frozen=True, dict=True):
     @cached_property
     def digest(self) -> str:
         """Of model, messages and parameters."""
-        return joined_digest(digest([self.model, self.messages]), _digest_once(self.parameters))
+        asked = pair_digest(self.model, canonical_json(self.messages))
+        return joined_digest(asked, _digest_once(self.parameters))
 
     @cached_property
     def columns(self) -> PromptColumns:
@@ -181,12 +182,12 @@ class Candidate(Struct, frozen=True, gc=False):
     @property
     def outcome(self) -> Outcome:
         """`fail` if any gate failed it, else `error` if any could not judge, else `pass`."""
-        outcome = Outcome.PASS
+        outcome = passed = Outcome.PASS
         for verdict in self.verdicts:
-            if verdict.outcome is Outcome.FAIL:
-                return Outcome.FAIL
-            if verdict.outcome is Outcome.ERROR:
-                outcome = Outcome.ERROR
+            if verdict.outcome is not passed:
+                outcome = verdict.outcome
+                if outcome is Outcome.FAIL:
+                    break
         return outcome
 
     def verdict(self, gate: str) -> Verdict | None:
@@ -252,10 +253,13 @@ class Sample(Struct, frozen=True, gc=False):
     @property
     def chosen(self) -> tuple[Candidate, ...]:
         """The selected candidates, best first; every accepted one where no step selects."""
-        if self.selection is None:
+        candidates, selection = self.candidates, self.selection
+        if selection is None:
             return self.accepted
-        by_id = {candidate.candidate_id: candidate for candidate in self.candidates}
-        return tuple([by_id[candidate_id] for candidate_id in self.selection])
+        if len(candidates) == 1:
+            return candidates if selection else ()
+        by_id = {candidate.candidate_id: candidate for candidate in candidates}
+        return tuple([by_id[candidate_id] for candidate_id in selection])
 
     def failed(self, step: str, error: SampleError) -> "Sample":
         status = Status.SKIPPED if isinstance(error, NotAsked) else Status.FAILED

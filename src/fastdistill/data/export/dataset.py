@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
+from functools import partial
 from hashlib import sha256
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import msgspec
 from pydantic import Field, field_validator, model_validator
@@ -23,16 +25,16 @@ from fastdistill.core.step import Context, StreamStep
 from fastdistill.core.types import Candidate, Sample, Status
 from fastdistill.data.template import compile_template, render
 
-ROWS_PER_GROUP = 1_000
-BYTES_PER_GROUP = 16 * 2**20
+BYTES_PER_BLOCK = 2**19
+BYTES_PER_GROUP = 2**22
 INTERLEAVED_ROWS = 4_096
 
 _encode = msgspec.json.Encoder().encode
 
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
-Write = Callable[[Row, bytes], None]
-"""Takes a row, and its JSON text."""
+Write = Callable[[bytes], object]
+"""Takes JSON Lines: one, or whole ones with their line breaks."""
 
 
 class Format(StrEnum):
@@ -50,6 +52,7 @@ class Format(StrEnum):
 class Shape(StrEnum):
     """What a row is made of. No row has two shapes' columns: trainers silently prefer one of them."""
 
+    __hash__ = str.__hash__
     MESSAGES = "messages"
     PROMPT_COMPLETION = "prompt_completion"
     PROMPT = "prompt"
@@ -59,6 +62,10 @@ class Shape(StrEnum):
     OPENAI_DPO = "openai_dpo"
     LLAMAFACTORY_DPO = "llamafactory_dpo"
     LLAMAFACTORY_KTO = "llamafactory_kto"
+
+
+Kind: TypeAlias = tuple[Shape, bool | None]
+"""A shape, and a label where it has one."""
 
 
 class Example(NamedTuple):
@@ -241,46 +248,59 @@ class Export(Splits):
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
         seen: Counter[str] = Counter()
         with ExitStack() as stack:
-            writers: dict[str, dict[Shape, list[Write]]] = {}
-            for split in self.splits:
-                writers[split] = {}
-                for path, shape in self.files(split).items():
-                    write = stack.enter_context(self._file(ctx.dist / path, shape))
-                    writers[split].setdefault(shape, []).append(write)
-            wanted = [(shape, SHAPES[shape]) for shape in writers["train"]]
+            writers = {split: self._writers(split, ctx.dist, stack) for split in self.splits}
+            wanted = [(shape, SHAPES[shape]) for shape in dict.fromkeys(self.files("train").values())]
+            divided = len(writers) > 1
+            own = writers["train"]
             for sample in samples:
-                found = seen.copy()
+                before = dict(seen)
                 try:
-                    rows = self._rows(sample, wanted, found)
-                    split = self.split(sample) if rows else "train"
+                    rows = self._rows(sample, wanted, seen)
+                    if rows and divided:
+                        split = self.split(sample)
+                        seen[f"{split}_samples"] += 1
+                        own = writers[split]
                 except SampleError as error:
+                    seen = Counter(before)
                     ctx.discard(sample.failed(self.name, error))
                     continue
-                if rows and len(writers) > 1:
-                    found[f"{split}_samples"] += 1
-                for shape, row, line in rows:
-                    for write in writers[split][shape]:
-                        write(row, line)
-                seen = found
+                for kind, line in rows:
+                    own[kind](line)
                 yield sample
         ctx.report(self.name, self.report(seen))
 
     def _rows(
         self, sample: Sample, wanted: list[tuple[Shape, Callable[[Example], Row]]], seen: "Counter[str]"
-    ) -> list[tuple[Shape, Row, bytes]]:
+    ) -> list[tuple[Kind, bytes]]:
         if sample.status is not Status.OPEN:
             return []
-        rows = []
-        for shapes, example in self.examples(sample, seen):
-            for shape, shaped in wanted:
-                if shape not in shapes:
-                    continue
-                row = shaped(example)
-                try:
-                    rows.append((shape, row, _encode(row)))
-                except UnicodeEncodeError as error:
-                    raise SampleError("not_unicode", f"{sample.source}: a lone surrogate in a row: {error}") from error
-        return rows
+        try:
+            return [
+                ((shape, example.label), _encode(shaped(example)))
+                for shapes, example in self.examples(sample, seen)
+                for shape, shaped in wanted
+                if shape in shapes
+            ]
+        except UnicodeEncodeError as error:
+            raise SampleError("not_unicode", f"{sample.source}: a lone surrogate in a row: {error}") from error
+
+    def _writers(self, split: str, dist: Path, stack: ExitStack) -> dict[Kind, Write]:
+        paths: dict[Shape, list[Path]] = {}
+        for path, shape in self.files(split).items():
+            paths.setdefault(shape, []).append(dist / path)
+        writers: dict[Kind, Write] = {}
+        for shape, same in paths.items():
+            files = [
+                parquet_file(path, self._schema(shape)) if path.suffix == ".parquet" else jsonl_file(path)
+                for path in same
+            ]
+            write = stack.enter_context(in_blocks(*map(stack.enter_context, files)))
+            if shape in (Shape.KTO, Shape.LLAMAFACTORY_KTO):
+                write_in_turn = stack.enter_context(interleaved(write))
+                writers |= {(shape, label): partial(write_in_turn, label) for label in (True, False)}
+            else:
+                writers[shape, None] = write
+        return writers
 
     def prompt(self, sample: Sample, candidate: Candidate) -> Messages:
         """What the student is asked: the candidate's own prompt, where nothing else is said."""
@@ -293,18 +313,12 @@ class Export(Splits):
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return system + [message for message in asked if message["role"] != "system"]
 
+    def columns_of(self, sample: Sample, candidate: Candidate) -> Row:
+        columns = candidate_columns(sample, candidate)
+        return columns | self.kept(sample) if self.keep_fields else columns
+
     def kept(self, sample: Sample) -> Row:
         return {f"fd_{field}": _text(sample.record.get(field)) for field in self.keep_fields}
-
-    @contextmanager
-    def _file(self, path: Path, shape: Shape) -> Iterator[Write]:
-        parquet = path.suffix == ".parquet"
-        with parquet_file(path, self._schema(shape)) if parquet else jsonl_file(path) as write:
-            if shape in (Shape.KTO, Shape.LLAMAFACTORY_KTO):
-                with interleaved(write) as write_in_turn:
-                    yield write_in_turn
-            else:
-                yield write
 
     def _schema(self, shape: Shape) -> Any:
         import pyarrow as pa
@@ -321,12 +335,11 @@ class Export(Splits):
 
 
 def candidate_columns(sample: Sample, candidate: Candidate) -> Row:
-    gates = [
-        {"gate": v.gate, "outcome": v.outcome.value, "reason": str(v.reason), "score": v.score}
-        for v in candidate.verdicts
-    ]
-    ids = row_id(sample, candidate), sample.sample_id, candidate.candidate_id, sample.task_id, candidate.prompt.model
-    values = *ids, candidate.seed, candidate.attempt, candidate.score, gates
+    values = (
+        row_id(sample, candidate), sample.sample_id, candidate.candidate_id, sample.task_id, candidate.prompt.model,
+        candidate.seed, candidate.attempt, candidate.score,
+        [{"gate": v.gate, "outcome": v.outcome, "reason": v.reason, "score": v.score} for v in candidate.verdicts],
+    )  # fmt: skip
     return dict(zip(FD_COLUMNS, values, strict=True))
 
 
@@ -337,30 +350,54 @@ def row_id(sample: Sample, candidate: Candidate) -> str:
 
 
 @contextmanager
-def interleaved(write: Write) -> Iterator[Write]:
+def in_blocks(*writes: Write) -> Iterator[Write]:
+    """Takes one line at a time, without its break, and hands many on at once."""
+    lines: list[bytes] = []
+    size = 0
+
+    def flush() -> None:
+        nonlocal size
+        text = b"\n".join([*lines, b""])
+        lines.clear()
+        size = 0
+        for write in writes:
+            write(text)
+
+    def write_later(line: bytes) -> None:
+        nonlocal size
+        lines.append(line)
+        size += len(line)
+        if size >= BYTES_PER_BLOCK:
+            flush()
+
+    yield write_later
+    if lines:
+        flush()
+
+
+@contextmanager
+def interleaved(write: Write) -> Iterator[Callable[[bool, bytes], None]]:
     """Rows come out shuffled within blocks, both labels evenly mixed: TRL's KTO trainer reads rows in their order.
 
     The shuffle goes by each row's hash, so the same rows come out in the same order.
     """
-    block: list[tuple[Row, bytes]] = []
+    block: list[tuple[bool, bytes]] = []
 
     def flush() -> None:
         placed = []
         for label in (True, False):
-            rows = sorted(
-                (each for each in block if each[0]["label"] is label), key=lambda each: sha256(each[1]).digest()
-            )
-            placed += [((place + 0.5) / len(rows), row, line) for place, (row, line) in enumerate(rows)]
-        for _, row, line in sorted(placed, key=lambda each: each[0]):
-            write(row, line)
+            lines = sorted((line for own, line in block if own is label), key=lambda line: sha256(line).digest())
+            placed += [((place + 0.5) / len(lines), line) for place, line in enumerate(lines)]
+        for _, line in sorted(placed, key=itemgetter(0)):
+            write(line)
         block.clear()
 
-    def write_later(row: Row, line: bytes) -> None:
-        block.append((row, line))
+    def write_in_turn(label: bool, line: bytes) -> None:
+        block.append((label, line))
         if len(block) >= INTERLEAVED_ROWS:
             flush()
 
-    yield write_later
+    yield write_in_turn
     flush()
 
 
@@ -368,42 +405,48 @@ def interleaved(write: Write) -> Iterator[Write]:
 def jsonl_file(path: Path) -> Iterator[Write]:
     """A JSON Lines file that is whole or absent."""
     with atomic(path, "wb") as file:
-
-        def write(row: Row, line: bytes) -> None:
-            file.write(line + b"\n")
-
-        yield write
+        yield file.write
 
 
 @contextmanager
-def parquet_file(path: Path, schema: Any, **options: Any) -> Iterator[Write]:
+def parquet_file(path: Path, schema: Any, read_as: Any = None, **options: Any) -> Iterator[Write]:
     """A Parquet file with this `pyarrow.Schema` that is whole or absent; no rows are a valid file too.
 
-    The same rows give the same bytes, with the same version of pyarrow. Row groups are bounded in rows and in bytes.
-    `options` are those of pyarrow's writer.
+    The same lines give the same bytes, with the same version of pyarrow. `read_as` is the schema that lines are read
+    with where Arrow reads no JSON to the types of `schema`, `options` are those of pyarrow's writer.
     """
     import pyarrow as pa
+    from pyarrow.json import ParseOptions, ReadOptions, read_json
     from pyarrow.parquet import ParquetWriter
 
-    rows: list[Row] = []
+    parsing = ParseOptions(explicit_schema=read_as or schema, unexpected_field_behavior="error")
+    group: list[Any] = []
     size = 0
-    with atomic(path, "wb") as file, ParquetWriter(file, schema, compression="zstd", **options) as writer:
+    # Rows are in no order by which statistics could tell where one is.
+    options = {"compression": "zstd", "write_statistics": False} | options
+    with atomic(path, "wb") as file, ParquetWriter(file, schema, **options) as writer:
 
         def flush() -> None:
             nonlocal size
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-            rows.clear()
+            writer.write_table(pa.concat_tables(group))
+            group.clear()
             size = 0
+            # By itself mimalloc keeps what is free for the next group: how much, depends on the time.
+            pa.default_memory_pool().release_unused()
 
-        def write(row: Row, line: bytes) -> None:
+        def write(text: bytes) -> None:
             nonlocal size
-            rows.append(row)
-            size += len(line)
-            if len(rows) >= ROWS_PER_GROUP or size >= BYTES_PER_GROUP:
+            # Read as JSON, for at the first Python object that it converts pyarrow imports pandas, if it is there.
+            reading = ReadOptions(use_threads=False, block_size=len(text))
+            table = read_json(pa.BufferReader(text), reading, parsing)
+            group.append(table.cast(schema) if read_as else table)
+            size += len(text)
+            # The writer keeps some kilobytes for each group until the file's end.
+            if size >= BYTES_PER_GROUP:
                 flush()
 
         yield write
-        if rows:
+        if group:
             flush()
 
 

@@ -35,7 +35,7 @@ class ExportHardCases(StreamStep):
                     ctx.discard(sample.failed(self.name, failure))
                     continue
                 if row:
-                    write(row, line)
+                    write(line + b"\n")
                 yield sample
 
     def _row(self, sample: Sample) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fastdistill.core.errors import InputError, SampleError
 from fastdistill.core.files import atomic
 from fastdistill.core.step import Context
 from fastdistill.core.types import Candidate, FinishReason, LogprobBasis, Sample, Status
-from fastdistill.data.export.dataset import Splits, Write, parquet_file, row_id
+from fastdistill.data.export.dataset import Splits, Write, in_blocks, parquet_file, row_id
 
 FOLDERS = {"parquet": "logprobs", "axolotl": "axolotl_kd", "distillkit": "distillkit"}
 
@@ -67,12 +67,13 @@ class ExportLogprobs(Splits):
         seen: Counter[str] = Counter()
         with ExitStack() as stack:
             halves = ["token_logprobs.list.element", "top_logprobs.list.element"]
-            options = {"use_dictionary": False, "use_byte_stream_split": halves}
+            plain = {"read_as": _schema("parquet", half="float64"), "use_dictionary": False}
+            options = plain | {"use_byte_stream_split": halves}
             writers: dict[tuple[str, str], Write] = {}
             for form, split in product(self.formats, self.splits):
                 more = options if form == "parquet" else {}
                 file = parquet_file(ctx.dist / FOLDERS[form] / f"{split}.parquet", _schema(form), **more)
-                writers[form, split] = stack.enter_context(file)
+                writers[form, split] = stack.enter_context(in_blocks(stack.enter_context(file)))
             for sample in samples:
                 try:
                     rows = [] if sample.status is not Status.OPEN else list(self._rows(sample, seen))
@@ -83,7 +84,7 @@ class ExportLogprobs(Splits):
                 if rows and len(self.splits) > 1:
                     seen[f"{split}_samples"] += 1
                 for name, row in rows:
-                    writers[name, split](row, msgspec.json.encode(row))
+                    writers[name, split](msgspec.json.encode(row))
                 yield sample
         if k := seen.pop("k", 0):
             # Its DistributionQuantizationConfig, of values that are stored as they are.
@@ -194,7 +195,9 @@ def _given(candidate: Candidate, gate: str) -> Scores | None:
 
 def _row(candidate: Candidate, sample: Sample, scores: Scores) -> dict[str, Any]:
     parameters = candidate.prompt.parameters
-    return scores._asdict() | {
+    given = scores._asdict()
+    del given["prompt_ids"]
+    return given | {
         "fd_id": row_id(sample, candidate),
         "fd_candidate_id": candidate.candidate_id,
         "fd_model": candidate.prompt.model,
@@ -206,11 +209,11 @@ def _row(candidate: Candidate, sample: Sample, scores: Scores) -> dict[str, Any]
     }
 
 
-def _schema(form: str) -> Any:
+def _schema(form: str, half: str = "float16") -> Any:
     import pyarrow as pa
 
     text, ids, nested = pa.string(), pa.list_(pa.int32()), pa.list_(pa.list_(pa.uint8()))
-    texts, halves, turns = pa.list_(text), pa.list_(pa.float16()), pa.struct([("role", text), ("content", text)])
+    texts, halves, turns = pa.list_(text), pa.list_(getattr(pa, half)()), pa.struct([("role", text), ("content", text)])
     types = {
         "parquet": {
             "fd_id": text, "fd_candidate_id": text, "fd_model": text, "temperature": pa.float64(),

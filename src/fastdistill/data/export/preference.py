@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from fastdistill.core.stats import wilson
 from fastdistill.core.types import Candidate, Outcome, Sample
-from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Shape, candidate_columns
+from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Shape
 from fastdistill.data.select import best_first
 
 PAIRS = frozenset({Shape.PREFERENCE, Shape.OPENAI_DPO, Shape.LLAMAFACTORY_DPO})
@@ -74,7 +74,7 @@ class ExportPreference(Export):
             yield PAIRS, self._example(sample, chosen, rejected)
         for candidate, label in self._labelled(better, worse):
             seen[f"kto_{str(label).lower()}"] += 1
-            columns = candidate_columns(sample, candidate) | self.kept(sample)
+            columns = self.columns_of(sample, candidate)
             yield LABELLED, Example(self.prompt(sample, candidate), _said(candidate), columns, label=label)
 
     def report(self, seen: "Counter[str]") -> dict[str, Any]:

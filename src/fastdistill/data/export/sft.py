@@ -2,17 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
 from fastdistill.core.errors import SampleError
 from fastdistill.core.types import Candidate, Outcome, Sample
-from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Messages, Shape, candidate_columns
+from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Messages, Shape
 from fastdistill.data.rationale import rationale_of
 
 ANSWERS = frozenset({Shape.MESSAGES, Shape.PROMPT_COMPLETION, Shape.OPENAI_SFT})
 PROMPTS = frozenset({Shape.PROMPT})
+
+Turn: TypeAlias = tuple[str | None, Messages, str]
+"""What a row is a part of, its prompt, and what is learnt to be said."""
 
 
 class ExportSFT(Export):
@@ -45,22 +48,22 @@ class ExportSFT(Export):
         return FD_COLUMNS if self.target == "answer_only" else (*FD_COLUMNS, "fd_part")
 
     def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
-        if sample.candidates and Shape.PROMPT in self.shapes:
+        if Shape.PROMPT in self.shapes and sample.candidates:
             columns = {"fd_sample_id": sample.sample_id, "fd_task_id": sample.task_id} | self.kept(sample)
             yield PROMPTS, Example(self.prompt(sample, sample.candidates[0]), [], columns)
-        written = 0
         chosen = sample.chosen
         if self.difficulty_quotas and chosen and not self._within_quota(sample, seen):
-            chosen = ()
+            return
+        written = False
         for candidate in chosen:
             for part, prompt, text in self._turns(sample, candidate):
-                columns = candidate_columns(sample, candidate) | self.kept(sample)
+                columns = self.columns_of(sample, candidate)
                 if part is not None:
                     columns["fd_part"] = part
                     columns["fd_id"] += f"#{part}"
                 yield ANSWERS, Example(prompt, [{"role": "assistant", "content": text}], columns)
-                written += 1
                 seen["rows" if part is None else f"{part}_rows"] += 1
+                written = True
         if chosen and not written:
             raise SampleError("no_rationale", f"{sample.source}: no chosen answer has a rationale to write before it")
 
@@ -76,17 +79,17 @@ class ExportSFT(Export):
         seen[f"difficulty_to_{edge:g}" if room else f"left_out_difficulty_to_{edge:g}"] += 1
         return room
 
-    def _turns(self, sample: Sample, candidate: Candidate) -> Iterator[tuple[str | None, Messages, str]]:
+    def _turns(self, sample: Sample, candidate: Candidate) -> list[Turn]:
         prompt = self.prompt(sample, candidate)
-        rationale = rationale_of(candidate)
         if self.target == "answer_only":
-            yield None, prompt, candidate.answer
-        elif self.target == "concat" and rationale is not None:
-            yield "concat", prompt, self.concat_format.format(rationale=rationale, answer=candidate.answer)
-        elif self.target == "multitask":
-            yield "label", _tagged(prompt, "[label]"), candidate.answer
-            if rationale is not None:
-                yield "rationale", _tagged(prompt, "[rationale]"), rationale
+            return [(None, prompt, candidate.answer)]
+        rationale = rationale_of(candidate)
+        if self.target == "multitask":
+            turns: list[Turn] = [("label", _tagged(prompt, "[label]"), candidate.answer)]
+            return turns if rationale is None else [*turns, ("rationale", _tagged(prompt, "[rationale]"), rationale)]
+        if rationale is None:
+            return []
+        return [("concat", prompt, self.concat_format.format(rationale=rationale, answer=candidate.answer))]
 
 
 def _tagged(prompt: Messages, tag: str) -> Messages:
