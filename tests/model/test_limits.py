@@ -187,10 +187,25 @@ def test_a_small_server_is_not_buried_however_long_the_run(slots: int) -> None:
     assert sum(outcome.capacities) / len(outcome.capacities) <= 10 * slots
 
 
+def test_the_ramp_to_many_slots_is_short() -> None:
+    ratios = []
+    for seed in range(4):
+        work = lognormal(10_000, seed)  # 20 for each slot
+        ratios.append(simulate(adaptive(), work, 512).seconds / simulate(Limit(5120), work, 512).seconds)
+    assert sum(ratios) / len(ratios) < 1.08
+
+
+def test_a_limit_that_is_not_used_hardly_grows() -> None:
+    limit = adaptive()
+    for at in range(10_000):
+        limit.answered(at / 10, at / 10 + 0.2, 100, busy=False)
+    assert limit.capacity <= 6 * 16
+
+
 # --- servers that refuse, break, or are slow ---
 
 
-@pytest.mark.parametrize("allowed", [10, 20, 100])
+@pytest.mark.parametrize("allowed", [10, 20, 100, 300])
 def test_a_server_that_refuses_beyond_a_number_costs_few_refusals_and_little_time(allowed: int) -> None:
     work = lognormal(10_000, 0)
     best = simulate(Limit(allowed), work, 100_000).seconds

@@ -1,9 +1,9 @@
 """How many requests to one endpoint are in flight: a fixed number, or one that finds itself. Pure: no clock, no tasks.
 
 Self-hosted servers queue instead of refusing, so 429 never comes: what shows too many requests is time spent in the
-server's queue. By Little's law a server of S slots with L > S requests in flight answers each L / S times slower than
-it could. So the limit grows while answers take about as long as at their best, rests while a queue of a quarter to
-one and a half slots' worth keeps the slots busy, and shrinks beyond that. Now and then it tries more and less, and
+server's queue. By Little's law throughput times the latency without a queue is the number of slots at work. The limit
+grows with each answer, up to some times that number, while twice as many in flight bring clearly more answers. Then it
+rests where a queue of up to one and a half slots' worth keeps the slots busy. Now and then it tries more and less, and
 keeps what the throughput says: a batch that slows every answer down and still answers more in all is worth it.
 
 A 429 cuts the limit once for each burst: by a little, and deeper with each burst that follows at once. From there it
@@ -13,16 +13,18 @@ Latency is per token, so that longer answers are not taken for a longer queue.
 """
 
 import math
+from bisect import bisect
 from dataclasses import dataclass
 
 from fastdistill.model.provider import Load
 
 HEADROOM = 1.25  # requests in flight for each slot: an answer that leaves finds the next one waiting
 CROWDED = 2.5
-RAMPED = 1.75  # times the best latency: what is in flight by then was sent later, and is already more
 BURST = 2.0  # seconds
 CUT = 0.7  # at most, after a 429; one cut for each burst
-RAMP = 3  # more in flight for each answer, at first
+RAMP = 6  # more in flight for each answer, at first
+PROVED = 4  # the ramp's limit: so many requests in flight for each slot that is known to be at work
+GREW = 1.3  # times the answers a second, with twice as many in flight: less ends the ramp
 SMALLEST_WINDOW = 24  # answers: of fewer, chance ends a ramp
 STEADY_WINDOW = 128  # answers, once the ramp is over: chance must not decide
 STEP = 1.5  # a trial is of so many times more, or less
@@ -62,6 +64,7 @@ class _Window:
     answers: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    load: int = 0  # capacities in force when they were sent, summed up; on the ramp only
     was_busy: bool = False
     broken: int = 0
 
@@ -73,10 +76,11 @@ class _Window:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """Another capacity, tried for one window; `capacity` and `throughput` are what it is compared with."""
+    """Another capacity, tried for one window or half of it; `capacity` was in force before. Throughputs to come to:"""
 
     capacity: int
-    throughput: float
+    hopeful: float  # in half of the window, to go on
+    enough: float  # to keep what was tried
 
 
 class AdaptiveLimit(Limit):
@@ -88,16 +92,19 @@ class AdaptiveLimit(Limit):
 
     def __init__(self, start: int = 8, ceiling: int = 8192, patience: float = 60.0) -> None:
         super().__init__(start)
-        self._start = start
         self._patience = patience
         self._ceiling = ceiling
         self._ramping = True
+        self._capacities: list[tuple[float, int]] = [(-math.inf, start)]  # on the ramp: from when on
+        self._rates: list[tuple[float, float]] = []  # on the ramp: mean capacity and answers a second of each window
+        self._slots = 1.5 * start  # known to be at work; at first a guess
+        self._first = math.inf  # when the first answer came
+        self._early = _Window(0.0, 0)  # all answers to what had been sent before, not just the fast ones
         self._window: _Window | None = None
         self._settling = 0  # answers still to come of requests sent under an earlier capacity
         self._quiet = 0  # windows since the last trial
         self._rest = 1  # windows between trials: more with each one that does not pay
         self._best = float("inf")  # seconds a token, without a queue as far as is known
-        self._latency = 0.0  # of the last window
         self._trial: _Trial | None = None
         self._last_cut = float("-inf")
         self._refused_at = float("inf")  # a capacity beyond which a 429 may come
@@ -106,6 +113,12 @@ class AdaptiveLimit(Limit):
         self._measured = False  # the server's metrics rule
 
     def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None:
+        tokens = max(tokens, 1)
+        self._first = min(self._first, now)
+        if begun < self._first:
+            self._early.tokens += tokens
+            self._early.seconds += now - begun
+            self._best = self._early.seconds / self._early.tokens
         if self._window is None:
             self._window = _Window(begun, SMALLEST_WINDOW)
         if self._settling > 0:
@@ -114,24 +127,35 @@ class AdaptiveLimit(Limit):
             return
         window = self._window
         window.answers += 1
-        window.tokens += max(tokens, 1)
+        window.tokens += tokens
         window.seconds += now - begun
         window.was_busy |= busy
-        if self._ramping and busy and not window.spoilt:
-            self._move(min(self.capacity + RAMP, max(self._bearable(window, now), self._start)))
+        if self._ramping:
+            window.load += self._was(begun)
+            if not window.spoilt and (higher := self._higher(window, now)) > self.capacity:
+                self._move(higher)
+                self._capacities.append((now, self.capacity))
         if window.answers >= window.wanted and now > window.begun:
-            self._window = None
+            if (
+                self._trial
+                and window.wanted < self._full
+                and window.tokens > self._trial.hopeful * (now - window.begun)
+            ):
+                window.wanted = self._full
+                return
             self._close(window, now)
-            wanted = self.capacity // 4 if self._ramping else max(STEADY_WINDOW, 2 * self.capacity)
-            self._window = _Window(now, max(SMALLEST_WINDOW, wanted))
+            wanted = max(SMALLEST_WINDOW, self.capacity // 8) if self._ramping else self._full
+            self._window = _Window(now, wanted if self._trial is None else wanted // 2)
 
     def rate_limited(self, begun: float, now: float) -> None:
         if begun < self._last_cut:
             return  # sent before the last cut: of the same burst
         self._last_cut = now
+        if self._ramping:
+            self._move(self._was(begun))
+            self._ramping = False
         self._refused_at = self.capacity
         self._care = GROWTH
-        self._ramping = False
         if self._trial is not None:
             self._change(self._trial.capacity)  # where none came
             self._trial = None
@@ -140,7 +164,7 @@ class AdaptiveLimit(Limit):
             self._change(min(self.capacity * self._cut, self.capacity - 1))
             self._cut = max(self._cut**2, CUT)
             self._quiet, self._rest = PROBE_EVERY // 2, PROBE_EVERY
-        self._window = _Window(now, max(STEADY_WINDOW, 2 * self.capacity))
+        self._window = _Window(now, self._full)
 
     def broke(self) -> None:
         if self._window is not None:
@@ -156,47 +180,66 @@ class AdaptiveLimit(Limit):
             self._move(min(self.capacity * 2, self._reach()))
 
     def _close(self, window: _Window, now: float) -> None:
+        trial, self._trial = self._trial, None
         if window.spoilt or not window.was_busy or (self._measured and not self._ramping):
-            if self._trial is not None:
-                self._change(self._trial.capacity)
-                self._trial = None
+            if trial is not None:
+                self._change(trial.capacity)
             return
         self._cut = JUST_BELOW
         throughput = window.tokens / (now - window.begun)
         latency = window.seconds / window.tokens
-        sped_up = latency < max(0.8 * self._latency, HEADROOM * self._best)  # a queue has gone: capacity was added
-        if self._trial is None:  # else its end would look as if a queue had gone
-            self._latency = latency
+        if self._ramping:
+            self._climb(window, now, throughput * self._best)
+            return
         self._best = min(self._best * OLD, latency)
         slots = throughput * self._best
-        if self._ramping:
-            if latency > RAMPED * self._best:
-                self._ramping = False
-                self._change(slots * CROWDED / HEADROOM)
-        elif self._trial is not None and not self._judge(self._trial, throughput):
+        if trial is not None and not self._judge(trial, throughput):
             pass
         elif self.capacity < NEAR * self._refused_at < math.inf and latency < CROWDED * self._best:
             self._change(self._reach())
-        elif sped_up or self._quiet >= self._rest:
-            crowded = self.capacity > CROWDED * HEADROOM * slots
-            more = min(self.capacity * STEP, self._reach(), max(self._bearable(window, now), self.capacity))
-            self._trial = _Trial(self.capacity, throughput)
-            self._change(slots * CROWDED / HEADROOM if crowded else more)
+        elif latency < HEADROOM * self._best or self._quiet >= self._rest:
+            if self.capacity > CROWDED * HEADROOM * slots:
+                tried, pays = slots * CROWDED / HEADROOM, 0.9
+            else:
+                tried = min(self.capacity * STEP, self._reach(), max(self._bearable(window, now), self.capacity))
+                pays = 1 + 0.12 * (tried / self.capacity - 1)
+            self._trial = _Trial(self.capacity, throughput * min(1, pays), throughput * pays)
+            self._change(tried)
         self._quiet += 1
+
+    def _climb(self, window: _Window, now: float, slots: float) -> None:
+        """Ends the ramp where twice as many brought hardly more answers, or where all that is allowed was in flight."""
+        load, rate = window.load / window.answers, window.answers / (now - window.begun)
+        before = next((other for less, other in reversed(self._rates) if less < load / 2), 0.0)
+        self._rates.append((load, rate))
+        self._slots = max(self._slots, slots)
+        if rate < GREW * before or load >= self.capacity >= self._higher(window, now):
+            self._ramping = False
+            self._change(slots * STEP * max(1.0, before / rate))  # the rate is low by chance, or too many in flight
 
     def _judge(self, trial: _Trial, throughput: float) -> bool:
         """Keeps what was tried if more is clearly more, or less is as good."""
-        self._trial = None
-        more = self.capacity > trial.capacity
-        pays = 1 + 0.12 * (self.capacity / trial.capacity - 1) if more else 0.9
-        if throughput > trial.throughput * pays:
+        if throughput > trial.enough:
             self._quiet = self._rest = 1  # it paid: look further
             return True
         self._quiet, self._rest = 0, min(2 * self._rest, PROBE_EVERY)
-        if not more:
+        if self.capacity < trial.capacity:
             self._best *= CROWDED / HEADROOM  # it was not a queue that made the answers slow
         self._change(trial.capacity)
         return False
+
+    @property
+    def _full(self) -> int:
+        """Answers of a window, once the ramp is over."""
+        return max(STEADY_WINDOW, 2 * self.capacity)
+
+    def _higher(self, window: _Window, now: float) -> float:
+        bearable = max(self._bearable(window, now), self._capacities[0][1])
+        return min(self.capacity + RAMP, PROVED * self._slots, bearable, self._ceiling)
+
+    def _was(self, then: float) -> int:
+        """The capacity on the ramp, then."""
+        return self._capacities[bisect(self._capacities, (then, math.inf)) - 1][1]
 
     def _bearable(self, window: _Window, now: float) -> float:
         """As many as are answered within `patience`, at the rate of the window."""
