@@ -224,18 +224,23 @@ def test_the_prompt_of_a_wave_is_kept_once(tmp_path: Path) -> None:
     assert found == sample(0, *wave, other, other)
     assert len({id(c.prompt) for c in found.candidates}) == 2
     with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as database:
-        (size,) = database.execute("SELECT length(sample) FROM samples").fetchone()
+        (size,) = database.execute("SELECT length(sample) FROM entries").fetchone()
     assert 1000 < size < 8000
 
 
-def test_candidates_and_verdicts_can_be_asked_for_with_sql(tmp_path: Path) -> None:
+def test_all_can_be_asked_for_with_sql(tmp_path: Path) -> None:
     verdicts = [Verdict("Gate", "f", Outcome(outcome), outcome, 0.5) for outcome in ("pass", "error", "fail")]
-    judged = [replace(candidate(f"{n}", n), verdicts=tuple(verdicts[:n])) for n in range(4)]
+    prompt = candidate("").prompt
+    judged = [replace(candidate(f"{n}", n), prompt=prompt, verdicts=tuple(verdicts[:n])) for n in range(4)]
     written(tmp_path / "ledger.sqlite", [sample(3, *judged)])
     with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as database:
         outcomes = database.execute("SELECT idx, place, key, answer, outcome FROM candidates ORDER BY idx, place")
         told = zip(range(4), ("pass", "pass", "error", "fail"), strict=True)
         assert outcomes.fetchall() == [(3, n, f"k{n}", f"{n}", outcome) for n, outcome in told]
+        whole = database.execute("SELECT idx, source, status, record, input, selection, failures FROM samples")
+        assert whole.fetchall() == [(3, "train.jsonl:4", "open", '{"n":3}', "[]", None, "[]")]
+        asked = database.execute("SELECT idx, place, provider, model, messages, parameters FROM prompts")
+        assert asked.fetchall() == [(3, 0, "vllm", "m", '[{"role":"user","content":"Q"}]', '{"temperature":1.0}')]
         found = database.execute("SELECT idx, ordinal, gate, reason, outcome, score FROM verdicts WHERE place = 3")
         assert found.fetchall() == [(3, n, "Gate", v.reason, v.outcome, 0.5) for n, v in enumerate(verdicts)]
 

@@ -432,7 +432,7 @@ def test_reports_names_every_key_of_a_run_and_every_file(
     row = json.loads((run / "dist" / "sft" / "train.jsonl").read_text().splitlines()[0])
     assert not [column for column in row if f"`{column}`" not in text]
     with closing(sqlite3.connect(f"{(run / 'ledger.sqlite').as_uri()}?mode=ro", uri=True)) as ledger:
-        for (table,) in ledger.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+        for (table,) in ledger.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')").fetchall():
             columns = [name for (name,) in ledger.execute("SELECT name FROM pragma_table_info(?)", (table,))]
             (described,) = re.findall(rf"^\| `{table}` \| (.*) \|$", ledger_text, re.M)
             assert not [column for column in columns if f"`{column}`" not in described], table

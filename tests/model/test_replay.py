@@ -195,9 +195,7 @@ def test_a_run_replays_what_is_recorded_and_counts_what_is_not(tmp_path: Path) -
     with closing(sqlite3.connect(result.path / "ledger.sqlite")) as ledger:
         answers = ledger.execute("SELECT s.task_id, c.attempt, c.answer FROM candidates c JOIN samples s USING (idx)")
         seen = {(int(task), attempt): answer for task, attempt, answer in answers}
-        (failures,) = ledger.execute(
-            "SELECT json_extract(sample, '$.failures') FROM samples WHERE task_id = '19'"
-        ).fetchone()
+        (failures,) = ledger.execute("SELECT failures FROM samples WHERE task_id = '19'").fetchone()
     assert seen == {(n, at): f"{n}{'abc'[at]}" for n in range(18) for at in range(3)} | {(18, 0): "only"}
     assert "not_recorded" in failures
     (endpoint,) = result.manifest["models"]["teacher"]["endpoints"]

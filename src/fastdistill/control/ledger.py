@@ -20,31 +20,39 @@ from fastdistill.core.errors import EnvironmentFault
 from fastdistill.core.types import Prompt, Sample, Status
 
 _VERSION = 2
+
+
+def _fields(json: str, *paths: str) -> str:
+    return ", ".join(f"json_extract({json}, '$.{path}') AS {path.rpartition('.')[2]}" for path in paths)
+
+
 # A row for each sample, most of it one JSON: tables of candidates and of verdicts cost three times as much, written and
 # read. The pages are large, for half of a small one would be empty. The views are for people.
 SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS samples (
+CREATE TABLE IF NOT EXISTS entries (
     idx INTEGER PRIMARY KEY, sample_id TEXT, task_id TEXT, status TEXT, input TEXT, logprobs TEXT, sample TEXT);
+CREATE VIEW IF NOT EXISTS samples AS
+    SELECT idx, sample_id, task_id, {_fields("sample", "source")}, status, {_fields("sample", "record")}, input,
+    {_fields("sample", "selection", "failures")} FROM entries;
+CREATE VIEW IF NOT EXISTS prompts AS
+    SELECT idx, c.key AS place,
+    {_fields("c.value", "prompt.provider", "prompt.model", "prompt.messages", "prompt.parameters")}
+    FROM entries, json_each(sample, '$.candidates') c WHERE provider <> '';
 CREATE VIEW IF NOT EXISTS candidates AS
-    SELECT idx, c.key AS place, json_extract(c.value, '$.candidate_id') AS candidate_id,
-    json_extract(c.value, '$.step') AS step, json_extract(c.value, '$.attempt') AS attempt,
-    json_extract(c.value, '$.seed') AS seed, json_extract(c.value, '$.key') AS key,
+    SELECT idx, c.key AS place, {_fields("c.value", "candidate_id", "step", "attempt", "seed", "key")},
     coalesce((SELECT max(json_extract(v.value, '$.outcome')) FROM json_each(c.value, '$.verdicts') v
         WHERE json_extract(v.value, '$.outcome') <> 'pass'), 'pass') AS outcome,
-    json_extract(c.value, '$.answer') AS answer, json_extract(c.value, '$.score') AS score,
-    json_extract(c.value, '$.cuts') AS cuts, json_extract(c.value, '$.completion') AS completion
-    FROM samples, json_each(sample, '$.candidates') c;
+    {_fields("c.value", "answer", "score", "cuts", "completion")}
+    FROM entries, json_each(sample, '$.candidates') c;
 CREATE VIEW IF NOT EXISTS verdicts AS
-    SELECT idx, c.key AS place, v.key AS ordinal, json_extract(v.value, '$.gate') AS gate,
-    json_extract(v.value, '$.fingerprint') AS fingerprint, json_extract(v.value, '$.outcome') AS outcome,
-    json_extract(v.value, '$.reason') AS reason, json_extract(v.value, '$.score') AS score,
-    json_extract(v.value, '$.detail') AS detail
-    FROM samples, json_each(sample, '$.candidates') c, json_each(c.value, '$.verdicts') v;
+    SELECT idx, c.key AS place, v.key AS ordinal,
+    {_fields("v.value", "gate", "fingerprint", "outcome", "reason", "score", "detail")}
+    FROM entries, json_each(sample, '$.candidates') c, json_each(c.value, '$.verdicts') v;
 PRAGMA user_version = {_VERSION};
 """
 
 _Row: TypeAlias = tuple[int, str, str, str, str, str, str]
-"""The columns of `samples`. `sample` lacks what others have, but for the status that it was saved with."""
+"""The columns of `entries`. `sample` lacks what others have, but for the status that it was saved with."""
 
 
 class Ledger:
@@ -89,14 +97,14 @@ def _write_all(connection: sqlite3.Connection, entries: Sequence[_Row | int]) ->
     with connection:
         connection.execute("BEGIN IMMEDIATE")
         rows = [entry for entry in entries if not isinstance(entry, int)]
-        insert(connection, "INSERT OR REPLACE INTO samples", rows)  # of two for the same sample the later one stays
+        insert(connection, "INSERT OR REPLACE INTO entries", rows)  # of two for the same sample the later one stays
         if len(rows) < len(entries):
             last = min(entry for entry in entries if isinstance(entry, int))
-            connection.execute("UPDATE samples SET status = 'skipped' WHERE idx > ? AND status = 'open'", (last,))
+            connection.execute("UPDATE entries SET status = 'skipped' WHERE idx > ? AND status = 'open'", (last,))
 
 
 def read_samples(path: Path, where: str = "1", parameters: Sequence[Any] = ()) -> Iterator[Sample]:
-    """Samples of a ledger in input order, lazily; `where` is an SQL condition of ours on the table `samples`.
+    """Samples of a ledger in input order, lazily; `where` is an SQL condition of ours on the table `entries`.
 
     Raises:
         EnvironmentFault: the file is none that this version can read.
@@ -107,7 +115,7 @@ def read_samples(path: Path, where: str = "1", parameters: Sequence[Any] = ()) -
         if version != _VERSION:
             remedy = "start the run again with the same config: its answers are stored, and nothing is asked twice"
             raise EnvironmentFault(f"{path}: another version of fastdistill wrote it; {remedy}")
-        rows = connection.execute(f"SELECT * FROM samples WHERE {where} ORDER BY idx", parameters)
+        rows = connection.execute(f"SELECT * FROM entries WHERE {where} ORDER BY idx", parameters)
         yield from map(_sample, rows)
     except sqlite3.Error as error:
         raise fault(path, error) from error

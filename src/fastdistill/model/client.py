@@ -308,10 +308,10 @@ class ModelClient:
                 await self._paced(worst, dollars)
             if self._unstorable is not None:
                 raise self._unstorable
-            sent = perf_counter()
             tokens = 0
+            flight = self.meter.request(begun, worst)
             try:
-                with self.meter.request(sent - begun, worst) as flight:
+                with flight:
                     answered = self._complete(endpoint, prompt, draws)
                     if self._hedge is not None:
                         answered = self._hedge.first_of(answered, partial(self._again, endpoint, prompt, draws, flight))
@@ -321,7 +321,7 @@ class ModelClient:
             finally:
                 if not self._pace.unlimited:
                     self._pace.correct(tokens - worst)
-                observe(queued=sent - begun, busy=perf_counter() - sent)
+                observe(queued=flight.queued, busy=flight.busy)
             answers = [*map(Answer, draws.values(), draws, completions, repeat(False))]
             try:
                 await self._store.put(prompt, answers)

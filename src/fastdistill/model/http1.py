@@ -4,6 +4,7 @@ It has no TLS, no proxies, no HEAD and no redirects, and calls garbled what it d
 """
 
 import asyncio
+import math
 import re
 from collections.abc import Generator, Mapping
 from functools import lru_cache, partial
@@ -82,6 +83,7 @@ class _Connection(asyncio.Protocol):
         self._reader: _Reading[tuple[Response, bool]] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0  # when it ends, of itself
+        self._rings = math.inf  # when the timer looks whether it is due
         self._used = False
 
     async def exchange(self, sent: bytes, deadline: float) -> Response:
@@ -149,13 +151,13 @@ class _Connection(asyncio.Protocol):
     def _end_at(self, moment: float) -> None:
         """Instead of an earlier such order. A timer is set only where the last one comes too late, so hardly ever."""
         self._due = moment
-        if self._timer is None or self._timer.when() > moment:
+        if moment < self._rings:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self._loop.call_at(moment, self._look)
+            self._timer, self._rings = self._loop.call_at(moment, self._look), moment
 
     def _look(self) -> None:
-        self._timer = None
+        self._timer, self._rings = None, math.inf
         if self._loop.time() < self._due:
             self._end_at(self._due)
         else:

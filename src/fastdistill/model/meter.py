@@ -37,9 +37,9 @@ class Meter:
     _cached_tokens: int = 0
     _reasoning_tokens: int = 0
 
-    def request(self, queued: float, tokens: int) -> "InFlight":
-        """Holds one request in flight, which waited `queued` seconds and may cost up to `tokens`."""
-        return InFlight(self, queued, tokens)
+    def request(self, wanted: float, tokens: int) -> "InFlight":
+        """Holds one request in flight, which waited since `wanted` by perf_counter, and may cost up to `tokens`."""
+        return InFlight(self, wanted, tokens)
 
     def answered(self, usage: Usage, characters: int) -> None:
         """An answer was paid for; its prompt has so many characters."""
@@ -118,21 +118,25 @@ class Meter:
 
 
 class InFlight:
-    """One request in flight, with what it may cost at `worst`; of use once, in `with`."""
+    """One request in flight, with what it may cost at `worst`; of use once, in `with`.
 
-    __slots__ = ("_asked", "_begun", "_meter", "_queued", "worst")
+    Seconds: `queued` before it went out, and, once it has ended, `busy`.
+    """
 
-    def __init__(self, meter: Meter, queued: float, worst: int) -> None:
+    __slots__ = ("_asked", "_meter", "_sent", "_wanted", "busy", "queued", "worst")
+
+    def __init__(self, meter: Meter, wanted: float, worst: int) -> None:
         self.worst = worst
         self._meter = meter
-        self._queued = queued
+        self._wanted = wanted
         self._asked = 1
 
     def __enter__(self) -> Self:
         meter = self._meter
-        self._begun = perf_counter()
+        self._sent = sent = perf_counter()
+        self.queued = sent - self._wanted
         if meter.first is None:
-            meter.first = self._begun
+            meter.first = sent
         meter.requests += 1
         meter.in_flight += 1
         if meter.in_flight > meter.peak:
@@ -145,11 +149,11 @@ class InFlight:
         meter.reserved_tokens -= self._asked * self.worst
         meter.in_flight -= 1
         meter.last = perf_counter()
-        took = meter.last - self._begun
-        meter.busy.add(took)
+        self.busy = busy = meter.last - self._sent
+        meter.busy.add(busy)
+        meter.queued.add(self.queued)
         if isinstance(error, ProviderError):
-            meter.failed.setdefault(error.kind, Histogram()).add(took)
-        meter.queued.add(self._queued)
+            meter.failed.setdefault(error.kind, Histogram()).add(busy)
 
     def again(self) -> None:
         """The same is asked a second time."""

@@ -7,7 +7,6 @@ request of a prefix leads: while it is under way, those that would follow let ot
 """
 
 import asyncio
-import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -86,13 +85,17 @@ class Endpoint:
             used = tick
         return seen, used, False
 
+    def is_warm(self, prefixes: Sequence[int]) -> bool:
+        """Whether it has seen the longest, and so all of them."""
+        return not prefixes or prefixes[-1] in self._warm
+
     def begin(self, prefixes: tuple[int, ...]) -> tuple[int, ...]:
         """A request goes out; gives those of its prefixes that it leads."""
         self.in_flight += 1
         self.latest = prefixes
-        warm, led = self._warm, self._led
-        if not prefixes or prefixes[-1] in warm:
+        if self.is_warm(prefixes):
             return ()
+        warm, led = self._warm, self._led
         leads = tuple([prefix for prefix in prefixes if prefix not in warm])
         for prefix in leads:
             led[prefix] = led.get(prefix, 0) + 1
@@ -160,7 +163,7 @@ class Router:
         self._ending = False
         self._waiting: deque[Slot] = deque()
         self._asked: OrderedDict[int, int] = OrderedDict()  # prefixes of all requests, the latest last
-        self._latest: tuple[Prompt | None, tuple[int, ...]] = (None, ())
+        self._latest: tuple[Prompt | None, tuple[int, ...], str] = (None, (), "")  # prefixes, and the longest's text
         self._wake: asyncio.TimerHandle | None = None
         self._ticks = 0
 
@@ -179,7 +182,7 @@ class Router:
         `besides` is taken only by one that is alone in line, and finds no other endpoint with a free slot.
         """
         latest, prefixes = self._latest[1], self._prefixes(prompt)
-        if prefixes == latest and prefixes:  # as the draws of one prompt have them, and samples about one thing
+        if prefixes is latest:  # as the draws of one prompt have them, and samples about one thing
             return Slot(self, prefixes, prefixes, besides)
         known = 0
         for prefix in prefixes:
@@ -207,12 +210,11 @@ class Router:
         """The endpoint with the lowest load of those that have a free slot and do not cool."""
         best = None
         for endpoint in self.endpoints:
-            if (
-                endpoint.free > 0
-                and endpoint is not besides
-                and (endpoint.cooling_until <= now or self._ending)
-                and (best is None or endpoint.load < best.load)
-            ):
+            if endpoint.free <= 0 or endpoint is besides:
+                continue
+            if endpoint.cooling_until > now and not self._ending:
+                self._look_at(min(endpoint.cooling_until + 0.001, now + LOOKS))
+            elif best is None or endpoint.load < best.load:
                 best = endpoint
         return best
 
@@ -224,7 +226,6 @@ class Router:
         while self._waiting:
             endpoint = self._next(now)
             if endpoint is None:
-                self._wake_when_cool(now)
                 return
             if len(self._waiting) == 1 and self._waiting[0].besides is endpoint:
                 endpoint = self._next(now, endpoint) or endpoint
@@ -236,7 +237,7 @@ class Router:
         if len(self._waiting) == 1 or oldest.passed >= LOOKAHEAD:
             return self._waiting.popleft()
         # What goes on where the endpoint was last, and was answered there, fits as well as anything can.
-        if oldest.prefixes == endpoint.latest and endpoint.knows(oldest.prefixes)[0] == len(oldest.prefixes):
+        if oldest.prefixes == endpoint.latest and endpoint.is_warm(oldest.prefixes):
             return self._waiting.popleft()
         fits = {0: (0, 0)}  # by the longest prefix, which stands for all of them
         best, best_fit = 0, (-len(oldest.prefixes) - 1, 0)
@@ -265,24 +266,23 @@ class Router:
 
     def _prefixes(self, prompt: Prompt) -> tuple[int, ...]:
         """Hashes of a prompt's beginnings of 256, 512, 1,024 ... characters, the whole prompt not among them."""
-        if prompt is not self._latest[0]:  # the draws of one prompt come one after the other
+        latest, prefixes, longest = self._latest
+        if prompt is not latest:  # the draws of one prompt come one after the other
             text = "\x1f".join([message["content"] for message in prompt.messages])
-            powers = range(((len(text) - 1) // PREFIX).bit_length())
-            self._latest = (prompt, tuple([hash(text[: PREFIX << power]) for power in powers]))
-        return self._latest[1]
+            count = ((len(text) - 1) // PREFIX).bit_length()
+            if count != len(prefixes) or not text.startswith(longest):
+                prefixes = tuple([hash(text[: PREFIX << power]) for power in range(count)])
+                longest = text[: PREFIX << count - 1] if count else ""
+            self._latest = (prompt, prefixes, longest)
+        return prefixes
 
-    def _wake_when_cool(self, now: float) -> None:
-        at = math.inf
-        for endpoint in self.endpoints:
-            if endpoint.cooling_until > now and endpoint.free > 0:
-                at = min(at, endpoint.cooling_until + 0.001, now + LOOKS)
-        if at == math.inf:
-            return
-        if self._wake is not None and self._wake.when() > at:
+    def _look_at(self, moment: float) -> None:
+        """Sees to it that slots are handed out then, if not earlier."""
+        if self._wake is not None and self._wake.when() > moment:
             self._wake.cancel()
             self._wake = None
         if self._wake is None:
-            self._wake = asyncio.get_running_loop().call_at(at, self._woken)
+            self._wake = asyncio.get_running_loop().call_at(moment, self._woken)
 
     def _woken(self) -> None:
         self._wake = None
