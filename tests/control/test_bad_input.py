@@ -154,7 +154,7 @@ def test_an_empty_data_set(world: World) -> None:
 
 
 def test_a_full_disk_loses_nothing_that_was_stored(world: World) -> None:
-    ended = world.run(limit_blocks=800)
+    ended = world.run(limit_blocks=400)
     assert ended.code == 8
     assert "free some space and run" in ended.message
     paid = world.paid

@@ -63,7 +63,7 @@ class Writer(Generic[Entry]):
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute(f"PRAGMA synchronous={'NORMAL' if self._durable else 'OFF'}")
             connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT // self._page_size}")
-            connection.executescript(self._schema)
+            connection.executescript(f"BEGIN IMMEDIATE; {self._schema} COMMIT")
         except sqlite3.Error as error:
             connection.close()
             raise fault(self.path, error) from error
