@@ -10,7 +10,6 @@ import math
 import unicodedata
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
-from itertools import chain
 from typing import Any, TypeAlias
 
 import msgspec
@@ -58,8 +57,6 @@ def joined_digest(*parts: str) -> str:
 
 _quote = msgspec.json.Encoder().encode  # of a string: UTF-8, escaped as little as JSON allows
 _encode = msgspec.json.Encoder(order="sorted").encode
-_flat = chain.from_iterable
-_STRINGS, _DICTS = {str}, {dict}
 
 # The usual one first: to ask an abstract class takes long, and to make an union each time, too.
 _OBJECT = (dict, Mapping)
@@ -74,8 +71,10 @@ def _form(value: object, path: _Path) -> bytes:
         return _quote(value if value.isascii() else unicodedata.normalize("NFC", value))
     # What most are, a record or the messages of a prompt: text in ASCII, of which msgspec's form is the canonical one.
     kind = type(value)
-    if (kind is dict or kind is tuple) and _all_text(value) and (form := _encode(value)).isascii():
-        return form
+    if kind is dict or kind is tuple:
+        objects: Any = (value,) if kind is dict else value
+        if _all_text(objects) and (form := _encode(value)).isascii():
+            return form
     if isinstance(value, _OBJECT):
         members: dict[str, bytes] = {}
         for key, inner in value.items():
@@ -103,15 +102,14 @@ def _form(value: object, path: _Path) -> bytes:
     raise NotCanonical(f"{_words(path)}: {kind.__name__} has no JSON form; convert it to a string or a number")
 
 
-def _all_text(value: Any) -> bool:
-    """Of a dict, or a tuple of dicts."""
-    if type(value) is dict:
-        items: Iterable[Any] = value.items()
-    elif {*map(type, value)} == _DICTS:
-        items = _flat(map(dict.items, value))
-    else:
-        return False
-    return {*map(type, _flat(items))} == _STRINGS
+def _all_text(objects: Iterable[Any]) -> bool:
+    for each in objects:
+        if type(each) is not dict:
+            return False
+        for key, inner in each.items():
+            if type(key) is not str or type(inner) is not str:
+                return False
+    return True
 
 
 def _words(path: _Path) -> str:
