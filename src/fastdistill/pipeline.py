@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from itertools import groupby
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from msgspec.structs import replace
 
@@ -58,7 +58,7 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
 async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run, *, last: bool) -> None:
     """Takes samples through the fused sample steps, `run.open_samples` at a time."""
     stages = [Stage.of(step, run) for step in steps]
-    asking = [step for step in steps if type(step).wants_more is not SampleStep.wants_more]
+    asking = [(step.name, step.wants_more) for step in steps if type(step).wants_more is not SampleStep.wants_more]
     stopped_for: list[FatalError] = []
     workers = 0
     room = run.open_samples
@@ -89,6 +89,10 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], ru
         raise stopped_for[0]
 
 
+Asking: TypeAlias = tuple[str, Callable[[Sample], bool]]
+"""The name of a step that may want more of a sample, and its `wants_more`."""
+
+
 class Stage(NamedTuple):
     """A sample step, and what need not be asked of it for every sample."""
 
@@ -103,32 +107,28 @@ class Stage(NamedTuple):
         return cls(step.name, step.run, step.race if races else None, run.time_of(step))
 
 
-async def run_sample(stages: Sequence[Stage], asking: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
+async def run_sample(stages: Sequence[Stage], asking: Sequence[Asking], sample: Sample, run: Run) -> Sample:
     """One sample through all steps; what breaks is recorded with the sample and costs no other."""
-    while True:  # again only while a step wants more: candidates come in waves until enough are accepted
-        sample = await run_steps(stages, sample, run)
-        if sample.status is not Status.OPEN:
-            return sample
-        for step in asking:
-            if step.wants_more(sample):
-                break
-        else:
-            return sample
-
-
-async def run_steps(stages: Sequence[Stage], sample: Sample, run: Run) -> Sample:
     try:
         with boundary() as at_work, Timer() as timer:
-            for at, (at_work.step, work, race, time) in enumerate(stages, 1):
-                if race is not None and (draws := race(sample)):
-                    timer.turn_to(None)
-                    sample = await run_race(draws, stages[at:], sample, run)
+            while True:  # again only while a step wants more: candidates come in waves until enough are accepted
+                for at, (at_work.step, work, race, time) in enumerate(stages, 1):
+                    if race is not None and (draws := race(sample)):
+                        timer.turn_to(None)
+                        sample = await run_race(draws, stages[at:], sample, run)
+                    else:
+                        timer.turn_to(time)
+                        sample = await work(sample, run)
+                timer.turn_to(None)
+                if sample.status is not Status.OPEN:
+                    return sample
+                for at_work.step, wants_more in asking:
+                    if wants_more(sample):
+                        break
                 else:
-                    timer.turn_to(time)
-                    sample = await work(sample, run)
+                    return sample
     except SampleError as error:
         return sample.failed(at_work.step, error)
-    return sample
 
 
 async def run_race(draws: Sequence[SampleStep], gates: Sequence[Stage], sample: Sample, run: Run) -> Sample:
@@ -137,7 +137,7 @@ async def run_race(draws: Sequence[SampleStep], gates: Sequence[Stage], sample: 
     They are looked at in the order of attempts: a fast answer has no better chance than a slow one.
     """
     bare = replace(sample, candidates=(), failures=())
-    tasks = [asyncio.create_task(run_steps([Stage.of(draw, run), *gates], bare, run)) for draw in draws]
+    tasks = [asyncio.create_task(run_sample([Stage.of(draw, run), *gates], (), bare, run)) for draw in draws]
     try:
         for draw, task in zip(draws, tasks, strict=True):
             done = await task
