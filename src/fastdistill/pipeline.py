@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from itertools import groupby
 from time import perf_counter
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -58,7 +58,7 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
 async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run, *, last: bool) -> None:
     """Takes samples through the fused sample steps, `run.open_samples` at a time."""
     stages = [Stage.of(step, run) for step in steps]
-    asking = [(step.name, step.wants_more) for step in steps if type(step).wants_more is not SampleStep.wants_more]
+    asking = [step for step in steps if type(step).wants_more is not SampleStep.wants_more]
     stopped_for: list[FatalError] = []
     workers = 0
     room = run.open_samples
@@ -89,10 +89,6 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], ru
         raise stopped_for[0]
 
 
-Asking: TypeAlias = tuple[str, Callable[[Sample], bool]]
-"""The name of a step that may want more of a sample, and its `wants_more`."""
-
-
 class Stage(NamedTuple):
     """A sample step, and what need not be asked of it for every sample."""
 
@@ -107,7 +103,7 @@ class Stage(NamedTuple):
         return cls(step.name, step.run, step.race if races else None, run.time_of(step))
 
 
-async def run_sample(stages: Sequence[Stage], asking: Sequence[Asking], sample: Sample, run: Run) -> Sample:
+async def run_sample(stages: Sequence[Stage], asking: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
     """One sample through all steps; what breaks is recorded with the sample and costs no other."""
     try:
         with boundary() as at_work, Timer() as timer:
@@ -119,11 +115,11 @@ async def run_sample(stages: Sequence[Stage], asking: Sequence[Asking], sample: 
                     else:
                         timer.turn_to(time)
                         sample = await work(sample, run)
-                timer.turn_to(None)
                 if sample.status is not Status.OPEN:
                     return sample
-                for at_work.step, wants_more in asking:
-                    if wants_more(sample):
+                for step in asking:
+                    at_work.step = step.name
+                    if step.wants_more(sample):
                         break
                 else:
                     return sample

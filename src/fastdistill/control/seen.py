@@ -15,7 +15,5 @@ class Seen:
     def add(self, key: str) -> bool:
         """Whether it may have come before."""
         place = hash(key) % _PLACES
-        if self._places[place]:
-            return True
-        self._places[place] = 1
-        return False
+        before, self._places[place] = self._places[place], 1
+        return before == 1

@@ -8,7 +8,7 @@ otherwise follows in spirit).
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, TypeAlias
 
@@ -71,10 +71,8 @@ def _form(value: object, path: _Path) -> bytes:
         return _quote(value if value.isascii() else unicodedata.normalize("NFC", value))
     # What most are, a record or the messages of a prompt: text in ASCII, of which msgspec's form is the canonical one.
     kind = type(value)
-    if kind is dict or kind is tuple:
-        objects: Any = (value,) if kind is dict else value
-        if _all_text(objects) and (form := _encode(value)).isascii():
-            return form
+    if (kind is dict or kind is tuple) and _all_text(value) and (form := _encode(value)).isascii():
+        return form
     if isinstance(value, _OBJECT):
         members: dict[str, bytes] = {}
         for key, inner in value.items():
@@ -102,8 +100,9 @@ def _form(value: object, path: _Path) -> bytes:
     raise NotCanonical(f"{_words(path)}: {kind.__name__} has no JSON form; convert it to a string or a number")
 
 
-def _all_text(objects: Iterable[Any]) -> bool:
-    for each in objects:
+def _all_text(value: Any) -> bool:
+    """Of a dict, or a tuple of dicts."""
+    for each in (value,) if type(value) is dict else value:
         if type(each) is not dict:
             return False
         for key, inner in each.items():

@@ -24,9 +24,7 @@ class Run(Context, Protocol):
 
     def stop(self, reason: FatalError) -> None: ...
 
-    def time_of(self, step: Step) -> StepTime:
-        """Where the step's time is counted."""
-        ...
+    def time_of(self, step: Step) -> StepTime: ...
 
     async def finished(self, sample: Sample, *, last: bool) -> None:
         """Writes a sample to the ledger, to be read back; `last`: it has gone through the last sample step."""

@@ -209,11 +209,8 @@ class Gate(SampleStep):
         if not open_:
             return sample
         verdicts = await self.judge_all(open_, sample, ctx)
-        judged = [c.judged(verdict) for c, verdict in zip(open_, verdicts, strict=True)]
-        if len(judged) < len(sample.candidates):
-            by_id = {c.candidate_id: c for c in judged}
-            judged = [by_id.get(c.candidate_id, c) for c in sample.candidates]
-        return sample.with_candidates(judged)
+        judged = {c.candidate_id: c.judged(v) for c, v in zip(open_, verdicts, strict=True)}
+        return sample.with_candidates([judged.get(c.candidate_id, c) for c in sample.candidates])
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         return [await self.judge(candidate, sample, ctx) for candidate in candidates]

@@ -23,20 +23,20 @@ class StepTime:
 class Timer:
     """Times steps one after the other: of each the units observed within it, or the whole as one busy unit."""
 
-    __slots__ = ("_begun", "_observed", "_step")
+    __slots__ = ("_begun", "_step")
 
     def __enter__(self) -> Self:
         _timer.set(self)  # until another is entered: nothing observes between two
         self._step: StepTime | None = None
-        self._begun, self._observed = 0.0, False
+        self._begun: float | None = None
         return self
 
     def turn_to(self, step: StepTime | None) -> None:
         """Ends the step before; None where what follows is not timed."""
         now = perf_counter()
-        if self._step is not None and not self._observed:
+        if self._step is not None and self._begun is not None:
             self._step.busy.add(now - self._begun)
-        self._begun, self._step, self._observed = now, step, False
+        self._step, self._begun = step, now
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -45,7 +45,7 @@ class Timer:
 
     def observe(self, queued: float, busy: float) -> None:
         if self._step is not None:
-            self._observed = True  # the units are what counts
+            self._begun = None  # the units are what counts
             self._step.busy.add(busy)
             self._step.queued.add(queued)
 
