@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from fastdistill.core.errors import FatalError, SampleError, boundary
 from fastdistill.core.run import Run
 from fastdistill.core.step import SampleStep, Step, StreamStep
+from fastdistill.core.timing import StepTime, Timer
 from fastdistill.core.types import Sample, Status
 
 _TURN = 0.005  # seconds, before others have theirs
@@ -56,7 +57,7 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
 
 async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run, *, last: bool) -> None:
     """Takes samples through the fused sample steps, `run.open_samples` at a time."""
-    stages = [Stage.of(step) for step in steps]
+    stages = [Stage.of(step, run) for step in steps]
     asking = [step for step in steps if type(step).wants_more is not SampleStep.wants_more]
     stopped_for: list[FatalError] = []
     workers = 0
@@ -91,43 +92,39 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], ru
 class Stage(NamedTuple):
     """A sample step, and what need not be asked of it for every sample."""
 
-    step: SampleStep
     name: str
     run: Callable[[Sample, Run], Awaitable[Sample]]
-    races: bool
+    race: Callable[[Sample], Sequence[SampleStep]] | None
+    time: StepTime
 
     @classmethod
-    def of(cls, step: SampleStep) -> "Stage":
-        return cls(step, step.name, step.run, type(step).race is not SampleStep.race)
+    def of(cls, step: SampleStep, run: Run) -> "Stage":
+        races = type(step).race is not SampleStep.race
+        return cls(step.name, step.run, step.race if races else None, run.time_of(step))
 
 
 async def run_sample(stages: Sequence[Stage], asking: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
     """One sample through all steps; what breaks is recorded with the sample and costs no other."""
-    while True:  # again only while a step wants more: candidates come in waves until enough are accepted
-        sample = await run_steps(stages, sample, run)
-        if sample.status is not Status.OPEN:
-            return sample
-        for step in asking:
-            if step.wants_more(sample):
-                break
-        else:
-            return sample
-
-
-async def run_steps(stages: Sequence[Stage], sample: Sample, run: Run) -> Sample:
-    at_work = boundary()
     try:
-        with at_work:
-            for at, (step, name, work, races) in enumerate(stages, 1):
-                at_work.step = name
-                if races and (draws := step.race(sample)):
-                    sample = await run_race(draws, stages[at:], sample, run)
-                else:
-                    with run.timed(step):
+        with boundary() as at_work, Timer() as timer:
+            while True:  # again only while a step wants more: candidates come in waves until enough are accepted
+                for at, (at_work.step, work, race, time) in enumerate(stages, 1):
+                    if race is not None and (draws := race(sample)):
+                        timer.turn_to(None)
+                        sample = await run_race(draws, stages[at:], sample, run)
+                    else:
+                        timer.turn_to(time)
                         sample = await work(sample, run)
+                if sample.status is not Status.OPEN:
+                    return sample
+                for step in asking:
+                    at_work.step = step.name
+                    if step.wants_more(sample):
+                        break
+                else:
+                    return sample
     except SampleError as error:
         return sample.failed(at_work.step, error)
-    return sample
 
 
 async def run_race(draws: Sequence[SampleStep], gates: Sequence[Stage], sample: Sample, run: Run) -> Sample:
@@ -136,7 +133,7 @@ async def run_race(draws: Sequence[SampleStep], gates: Sequence[Stage], sample: 
     They are looked at in the order of attempts: a fast answer has no better chance than a slow one.
     """
     bare = replace(sample, candidates=(), failures=())
-    tasks = [asyncio.create_task(run_steps([Stage.of(draw), *gates], bare, run)) for draw in draws]
+    tasks = [asyncio.create_task(run_sample([Stage.of(draw, run), *gates], (), bare, run)) for draw in draws]
     try:
         for draw, task in zip(draws, tasks, strict=True):
             done = await task

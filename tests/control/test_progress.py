@@ -27,6 +27,7 @@ from fastdistill.control.terminal import clock, dollars
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import SampleError
 from fastdistill.core.step import Gate
+from fastdistill.core.timing import Timer
 from fastdistill.core.types import (
     Answer,
     Candidate,
@@ -159,7 +160,8 @@ async def work(plan: Pipeline, folder: RunFolder) -> tuple[ActiveRun, RunResult]
             budget=Budget(),
         )
         for sample in SAMPLES:
-            with run.timed(plan.steps[2]):
+            with Timer() as timer:
+                timer.turn_to(run.time_of(plan.steps[2]))
                 if sample.candidates:
                     await teacher.generate(PROMPT, [Draw(0, sample.index)])
             await run.finished(sample, last=True)

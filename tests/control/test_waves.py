@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from fastdistill import CanonicalizeFields, LoadJsonl, Pipeline
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import RunResult
 from fastdistill.core.errors import ConfigError
+from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.types import Sample
 from tests.servers import Call, choose, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
@@ -64,6 +66,24 @@ def test_a_draw_that_fails_for_good_is_one_of_the_attempts(tmp_path: Path) -> No
     assert (failure["reason"], failure["count"]) == ("server_error", 8)
     samples = result.quality["samples"]
     assert (samples["completed"], samples["failed"]) == (29, 1)
+
+
+class Asks(SampleStep):
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        return sample
+
+    def wants_more(self, sample: Sample) -> bool:
+        return bool(sample.record["more"])
+
+
+def test_a_step_that_breaks_when_asked_whether_it_wants_more_costs_its_sample(tmp_path: Path) -> None:
+    rows = ({"q": "a", "more": False}, {"q": "b"}, {"q": "c", "more": False})
+    steps = (LoadJsonl(rows=rows), CanonicalizeFields(fields=("q",)), Asks())
+    result = Pipeline(name="asks", models={}, steps=steps, max_error_rate=1).run(output_dir=tmp_path)
+    (failure,) = result.quality["failures"]
+    assert (failure["step"], failure["reason"], failure["count"]) == ("Asks", "unexpected", 1)
+    assert failure["examples"] == ["Asks: KeyError: 'more'"]
+    assert result.quality["samples"]["completed"] == 2
 
 
 HEATS = [0.4, 0.8, 1.2]

@@ -167,7 +167,7 @@ def _sample(row: _Row) -> Sample:
     sample = _decode_sample(text)
     content, candidates = _decode(input_), sample.candidates
     if isinstance(content, list):
-        content = {name: sample.record.get(name) for name in content}
+        content = dict(zip(content, map(sample.record.get, content), strict=True))
     if logprobs:
         found = [None if each is None else unpack(each) for each in _decode(logprobs)]
         whole = [replace(c.completion, logprobs=each) for c, each in zip(candidates, found, strict=True)]

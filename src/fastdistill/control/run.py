@@ -15,7 +15,7 @@ from fastdistill.control.seen import Seen
 from fastdistill.control.tally import Tally
 from fastdistill.core.errors import ExitCode, FatalError, NotAsked, TooManyErrors
 from fastdistill.core.step import KeyIndex, Step
-from fastdistill.core.timing import StepTime, Timer
+from fastdistill.core.timing import StepTime
 from fastdistill.core.types import Sample, Status
 from fastdistill.model.client import ModelClient
 
@@ -127,8 +127,8 @@ class ActiveRun:
         reached = f"{self._progress.accepted} of {self._target.accepted}"
         return Enough(f"target.accepted: the records are used up at {reached} accepted samples", ExitCode.PARTIAL)
 
-    def timed(self, step: Step) -> Timer:
-        return Timer(self.step_times[step.name])
+    def time_of(self, step: Step) -> StepTime:
+        return self.step_times[step.name]
 
     def close(self) -> None:
         self._indexes.close()

@@ -14,7 +14,6 @@ class Seen:
 
     def add(self, key: str) -> bool:
         """Whether it may have come before."""
-        places, place = self._places, hash(key) % _PLACES
-        before = places[place] == 1
-        places[place] = 1
-        return before
+        place = hash(key) % _PLACES
+        before, self._places[place] = self._places[place], 1
+        return before == 1

@@ -8,9 +8,8 @@ otherwise follows in spirit).
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
-from itertools import chain
 from typing import Any, TypeAlias
 
 import msgspec
@@ -58,8 +57,6 @@ def joined_digest(*parts: str) -> str:
 
 _quote = msgspec.json.Encoder().encode  # of a string: UTF-8, escaped as little as JSON allows
 _encode = msgspec.json.Encoder(order="sorted").encode
-_flat = chain.from_iterable
-_STRINGS, _DICTS = {str}, {dict}
 
 # The usual one first: to ask an abstract class takes long, and to make an union each time, too.
 _OBJECT = (dict, Mapping)
@@ -105,13 +102,13 @@ def _form(value: object, path: _Path) -> bytes:
 
 def _all_text(value: Any) -> bool:
     """Of a dict, or a tuple of dicts."""
-    if type(value) is dict:
-        items: Iterable[Any] = value.items()
-    elif {*map(type, value)} == _DICTS:
-        items = _flat(map(dict.items, value))
-    else:
-        return False
-    return {*map(type, _flat(items))} == _STRINGS
+    for each in (value,) if type(value) is dict else value:
+        if type(each) is not dict:
+            return False
+        for key, inner in each.items():
+            if type(key) is not str or type(inner) is not str:
+                return False
+    return True
 
 
 def _words(path: _Path) -> str:

@@ -1,11 +1,11 @@
 """What the main path needs of a run."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 from fastdistill.core.errors import FatalError
 from fastdistill.core.step import Context, Step
+from fastdistill.core.timing import StepTime
 from fastdistill.core.types import Sample
 
 
@@ -24,7 +24,7 @@ class Run(Context, Protocol):
 
     def stop(self, reason: FatalError) -> None: ...
 
-    def timed(self, step: Step) -> AbstractContextManager[object]: ...
+    def time_of(self, step: Step) -> StepTime: ...
 
     async def finished(self, sample: Sample, *, last: bool) -> None:
         """Writes a sample to the ledger, to be read back; `last`: it has gone through the last sample step."""

@@ -210,8 +210,6 @@ class Gate(SampleStep):
             return sample
         verdicts = await self.judge_all(open_, sample, ctx)
         judged = {c.candidate_id: c.judged(v) for c, v in zip(open_, verdicts, strict=True)}
-        if len(judged) == len(sample.candidates):
-            return sample.with_candidates(judged.values())
         return sample.with_candidates([judged.get(c.candidate_id, c) for c in sample.candidates])
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:

@@ -7,6 +7,7 @@ with `observe`, and then those are what counts.
 from contextvars import ContextVar
 from time import perf_counter
 from types import TracebackType
+from typing import Self
 
 from fastdistill.core.stats import Histogram
 
@@ -20,27 +21,33 @@ class StepTime:
 
 
 class Timer:
-    """Times a block for its step: the units observed within it, or the whole block as one busy unit."""
+    """Times steps one after the other: of each the units observed within it, or the whole as one busy unit."""
 
     __slots__ = ("_begun", "_step")
 
-    def __init__(self, step: StepTime) -> None:
-        self._step = step
+    def __enter__(self) -> Self:
+        _timer.set(self)  # until another is entered: nothing observes between two
+        self._step: StepTime | None = None
+        self._begun: float | None = None
+        return self
 
-    def __enter__(self) -> None:
-        _timer.set(self)  # until the next step begins: nothing observes between two
-        self._begun: float | None = perf_counter()
+    def turn_to(self, step: StepTime | None) -> None:
+        """Ends the step before; None where what follows is not timed."""
+        now = perf_counter()
+        if self._step is not None and self._begun is not None:
+            self._step.busy.add(now - self._begun)
+        self._step, self._begun = step, now
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._begun is not None:
-            self._step.busy.add(perf_counter() - self._begun)
+        self.turn_to(None)
 
     def observe(self, queued: float, busy: float) -> None:
-        self._begun = None  # the units are what counts
-        self._step.busy.add(busy)
-        self._step.queued.add(queued)
+        if self._step is not None:
+            self._begun = None  # the units are what counts
+            self._step.busy.add(busy)
+            self._step.queued.add(queued)
 
 
 _timer: ContextVar[Timer | None] = ContextVar("timer", default=None)

@@ -114,24 +114,24 @@ class Prompt(Struct, frozen=True, dict=True):
     def digest(self) -> str:
         """Of model, messages and parameters."""
         asked = pair_digest(self.model, canonical_json(self.messages))
-        return joined_digest(asked, _digest_once(self.parameters))
+        return joined_digest(asked, _once(self.parameters)[1])
 
-    @cached_property
+    @property
     def columns(self) -> PromptColumns:
         """What a table keeps of it."""
-        return self.provider, self.model, _encode(self.messages).decode(), _encode(self.parameters).decode()
+        return self.provider, self.model, _encode(self.messages).decode(), _once(self.parameters)[2]
 
 
 _encode = msgspec.json.Encoder().encode
-_latest: tuple[Mapping[str, Any], str] = ({}, digest({}))
+_latest: tuple[Mapping[str, Any], str, str] = ({}, digest({}), "{}")
 
 
-def _digest_once(parameters: Mapping[str, Any]) -> str:
-    """The digest of a mapping that mostly is the very one of the last call: a step asks with the same ones."""
+def _once(parameters: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str]:
+    """Parameters with their digest and JSON; mostly the very ones of the last call: a step asks with the same."""
     global _latest
     if parameters is not _latest[0]:
-        _latest = (parameters, digest(parameters))
-    return _latest[1]
+        _latest = (parameters, digest(parameters), _encode(parameters).decode())
+    return _latest
 
 
 class Draw(Struct, frozen=True, gc=False):

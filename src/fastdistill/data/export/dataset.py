@@ -13,7 +13,7 @@ from functools import partial
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import msgspec
 from pydantic import Field, field_validator, model_validator
@@ -68,7 +68,7 @@ Kind: TypeAlias = tuple[Shape, bool | None]
 """A shape, and a label where it has one."""
 
 
-class Example(NamedTuple):
+class Example(msgspec.Struct, frozen=True, gc=False):
     """One example before it takes a shape."""
 
     prompt: Messages
