@@ -1,5 +1,6 @@
 """What a run may spend and when it has enough, in whole runs against a teacher that counts what it was asked for."""
 
+import asyncio
 import hashlib
 import json
 import random
@@ -17,6 +18,7 @@ from fastdistill import RunResult
 from fastdistill.control.budget import Progress, first_accepted
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
+from fastdistill.control.session import execute, run_folder, unwatched
 from fastdistill.core.errors import ConfigError, ExitCode
 from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample
 from tests.servers import Call, Fault, openai_server, status
@@ -240,6 +242,28 @@ def test_the_strong_teachers_own_budget_leaves_what_the_weak_one_can_do(tmp_path
     assert result.quality["samples"]["completed"] == 60
     right = sum(weak.right(*draw) for draw in weak.draws)
     assert result.quality["samples"]["accepted"] == right + len(strong.draws)
+
+
+@pytest.mark.parametrize(
+    "enough",
+    [{"budget": {"max_tokens": 2_000}}, {"teacher": {"budget": {"max_tokens": 2_000}}}, {"target": {"accepted": 9}}],
+)
+def test_a_race_ends_where_nothing_more_is_asked(tmp_path: Path, enough: dict[str, Any]) -> None:
+    teacher = Teacher(rate=0.5)
+    with openai_server(teacher.script, latency=jittered(0)) as server:
+        until = {"accepted": 3, "wave": 2, "siblings": "cancel"}
+        made = parse_pipeline(pipeline(server.url, tmp_path, 60, n=8, until=until, **enough))
+        running = execute(made, run_folder(tmp_path / "a", "raced"), unwatched)
+        result = asyncio.run(asyncio.wait_for(running, 60))  # it would go on for ever
+    assert_whole(result)
+    left_alone = 0
+    for sample in read_samples(result.path / "ledger.sqlite"):
+        lost = [failure.attempt for failure in sample.failures]
+        if sample.candidates:
+            drawn = [*(candidate.attempt for candidate in sample.candidates), *lost]
+            assert sorted(drawn, key=str) == [*range(len(drawn))], "each draw is an answer or says why there is none"
+            left_alone += bool(lost)
+    assert left_alone > 0
 
 
 # --- targets ---

@@ -125,6 +125,7 @@ class TextGeneration(SampleStep):
         failures = [Failure(self.name, error.reason, str(error), attempt) for error, attempt in errors]
         if not candidates and not sample.candidates:
             error = errors[0][0]
+            error.attempt = self._only
             more_to_come = self._only is not None or attempts.stop < self.num_generations
             if isinstance(error, NotAsked) or not more_to_come:
                 raise error
