@@ -9,7 +9,7 @@ from enum import StrEnum
 from functools import cached_property
 from itertools import permutations
 from statistics import fmean
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec.structs import replace
@@ -284,6 +284,8 @@ class PairwiseJudge(SampleStep):
     A candidate's score is the share of its comparisons that it wins; a tie, and a judge who prefers whatever comes
     first, count a half. Of equal answers only the first is compared. What can't be compared leaves scores as they are.
     """
+
+    generates: ClassVar[bool] = False
 
     model: str = Field("judge", description="a name under `models:`")
     task: _Text = Field(description="Jinja over the record: the task as the judge sees it")
