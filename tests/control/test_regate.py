@@ -172,6 +172,19 @@ def test_other_prompts_are_not_stored_and_nobody_is_asked(world: World) -> None:
     assert not any(sample.candidates for sample in samples)
 
 
+@pytest.mark.parametrize("step", ["LLMJudge", "PairwiseJudge"])
+def test_a_judge_that_was_never_asked_says_that_its_word_is_not_stored(world: World, step: str) -> None:
+    gates = [{"CleanSqlOutput": {}}, {step: {"task": "{{ instruction }}"}}, {"ExportSFT": {}}]
+    judge = {"provider": "vllm", "model": "judge", "base_url": "http://127.0.0.1:1"}
+    again = world.again({"models": {"judge": judge}, "steps": gates})
+    if step == "LLMJudge":
+        verdicts = [v for sample in stored(again) for c in sample.candidates if (v := c.verdict(step))]
+        assert {(v.outcome, v.reason) for v in verdicts} == {(Outcome.ERROR, "not_stored")}
+        assert "judge: this answer is not stored, and nobody is asked for it" in verdicts[0].detail["detail"]
+    else:
+        assert {f.reason for sample in stored(again) for f in sample.failures if f.step == step} == {"not_stored"}
+
+
 def test_pairs_are_compared_again_as_they_were(tmp_path: Path) -> None:
     with openai_server(choose(ANSWERS)) as teacher, openai_server(prefers_the_longer, models=("judge",)) as server:
         pipeline = config(teacher.url, write_records(tmp_path, RECORDS[:24]), make_database(tmp_path))

@@ -47,6 +47,7 @@ class JudgeReason(StrEnum):
     CRITERION = "criterion"  # one that `must` names is false
     UNAVAILABLE = "judge_unavailable"
     BUDGET_SPENT = BudgetSpent.code
+    NOT_STORED = "not_stored"  # and nobody is asked: a run is judged again
     UNPARSABLE = "judge_unparsable"
     LABEL_MASS = "low_label_mass"  # the model hardly considered any of the scores
 
@@ -350,7 +351,7 @@ async def _said(
     """What a judge says. One that nobody can reach ends no run; one that refuses its key, or the model, does.
 
     Raises:
-        SampleError: `judge_unavailable` or `budget_spent`.
+        SampleError: `judge_unavailable`, `budget_spent` or `not_stored`.
         NotAsked: the run ends.
     """
     model = ctx.model(name)
@@ -362,8 +363,8 @@ async def _said(
         return answer.completion
     if isinstance(answer, NotAsked) and not isinstance(answer, BudgetSpent):
         raise answer
-    spent = isinstance(answer, BudgetSpent)
-    raise SampleError(JudgeReason.BUDGET_SPENT if spent else JudgeReason.UNAVAILABLE, str(answer)) from answer
+    of_its_own = answer.reason in (JudgeReason.BUDGET_SPENT, JudgeReason.NOT_STORED)
+    raise SampleError(answer.reason if of_its_own else JudgeReason.UNAVAILABLE, str(answer)) from answer
 
 
 def _tagged(tag: str, text: str) -> str:
