@@ -1,11 +1,13 @@
 """What a run may spend and when it has enough, in whole runs against a teacher that counts what it was asked for."""
 
+import asyncio
 import hashlib
 import json
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from fastdistill import RunResult
 from fastdistill.control.budget import Progress, first_accepted
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
-from fastdistill.core.errors import ConfigError, ExitCode
+from fastdistill.control.session import execute, run_folder, unwatched
+from fastdistill.core.errors import ConfigError, ExitCode, TooManyErrors
 from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample
 from tests.servers import Call, Fault, openai_server, status
 
@@ -240,6 +243,117 @@ def test_the_strong_teachers_own_budget_leaves_what_the_weak_one_can_do(tmp_path
     assert result.quality["samples"]["completed"] == 60
     right = sum(weak.right(*draw) for draw in weak.draws)
     assert result.quality["samples"]["accepted"] == right + len(strong.draws)
+
+
+@contextmanager
+def two_teachers(weak: Teacher, strong: Teacher, **habit: Any) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Makes models of a weak and a strong teacher that listen, with budgets of so many tokens."""
+    with (
+        openai_server(weak.script, models=["weak"], **habit) as one,
+        openai_server(strong.script, models=["strong"], **habit) as two,
+    ):
+
+        def models(**tokens: int) -> dict[str, Any]:
+            return {
+                name: {"provider": "vllm", "model": name, "base_url": server.url, "hedge": False}
+                | ({"budget": {"max_tokens": tokens[name]}} if name in tokens else {})
+                for name, server in (("weak", one), ("strong", two))
+            }
+
+        yield models
+
+
+def ladder(siblings: str, **parts: Any) -> dict[str, Any]:
+    until = {"accepted": 1, "wave": 2, "siblings": siblings}
+    return {"teachers": ["weak", "strong"], "escalate_after": 2, "until": until, "n": 8, **parts}
+
+
+@pytest.mark.parametrize("siblings", ["keep", "cancel"])
+def test_where_the_weak_teachers_budget_is_spent_the_strong_one_goes_on(tmp_path: Path, siblings: str) -> None:
+    weak, strong = Teacher(rate=0.5), Teacher(rate=0.5)
+    with two_teachers(weak, strong, latency=jittered(0)) as models:
+        made = ladder(siblings, models=models(weak=2_000))
+        result = run(pipeline("", tmp_path, 80, **made), tmp_path / "a")
+        assert_whole(result)
+        samples = list(read_samples(result.path / "ledger.sqlite"))
+        whole = run(pipeline("", tmp_path, 80, **ladder(siblings, models=models())), tmp_path / "a")
+    assert result.exit_code == ExitCode.BUDGET and "models.weak.budget" in result.manifest["message"]
+    assert result.quality["samples"]["completed"] == 80
+    left_out = [sample for sample in samples if sample.failures]
+    assert len(left_out) > 20
+    for sample in left_out:
+        lost = [failure.attempt or 0 for failure in sample.failures if failure.reason == "budget_spent"]
+        by_weak, by_strong = (
+            [c.attempt for c in sample.candidates if c.prompt.model == name] for name in ("weak", "strong")
+        )
+        of_weak = 4 if by_strong else 2 * (max(by_weak) // 2) + 2
+        assert sorted([*lost, *by_weak]) == [*range(of_weak)] and len(lost) == len(sample.failures)
+        assert by_strong == [*range(4, 4 + len(by_strong))] and (by_strong or sample.accepted)
+    (failure,) = result.quality["failures"]
+    assert failure["reason"] == "budget_spent" and failure["count"] == sum(len(s.failures) for s in left_out)
+    assert whole.exit_code == 0 and not whole.quality["failures"]
+    if siblings == "keep":  # what was called off is asked for again
+        assert max(Counter(weak.draws).values()) == max(Counter(strong.draws).values()) == 1
+
+
+def test_which_answers_are_fast_changes_nothing_where_the_weak_teacher_is_left_out(tmp_path: Path) -> None:
+    made = []
+    for number, siblings in enumerate(["keep", "keep", "cancel"]):
+        weak, strong = Teacher(), Teacher(rate=0.4)
+        with two_teachers(weak, strong, latency=jittered(number, 0.05)) as models:
+            parts = ladder(siblings, models=models(weak=1))
+            first = run(pipeline("", tmp_path, 40, **parts), tmp_path / str(number))
+            before = data_set(first), strong.tokens
+            again = run(pipeline("", tmp_path, 40, **parts), tmp_path / str(number))
+            assert weak.draws == [] and (data_set(again), strong.tokens) == before, "what is stored is free"
+        made.append((again, before))
+    assert made[0][1] == made[1][1]
+    assert made[0][0].manifest["content_sha256"] == made[1][0].manifest["content_sha256"]
+    assert 0 < len(rows(made[0][0])) == len(rows(made[2][0])) and rows(made[0][0]) == rows(made[2][0])
+
+
+@pytest.mark.parametrize("siblings", ["keep", "cancel"])
+@pytest.mark.parametrize(("n", "tokens"), [(8, {"weak": 1, "strong": 1}), (4, {"weak": 1})])
+def test_a_sample_is_skipped_once_no_teacher_of_its_ladder_may_be_asked(
+    tmp_path: Path, n: int, tokens: dict[str, int], siblings: str
+) -> None:
+    weak, strong = Teacher(), Teacher()
+    with two_teachers(weak, strong) as models:
+        made = pipeline("", tmp_path, 20, **ladder(siblings, models=models(**tokens), n=n))
+        result = run(made, tmp_path / "a")
+    assert {sample.status for sample in read_samples(result.path / "ledger.sqlite")} == {"skipped"}
+    assert result.exit_code == ExitCode.BUDGET and weak.draws == strong.draws == []
+    assert_whole(result)
+
+
+def test_a_spent_budget_is_not_what_too_many_samples_failed_for(tmp_path: Path) -> None:
+    weak, strong = Teacher(), Teacher()
+    with two_teachers(weak, strong, faults={"Question": status(400, times=None)}) as models:
+        made = pipeline("", tmp_path, 60, **ladder("keep", models=models(weak=1), n=6))
+        with pytest.raises(TooManyErrors, match="most often bad_request at TextGeneration"):
+            run(made, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "enough",
+    [{"budget": {"max_tokens": 2_000}}, {"teacher": {"budget": {"max_tokens": 2_000}}}, {"target": {"accepted": 9}}],
+)
+def test_a_race_ends_where_nothing_more_is_asked(tmp_path: Path, enough: dict[str, Any]) -> None:
+    teacher = Teacher(rate=0.5)
+    with openai_server(teacher.script, latency=jittered(0)) as server:
+        until = {"accepted": 3, "wave": 2, "siblings": "cancel"}
+        made = parse_pipeline(pipeline(server.url, tmp_path, 60, n=8, until=until, **enough))
+        running = execute(made, run_folder(tmp_path / "a", "raced"), unwatched)
+        result = asyncio.run(asyncio.wait_for(running, 60))  # it would go on for ever
+    assert_whole(result)
+    left_alone = 0
+    for sample in read_samples(result.path / "ledger.sqlite"):
+        lost = [failure.attempt for failure in sample.failures]
+        if sample.candidates:
+            drawn = [*(candidate.attempt for candidate in sample.candidates), *lost]
+            assert sorted(drawn, key=str) == [*range(len(drawn))], "each draw is an answer or says why there is none"
+            left_alone += bool(lost)
+    assert left_alone > 0
 
 
 # --- targets ---

@@ -89,6 +89,36 @@ def test_a_layer_changes_steps_by_name_and_by_number(tmp_path: Path) -> None:
     assert (resolved[4]["min_chars"], resolved[4]["max_chars"]) == (3, 100)
 
 
+def test_what_a_layer_resets_is_as_if_it_had_never_been_given(tmp_path: Path) -> None:
+    given = copy.deepcopy(BASE) | {"budget": {"max_tokens": 9, "max_cost_usd": 1}, "max_error_rate": 0.5}
+    given["models"] |= {"judge": {"provider": "embedded"}}
+    given["models"]["teacher"] |= {"max_retries": 3, "price": {"prompt": 1.0, "completion": 2.0}}
+    over = """
+        models: {judge: !reset , teacher: {max_retries: !reset , nobody_gave_this: !reset null}}
+        budget: {max_cost_usd: !reset {whatever: 1}}
+        max_error_rate: !reset
+        steps: {Deduplicate: !reset , TextGeneration: {num_generations: !reset }, 4: !reset }
+    """
+    layers = [layer(tmp_path, "base", given), layer(tmp_path, "over", over)]
+    pipeline = load_pipeline(layers, ["models.teacher.price=!reset", "steps.LoadJsonl.limit=!reset"])
+    meant = copy.deepcopy(BASE) | {"budget": {"max_tokens": 9}}
+    meant["steps"] = [*BASE["steps"][:2], {"TextGeneration": {"template": "{{ instruction }}"}}]
+    assert pipeline == parse_pipeline(meant)
+    # A later layer begins anew.
+    again = load_pipeline([*layers, layer(tmp_path, "last", {"models": {"judge": {"provider": "embedded"}}})])
+    assert list(again.models) == ["teacher", "judge"]
+    with pytest.raises(ConfigError, match="name: required, but not given"):
+        load_pipeline(layers, ["name=!reset"])
+
+
+def test_null_is_a_value_and_resets_nothing(tmp_path: Path) -> None:
+    base = layer(tmp_path, "base", BASE)
+    (step,) = load_pipeline([base], ["steps.TextGeneration.seed=null"]).resolved()["steps"][3].values()
+    assert step["seed"] is None
+    (step,) = load_pipeline([base], ["steps.TextGeneration.seed=!reset"]).resolved()["steps"][3].values()
+    assert step["seed"] == 0
+
+
 def test_a_list_replaces_the_steps_whole() -> None:
     assert merge(BASE, {"steps": ["Deduplicate"]})["steps"] == ["Deduplicate"]
 

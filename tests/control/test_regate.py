@@ -1,6 +1,7 @@
 """Stored candidates judged again: the teacher is gone, and nothing is judged twice that would come out the same."""
 
 import json
+import re
 import resource
 import shutil
 import sqlite3
@@ -22,7 +23,7 @@ from fastdistill.control.ledger import read_samples
 from fastdistill.control.regate import regate
 from fastdistill.core.errors import ConfigError, ExitCode, InputError, TooManyErrors
 from fastdistill.core.types import Outcome, Sample
-from tests.servers import choose, openai_server, status
+from tests.servers import Call, choose, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
 POISONED = RECORDS[3]["instruction"]
@@ -169,6 +170,37 @@ def test_other_prompts_are_not_stored_and_nobody_is_asked(world: World) -> None:
     samples = [sample for sample in read_samples(world.folder / "artifacts/runs/other/ledger.sqlite")]
     assert {sample.failures[-1].reason for sample in samples if sample.failures} >= {"not_stored"}
     assert not any(sample.candidates for sample in samples)
+
+
+@pytest.mark.parametrize("step", ["LLMJudge", "PairwiseJudge"])
+def test_a_judge_that_was_never_asked_says_that_its_word_is_not_stored(world: World, step: str) -> None:
+    gates = [{"CleanSqlOutput": {}}, {step: {"task": "{{ instruction }}"}}, {"ExportSFT": {}}]
+    judge = {"provider": "vllm", "model": "judge", "base_url": "http://127.0.0.1:1"}
+    again = world.again({"models": {"judge": judge}, "steps": gates})
+    if step == "LLMJudge":
+        verdicts = [v for sample in stored(again) for c in sample.candidates if (v := c.verdict(step))]
+        assert {(v.outcome, v.reason) for v in verdicts} == {(Outcome.ERROR, "not_stored")}
+        assert "judge: this answer is not stored, and nobody is asked for it" in verdicts[0].detail["detail"]
+    else:
+        assert {f.reason for sample in stored(again) for f in sample.failures if f.step == step} == {"not_stored"}
+
+
+def test_pairs_are_compared_again_as_they_were(tmp_path: Path) -> None:
+    with openai_server(choose(ANSWERS)) as teacher, openai_server(prefers_the_longer, models=("judge",)) as server:
+        pipeline = config(teacher.url, write_records(tmp_path, RECORDS[:24]), make_database(tmp_path))
+        pipeline["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": server.url}
+        pipeline["steps"][6]["SQLiteExecEval"]["require"] = "exec_pass"
+        pipeline["steps"][7:8] = [{"PairwiseJudge": {"task": "{{ instruction }}"}}]
+        result = parse_pipeline(pipeline).run(output_dir=tmp_path / "artifacts", run_id="first")
+    assert {c.score for sample in stored(result) for c in sample.chosen} > {1.0}
+    again = World(tmp_path, pipeline, result).again()
+    assert data_set(again) == data_set(result)
+    assert again.manifest["content_sha256"] == result.manifest["content_sha256"]
+
+
+def prefers_the_longer(call: Call, index: int) -> str:
+    found = re.search(r"<answer A>\n(.*)\n</answer A>\n<answer B>\n(.*)\n</answer B>", call.prompt, re.DOTALL)
+    return "A" if found is None or len(found[1]) > len(found[2]) else "B"
 
 
 def test_the_whole_pipeline_may_be_given_again(world: World) -> None:

@@ -124,6 +124,9 @@ def test_a_changed_recording_is_never_answered_from_the_store(tmp_path: Path) ->
         assert (found.completion.text, found.stored) == (answer, stored)
 
 
+HALF = "(a lone surrogate is no character); write both of its pair, or \\ufffd in its place"
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -136,7 +139,9 @@ def test_a_changed_recording_is_never_answered_from_the_store(tmp_path: Path) ->
         ('{"prompt": "Q", "completion": {"txt": "a"}}', "txt"),
         ('{"prompt": "Q", "completion": {"text": "a", "finish_reason": "tool_calls"}}', "tool_calls"),
         ('{"messages": [{"role": "user", "content": null}], "completion": "a"}', "null"),
-        ('{"prompt": "\\ud800", "completion": "a"}', "surrogate"),
+        ('{"prompt": "\\ud800", "completion": "a"}', HALF),
+        ('{"prompt": "Q", "completions": ["\\ud83d\\u0041"]}', HALF),
+        ('{"prompt": "Q", "completions": [{"text": "\\ude00"}]}', HALF),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:

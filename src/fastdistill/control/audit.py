@@ -140,7 +140,7 @@ class _Measured(SampleStep):
         for step in self.judging:
             if is_generation(step):
                 sample = replace(sample, candidates=candidates)
-            elif not isinstance(step, Gate):
+            elif not isinstance(step, Gate) and not step.models():
                 sample = await step.run(sample, ctx)
             elif is_audited(step):
                 mine = [a for a in answers if a.gate in (None, step.name) and a.gold == (step.gold(sample) or a.gold)]

@@ -1,7 +1,8 @@
 """From YAML layers to a checked pipeline. Every error is found before anything is spent, and all are told at once.
 
 Layers are merged in order (`--config`, `--config-env`, `--config-run`, then `--set`). A mapping laid over the list of
-steps changes the steps it names: `steps: {TextGeneration: {num_generations: 4}}`.
+steps changes the steps it names: `steps: {TextGeneration: {num_generations: 4}}`. `!reset` takes away what is there, as
+in Docker Compose: `null` is a value.
 """
 
 import os
@@ -96,7 +97,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def merge(base: Any, over: Any) -> Any:
-    """`over` laid on `base`: mappings are merged, a mapping on a list changes its named items, all else replaces."""
+    """`over` laid on `base`: mappings are merged, a mapping on a list changes its named items, all else replaces.
+
+    What is reset stays as a mark, for a layer may be laid on a base that is merged later; `interpolate` leaves it out.
+    """
     if isinstance(base, dict) and isinstance(over, dict):
         if over.get("provider", base.get("provider")) != base.get("provider"):
             return deepcopy(over)  # another provider has other keys
@@ -109,17 +113,29 @@ def merge(base: Any, over: Any) -> Any:
             item = changed[at]
             body = item if str(name).isdecimal() else (item[name] if isinstance(item, dict) else None)
             new = merge({} if body is None else body, value)
-            changed[at] = new if str(name).isdecimal() else {name: new}
-        return changed
+            changed[at] = new if str(name).isdecimal() or new is Reset else {name: new}
+        return [item for item in changed if item is not Reset]
     return deepcopy(over)
 
 
+class Reset:
+    """Stands where a layer has `!reset`."""
+
+
 def interpolate(value: Any, environment: Mapping[str, str], problems: list[str], path: str = "") -> Any:
-    """Replaces `${NAME}` and `${NAME:-default}` in every string; `$${` stands for `${`."""
+    """Replaces `${NAME}` and `${NAME:-default}` in every string; `$${` stands for `${`. Leaves out what is reset."""
     if isinstance(value, dict):
-        return {key: interpolate(inner, environment, problems, _join(path, str(key))) for key, inner in value.items()}
+        return {
+            key: interpolate(inner, environment, problems, _join(path, str(key)))
+            for key, inner in value.items()
+            if inner is not Reset
+        }
     if isinstance(value, list):
-        return [interpolate(inner, environment, problems, f"{path}[{at}]") for at, inner in enumerate(value)]
+        return [
+            interpolate(inner, environment, problems, f"{path}[{at}]")
+            for at, inner in enumerate(value)
+            if inner is not Reset
+        ]
     if not isinstance(value, str) or "${" not in value:
         return value
 
@@ -239,7 +255,7 @@ def nested_override(override: str) -> Any:
     if not equals or not path.strip("."):
         raise ConfigError(f"--set {override}: write it as path=value, like models.teacher.model=llama3")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
     for part in reversed(re.findall(r"[^.\[\]]+", path)):
@@ -278,3 +294,6 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("!reset", lambda *_: Reset)

@@ -13,7 +13,7 @@ from fastdistill.control.budget import Budget, Enough, Progress, Target, first_a
 from fastdistill.control.ledger import Ledger
 from fastdistill.control.seen import Seen
 from fastdistill.control.tally import Tally
-from fastdistill.core.errors import ExitCode, FatalError, NotAsked, TooManyErrors
+from fastdistill.core.errors import BudgetSpent, ExitCode, FatalError, NotAsked, TooManyErrors
 from fastdistill.core.step import KeyIndex, Step
 from fastdistill.core.timing import StepTime
 from fastdistill.core.types import Sample, Status
@@ -156,7 +156,8 @@ class ActiveRun:
         failed, total = self.tally.failed, self.tally.samples
         if total < enough or failed <= self._max_error_rate * total:
             return
-        reasons = sorted(self.tally.failures.items(), key=lambda item: -item[1].count)
+        # A draw that a spent budget left out is nothing that a sample fails for.
+        reasons = sorted(self.tally.failures.items(), key=lambda item: (item[0][1] == BudgetSpent.code, -item[1].count))
         (step, reason), most = reasons[0]
         raise TooManyErrors(
             f"{failed} of {total} samples failed, more than max_error_rate {self._max_error_rate:g} allows;"

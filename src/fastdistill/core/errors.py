@@ -73,10 +73,14 @@ class EnvironmentFault(FatalError):
 
 
 class SampleError(Exception):
-    """One sample can't go on. `reason` is a short code for the reports; the message is for people."""
+    """One sample can't go on. `reason` is a short code for the reports; the message is for people.
+
+    `attempt` is that of the draw which came to nothing, where it raced with others.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason
+        self.attempt: int | None = None
         super().__init__(message)
 
 

@@ -155,6 +155,9 @@ class SampleStep(Step):
     rewrites: ClassVar[bool] = True
     """Whether it may change an answer that is there: a verdict given before it was on another answer."""
 
+    generates: ClassVar[bool] = True
+    """Of a step that asks models: it asks them for candidates, and not what they think of them."""
+
     @abstractmethod
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         """The sample with what this step found. It may see a sample again that has got more candidates since.
@@ -179,6 +182,7 @@ class Gate(SampleStep):
     """
 
     rewrites: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
 
     alone: ClassVar[bool] = False
     """Of a gate that writes `judge_all`: its verdict on a candidate does not depend on the others all the same."""
@@ -223,5 +227,5 @@ class Gate(SampleStep):
 
 
 def is_generation(step: Step) -> bool:
-    """Whether a step asks a model for candidates; a gate that asks one wants its verdict."""
-    return isinstance(step, SampleStep) and not isinstance(step, Gate) and bool(step.models())
+    """Whether a step asks a model for candidates."""
+    return isinstance(step, SampleStep) and step.generates and bool(step.models())

@@ -263,7 +263,7 @@ class Sample(Struct, frozen=True, gc=False):
 
     def failed(self, step: str, error: SampleError) -> "Sample":
         status = Status.SKIPPED if isinstance(error, NotAsked) else Status.FAILED
-        return self.left_out(status, Failure(step, error.reason, str(error)))
+        return self.left_out(status, Failure(step, error.reason, str(error), error.attempt))
 
     def left_out(self, status: "Status", failure: "Failure") -> "Sample":
         return replace(self, status=status, failures=(*self.failures, failure))

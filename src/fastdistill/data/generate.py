@@ -36,7 +36,7 @@ class TextGeneration(SampleStep):
     """Asks a model for `num_generations` candidates of each sample, or for fewer if `until` is met before.
 
     `teachers` is a ladder: the first model answers, and after `escalate_after` waves without enough accepted answers
-    the next one does.
+    the next one does. The waves of one whose own budget is spent bring nothing.
 
     `template` and `system_prompt` are Jinja templates over the record's fields; a field that is missing fails the
     sample before anything is asked. Of a list of templates each draw takes the next, and of a list of temperatures
@@ -116,7 +116,8 @@ class TextGeneration(SampleStep):
         attempts = self._attempts(sample)
         if not attempts or (attempts[0] and not self.wants_more(sample) and self._only is None):
             return sample  # another step wanted more
-        asked = await self._ask(ctx.model(self._teacher(attempts[0])), sample, attempts)
+        teacher = self._teacher(attempts[0])
+        asked = await self._ask(ctx.model(teacher), sample, attempts)
         step = self.name
         candidates = [_candidate(each, sample, prompt, step) for prompt, _, each in asked if isinstance(each, Answer)]
         if len(candidates) == len(asked):
@@ -125,8 +126,13 @@ class TextGeneration(SampleStep):
         failures = [Failure(self.name, error.reason, str(error), attempt) for error, attempt in errors]
         if not candidates and not sample.candidates:
             error = errors[0][0]
-            more_to_come = self._only is not None or attempts.stop < self.num_generations
-            if isinstance(error, NotAsked) or not more_to_come:
+            error.attempt = self._only
+            to_come = range(attempts.stop, self.num_generations)
+            if isinstance(error, BudgetSpent):  # others may have some left
+                ends = all(self._teacher(attempt) == teacher for attempt in to_come)
+            else:
+                ends = isinstance(error, NotAsked) or (self._only is None and not to_come)
+            if ends:
                 raise error
         return replace(sample, candidates=(*sample.candidates, *candidates), failures=(*sample.failures, *failures))
 

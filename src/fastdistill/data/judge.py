@@ -9,7 +9,7 @@ from enum import StrEnum
 from functools import cached_property
 from itertools import permutations
 from statistics import fmean
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec.structs import replace
@@ -47,6 +47,7 @@ class JudgeReason(StrEnum):
     CRITERION = "criterion"  # one that `must` names is false
     UNAVAILABLE = "judge_unavailable"
     BUDGET_SPENT = BudgetSpent.code
+    NOT_STORED = "not_stored"  # and nobody is asked: a run is judged again
     UNPARSABLE = "judge_unparsable"
     LABEL_MASS = "low_label_mass"  # the model hardly considered any of the scores
 
@@ -285,6 +286,8 @@ class PairwiseJudge(SampleStep):
     first, count a half. Of equal answers only the first is compared. What can't be compared leaves scores as they are.
     """
 
+    generates: ClassVar[bool] = False
+
     model: str = Field("judge", description="a name under `models:`")
     task: _Text = Field(description="Jinja over the record: the task as the judge sees it")
     max_candidates: int = Field(4, ge=2, description="how many distinct answers of a sample are compared")
@@ -348,7 +351,7 @@ async def _said(
     """What a judge says. One that nobody can reach ends no run; one that refuses its key, or the model, does.
 
     Raises:
-        SampleError: `judge_unavailable` or `budget_spent`.
+        SampleError: `judge_unavailable`, `budget_spent` or `not_stored`.
         NotAsked: the run ends.
     """
     model = ctx.model(name)
@@ -360,8 +363,8 @@ async def _said(
         return answer.completion
     if isinstance(answer, NotAsked) and not isinstance(answer, BudgetSpent):
         raise answer
-    spent = isinstance(answer, BudgetSpent)
-    raise SampleError(JudgeReason.BUDGET_SPENT if spent else JudgeReason.UNAVAILABLE, str(answer)) from answer
+    of_its_own = answer.reason in (JudgeReason.BUDGET_SPENT, JudgeReason.NOT_STORED)
+    raise SampleError(answer.reason if of_its_own else JudgeReason.UNAVAILABLE, str(answer)) from answer
 
 
 def _tagged(tag: str, text: str) -> str:

@@ -172,7 +172,12 @@ def _rows(path: Path, known: str) -> Iterator[tuple[bytes, bytes]]:
                     for answer in _answers_of(line):
                         yield key, msgspec.json.encode(answer)
     except (ValueError, RecursionError) as error:  # of msgspec, of canonical JSON, and ours
-        raise InputError(f"{path}:{number}: not a line of a recording ({error}); see teachers.md, Replay") from error
+        problem, remedy = str(error), ""
+        if "utf-16 surrogate" in problem:
+            problem, remedy = "a lone surrogate is no character", "write both of its pair, or \\ufffd in its place; "
+        raise InputError(
+            f"{path}:{number}: not a line of a recording ({problem}); {remedy}see teachers.md, Replay"
+        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: can't be read to its end: {error}; fetch the file again") from error
     if number == 0:
