@@ -356,6 +356,21 @@ def test_a_race_ends_where_nothing_more_is_asked(tmp_path: Path, enough: dict[st
     assert left_alone > 0
 
 
+@pytest.mark.parametrize("place", ["run", "model"])
+def test_what_is_called_off_counts_with_all_that_it_may_have_cost(tmp_path: Path, place: str) -> None:
+    teacher = Teacher(rate=1.0)
+    budget: dict[str, Any] = {"budget": {"max_tokens": 2_000}}
+    with openai_server(teacher.script, latency=jittered(0)) as server:
+        until = {"accepted": 1, "wave": 4, "siblings": "cancel"}
+        parts = budget if place == "run" else {"teacher": budget}
+        result = run(pipeline(server.url, tmp_path, 60, n=4, until=until, **parts), tmp_path / "a")
+    assert result.exit_code == ExitCode.BUDGET
+    meter = result.timing["models"]["teacher"]
+    assert meter["unknown_tokens"] > 0
+    assert 1_000 < teacher.tokens <= 2_000
+    assert_whole(result)
+
+
 # --- targets ---
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class ModelBudget(BaseModel):
     """What may be spent in a run, answers from the store not counted. Checked before every request.
 
-    A request in flight counts with all it could still cost: its prompt and every token that it may generate.
+    A request in flight counts with all it could still cost: its prompt and every token that it may generate. So does
+    one that was called off, for nobody says what it had cost by then.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,9 +28,11 @@ class ModelBudget(BaseModel):
         """Why no request of up to `tokens` and `dollars` may be sent any more, not even if those in flight turn out to
         cost nothing; None if it may, now or later.
         """
-        if self.max_tokens is not None and sum(meter.tokens for meter in meters) + tokens > self.max_tokens:
+        tokens += sum([meter.tokens + meter.unknown_tokens for meter in meters])
+        if self.max_tokens is not None and tokens > self.max_tokens:
             return f"budget.max_tokens: the next request could exceed {self.max_tokens:,} tokens"
-        if self.max_cost_usd is not None and sum(meter.cost or 0.0 for meter in meters) + dollars > self.max_cost_usd:
+        dollars += sum([(meter.cost or 0.0) + meter.worst_cost(meter.unknown_tokens) for meter in meters])
+        if self.max_cost_usd is not None and dollars > self.max_cost_usd:
             return f"budget.max_cost_usd: the next request could exceed ${self.max_cost_usd:g}"
         return None
 

@@ -1,5 +1,6 @@
 """What a model cost and how busy it was, counted while it happens. Wall-clock figures: reports only, never data."""
 
+from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ class Meter:
     queued: Histogram = field(default_factory=Histogram)
     hedged: int = 0  # requests asked a second time
     lost_tokens: int = 0  # that these may have cost where they were called off; in `usage` too
+    unknown_tokens: int = 0  # that requests called off without an answer may have cost at most; not in `usage`
     in_flight: int = 0
     peak: int = 0
     reserved_tokens: int = 0  # that the requests in flight may cost at most
@@ -100,6 +102,7 @@ class Meter:
             "failed": {kind: took.summary() for kind, took in sorted(self.failed.items())},
             "hedged": self.hedged,
             "lost_tokens": self.lost_tokens,
+            "unknown_tokens": self.unknown_tokens,
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "cached_tokens": self._cached_tokens,
@@ -152,7 +155,9 @@ class InFlight:
         self.busy = busy = meter.last - self._sent
         meter.busy.add(busy)
         meter.queued.add(self.queued)
-        if isinstance(error, ProviderError):
+        if isinstance(error, CancelledError):
+            meter.unknown_tokens += self._asked * self.worst
+        elif isinstance(error, ProviderError):
             meter.failed.setdefault(error.kind, Histogram()).add(busy)
 
     def again(self) -> None:
