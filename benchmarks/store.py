@@ -21,6 +21,7 @@ from benchmarks.teacher import MODEL
 from fastdistill.control.store import ResponseStore
 from fastdistill.core.types import Answer, Completion, Draw, FinishReason, Prompt, Usage
 
+PARAMETERS = {"temperature": 0.7, "max_tokens": workload.MAX_TOKENS}  # the same for all, as a step has them
 CHUNK = 10_000
 WORKERS = 64
 LOOKUPS = 10_000
@@ -100,7 +101,7 @@ def _entry(number: int) -> tuple[Prompt, Answer]:
         {"role": "system", "content": workload.SYSTEM},
         {"role": "user", "content": workload.content(number)},
     )
-    prompt = Prompt("vllm", MODEL, messages, {"temperature": 0.7, "max_tokens": workload.MAX_TOKENS})
+    prompt = Prompt("vllm", MODEL, messages, PARAMETERS)
     draw = Draw(0, workload.SEED)
     text = f"```sql\n{workload.question(number)}\n```\nThis looks up the cities in the table city."
     completion = Completion(text, FinishReason.STOP, Usage(350, 60), model=MODEL, build="simulated")

@@ -123,15 +123,18 @@ class Prompt(Struct, frozen=True, dict=True):
 
 
 _encode = msgspec.json.Encoder().encode
-_latest: tuple[Mapping[str, Any], str, str] = ({}, digest({}), "{}")
+_Parameters = tuple[Mapping[str, Any], str, str]
+_parameters: dict[int, _Parameters] = {}  # by identity, which stays while they are here
 
 
-def _once(parameters: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str]:
-    """Parameters with their digest and JSON; mostly the very ones of the last call: a step asks with the same."""
-    global _latest
-    if parameters is not _latest[0]:
-        _latest = (parameters, digest(parameters), _encode(parameters).decode())
-    return _latest
+def _once(parameters: Mapping[str, Any]) -> _Parameters:
+    """Parameters with their digest and JSON; a step asks with the very same ones again and again."""
+    found = _parameters.get(id(parameters))
+    if found is None:
+        if len(_parameters) >= 64:
+            _parameters.clear()
+        found = _parameters[id(parameters)] = (parameters, digest(parameters), _encode(parameters).decode())
+    return found
 
 
 class Draw(Struct, frozen=True, gc=False):
