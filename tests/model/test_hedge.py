@@ -75,9 +75,12 @@ def test_who_does_not_straggle_is_asked_once() -> None:
 def test_stragglers_are_asked_again_one_after_the_other_the_oldest_first() -> None:
     async def go() -> None:
         asked: list[str] = []
+        two = asyncio.Event()
 
         async def again(name: str) -> str:
             asked.append(name)
+            if len(asked) == 2:
+                two.set()
             return name
 
         free = 2
@@ -86,7 +89,8 @@ def test_stragglers_are_asked_again_one_after_the_other_the_oldest_first() -> No
         for name in "abc":
             races.append(asyncio.create_task(hedge.first_of(asyncio.sleep(9, "late"), partial(again, name))))
             await asyncio.sleep(0.002)
-        await asyncio.sleep(0.1)
+        await two.wait()
+        await asyncio.sleep(0.05)
         assert asked == ["a", "b"]
         free = 3
         assert await asyncio.gather(*races) == ["a", "b", "c"]

@@ -63,8 +63,10 @@ def _plain(text: str) -> str | None:
     them token by token.
     """
     found = _PLAIN.match(text)
-    if found is None or not found[1]:
-        return found and text
+    if found is None:
+        return None
+    if not found[1]:
+        return text
     return None if _OPENS.search(text) or text.count("'") % 2 else text[:-1].rstrip()
 
 
