@@ -22,9 +22,9 @@ HEADROOM = 1.25  # requests in flight for each slot: an answer that leaves finds
 CROWDED = 2.5
 BURST = 2.0  # seconds
 CUT = 0.7  # at most, after a 429; one cut for each burst
-RAMP = 6  # more in flight for each answer, at first
+RAMP = 8  # more in flight for each answer, at first
 PROVED = 4  # the ramp's limit: so many requests in flight for each slot that is known to be at work
-GREW = 1.3  # times the answers a second, with twice as many in flight: less ends the ramp
+GREW = 1.3  # times the answers a second, with twice as many in flight: less, twice, ends the ramp
 SMALLEST_WINDOW = 24  # answers: of fewer, chance ends a ramp
 STEADY_WINDOW = 128  # answers, once the ramp is over: chance must not decide
 STEP = 1.5  # a trial is of so many times more, or less
@@ -97,6 +97,7 @@ class AdaptiveLimit(Limit):
         self._ramping = True
         self._capacities: list[tuple[float, int]] = [(-math.inf, start)]  # on the ramp: from when on
         self._rates: list[tuple[float, float]] = []  # on the ramp: mean capacity and answers a second of each window
+        self._stalled = False  # on the ramp: the last window brought hardly more than one with half as many in flight
         self._slots = 1.5 * start  # known to be at work; at first a guess
         self._first = math.inf  # when the first answer came
         self._early = _Window(0.0, 0)  # all answers to what had been sent before, not just the fast ones
@@ -208,12 +209,15 @@ class AdaptiveLimit(Limit):
         self._quiet += 1
 
     def _climb(self, window: _Window, now: float, slots: float) -> None:
-        """Ends the ramp where twice as many brought hardly more answers, or where all that is allowed was in flight."""
+        """Ends the ramp where twice as many brought hardly more answers in two windows on end, of which one may be chance,
+        or where all that is allowed was in flight.
+        """
         load, rate = window.load / window.answers, window.answers / (now - window.begun)
         before = next((other for less, other in reversed(self._rates) if less < load / 2), 0.0)
         self._rates.append((load, rate))
         self._slots = max(self._slots, slots)
-        if rate < GREW * before or load >= self.capacity >= self._higher(window, now):
+        stalled, self._stalled = self._stalled, rate < GREW * before
+        if (stalled and self._stalled) or load >= self.capacity >= self._higher(window, now):
             self._ramping = False
             self._change(slots * STEP * max(1.0, before / rate))  # the rate is low by chance, or too many in flight
 

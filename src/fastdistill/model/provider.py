@@ -146,7 +146,7 @@ class ModelConfig(BaseModel):
     requests_per_minute: int | None = Field(None, gt=0)
     tokens_per_minute: int | None = Field(None, gt=0, description="prompt and completion tokens")
 
-    first_concurrency: ClassVar[int] = 16
+    first_concurrency: ClassVar[int] = 24
     """Requests in flight at first, where `max_concurrency` is not set: the limit then finds itself."""
     finds_itself: ClassVar[bool] = True
     """False: `first_concurrency` is right for good."""
