@@ -334,7 +334,7 @@ def _seldom_collected() -> Iterator[None]:
     """Looks for cycles less often, of which samples make hardly any, and never among what was there before the run."""
     threshold = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 100)
+    gc.set_threshold(50_000, 20, 100)
     try:
         yield
     finally:
