@@ -14,12 +14,14 @@ from fastdistill.control.ledger import Ledger
 from fastdistill.control.seen import Seen
 from fastdistill.control.tally import Tally
 from fastdistill.core.errors import BudgetSpent, ExitCode, FatalError, NotAsked, TooManyErrors
+from fastdistill.core.stats import Histogram
 from fastdistill.core.step import KeyIndex, Step
 from fastdistill.core.timing import StepTime
 from fastdistill.core.types import Sample, Status
 from fastdistill.model.client import ModelClient
 
 _KEYS_IN_MEMORY = 2_000  # of each index: to write more at once would hold the loop
+_SUMMED_UP_AT_ONCE = 200  # samples
 _ENOUGH_TO_JUDGE = 50  # samples before `max_error_rate` can stop a run midway
 
 
@@ -151,6 +153,15 @@ class ActiveRun:
             if self._progress.reached:
                 self._end(Enough(f"target: {self._target.accepted} samples are accepted", ExitCode.OK))
         self._check_error_rate()
+        if self.tally.samples % _SUMMED_UP_AT_ONCE == 0:
+            for each in self._histograms():
+                each.sum_up()
+
+    def _histograms(self) -> Iterator[Histogram]:
+        for time in self.step_times.values():
+            yield from (time.busy, time.queued)
+        for model in self.models.values():
+            yield from (model.meter.busy, model.meter.queued)
 
     def _check_error_rate(self, enough: int = _ENOUGH_TO_JUDGE) -> None:
         failed, total = self.tally.failed, self.tally.samples

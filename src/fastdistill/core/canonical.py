@@ -10,6 +10,7 @@ import math
 import unicodedata
 from collections.abc import Mapping
 from hashlib import sha256
+from itertools import chain
 from typing import Any, TypeAlias
 
 import msgspec
@@ -103,12 +104,12 @@ def _form(value: object, path: _Path) -> bytes:
 def _all_text(value: Any) -> bool:
     """Of a dict, or a tuple of dicts."""
     for each in (value,) if type(value) is dict else value:
-        if type(each) is not dict:
+        if type(each) is not dict or not _TEXT.issuperset(map(type, chain(each, each.values()))):
             return False
-        for key, inner in each.items():
-            if type(key) is not str or type(inner) is not str:
-                return False
     return True
+
+
+_TEXT = frozenset({str})
 
 
 def _words(path: _Path) -> str:

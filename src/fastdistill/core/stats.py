@@ -90,20 +90,19 @@ _PER_E = 1 / math.log(1.02)  # buckets
 
 
 class Histogram:
-    """Durations in buckets that grow by 2%: any quantile is right to 1%, whatever the count."""
+    """Durations in buckets that grow by 2%: any quantile is right to 1%, whatever the count.
 
-    __slots__ = ("_buckets", "_count", "_fresh", "_longest", "_total")
+    `add` takes seconds. They wait in a list for the next `sum_up`, for many at a time cost a fraction: who adds without
+    end sums up now and then.
+    """
+
+    __slots__ = ("_buckets", "_count", "_fresh", "_longest", "_total", "add")
 
     def __init__(self) -> None:
         self._buckets: Counter[int] = Counter()
-        self._fresh: list[float] = []  # not in a bucket yet: many at a time cost a fraction
+        self._fresh: list[float] = []  # not in a bucket yet
+        self.add = self._fresh.append
         self._count, self._total, self._longest = 0, 0.0, 0.0
-
-    def add(self, seconds: float) -> None:
-        fresh = self._fresh
-        fresh.append(seconds)
-        if len(fresh) == 1000:
-            self._sort_in()
 
     @property
     def count(self) -> int:
@@ -127,7 +126,7 @@ class Histogram:
         }  # fmt: skip
 
     def _quantiles(self, shares: Sequence[float]) -> list[float]:
-        self._sort_in()
+        self.sum_up()
         buckets = sorted(self._buckets)
         if not buckets:
             return [0.0] * len(shares)
@@ -135,7 +134,7 @@ class Histogram:
         places = [buckets[bisect_left(reached, share * self._count)] for share in shares]
         return [min(math.exp(place / _PER_E), self._longest) for place in places]
 
-    def _sort_in(self) -> None:
+    def sum_up(self) -> None:
         if fresh := self._fresh:
             logarithms = map(math.log, map(max, fresh, repeat(1e-7)))
             self._buckets.update(map(round, map(_PER_E.__mul__, logarithms)))

@@ -34,8 +34,8 @@ class Timer:
     def turn_to(self, step: StepTime | None) -> None:
         """Ends the step before; None where what follows is not timed."""
         now = perf_counter()
-        if self._step is not None and self._begun is not None:
-            self._step.busy.add(now - self._begun)
+        if (before := self._step) is not None and self._begun is not None:
+            before.busy.add(now - self._begun)
         self._step, self._begun = step, now
 
     def __exit__(

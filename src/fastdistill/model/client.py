@@ -392,7 +392,8 @@ class ModelClient:
         self._answered_at = perf_counter()
         tokens = sum([completion.usage.completion_tokens for completion in completions])
         now = clock()
-        self._took.add(now - begun)
+        if self._hedge is not None:
+            self._took.add(now - begun)
         endpoint.limit.answered(begun, now, tokens, busy=busy)
         endpoint.asks_n = endpoint.asks_n and len(completions) >= len(draws)
         if not completions:
