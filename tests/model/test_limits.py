@@ -1,127 +1,16 @@
 """How many requests are in flight: an adaptive limit against simulated servers in virtual time, and the pace."""
 
-import heapq
 import math
 import random
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.limits import SIGMA, TRIED, Work, adaptive, lognormal, simulate
 from fastdistill.model.limits import BURST, AdaptiveLimit, Limit, Pace
 from fastdistill.model.provider import Load
-
-MEDIAN, SIGMA = 0.2, 0.6  # seconds, of a lognormal distribution
-TRIED = (16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One request: how long it holds a slot, in seconds, and the length of its answer."""
-
-    seconds: float
-    tokens: int = 100
-
-
-def lognormal(requests: int, seed: int, median: float = MEDIAN, sigma: float = SIGMA) -> list[Work]:
-    dice = random.Random(seed)
-    return [Work(dice.lognormvariate(math.log(median), sigma)) for _ in range(requests)]
-
-
-@dataclass(slots=True)
-class _Sent:
-    begun: float
-    busy: bool
-    work: Work
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a simulation came to; `capacities` is the limit after each event."""
-
-    seconds: float = 0.0
-    refused: int = 0
-    cuts: int = 0
-    capacities: list[int] = field(default_factory=list)
-
-
-def simulate(
-    limit: Limit,
-    work: Sequence[Work],
-    slots: int | Callable[[float], int],
-    *,
-    slowed: Callable[[int], float] = lambda running: 1.0,
-    refuses_beyond: int | None = None,
-    tells: bool = False,
-    breaks: Callable[[int], bool] = lambda number: False,
-) -> Outcome:
-    """A client with as much work as there is, and a server with slots and one queue; all times are virtual.
-
-    Args:
-        slots: how many requests are worked on at a time, or that as a function of the time.
-        slowed: by which factor an answer takes longer with so many at work.
-        refuses_beyond: so many in flight; the next gets a 429 within 10 ms.
-        tells: the server has metrics, asked every half second.
-        breaks: whether the connection of the n-th request breaks when its answer would come.
-    """
-    todo = deque(reversed(work))
-    now, in_flight, running, sent, told = 0.0, 0, 0, 0, 0.0
-    queue: deque[_Sent] = deque()
-    events: list[tuple[float, int, str, _Sent]] = []
-    outcome = Outcome()
-
-    def free() -> bool:
-        return running < (slots if isinstance(slots, int) else slots(now))
-
-    def start(request: _Sent, number: int) -> None:
-        nonlocal running
-        running += 1
-        kind = "broken" if breaks(number) else "answer"
-        heapq.heappush(events, (now + request.work.seconds * slowed(running), number, kind, request))
-
-    while todo or in_flight:
-        while todo and in_flight < limit.capacity:
-            in_flight += 1
-            sent += 1
-            request = _Sent(now, in_flight >= limit.capacity, todo.pop())
-            if refuses_beyond is not None and in_flight > refuses_beyond:
-                heapq.heappush(events, (now + 0.01, sent, "429", request))
-            elif free():
-                start(request, sent)
-            else:
-                queue.append(request)
-        now, _, kind, request = heapq.heappop(events)
-        in_flight -= 1
-        before = limit.capacity
-        if kind == "429":
-            limit.rate_limited(request.begun, now)
-            outcome.refused += 1
-            outcome.cuts += limit.capacity < before
-            todo.append(request.work)
-        else:
-            running -= 1
-            if kind == "answer":
-                limit.answered(request.begun, now, request.work.tokens, busy=request.busy)
-            else:
-                limit.broke()
-                todo.append(request.work)
-            while queue and free():
-                sent += 1
-                start(queue.popleft(), sent)
-            if tells and now >= told + 0.5:
-                told = now
-                limit.measured(Load(running, len(queue)), busy=in_flight + 1 >= limit.capacity)
-        outcome.capacities.append(limit.capacity)
-    outcome.seconds = now
-    return outcome
-
-
-def adaptive() -> AdaptiveLimit:
-    return AdaptiveLimit(start=24)
-
 
 # --- as good as the best fixed setting ---
 
