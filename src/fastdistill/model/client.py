@@ -14,6 +14,7 @@ from itertools import islice, repeat
 from time import perf_counter
 from typing import Any, Protocol
 
+from fastdistill.core.bill import BILL
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError, Unreachable
 from fastdistill.core.stats import Histogram
@@ -118,6 +119,9 @@ class ModelClient:
                 others[0].append(asked)
                 await asked  # another sample asks the very same; then look again
             missing = {key: draw for key, draw in missing.items() if key not in results}
+        if (bill := BILL.get()) is not None:
+            answers = [each for each in results.values() if isinstance(each, Answer)]
+            bill.update({each.key: (self.name, each.completion.usage) for each in answers})
         return [*map(results.__getitem__, keys)]
 
     async def ready(self) -> None:
