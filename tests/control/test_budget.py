@@ -436,6 +436,39 @@ def test_records_that_do_not_suffice_for_a_target_give_what_there_is(
     assert_whole(result)
 
 
+def test_an_accepted_candidate_of_a_sample_that_failed_does_not_count_towards_a_target(tmp_path: Path) -> None:
+    teacher = Teacher(rate=1.0)
+
+    def judge(call: Call, index: int) -> str:
+        return '{"criteria": {"right": true}, "score": 5}'
+
+    with openai_server(teacher.script) as server, openai_server(judge, models=["judge"]) as other:
+        made = pipeline(server.url, tmp_path, 60, target={"accepted": 15}, max_error_rate=1)
+        made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": other.url}
+        step = {"task": "{{ question }}", "reference": "{{ gold }}", "criteria": {"right": "?"}, "structured": False}
+        made["steps"].insert(4, {"LLMJudge": step})
+        records = [
+            {"task_id": f"q{at}", "question": question(at)} | ({"gold": "g"} if at % 3 else {}) for at in range(60)
+        ]
+        (tmp_path / "records60.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        result = run(made, tmp_path / "a")
+    assert [row["fd_task_id"] for row in rows(result)] == [f"q{at}" for at in range(60) if at % 3][:15]
+    assert result.quality["samples"]["accepted"] == 15
+
+
+@pytest.mark.parametrize(
+    "step", [{"Deduplicate": {}}, {"Decontaminate": {"against": ["x.jsonl"], "fields": ["question"]}}]
+)
+def test_a_target_is_refused_where_accepted_samples_could_be_left_out_again(
+    tmp_path: Path, step: dict[str, Any]
+) -> None:
+    made = pipeline("http://127.0.0.1:1", tmp_path, 3, target={"accepted": 2})
+    made["steps"].insert(5, step)
+    with pytest.raises(ConfigError, match=rf"target: steps\[5\]\.{next(iter(step))} leaves out accepted samples"):
+        parse_pipeline(made)
+    parse_pipeline(made | {"target": None})
+
+
 def test_a_target_and_a_budget_end_at_whichever_comes_first(tmp_path: Path) -> None:
     for target, tokens, code in ((10, 10**6, 0), (10**3, 2_000, 7)):
         teacher = Teacher()
