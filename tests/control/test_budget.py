@@ -22,7 +22,7 @@ from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import execute, run_folder, unwatched
 from fastdistill.core.errors import ConfigError, ExitCode, TooManyErrors
 from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample
-from tests.servers import Call, Fault, openai_server, status
+from tests.servers import Call, Fault, cut, garbled, hang, openai_server, rate_limited, reset, status
 
 MOST = 40  # tokens of an answer, as the run's decode profile has it
 LENGTH = 30  # tokens of an answer, as the teacher gives it
@@ -172,6 +172,53 @@ def test_a_budget_of_time_ends_the_run_and_what_is_in_flight_comes_home(tmp_path
     assert result.exit_code == ExitCode.BUDGET
     assert 0 < len(teacher.draws) < 2_000
     assert sum(len(seeds) for seeds in seeds_of(result).values()) == len(teacher.draws), "every answer was used"
+    assert_whole(result)
+
+
+def test_a_server_that_gives_no_usage_is_counted_at_the_worst(tmp_path: Path) -> None:
+    teacher = Teacher()
+    with openai_server(teacher.script, usage_of="none") as server:
+        result = run(pipeline(server.url, tmp_path, 200, budget={"max_tokens": 2_000}), tmp_path / "a")
+    assert result.exit_code == ExitCode.BUDGET and 1_000 < teacher.tokens <= 2_000
+    assert_whole(result)
+
+
+@pytest.mark.parametrize("fault", [hang, cut, garbled, reset], ids=["hang", "cut", "garbled", "reset"])
+def test_a_request_that_the_server_may_have_worked_on_counts_though_no_answer_came(
+    tmp_path: Path, fault: Callable[..., Fault]
+) -> None:
+    asked: Counter[str] = Counter()
+
+    def fails(call: Call) -> Fault | None:
+        asked["question"] += call.prompt.startswith("Question")
+        return fault(times=None) if call.prompt.startswith("Question") else None
+
+    with openai_server(faults=fails) as server:
+        config = {"timeout": 0.2, "max_retries": 1}
+        made = pipeline(server.url, tmp_path, 60, budget={"max_tokens": 1_000}, teacher=config, max_error_rate=1)
+        result = run(made, tmp_path / "a")
+    worst = len(question(0)) + MOST
+    assert result.exit_code == ExitCode.BUDGET
+    assert result.timing["models"]["teacher"]["unknown_tokens"] == 1_000 // worst * worst
+    if fault is not reset:  # a kept connection that breaks at once was dead: the request is sent again unseen
+        assert asked["question"] == 1_000 // worst
+
+
+def test_a_request_that_was_turned_away_costs_nothing(tmp_path: Path) -> None:
+    teacher = Teacher()
+    faults = {"Question": rate_limited("0.01", times=30), "Question 0001": status(503, times=3)}
+    with openai_server(teacher.script, faults=faults) as server:
+        made = pipeline(server.url, tmp_path, 20, budget={"max_tokens": 10_000})
+        result = run(made, tmp_path / "a")
+    assert result.exit_code == 0 and result.timing["models"]["teacher"]["unknown_tokens"] == 0
+
+
+def test_a_budget_of_time_cuts_the_wait_before_another_try_short(tmp_path: Path) -> None:
+    with openai_server(faults={"Question": rate_limited("60", times=None)}) as server:
+        made = parse_pipeline(pipeline(server.url, tmp_path, 20, budget={"max_wall_s": 0.5}))
+        running = execute(made, run_folder(tmp_path / "a", "limited"), unwatched)
+        result = asyncio.run(asyncio.wait_for(running, 20))
+    assert result.exit_code == ExitCode.BUDGET and "max_wall_s" in result.manifest["message"]
     assert_whole(result)
 
 

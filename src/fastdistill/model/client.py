@@ -283,7 +283,7 @@ class ModelClient:
                     continue
             pause = min(until - now, _SCOUTS_EVERY)
             await self._brake.pause(pause)
-            if perf_counter() - now < pause / 2:  # cut short: the run winds down
+            if self._ends():
                 return True
             now = perf_counter()
         return True
@@ -322,6 +322,8 @@ class ModelClient:
                     completions = await answered
                     # Counted before the reservation ends, lest a budget sees neither.
                     tokens = flight.answered(completions, characters)
+                    if not tokens and not self.config.recorded:  # the server does not say
+                        flight.untold()
             finally:
                 if not self._pace.unlimited:
                     self._pace.correct(tokens - worst)
@@ -337,20 +339,18 @@ class ModelClient:
         return [*answers]
 
     async def _paced(self, worst: int, dollars: float) -> None:
-        """Returns when a request of up to so many tokens may go out; one after the other where there is a pace.
+        """Returns when a request of up to so many tokens may go out; one after the other, so that only one looks.
 
         Raises:
             NotAsked: the run has enough.
         """
-        if not self._pace.unlimited:
-            async with self._pacing:
-                while delay := self._pace.delay(perf_counter()):
-                    self._brake.check(worst, dollars)
-                    await self._brake.pause(min(delay, 1.0))  # answers in flight may turn out shorter meanwhile
+        async with self._pacing:
+            while delay := self._pace.delay(perf_counter()):
                 self._brake.check(worst, dollars)
-                self._pace.take(perf_counter(), worst)
-        while self._brake.check(worst, dollars):
-            await self._brake.pause(0.05)  # what is in flight may cost less than it could
+                await self._brake.pause(min(delay, 1.0))  # answers in flight may turn out shorter meanwhile
+            while self._brake.check(worst, dollars):
+                await self._brake.pause(0.05)  # what is in flight may cost less than it could
+            self._pace.take(perf_counter(), worst)
 
     def _due(self, waited: float) -> float:
         """Seconds until a request that has taken so long may be asked a second time, or is looked at again; 0: now.

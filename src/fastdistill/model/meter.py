@@ -9,7 +9,9 @@ from typing import Any, Self
 
 from fastdistill.core.stats import Histogram
 from fastdistill.core.types import Completion, Usage
-from fastdistill.model.provider import Price, ProviderError
+from fastdistill.model.provider import ErrorKind, Price, ProviderError
+
+_WORKED_ON = {ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}  # the server may have, and may charge for it
 
 
 @dataclass(slots=True)
@@ -26,7 +28,7 @@ class Meter:
     queued: Histogram = field(default_factory=Histogram)
     hedged: int = 0  # requests asked a second time
     lost_tokens: int = 0  # that these may have cost where they were called off; in `usage` too
-    unknown_tokens: int = 0  # that requests called off without an answer may have cost at most; not in `usage`
+    unknown_tokens: int = 0  # that requests of which nobody said it may have cost at most; not in `usage`
     in_flight: int = 0
     peak: int = 0
     reserved_tokens: int = 0  # that the requests in flight may cost at most
@@ -156,9 +158,15 @@ class InFlight:
         meter.busy.add(busy)
         meter.queued.add(self.queued)
         if isinstance(error, CancelledError):
-            meter.unknown_tokens += self._asked * self.worst
+            self.untold()
         elif isinstance(error, ProviderError):
             meter.failed.setdefault(error.kind, Histogram()).add(busy)
+            if error.kind in _WORKED_ON:
+                self.untold()
+
+    def untold(self) -> None:
+        """Nobody says what it cost: a budget counts the worst."""
+        self._meter.unknown_tokens += self._asked * self.worst
 
     def again(self) -> None:
         """The same is asked a second time."""
