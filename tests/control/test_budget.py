@@ -21,7 +21,8 @@ from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import execute, run_folder, unwatched
 from fastdistill.core.errors import ConfigError, ExitCode, TooManyErrors
-from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample
+from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample, Usage
+from fastdistill.model.meter import TEMPLATE, Meter
 from tests.servers import Call, Fault, cut, garbled, hang, openai_server, rate_limited, reset, status
 
 MOST = 40  # tokens of an answer, as the run's decode profile has it
@@ -179,8 +180,22 @@ def test_a_server_that_gives_no_usage_is_counted_at_the_worst(tmp_path: Path) ->
     teacher = Teacher()
     with openai_server(teacher.script, usage_of="none") as server:
         result = run(pipeline(server.url, tmp_path, 200, budget={"max_tokens": 2_000}), tmp_path / "a")
-    assert result.exit_code == ExitCode.BUDGET and 1_000 < teacher.tokens <= 2_000
+    worst = len(question(0)) + TEMPLATE + MOST
+    assert result.exit_code == ExitCode.BUDGET and len(teacher.draws) == 2_000 // worst
     assert_whole(result)
+
+
+def test_a_short_prompt_which_is_mostly_template_does_not_make_long_ones_dear() -> None:
+    meter = Meter()
+    meter.answered(Usage(30), characters=2)
+    assert meter.most_prompt_tokens(4_000) == 4_000 + TEMPLATE
+    meter.answered(Usage(1_000), characters=4_000)
+    assert 1_000 < meter.most_prompt_tokens(4_000) < 1_200
+    dense = Meter()
+    dense.answered(Usage(TEMPLATE + 200), characters=100)
+    assert dense.most_prompt_tokens(100) >= TEMPLATE + 200
+    dense.answered(Usage(2_000), characters=1_000)
+    assert dense.most_prompt_tokens(500) >= 1_000
 
 
 @pytest.mark.parametrize("fault", [hang, cut, garbled, reset], ids=["hang", "cut", "garbled", "reset"])
@@ -197,7 +212,7 @@ def test_a_request_that_the_server_may_have_worked_on_counts_though_no_answer_ca
         config = {"timeout": 0.2, "max_retries": 1}
         made = pipeline(server.url, tmp_path, 60, budget={"max_tokens": 1_000}, teacher=config, max_error_rate=1)
         result = run(made, tmp_path / "a")
-    worst = len(question(0)) + MOST
+    worst = len(question(0)) + TEMPLATE + MOST
     assert result.exit_code == ExitCode.BUDGET
     assert result.timing["models"]["teacher"]["unknown_tokens"] == 1_000 // worst * worst
     if fault is not reset:  # a kept connection that breaks at once was dead: the request is sent again unseen

@@ -5,7 +5,6 @@ answer. It knows no wire protocol (providers do) and no file format (the store d
 """
 
 import asyncio
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -446,7 +445,7 @@ class ModelClient:
         if prompt.parameters is not parameters:
             most = _most_tokens(prompt.parameters)
             self._most_tokens = (prompt.parameters, most)
-        return math.ceil(characters * self.meter.tokens_per_character) + n * most
+        return self.meter.most_prompt_tokens(characters) + n * most
 
 
 _LOOKS_EVERY = 0.25  # seconds

@@ -1,5 +1,6 @@
 """What a model cost and how busy it was, counted while it happens. Wall-clock figures: reports only, never data."""
 
+import math
 from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from fastdistill.core.types import Completion, Usage
 from fastdistill.model.provider import ErrorKind, Price, ProviderError
 
 _WORKED_ON = {ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}  # the server may have, and may charge for it
+TEMPLATE = 64  # tokens that a chat template adds to a prompt, at most
+_LONG = 4 * TEMPLATE  # characters of a prompt beyond which its text, and not the template, makes the most of its tokens
 
 
 @dataclass(slots=True)
@@ -35,7 +38,8 @@ class Meter:
     spent: str | None = None  # why nothing more is asked: the model's own budget
     first: float | None = None
     last: float | None = None
-    _densest: float | None = None  # tokens for a character of a prompt, the most that was seen
+    _densest: float | None = None  # tokens for a character of a long prompt, a little more than was seen
+    _supposed: float = 1.0  # the same until a long one was seen: text of any language has hardly more
     _prompt_tokens: int = 0
     _completion_tokens: int = 0
     _cached_tokens: int = 0
@@ -48,8 +52,10 @@ class Meter:
     def answered(self, usage: Usage, characters: int) -> None:
         """An answer was paid for; its prompt has so many characters."""
         self.answers += 1
-        if usage.prompt_tokens and characters:
-            self._densest = max(self._densest or 0.0, usage.prompt_tokens / characters)
+        if usage.prompt_tokens and characters >= _LONG:
+            self._densest = max(self._densest or 0.0, 1.1 * usage.prompt_tokens / characters)
+        elif characters:
+            self._supposed = max(self._supposed, (usage.prompt_tokens - TEMPLATE) / characters)
         self._count(usage)
 
     def lost(self, usage: Usage) -> None:
@@ -68,10 +74,10 @@ class Meter:
         """What was paid for in this run, and what requests that were called off may have cost."""
         return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens, self._reasoning_tokens)
 
-    @property
-    def tokens_per_character(self) -> float:
-        """Of a prompt, at most: before the first answer 1, for text of any language has hardly more."""
-        return 1.0 if self._densest is None else 1.1 * self._densest
+    def most_prompt_tokens(self, characters: int) -> int:
+        """Of a prompt of so many characters."""
+        dense = self._supposed if self._densest is None else self._densest
+        return TEMPLATE + math.ceil(characters * dense)
 
     @property
     def tokens(self) -> int:
