@@ -378,6 +378,21 @@ def test_an_unusable_endpoint_is_asked_once_however_many_wait_for_it(tmp_path: P
         assert server.counters.paths["/v1/models"] == 1
 
 
+@pytest.mark.parametrize("stored", [[1], [0, 2], [1, 4]])
+def test_draws_around_stored_ones_are_none_of_those_again(tmp_path: Path, stored: list[int]) -> None:
+    """Servers seed the choices of a request one after the other, from the seed of the request on."""
+
+    async def go() -> None:
+        async with asking(server, tmp_path) as asker:
+            for attempt in stored:
+                await asker.client.generate(asker.prompt(), [Draw(attempt, attempt)])
+            assert texts(await asker.ask(n=6)) == [f"drawn with {seed}" for seed in range(6)]
+            assert asker.paid == 2 * len(stored) + (0 not in stored), "what lies between them goes out together"
+
+    with openai_server(lambda call, index: f"drawn with {(call.seed or 0) + index}") as server:
+        run(go())
+
+
 # --- the brake and the bound ---
 
 

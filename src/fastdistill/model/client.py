@@ -101,14 +101,18 @@ class ModelClient:
         keys = [draw.key(prompt) for draw in draws]
         results: dict[str, Answer | SampleError] = {}
         missing = dict(zip(keys, draws, strict=True))
+        step = draws[1].attempt - draws[0].attempt if len(draws) > 1 else 1
         while missing:
             mine: dict[str, Draw] = {}
+            after = 0
             for key, draw in missing.items():
                 if completion := self._store.get(key):
                     self.meter.stored += 1
                     results[key] = Answer(draw, key, completion, stored=True)
-                elif key not in self._asking:
+                elif key not in self._asking and (not mine or draw.attempt == after):
+                    # Without a gap: a server seeds the choices of a request one after the other.
                     mine[key] = draw
+                    after = draw.attempt + step
             if mine:
                 results |= await self._ask_once(prompt, mine)
                 if len(mine) == len(missing):
