@@ -80,6 +80,18 @@ def test_another_step_that_generates_is_asked_once_for_each_sample(tmp_path: Pat
     assert made["keep"] == made["cancel"]
 
 
+@pytest.mark.parametrize(("siblings", "enough_to_see"), [("keep", 2), ("cancel", 1)])
+def test_no_further_wave_is_asked_for_where_gold_is_broken(tmp_path: Path, siblings: str, enough_to_see: int) -> None:
+    """Whatever were answered, nobody could tell whether it is right."""
+    records = [record | ({"gold_sql": "SELECT nothing"} if at < 5 else {}) for at, record in enumerate(RECORDS[:10])]
+    with openai_server(lambda call, index: "SELECT name FROM city WHERE 0", honours_n=False) as server:
+        made = config(server.url, write_records(tmp_path, records), make_database(tmp_path), num_generations=8)
+        made["steps"][3]["TextGeneration"]["until"] = {"accepted": 1, "wave": 2, "siblings": siblings}
+        result = parse_pipeline(made).run(output_dir=tmp_path / "artifacts")
+    asked = [len(sample.candidates) for sample in read_samples(result.path / "ledger.sqlite")]
+    assert asked == [enough_to_see] * 5 + [8] * 5
+
+
 def test_a_draw_that_fails_for_good_is_one_of_the_attempts(tmp_path: Path) -> None:
     poisoned = RECORDS[3]["instruction"]
     result, _ = run(
