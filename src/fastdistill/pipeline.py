@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from fastdistill.core.errors import FatalError, SampleError, boundary
 from fastdistill.core.run import Run
-from fastdistill.core.step import SampleStep, Step, StreamStep
+from fastdistill.core.step import SampleStep, Step, StreamStep, is_generation
 from fastdistill.core.timing import StepTime, Timer
 from fastdistill.core.types import Sample, Status
 
@@ -96,11 +96,12 @@ class Stage(NamedTuple):
     run: Callable[[Sample, Run], Awaitable[Sample]]
     race: Callable[[Sample], Sequence[SampleStep]] | None
     time: StepTime
+    draws: bool
 
     @classmethod
     def of(cls, step: SampleStep, run: Run) -> "Stage":
         races = type(step).race is not SampleStep.race
-        return cls(step.name, step.run, step.race if races else None, run.time_of(step))
+        return cls(step.name, step.run, step.race if races else None, run.time_of(step), is_generation(step))
 
 
 async def run_sample(stages: Sequence[Stage], asking: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
@@ -108,10 +109,10 @@ async def run_sample(stages: Sequence[Stage], asking: Sequence[SampleStep], samp
     try:
         with boundary() as at_work, Timer() as timer:
             while True:  # again only while a step wants more: candidates come in waves until enough are accepted
-                for at, (at_work.step, work, race, time) in enumerate(stages, 1):
+                for at, (at_work.step, work, race, time, _) in enumerate(stages, 1):
                     if race is not None and (draws := race(sample)):
                         timer.turn_to(None)
-                        sample = await run_race(draws, stages[at:], sample, run)
+                        sample = await run_race(draws, [s for s in stages[at:] if not s.draws], sample, run)
                     else:
                         timer.turn_to(time)
                         sample = await work(sample, run)

@@ -21,8 +21,9 @@ from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import execute, run_folder, unwatched
 from fastdistill.core.errors import ConfigError, ExitCode, TooManyErrors
-from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample
-from tests.servers import Call, Fault, openai_server, status
+from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample, Usage
+from fastdistill.model.meter import TEMPLATE, Meter
+from tests.servers import Call, Fault, cut, garbled, hang, openai_server, rate_limited, reset, status
 
 MOST = 40  # tokens of an answer, as the run's decode profile has it
 LENGTH = 30  # tokens of an answer, as the teacher gives it
@@ -172,6 +173,67 @@ def test_a_budget_of_time_ends_the_run_and_what_is_in_flight_comes_home(tmp_path
     assert result.exit_code == ExitCode.BUDGET
     assert 0 < len(teacher.draws) < 2_000
     assert sum(len(seeds) for seeds in seeds_of(result).values()) == len(teacher.draws), "every answer was used"
+    assert_whole(result)
+
+
+def test_a_server_that_gives_no_usage_is_counted_at_the_worst(tmp_path: Path) -> None:
+    teacher = Teacher()
+    with openai_server(teacher.script, usage_of="none") as server:
+        result = run(pipeline(server.url, tmp_path, 200, budget={"max_tokens": 2_000}), tmp_path / "a")
+    worst = len(question(0)) + TEMPLATE + MOST
+    assert result.exit_code == ExitCode.BUDGET and len(teacher.draws) == 2_000 // worst
+    assert_whole(result)
+
+
+def test_a_short_prompt_which_is_mostly_template_does_not_make_long_ones_dear() -> None:
+    meter = Meter()
+    meter.answered(Usage(30), characters=2)
+    assert meter.most_prompt_tokens(4_000) == 4_000 + TEMPLATE
+    meter.answered(Usage(1_000), characters=4_000)
+    assert 1_000 < meter.most_prompt_tokens(4_000) < 1_200
+    dense = Meter()
+    dense.answered(Usage(TEMPLATE + 200), characters=100)
+    assert dense.most_prompt_tokens(100) >= TEMPLATE + 200
+    dense.answered(Usage(2_000), characters=1_000)
+    assert dense.most_prompt_tokens(500) >= 1_000
+
+
+@pytest.mark.parametrize("fault", [hang, cut, garbled, reset], ids=["hang", "cut", "garbled", "reset"])
+def test_a_request_that_the_server_may_have_worked_on_counts_though_no_answer_came(
+    tmp_path: Path, fault: Callable[..., Fault]
+) -> None:
+    asked: Counter[str] = Counter()
+
+    def fails(call: Call) -> Fault | None:
+        asked["question"] += call.prompt.startswith("Question")
+        return fault(times=None) if call.prompt.startswith("Question") else None
+
+    with openai_server(faults=fails) as server:
+        config = {"timeout": 0.2, "max_retries": 1}
+        made = pipeline(server.url, tmp_path, 60, budget={"max_tokens": 1_000}, teacher=config, max_error_rate=1)
+        result = run(made, tmp_path / "a")
+    worst = len(question(0)) + TEMPLATE + MOST
+    assert result.exit_code == ExitCode.BUDGET
+    assert result.timing["models"]["teacher"]["unknown_tokens"] == 1_000 // worst * worst
+    if fault is not reset:  # a kept connection that breaks at once was dead: the request is sent again unseen
+        assert asked["question"] == 1_000 // worst
+
+
+def test_a_request_that_was_turned_away_costs_nothing(tmp_path: Path) -> None:
+    teacher = Teacher()
+    faults = {"Question": rate_limited("0.01", times=30), "Question 0001": status(503, times=3)}
+    with openai_server(teacher.script, faults=faults) as server:
+        made = pipeline(server.url, tmp_path, 20, budget={"max_tokens": 10_000})
+        result = run(made, tmp_path / "a")
+    assert result.exit_code == 0 and result.timing["models"]["teacher"]["unknown_tokens"] == 0
+
+
+def test_a_budget_of_time_cuts_the_wait_before_another_try_short(tmp_path: Path) -> None:
+    with openai_server(faults={"Question": rate_limited("60", times=None)}) as server:
+        made = parse_pipeline(pipeline(server.url, tmp_path, 20, budget={"max_wall_s": 0.5}))
+        running = execute(made, run_folder(tmp_path / "a", "limited"), unwatched)
+        result = asyncio.run(asyncio.wait_for(running, 20))
+    assert result.exit_code == ExitCode.BUDGET and "max_wall_s" in result.manifest["message"]
     assert_whole(result)
 
 
@@ -434,6 +496,39 @@ def test_records_that_do_not_suffice_for_a_target_give_what_there_is(
     assert result.exit_code == code
     assert len(rows(result)) == sum(teacher.right(*draw) for draw in teacher.draws) < 60
     assert_whole(result)
+
+
+def test_an_accepted_candidate_of_a_sample_that_failed_does_not_count_towards_a_target(tmp_path: Path) -> None:
+    teacher = Teacher(rate=1.0)
+
+    def judge(call: Call, index: int) -> str:
+        return '{"criteria": {"right": true}, "score": 5}'
+
+    with openai_server(teacher.script) as server, openai_server(judge, models=["judge"]) as other:
+        made = pipeline(server.url, tmp_path, 60, target={"accepted": 15}, max_error_rate=1)
+        made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": other.url}
+        step = {"task": "{{ question }}", "reference": "{{ gold }}", "criteria": {"right": "?"}, "structured": False}
+        made["steps"].insert(4, {"LLMJudge": step})
+        records = [
+            {"task_id": f"q{at}", "question": question(at)} | ({"gold": "g"} if at % 3 else {}) for at in range(60)
+        ]
+        (tmp_path / "records60.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        result = run(made, tmp_path / "a")
+    assert [row["fd_task_id"] for row in rows(result)] == [f"q{at}" for at in range(60) if at % 3][:15]
+    assert result.quality["samples"]["accepted"] == 15
+
+
+@pytest.mark.parametrize(
+    "step", [{"Deduplicate": {}}, {"Decontaminate": {"against": ["x.jsonl"], "fields": ["question"]}}]
+)
+def test_a_target_is_refused_where_accepted_samples_could_be_left_out_again(
+    tmp_path: Path, step: dict[str, Any]
+) -> None:
+    made = pipeline("http://127.0.0.1:1", tmp_path, 3, target={"accepted": 2})
+    made["steps"].insert(5, step)
+    with pytest.raises(ConfigError, match=rf"target: steps\[5\]\.{next(iter(step))} leaves out accepted samples"):
+        parse_pipeline(made)
+    parse_pipeline(made | {"target": None})
 
 
 def test_a_target_and_a_budget_end_at_whichever_comes_first(tmp_path: Path) -> None:

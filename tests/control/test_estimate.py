@@ -1,6 +1,8 @@
 """Estimates: their intervals cover the truth as often as they say, and what was probed is not paid for again."""
 
+import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.estimate import estimate
 from fastdistill.core.errors import InputError
-from fastdistill.core.stats import project_mean, project_share, student95
+from fastdistill.core.stats import project_mean, project_needed, project_share, student95
 from tests.servers import choose, openai_server
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
@@ -42,6 +44,20 @@ def test_the_interval_of_accepted_samples_covers_the_truth_as_often_as_it_says(r
         found = project_share(sum(dice.sample(accepted, 30)), 30, 400)
         covered += found.low <= sum(accepted) <= found.high
     assert covered / 2000 >= 0.92
+
+
+@pytest.mark.parametrize("target", [7, 50, 200])
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_the_interval_of_what_a_target_needs_covers_the_truth_as_often_as_it_says(rate: float, target: int) -> None:
+    dice = random.Random(3)
+    covered = 0
+    for _ in range(400):
+        accepted = [dice.random() < rate for _ in range(1000)]
+        found = project_needed(target, sum(dice.sample(accepted, 30)), 30, 1000)
+        counts = itertools.accumulate(accepted)
+        truth = next((at for at, count in enumerate(counts, 1) if count == target), 1000)
+        covered += found.low <= truth <= found.high
+    assert covered / 400 >= 0.92
 
 
 def test_what_was_seen_bounds_what_is_projected() -> None:
@@ -95,3 +111,73 @@ def test_nothing_to_draw_from_is_told(tmp_path: Path) -> None:
         pipeline = parse_pipeline(config(server.url, records, make_database(tmp_path)))
         with pytest.raises(InputError, match="two samples"):
             estimate(pipeline, tmp_path / "artifacts", 10)
+
+
+def judged(folder: Path, url: str, judge_url: str, **judge: Any) -> dict[str, Any]:
+    made = plan(folder, url, price={"prompt": 1.0, "completion": 1.0})
+    made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": judge_url, "hedge": False}
+    made["models"]["judge"]["price"] = {"prompt": 50.0, "completion": 50.0}
+    at = next(at for at, step in enumerate(made["steps"]) if "SQLiteExecEval" in step) + 1
+    made["steps"].insert(at, {"LLMJudge": {"task": "{{ instruction }}", "criteria": {"ok": "?"}, "structured": False}})
+    return made
+
+
+@pytest.mark.parametrize("between", [[], [{"Deduplicate": {}}]], ids=["fused", "in two groups"])
+def test_what_judges_are_asked_is_part_of_an_estimate_whether_stored_or_not(
+    tmp_path: Path, between: list[dict[str, Any]]
+) -> None:
+    def verdict(call: Any, index: int) -> str:
+        return '{"criteria": {"ok": true}, "score": 5}'
+
+    with openai_server(choose(ANSWERS)) as server, openai_server(verdict, models=["judge"]) as other:
+        made = judged(tmp_path, server.url, other.url)
+        at = next(at for at, step in enumerate(made["steps"]) if "LLMJudge" in step)
+        made["steps"][at:at] = between
+        pipeline = parse_pipeline(made)
+        first = estimate(pipeline, tmp_path / "artifacts", 40)
+        again = estimate(pipeline, tmp_path / "artifacts", 40)
+        models = pipeline.run(output_dir=tmp_path / "other").timing["models"]
+    assert (again.prompt_tokens, again.completion_tokens, again.cost_usd) == (
+        first.prompt_tokens,
+        first.completion_tokens,
+        first.cost_usd,
+    )
+    assert models["judge"]["cost_usd"] > 10 * models["teacher"]["cost_usd"]
+    assert first.cost_usd is not None
+    assert first.cost_usd.low <= sum(model["cost_usd"] for model in models.values()) <= first.cost_usd.high
+    for kind, found in (("prompt_tokens", first.prompt_tokens), ("completion_tokens", first.completion_tokens)):
+        assert found.low <= sum(model[kind] for model in models.values()) <= found.high
+
+
+def test_records_that_fail_are_not_projected_as_if_they_were_answered(tmp_path: Path) -> None:
+    records = [
+        {key: value for key, value in record.items() if at % 2 or key != "hint"}
+        for at, record in enumerate({**record, "hint": "h"} for record in RECORDS)
+    ]
+    with openai_server(choose(ANSWERS)) as server:
+        made = plan(tmp_path, server.url)
+        write_records(tmp_path, records)
+        made["steps"][3]["TextGeneration"]["template"] = "{{ hint }} Question: {{ instruction }}"
+        pipeline = parse_pipeline(made | {"max_error_rate": 1})
+        found = estimate(pipeline, tmp_path / "artifacts", 30)
+        result = pipeline.run(output_dir=tmp_path / "artifacts")
+    assert result.quality["samples"]["failed"] == len(RECORDS) // 2
+    assert found.drawn == 30 and found.accepted.high < len(RECORDS)
+    assert found.accepted.low <= result.quality["samples"]["accepted"] <= found.accepted.high
+    assert found.prompt_tokens.low <= result.quality["tokens"]["prompt"] <= found.prompt_tokens.high
+
+
+def test_with_a_target_only_what_it_needs_is_projected(tmp_path: Path) -> None:
+    with openai_server(choose(ANSWERS)) as server:
+        made = plan(tmp_path, server.url, price={"prompt": 1.0, "completion": 1.0})
+        whole = estimate(parse_pipeline(made), tmp_path / "artifacts", 30)
+        pipeline = parse_pipeline(made | {"target": {"accepted": 7}})
+        found = estimate(pipeline, tmp_path / "artifacts", 30)
+        beyond = estimate(parse_pipeline(made | {"target": {"accepted": 10_000}}), tmp_path / "artifacts", 30)
+        result = pipeline.run(output_dir=tmp_path / "artifacts")
+    assert replace(beyond, seconds=whole.seconds) == whole
+    assert (found.accepted.low, found.accepted.estimate, found.accepted.high) == (7, 7, 7)
+    tokens = result.quality["tokens"]
+    assert found.prompt_tokens.low <= tokens["prompt"] <= found.prompt_tokens.high < whole.prompt_tokens.low
+    assert found.completion_tokens.low <= tokens["completion"] <= found.completion_tokens.high
+    assert found.cost_usd is not None and whole.cost_usd is not None and found.cost_usd.high < whole.cost_usd.low

@@ -57,6 +57,41 @@ def test_speed_decides_nothing(tmp_path: Path) -> None:
     assert first.manifest["content_sha256"] == second.manifest["content_sha256"]
 
 
+@pytest.mark.parametrize("step", [3, 4])
+def test_another_step_that_generates_is_asked_once_for_each_sample(tmp_path: Path, step: int) -> None:
+    """Whether the siblings that race come before or after its own draws."""
+    made = {}
+    for siblings in ("keep", "cancel"):
+        folder = tmp_path / siblings
+        folder.mkdir()
+        with openai_server(choose(ANSWERS), honours_n=False) as server:
+            parts = config(server.url, write_records(folder, RECORDS[:10]), make_database(folder), num_generations=4)
+            student = {"name": "student", "template": "Student. {{ instruction }}", "num_generations": 2}
+            parts["steps"].insert(step, {"TextGeneration": student})
+            (generation,) = (
+                s["TextGeneration"] for s in parts["steps"] if s.get("TextGeneration", student) is not student
+            )
+            generation["until"] = {"accepted": 9, "wave": 2, "siblings": siblings}
+            result = parse_pipeline(parts).run(output_dir=folder / "artifacts")
+        for sample in read_samples(result.path / "ledger.sqlite"):
+            drawn = Counter((candidate.step, candidate.attempt) for candidate in sample.candidates)
+            assert drawn == {("TextGeneration", at): 1 for at in range(4)} | {("student", at): 1 for at in range(2)}
+        made[siblings] = result.manifest["content_sha256"]
+    assert made["keep"] == made["cancel"]
+
+
+@pytest.mark.parametrize(("siblings", "enough_to_see"), [("keep", 2), ("cancel", 1)])
+def test_no_further_wave_is_asked_for_where_gold_is_broken(tmp_path: Path, siblings: str, enough_to_see: int) -> None:
+    """Whatever were answered, nobody could tell whether it is right."""
+    records = [record | ({"gold_sql": "SELECT nothing"} if at < 5 else {}) for at, record in enumerate(RECORDS[:10])]
+    with openai_server(lambda call, index: "SELECT name FROM city WHERE 0", honours_n=False) as server:
+        made = config(server.url, write_records(tmp_path, records), make_database(tmp_path), num_generations=8)
+        made["steps"][3]["TextGeneration"]["until"] = {"accepted": 1, "wave": 2, "siblings": siblings}
+        result = parse_pipeline(made).run(output_dir=tmp_path / "artifacts")
+    asked = [len(sample.candidates) for sample in read_samples(result.path / "ledger.sqlite")]
+    assert asked == [enough_to_see] * 5 + [8] * 5
+
+
 def test_a_draw_that_fails_for_good_is_one_of_the_attempts(tmp_path: Path) -> None:
     poisoned = RECORDS[3]["instruction"]
     result, _ = run(

@@ -36,14 +36,17 @@ PROBE = "Name three colours."
 
 
 class Brake:
-    """Lets everything go until it is pulled."""
+    """Lets everything go until it is pulled; nothing while what is in flight could take all."""
 
     reason: FatalError | None = None
+    taken = False
+    looks = 0
 
     def check(self, tokens: int = 0, dollars: float = 0.0) -> bool:
+        self.looks += 1
         if self.reason is not None:
             raise self.reason
-        return False
+        return self.taken
 
     async def pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -375,7 +378,38 @@ def test_an_unusable_endpoint_is_asked_once_however_many_wait_for_it(tmp_path: P
         assert server.counters.paths["/v1/models"] == 1
 
 
+@pytest.mark.parametrize("stored", [[1], [0, 2], [1, 4]])
+def test_draws_around_stored_ones_are_none_of_those_again(tmp_path: Path, stored: list[int]) -> None:
+    """Servers seed the choices of a request one after the other, from the seed of the request on."""
+
+    async def go() -> None:
+        async with asking(server, tmp_path) as asker:
+            for attempt in stored:
+                await asker.client.generate(asker.prompt(), [Draw(attempt, attempt)])
+            assert texts(await asker.ask(n=6)) == [f"drawn with {seed}" for seed in range(6)]
+            assert asker.paid == 2 * len(stored) + (0 not in stored), "what lies between them goes out together"
+
+    with openai_server(lambda call, index: f"drawn with {(call.seed or 0) + index}") as server:
+        run(go())
+
+
 # --- the brake and the bound ---
+
+
+def test_of_the_many_that_wait_for_what_is_in_flight_one_looks_at_a_time(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking(server, tmp_path, max_concurrency=500) as asker:
+            await asker.client.ready()
+            asker.brake.taken = True
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(asker.ask(f"Q{number}")) for number in range(500)]
+                await asyncio.sleep(0.5)
+                assert asker.brake.looks < 500 + 50 and asker.paid == 0, "each once, and one of them again and again"
+                asker.brake.taken = False
+            assert all(isinstance(task.result()[0], Answer) for task in tasks)
+
+    with openai_server() as server:
+        run(go())
 
 
 def test_after_the_brake_nothing_new_goes_out_and_what_is_in_flight_is_stored(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fastdistill.core.errors import ExitCode
-from fastdistill.core.types import Sample
+from fastdistill.core.types import Sample, Status
 from fastdistill.model.budget import ModelBudget
 from fastdistill.model.meter import Meter
 
@@ -63,7 +63,7 @@ class Progress:
             _, done = heapq.heappop(self._ahead)
             if not self.reached:
                 counted.append(done)
-                self.accepted += bool(done.accepted)
+                self.accepted += done.status is Status.OPEN and bool(done.accepted)
             self._next += 1
         return counted
 

@@ -4,8 +4,8 @@ The answers are stored like any others, so the run itself will not pay for them 
 """
 
 import heapq
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,24 +15,32 @@ from pydantic import PrivateAttr
 
 from fastdistill.control.folder import RunFolder, artifacts_root
 from fastdistill.control.session import Pipeline, execute, run_in_loop, unwatched
+from fastdistill.core.bill import BILL, Bill
 from fastdistill.core.errors import InputError
-from fastdistill.core.stats import Total, project_mean, project_share
+from fastdistill.core.stats import Total, project_mean, project_needed, project_share
 from fastdistill.core.step import Context, SampleStep, StreamStep
-from fastdistill.core.types import Sample
-from fastdistill.model.provider import Price
+from fastdistill.core.types import Sample, Status, Usage
 
 
 class RandomSamples(StreamStep):
-    """Lets `n` samples through, drawn at random but always the same ones: those whose ids hash lowest."""
+    """Lets `n` samples through, drawn at random but always the same ones: those whose ids hash lowest.
+
+    `bills` has what each of them asks for from here on, by its index.
+    """
 
     n: int
 
     _seen: int = PrivateAttr(0)
+    _bills: dict[int, Bill] = PrivateAttr(default_factory=dict)
 
     @property
     def seen(self) -> int:
         """How many samples there were to draw from."""
         return self._seen
+
+    @property
+    def bills(self) -> Mapping[int, Bill]:
+        return self._bills
 
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
         drawn: list[tuple[int, int, Sample]] = []
@@ -42,15 +50,17 @@ class RandomSamples(StreamStep):
             heapq.heappush(drawn, (lowest, sample.index, sample))
             if len(drawn) > self.n:
                 heapq.heappop(drawn)
-        yield from sorted((sample for _, _, sample in drawn), key=lambda sample: sample.index)
+        for sample in sorted((sample for _, _, sample in drawn), key=lambda sample: sample.index):
+            BILL.set(self._bills.setdefault(sample.index, {}))  # in the task that takes the sample
+            yield sample
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Projections for all samples, with 95% intervals.
+    """Projections with 95% intervals, for all samples, or for those that a run with a target needs.
 
-    `seconds` supposes that requests go on to take as long, with `concurrency` in flight; None if every answer was
-    stored already. `cost_usd` is None without prices.
+    `seconds` supposes that requests go on to take as long, with `concurrency` in flight at the model that takes the
+    longest; None if every answer was stored already. `cost_usd` is None without prices.
     """
 
     samples: int
@@ -67,8 +77,12 @@ def shortened(pipeline: Pipeline, few: StreamStep) -> Pipeline:
     """The pipeline with `few` samples only, up to its last step that works on samples."""
     at = [place for place, step in enumerate(pipeline.steps) if isinstance(step, SampleStep)]
     first, end = (at[0], at[-1] + 1) if at else (len(pipeline.steps),) * 2
-    steps = (*pipeline.steps[:first], few, *pipeline.steps[first:end])
-    return Pipeline(name=pipeline.name, models=pipeline.models, steps=steps, max_error_rate=1)
+    steps = [*pipeline.steps[:first], few]
+    for place in range(first, end):
+        if place in at and place > first and place - 1 not in at:  # the others are asked by other tasks
+            steps.append(few.model_copy(update={"name": f"{few.name}{place}"}))
+        steps.append(pipeline.steps[place])
+    return Pipeline(name=pipeline.name, models=pipeline.models, steps=tuple(steps), max_error_rate=1)
 
 
 def run_shortened(pipeline: Pipeline, few: StreamStep, output_dir: Path | None) -> tuple[list[Sample], dict[str, Any]]:
@@ -84,33 +98,54 @@ def estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> Estimate:
     """Raises InputError if there are no two samples to draw."""
     few = RandomSamples(n=n, name="draw")
     samples, timing = run_shortened(pipeline, few, output_dir)
-    drawn = [sample for sample in samples if sample.candidates]
-    if len(drawn) < 2:
+    # One that failed would fail in the run too; of one that a budget left out nothing is known.
+    drawn = [sample for sample in samples if sample.index in few.bills and sample.status is not Status.SKIPPED]
+    if sum(bool(sample.candidates) for sample in drawn) < 2:
         raise InputError("an estimate needs two samples at least that a teacher answered")
-    models = timing["models"].values()
-    concurrency = sum(model["concurrency"] for model in models)
-    answers = sum(model["answers_paid"] for model in models)
-    busy = sum(model["busy"]["total_s"] for model in models)
-    prices = {config.model: config.price for config in pipeline.models.values()}
-    # Time goes by tokens: a sample takes its share of the busy time that an answer took on average.
-    tokens = [_tokens(sample, "completion_tokens") for sample in drawn]
-    per_token = busy / max(1, answers) * sum(len(sample.candidates) for sample in drawn) / max(1.0, sum(tokens))
-    return Estimate(
+    bills = [few.bills[sample.index].values() for sample in drawn]
+
+    def total(of: Callable[[str, Usage], float]) -> Total:
+        return project_mean([sum(of(*asked) for asked in bill) for bill in bills], few.seen)
+
+    def time(model: str) -> Total:
+        # By tokens, for these are known of each answer: together they take as long as the answers did on average.
+        told = timing["models"][model]
+        weights = [_weight(usage) for bill in bills for name, usage in bill if name == model]
+        per_weight = told["busy"]["total_s"] / told["answers_paid"] * len(weights) / max(1, sum(weights))
+        return total(lambda name, usage: _weight(usage) * per_weight / told["concurrency"] if name == model else 0.0)
+
+    times = {name: time(name) for name, told in timing["models"].items() if told["answers_paid"]}
+    slowest = max(times or timing["models"], key=lambda name: times[name].estimate if times else 0)
+    prices = {name: config.price for name, config in pipeline.models.items() if config.price is not None}
+    priced = prices.keys() == pipeline.models.keys()
+    accepted = sum(sample.status is Status.OPEN and bool(sample.accepted) for sample in drawn)
+    found = Estimate(
         samples=few.seen,
         drawn=len(drawn),
-        concurrency=concurrency,
-        prompt_tokens=project_mean([_tokens(sample, "prompt_tokens") for sample in drawn], few.seen),
-        completion_tokens=project_mean(tokens, few.seen),
-        accepted=project_share(sum(bool(sample.accepted) for sample in drawn), len(drawn), few.seen),
-        seconds=project_mean([count * per_token / concurrency for count in tokens], few.seen) if answers else None,
-        cost_usd=None if None in prices.values() else project_mean([_cost(s, prices) for s in drawn], few.seen),
+        concurrency=timing["models"][slowest]["concurrency"],
+        prompt_tokens=total(lambda _, usage: usage.prompt_tokens),
+        completion_tokens=total(lambda _, usage: usage.completion_tokens),
+        accepted=project_share(accepted, len(drawn), few.seen),
+        seconds=times.get(slowest),
+        cost_usd=total(lambda name, usage: prices[name].cost(usage)) if priced else None,
+    )
+    if pipeline.target is None:
+        return found
+    target = pipeline.target.accepted
+    shares = [needed / few.seen for needed in astuple(project_needed(target, accepted, len(drawn), few.seen))]
+
+    def share(all_of_it: Total) -> Total:
+        return Total(*(amount * part for amount, part in zip(astuple(all_of_it), shares, strict=True)))
+
+    return replace(
+        found,
+        prompt_tokens=share(found.prompt_tokens),
+        completion_tokens=share(found.completion_tokens),
+        accepted=Total(*(min(count, target) for count in astuple(found.accepted))),
+        seconds=found.seconds and share(found.seconds),
+        cost_usd=found.cost_usd and share(found.cost_usd),
     )
 
 
-def _tokens(sample: Sample, kind: str) -> float:
-    return float(sum(getattr(candidate.completion.usage, kind) for candidate in sample.candidates))
-
-
-def _cost(sample: Sample, prices: Mapping[str, Price | None]) -> float:
-    asked = [(prices.get(candidate.prompt.model), candidate.completion.usage) for candidate in sample.candidates]
-    return sum(price.cost(usage) for price, usage in asked if price is not None)
+def _weight(usage: Usage) -> int:
+    return usage.completion_tokens + 1

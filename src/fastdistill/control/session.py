@@ -157,6 +157,13 @@ class Pipeline(BaseModel):
         groups = [sample_step for sample_step, _ in groupby(self.steps, lambda step: isinstance(step, SampleStep))]
         if self.target is not None and groups.count(True) > 1:
             problems.append("target: needs the steps that work on samples one after the other, without others between")
+        if self.target is not None:
+            last = max((at for at, step in enumerate(self.steps) if isinstance(step, SampleStep)), default=len(kinds))
+            problems += [
+                f"target: steps[{at}].{kind} leaves out accepted samples; put it before the steps that work on samples"
+                for at, kind in enumerate(kinds[last:], last)
+                if kind in ("Deduplicate", "NearDuplicates", "Decontaminate")
+            ]
         if problems:
             raise ValueError("\n".join(problems))
         return self

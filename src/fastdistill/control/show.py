@@ -52,7 +52,8 @@ def show_preview(pipeline: Pipeline, output_dir: Path | None, n: int) -> None:
 
 def show_estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> None:
     found = estimate(pipeline, output_dir, n)
-    say(f"projected from {found.drawn} of {found.samples:,} samples, drawn at random")
+    until = f", up to the target of {pipeline.target.accepted:,} accepted" if pipeline.target else ""
+    say(f"projected from {found.drawn} of {found.samples:,} samples, drawn at random{until}")
     stored = "all answers were stored"
     rows: list[tuple[str, Total | None, Callable[[float], str], str]] = [
         ("prompt tokens", found.prompt_tokens, "{:,.0f}".format, ""),

@@ -71,6 +71,21 @@ def project_share(successes: int, count: int, population: int) -> Total:
     return Total(total.estimate, total.low, min(total.high, population - (count - successes)))
 
 
+def project_needed(target: int, successes: int, count: int, population: int) -> Total:
+    """How many of `population` it takes until `target` have succeeded, all of them at most, from a random `count`.
+
+    The ends of Wilson's interval, and as far beyond them as chance may lead (the negative binomial's deviation).
+    """
+    rate = wilson(successes, count)
+
+    def needed(share: float | None, deviations: float) -> float:
+        if not share:
+            return population
+        return min(population, max(target, (target + deviations * math.sqrt(target * (1 - share))) / share))
+
+    return Total(needed(rate.rate, 0), needed(rate.high, -Z95), needed(rate.low, Z95))
+
+
 def student95(freedom: int) -> float:
     """Student's t, two-sided 95% (Fisher's expansion around the normal, right to 1% from 3 degrees on)."""
     z, n = Z95, freedom

@@ -15,6 +15,9 @@ from fastdistill.core.step import Context, Model, SampleStep
 from fastdistill.core.types import Answer, Candidate, Draw, Failure, Message, Prompt, Sample
 from fastdistill.data.template import Template, compile_template, render
 
+_HOPELESS = {BudgetSpent.code, "gold_invalid"}
+"""Reasons for which no further answer could be accepted: a judge has no budget left, the record's gold is broken."""
+
 
 class Until(BaseModel):
     """Stop asking for candidates of a sample once enough are accepted.
@@ -45,6 +48,7 @@ class TextGeneration(SampleStep):
     other (`seed: null` leaves it to the server).
     """
 
+    version: ClassVar[int] = 2
     rewrites: ClassVar[bool] = False
 
     model: str = Field("teacher", description="a name under `models:`")
@@ -100,8 +104,7 @@ class TextGeneration(SampleStep):
     def wants_more(self, sample: Sample) -> bool:
         if self.until is None or len(sample.accepted) >= self.until.accepted:
             return False
-        # Where a judge has no budget left, no further answer could be accepted.
-        hopeless = any(v.reason == BudgetSpent.code for c in sample.candidates for v in c.verdicts)
+        hopeless = any(v.reason in _HOPELESS for c in sample.candidates for v in c.verdicts)
         return not hopeless and _asked(sample, self.name) < self.num_generations
 
     def race(self, sample: Sample) -> "Sequence[TextGeneration]":

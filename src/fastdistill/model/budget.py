@@ -16,7 +16,7 @@ class ModelBudget(BaseModel):
     """What may be spent in a run, answers from the store not counted. Checked before every request.
 
     A request in flight counts with all it could still cost: its prompt and every token that it may generate. So does
-    one that was called off, for nobody says what it had cost by then.
+    one of which nobody says what it cost: called off, broken off, or answered without usage.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

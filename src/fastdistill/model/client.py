@@ -5,7 +5,6 @@ answer. It knows no wire protocol (providers do) and no file format (the store d
 """
 
 import asyncio
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from itertools import islice, repeat
 from time import perf_counter
 from typing import Any, Protocol
 
+from fastdistill.core.bill import BILL
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError, Unreachable
 from fastdistill.core.stats import Histogram
@@ -101,14 +101,18 @@ class ModelClient:
         keys = [draw.key(prompt) for draw in draws]
         results: dict[str, Answer | SampleError] = {}
         missing = dict(zip(keys, draws, strict=True))
+        step = draws[1].attempt - draws[0].attempt if len(draws) > 1 else 1
         while missing:
             mine: dict[str, Draw] = {}
+            after = 0
             for key, draw in missing.items():
                 if completion := self._store.get(key):
                     self.meter.stored += 1
                     results[key] = Answer(draw, key, completion, stored=True)
-                elif key not in self._asking:
+                elif key not in self._asking and (not mine or draw.attempt == after):
+                    # Without a gap: a server seeds the choices of a request one after the other.
                     mine[key] = draw
+                    after = draw.attempt + step
             if mine:
                 results |= await self._ask_once(prompt, mine)
                 if len(mine) == len(missing):
@@ -118,6 +122,9 @@ class ModelClient:
                 others[0].append(asked)
                 await asked  # another sample asks the very same; then look again
             missing = {key: draw for key, draw in missing.items() if key not in results}
+        if (bill := BILL.get()) is not None:
+            answers = [each for each in results.values() if isinstance(each, Answer)]
+            bill.update({each.key: (self.name, each.completion.usage) for each in answers})
         return [*map(results.__getitem__, keys)]
 
     async def ready(self) -> None:
@@ -279,7 +286,7 @@ class ModelClient:
                     continue
             pause = min(until - now, _SCOUTS_EVERY)
             await self._brake.pause(pause)
-            if perf_counter() - now < pause / 2:  # cut short: the run winds down
+            if self._ends():
                 return True
             now = perf_counter()
         return True
@@ -318,6 +325,8 @@ class ModelClient:
                     completions = await answered
                     # Counted before the reservation ends, lest a budget sees neither.
                     tokens = flight.answered(completions, characters)
+                    if not tokens and not self.config.recorded:  # the server does not say
+                        flight.untold()
             finally:
                 if not self._pace.unlimited:
                     self._pace.correct(tokens - worst)
@@ -333,20 +342,18 @@ class ModelClient:
         return [*answers]
 
     async def _paced(self, worst: int, dollars: float) -> None:
-        """Returns when a request of up to so many tokens may go out; one after the other where there is a pace.
+        """Returns when a request of up to so many tokens may go out; one after the other, so that only one looks.
 
         Raises:
             NotAsked: the run has enough.
         """
-        if not self._pace.unlimited:
-            async with self._pacing:
-                while delay := self._pace.delay(perf_counter()):
-                    self._brake.check(worst, dollars)
-                    await self._brake.pause(min(delay, 1.0))  # answers in flight may turn out shorter meanwhile
+        async with self._pacing:
+            while delay := self._pace.delay(perf_counter()):
                 self._brake.check(worst, dollars)
-                self._pace.take(perf_counter(), worst)
-        while self._brake.check(worst, dollars):
-            await self._brake.pause(0.05)  # what is in flight may cost less than it could
+                await self._brake.pause(min(delay, 1.0))  # answers in flight may turn out shorter meanwhile
+            while self._brake.check(worst, dollars):
+                await self._brake.pause(0.05)  # what is in flight may cost less than it could
+            self._pace.take(perf_counter(), worst)
 
     def _due(self, waited: float) -> float:
         """Seconds until a request that has taken so long may be asked a second time, or is looked at again; 0: now.
@@ -442,7 +449,7 @@ class ModelClient:
         if prompt.parameters is not parameters:
             most = _most_tokens(prompt.parameters)
             self._most_tokens = (prompt.parameters, most)
-        return math.ceil(characters * self.meter.tokens_per_character) + n * most
+        return self.meter.most_prompt_tokens(characters) + n * most
 
 
 _LOOKS_EVERY = 0.25  # seconds

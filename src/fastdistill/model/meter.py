@@ -1,5 +1,6 @@
 """What a model cost and how busy it was, counted while it happens. Wall-clock figures: reports only, never data."""
 
+import math
 from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +10,11 @@ from typing import Any, Self
 
 from fastdistill.core.stats import Histogram
 from fastdistill.core.types import Completion, Usage
-from fastdistill.model.provider import Price, ProviderError
+from fastdistill.model.provider import ErrorKind, Price, ProviderError
+
+_WORKED_ON = {ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}  # the server may have, and may charge for it
+TEMPLATE = 64  # tokens that a chat template adds to a prompt, at most
+_LONG = 4 * TEMPLATE  # characters of a prompt beyond which its text, and not the template, makes the most of its tokens
 
 
 @dataclass(slots=True)
@@ -26,14 +31,15 @@ class Meter:
     queued: Histogram = field(default_factory=Histogram)
     hedged: int = 0  # requests asked a second time
     lost_tokens: int = 0  # that these may have cost where they were called off; in `usage` too
-    unknown_tokens: int = 0  # that requests called off without an answer may have cost at most; not in `usage`
+    unknown_tokens: int = 0  # that requests of which nobody said it may have cost at most; not in `usage`
     in_flight: int = 0
     peak: int = 0
     reserved_tokens: int = 0  # that the requests in flight may cost at most
     spent: str | None = None  # why nothing more is asked: the model's own budget
     first: float | None = None
     last: float | None = None
-    _densest: float | None = None  # tokens for a character of a prompt, the most that was seen
+    _densest: float | None = None  # tokens for a character of a long prompt, a little more than was seen
+    _supposed: float = 1.0  # the same until a long one was seen: text of any language has hardly more
     _prompt_tokens: int = 0
     _completion_tokens: int = 0
     _cached_tokens: int = 0
@@ -46,8 +52,10 @@ class Meter:
     def answered(self, usage: Usage, characters: int) -> None:
         """An answer was paid for; its prompt has so many characters."""
         self.answers += 1
-        if usage.prompt_tokens and characters:
-            self._densest = max(self._densest or 0.0, usage.prompt_tokens / characters)
+        if usage.prompt_tokens and characters >= _LONG:
+            self._densest = max(self._densest or 0.0, 1.1 * usage.prompt_tokens / characters)
+        elif characters:
+            self._supposed = max(self._supposed, (usage.prompt_tokens - TEMPLATE) / characters)
         self._count(usage)
 
     def lost(self, usage: Usage) -> None:
@@ -66,10 +74,10 @@ class Meter:
         """What was paid for in this run, and what requests that were called off may have cost."""
         return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens, self._reasoning_tokens)
 
-    @property
-    def tokens_per_character(self) -> float:
-        """Of a prompt, at most: before the first answer 1, for text of any language has hardly more."""
-        return 1.0 if self._densest is None else 1.1 * self._densest
+    def most_prompt_tokens(self, characters: int) -> int:
+        """Of a prompt of so many characters."""
+        dense = self._supposed if self._densest is None else self._densest
+        return TEMPLATE + math.ceil(characters * dense)
 
     @property
     def tokens(self) -> int:
@@ -156,9 +164,15 @@ class InFlight:
         meter.busy.add(busy)
         meter.queued.add(self.queued)
         if isinstance(error, CancelledError):
-            meter.unknown_tokens += self._asked * self.worst
+            self.untold()
         elif isinstance(error, ProviderError):
             meter.failed.setdefault(error.kind, Histogram()).add(busy)
+            if error.kind in _WORKED_ON:
+                self.untold()
+
+    def untold(self) -> None:
+        """Nobody says what it cost: a budget counts the worst."""
+        self._meter.unknown_tokens += self._asked * self.worst
 
     def again(self) -> None:
         """The same is asked a second time."""

@@ -1,0 +1,12 @@
+"""What a sample asks of models, whichever step asks, and whether it is paid for or stored. Knows no price."""
+
+from contextvars import ContextVar
+from typing import TypeAlias
+
+from fastdistill.core.types import Usage
+
+Bill: TypeAlias = dict[str, tuple[str, Usage]]
+"""By the key of an answer, which is paid for once: the name of the model, and the usage."""
+
+BILL: ContextVar[Bill | None] = ContextVar("bill", default=None)
+"""Where somebody wants to know, what the sample at work has asked for."""
