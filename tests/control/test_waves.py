@@ -143,7 +143,10 @@ def test_of_several_temperatures_each_draw_takes_the_next_and_is_another_draw(tm
     _, samples, bodies = hot(tmp_path, num_generations=7, decode_profile={"temperature": HEATS})
     assert all(heats(sample) == [0.4, 0.8, 1.2, 0.4, 0.8, 1.2, 0.4] for sample in samples)
     # What was asked of the server is what stands with the answer.
-    assert Counter(body["temperature"] for body in bodies for _ in range(body["n"])) == {0.4: 18, 0.8: 12, 1.2: 12}
+    asked = Counter((body["temperature"], body["seed"] + at) for body in bodies for at in range(body.get("n", 1)))
+    drawn = Counter((c.prompt.parameters["temperature"], c.seed) for sample in samples for c in sample.candidates)
+    assert asked == drawn
+    assert Counter(heat for heat, _ in asked) == {0.4: 18, 0.8: 12, 1.2: 12}
     _, alone, _ = hot(tmp_path, num_generations=7, decode_profile={"temperature": 0.4})
     for sample, other in zip(samples, alone, strict=True):
         assert len({c.key for c in sample.candidates}) == len({c.candidate_id for c in sample.candidates}) == 7

@@ -101,18 +101,14 @@ class ModelClient:
         keys = [draw.key(prompt) for draw in draws]
         results: dict[str, Answer | SampleError] = {}
         missing = dict(zip(keys, draws, strict=True))
-        step = draws[1].attempt - draws[0].attempt if len(draws) > 1 else 1
         while missing:
             mine: dict[str, Draw] = {}
-            after = 0
             for key, draw in missing.items():
                 if completion := self._store.get(key):
                     self.meter.stored += 1
                     results[key] = Answer(draw, key, completion, stored=True)
-                elif key not in self._asking and (not mine or draw.attempt == after):
-                    # Without a gap: a server seeds the choices of a request one after the other.
+                elif key not in self._asking:
                     mine[key] = draw
-                    after = draw.attempt + step
             if mine:
                 results |= await self._ask_once(prompt, mine)
                 if len(mine) == len(missing):
@@ -206,37 +202,41 @@ class ModelClient:
         return dict(zip(draws, answers, strict=True))
 
     async def _ask(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
-        """One answer for each of several draws: in one request where the servers bring several choices, else side by
-        side.
-        """
+        """One answer for each of several draws: those that a server can bring as choices of one answer together."""
         if all(endpoint.asks_n for endpoint in self.router.endpoints if endpoint.capabilities is not None):
-            together = await self._request(prompt, draws)
-            if rest := dict(islice(draws.items(), len(together), None)):
-                alone = await self._ask_alone(prompt, rest)
-                # A refused request says nothing of `n` unless its draws are answered one by one.
-                if any(isinstance(answer, Answer) for answer in alone):
-                    for endpoint in self.router.endpoints:
-                        endpoint.asks_n = False
-                return [*together, *alone]
-            return together
-        return await self._ask_alone(prompt, draws)
+            return await self._side_by_side(prompt, _consecutive(draws))
+        return await self._side_by_side(prompt, _each(draws))
 
-    async def _ask_alone(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
+    async def _side_by_side(self, prompt: Prompt, requests: Sequence[Mapping[str, Draw]]) -> list[Answer | SampleError]:
+        if len(requests) == 1:
+            return await self._ask_together(prompt, requests[0])
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._settled(prompt, {key: draw})) for key, draw in draws.items()]
+            tasks = [group.create_task(self._settled(prompt, draws)) for draws in requests]
         settled = [task.result() for task in tasks]
         for fatal in settled:
             if isinstance(fatal, FatalError):
                 raise fatal
-        return [answer for answer in settled if not isinstance(answer, FatalError)]
+        return [answer for answers in settled if not isinstance(answers, FatalError) for answer in answers]
 
-    async def _settled(self, prompt: Prompt, draw: Mapping[str, Draw]) -> Answer | SampleError | FatalError:
+    async def _settled(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError] | FatalError:
         """What is fatal to the run comes back as a value: raised, it would cancel siblings that are being paid for."""
         try:
-            (answer,) = await self._request(prompt, draw)
+            return await self._ask_together(prompt, draws)
         except FatalError as error:
             return error
-        return answer
+
+    async def _ask_together(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
+        """Asks in one request, and one by one for what it does not bring."""
+        together = await self._request(prompt, draws)
+        rest = dict(islice(draws.items(), len(together), None))
+        if not rest:
+            return together
+        alone = await self._side_by_side(prompt, _each(rest))
+        # A refused request says nothing of `n` unless its draws are answered one by one.
+        if any(isinstance(answer, Answer) for answer in alone):
+            for endpoint in self.router.endpoints:
+                endpoint.asks_n = False
+        return [*together, *alone]
 
     async def _request(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
         """Answers for the first of the draws; of several, the others are to be asked for one by one."""
@@ -460,6 +460,23 @@ _GONE = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.OVERLO
 _MEASURED_EVERY = 0.5  # seconds
 _ENOUGH_TO_HEDGE = 100  # answers, before the 99th percentile means anything
 _LOST = 4  # times the 99th percentile
+
+
+def _each(draws: Mapping[str, Draw]) -> list[dict[str, Draw]]:
+    return [{key: draw} for key, draw in draws.items()]
+
+
+def _consecutive(draws: Mapping[str, Draw]) -> list[dict[str, Draw]]:
+    """Draws by runs of their seeds: servers seed the choices of one request one after the other."""
+    runs: list[dict[str, Draw]] = []
+    following: int | None = None
+    for key, draw in draws.items():
+        if runs and (draw.seed is None or draw.seed == following):
+            runs[-1][key] = draw
+        else:
+            runs.append({key: draw})
+        following = None if draw.seed is None else draw.seed + 1
+    return runs
 
 
 def _most_tokens(parameters: Mapping[str, Any]) -> int:
