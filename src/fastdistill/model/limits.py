@@ -209,8 +209,8 @@ class AdaptiveLimit(Limit):
         self._quiet += 1
 
     def _climb(self, window: _Window, now: float, slots: float) -> None:
-        """Ends the ramp where twice as many brought hardly more answers in two windows on end, of which one may be chance,
-        or where all that is allowed was in flight.
+        """Ends the ramp where twice as many brought hardly more answers in two windows on end, of which one may be
+        chance, or where all that is allowed was in flight.
         """
         load, rate = window.load / window.answers, window.answers / (now - window.begun)
         before = next((other for less, other in reversed(self._rates) if less < load / 2), 0.0)
