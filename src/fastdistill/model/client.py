@@ -171,6 +171,7 @@ class ModelClient:
                 decision = decide(error, failures, self.config.max_retries, random.random())
                 if not (waits and isinstance(decision, Retry)):
                     endpoint.cool(begun, clock())
+                    error.elsewhere = len(self.router.endpoints) > 1
                     return error
                 failures.append(error.kind)
                 await asyncio.sleep(decision.delay)
@@ -234,7 +235,7 @@ class ModelClient:
     async def _request(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
         """Answers for the first of the draws; of several, the others are to be asked for one by one."""
         failures: list[ErrorKind] = []
-        tries = 0
+        tries, waits_until = 0, 0.0
         while True:
             tries += 1
             begun = perf_counter()
@@ -243,18 +244,22 @@ class ModelClient:
             except NotAsked as enough:
                 return [enough for _ in draws]
             except ProviderError as error:
+                decision = decide(error, failures, self.config.max_retries, random.random())
                 # Several choices may be what is wrong with it; and one bad choice must not cost the others.
-                if len(draws) > 1 and (
-                    error.kind is ErrorKind.BAD_REQUEST or (error.kind is ErrorKind.SERVER and error.kind in failures)
-                ):
+                refused = isinstance(decision, GiveUp) and error.kind in (ErrorKind.BAD_REQUEST, ErrorKind.SERVER)
+                if len(draws) > 1 and refused:
                     return []
-                match decide(error, failures, self.config.max_retries, random.random()):
+                match decision:
                     case Retry(delay):
                         self.meter.retries[error.kind] += 1
-                        waited = await self._back_off(delay, error.kind, begun)
-                        # A short wait is no full try, but a prompt that breaks a healthy server must come to an end.
-                        if waited or tries > 3 * self.config.max_retries:
+                        now = perf_counter()
+                        waited = await self._back_off(0.0 if error.elsewhere else delay, error.kind, begun)
+                        # A short wait is no full try, lest a moment in which all endpoints are gone takes all of them;
+                        # but a prompt that breaks a healthy server must come to an end.
+                        endless = tries > 3 * self.config.max_retries * len(self.router.endpoints)
+                        if (waited and now >= waits_until) or (endless and error.kind in _OVER_WHEN_ANSWERED):
                             failures.append(error.kind)
+                            waits_until = now + delay
                     case GiveUp(reason):
                         return [SampleError(reason, f"{self.name}: {error}") for _ in draws]
                     case Stop():
@@ -263,12 +268,11 @@ class ModelClient:
     async def _back_off(self, delay: float, kind: ErrorKind, begun: float) -> bool:
         """Waits before the next try, but no longer than until the server is seen to answer others.
 
-        `begun` is when the request was first in line. Whether the whole delay has passed. With several endpoints the
-        next one is asked at once: the one that failed cools. Where nobody listened, one of all those that wait asks
-        for the server's metrics: once these come, no one has to wait for the first answer.
+        `begun` is when the request was first in line. Whether the whole delay has passed. Where nobody listened, one of
+        all those that wait asks for the server's metrics: once these come, no one has to wait for the first answer.
         """
         now = perf_counter()
-        until = now + (delay if len(self.router.endpoints) == 1 else 0)
+        until = now + delay
         while now < until:
             if kind in _OVER_WHEN_ANSWERED and self._answered_at > begun:
                 return False
@@ -416,6 +420,10 @@ class ModelClient:
                     endpoint.broke(begun, now, error.retry_after)
             case ErrorKind.SERVER | ErrorKind.GARBLED:
                 endpoint.limit.broke()
+                # What no endpoint can answer is the prompts' fault; what others do answer is this one's.
+                others = [other for other in self.router.endpoints if other is not endpoint]
+                endpoint.broke(begun, now, cools=any(other.is_well for other in others))
+        error.elsewhere = several and endpoint.cooling_until > now
 
     async def _measure(self, endpoint: Endpoint, now: float) -> None:
         """Asks the server how busy it is, where it tells and somebody wants to know."""

@@ -16,6 +16,7 @@ from itertools import islice
 from fastdistill.core.types import Prompt
 from fastdistill.model.limits import Limit
 from fastdistill.model.provider import Capabilities, Provider
+from fastdistill.model.retry import RETRY_AFTER_CAP
 
 LOOKAHEAD = 64  # waiting requests among which a slot chooses; also how often one may be passed by others
 PREFIX = 256  # characters of the shortest prefix that counts; each further one is twice as long
@@ -55,10 +56,15 @@ class Endpoint:
     def answered(self) -> None:
         self.failures = self.coolings = 0
 
-    def broke(self, begun: float, now: float, seconds: float | None = None) -> None:
+    @property
+    def is_well(self) -> bool:
+        """Whether it was seen to answer, and has not failed twice in a row since."""
+        return self.capabilities is not None and self.failures < 2 and not self.coolings
+
+    def broke(self, begun: float, now: float, seconds: float | None = None, *, cools: bool = True) -> None:
         """A request that began then failed. One among answers says nothing; two in a row cool the endpoint."""
         self.failures += 1
-        if self.failures > 1 or seconds is not None:
+        if cools and (self.failures > 1 or seconds):
             self.cool(begun, now, seconds)
 
     def cool(self, begun: float, now: float, seconds: float | None = None) -> None:
@@ -70,7 +76,7 @@ class Endpoint:
             self.coolings += 1
             self._cooled_at = now
         backoff = min(LONGEST_COOLING, 0.5 * 2.0 ** min(self.coolings, 10))
-        self.cooling_until = max(self.cooling_until, now + (backoff if seconds is None else seconds))
+        self.cooling_until = max(self.cooling_until, now + min(seconds or backoff, RETRY_AFTER_CAP))
 
     def knows(self, prefixes: Sequence[int]) -> tuple[int, int, bool]:
         """How many of the prefixes, from the shortest, it has seen; the tick at which the longest of these was used
