@@ -179,6 +179,25 @@ def test_an_endpoint_that_is_dead_from_the_start_costs_nothing_but_a_note(tmp_pa
         assert answers(server).total() == 100, "and two choices still come in one request"
 
 
+@pytest.mark.slow
+def test_an_endpoint_that_hangs_at_first_contact_holds_nobody_up_for_long_and_is_used_later(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([hung.url, server.url], tmp_path) as asker:
+            assert complete(await asker.ask_all(50), 50)
+            assert answers(server).total() == 50
+            healed.append(True)
+            await until(lambda: asker.client.router.endpoints[0].cooling_until < asyncio.get_running_loop().time())
+            assert complete([answer for at in range(50) for answer in await asker.ask(f"later {at}")], 50)
+            assert answers(hung).total() > 0
+
+    healed: list[bool] = []
+    with (
+        openai_server(faults=lambda call: None if healed else hang(times=None)) as hung,
+        openai_server(latency=quick) as server,
+    ):
+        run(go())
+
+
 def test_with_no_endpoint_at_all_the_run_stops_at_once(tmp_path: Path) -> None:
     async def go() -> None:
         async with asking([nowhere(), nowhere()], tmp_path) as asker:

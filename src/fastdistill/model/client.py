@@ -132,12 +132,30 @@ class ModelClient:
             if self._refusal is not None:
                 raise self._refusal
             if not self._probed:
-                found = await asyncio.gather(*(self._probe(endpoint) for endpoint in self.router.endpoints))
-                errors = [error for error in found if error is not None]
+                errors = await self._probe_all()
                 hopeless = [error for error in errors if error.kind in (ErrorKind.AUTH, ErrorKind.NO_MODEL)]
-                if hopeless or len(errors) == len(found):
+                if hopeless or len(errors) == len(self.router.endpoints):
                     raise self._refused((hopeless or errors)[0])
                 self._probed = True
+
+    async def _probe_all(self) -> list[ProviderError]:
+        """What is wrong with endpoints. One that says nothing is not waited for long once another is there."""
+        endpoints = self.router.endpoints
+        probes = [asyncio.create_task(self._probe(endpoint)) for endpoint in endpoints]
+        late = {*probes}
+        try:
+            while late and not any(endpoint.capabilities for endpoint in endpoints):
+                _, late = await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
+            if late:
+                await asyncio.wait(late, timeout=_PROBED_WITHIN)
+        finally:
+            for probe in probes:
+                probe.cancel()
+            await asyncio.gather(*probes, return_exceptions=True)
+        for endpoint, probe in zip(endpoints, probes, strict=True):
+            if probe.cancelled():
+                endpoint.cool(0.0, asyncio.get_running_loop().time())
+        return [error for probe in probes if not probe.cancelled() and (error := probe.result()) is not None]
 
     def _refused(self, error: ProviderError) -> TeacherError:
         """What this and every later request is told: an outage is waited out once."""
@@ -158,16 +176,19 @@ class ModelClient:
         for endpoint in self.router.endpoints:
             await endpoint.provider.aclose()
 
-    async def _probe(self, endpoint: Endpoint) -> ProviderError | None:
+    async def _probe(self, endpoint: Endpoint, within: float | None = None) -> ProviderError | None:
         failures: list[ErrorKind] = []
         clock = asyncio.get_running_loop().time
         begun = clock()
         while True:
             try:
-                endpoint.capabilities = await endpoint.provider.probe()
-            except ProviderError as error:
+                async with asyncio.timeout(within):
+                    endpoint.capabilities = await endpoint.provider.probe()
+            except (ProviderError, TimeoutError) as failed:
+                late = ProviderError(ErrorKind.TIMEOUT, f"first contact took more than {_PROBED_WITHIN:g} s")
+                error = failed if isinstance(failed, ProviderError) else late
                 # Nobody there at the very start is a mistake to fix, not an outage to wait out.
-                waits = error.kind is not ErrorKind.REFUSED and len(failures) < 3
+                waits = error.kind is not ErrorKind.REFUSED and within is None and len(failures) < 3
                 decision = decide(error, failures, self.config.max_retries, random.random())
                 if not (waits and isinstance(decision, Retry)):
                     endpoint.cool(begun, clock())
@@ -303,7 +324,7 @@ class ModelClient:
         async with self.router.slot(prompt) as endpoint:
             if endpoint.capabilities is None:  # it was not there at first contact
                 self._brake.check(worst, self.meter.worst_cost(worst))
-                if error := await self._probe(endpoint):
+                if error := await self._probe(endpoint, _PROBED_WITHIN if self._others_are_well(endpoint) else None):
                     raise error
             if len(draws) > 1 and not endpoint.asks_n:
                 return []
@@ -421,9 +442,11 @@ class ModelClient:
             case ErrorKind.SERVER | ErrorKind.GARBLED:
                 endpoint.limit.broke()
                 # What no endpoint can answer is the prompts' fault; what others do answer is this one's.
-                others = [other for other in self.router.endpoints if other is not endpoint]
-                endpoint.broke(begun, now, cools=any(other.is_well for other in others))
+                endpoint.broke(begun, now, cools=self._others_are_well(endpoint))
         error.elsewhere = several and endpoint.cooling_until > now
+
+    def _others_are_well(self, endpoint: Endpoint) -> bool:
+        return any(other.is_well for other in self.router.endpoints if other is not endpoint)
 
     async def _measure(self, endpoint: Endpoint, now: float) -> None:
         """Asks the server how busy it is, where it tells and somebody wants to know."""
@@ -452,6 +475,7 @@ class ModelClient:
         return math.ceil(characters * self.meter.tokens_per_character) + n * most
 
 
+_PROBED_WITHIN = 10.0  # seconds, for an endpoint while there is another
 _LOOKS_EVERY = 0.25  # seconds
 _SCOUTS_EVERY = 0.1  # seconds
 _OVER_WHEN_ANSWERED = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}
