@@ -363,10 +363,36 @@ def test_while_all_endpoints_refuse_everybody_waits_however_short_they_say_it_ta
         run(go())
 
 
+def one_endpoint() -> Endpoint:
+    return Endpoint(OpenAIProvider(OpenAIConfig(model="teacher", base_url=nowhere())), Limit(1))
+
+
 def test_no_endpoint_is_left_out_for_longer_than_a_request_would_wait() -> None:
-    endpoint = Endpoint(OpenAIProvider(OpenAIConfig(model="teacher", base_url=nowhere())), Limit(1))
+    endpoint = one_endpoint()
     endpoint.cool(1.0, 2.0, 99_999_999.0)
     assert endpoint.cooling_until == 2.0 + RETRY_AFTER_CAP
+
+
+def test_two_failures_on_end_among_answers_cool_an_endpoint_until_the_next_answer() -> None:
+    endpoint = one_endpoint()
+    endpoint.broke(1.0, 2.0)
+    assert endpoint.cooling_until == 0.0
+    endpoint.broke(1.0, 2.0)
+    assert endpoint.cooling_until > 2.0
+    endpoint.answered()
+    assert endpoint.cooling_until <= 2.0
+
+
+@pytest.mark.parametrize("seconds", [None, 5.0])
+def test_an_endpoint_that_refuses_cools_whatever_it_answers_meanwhile(seconds: float | None) -> None:
+    endpoint = one_endpoint()
+    endpoint.cool(1.0, 2.0, seconds)
+    endpoint.answered()
+    assert endpoint.cooling_until > 2.0
+    if seconds is not None:
+        endpoint.broke(2.0, 3.0, seconds)
+        endpoint.answered()
+        assert endpoint.cooling_until == 8.0
 
 
 @pytest.mark.parametrize(
