@@ -17,8 +17,11 @@ from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import EnvironmentFault, FatalError, TeacherError
 from fastdistill.core.types import Answer, Draw
 from fastdistill.model.client import ModelClient
+from fastdistill.model.limits import Limit
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
-from tests.servers import Call, Fault, Server, hang, mixed, openai_server, rate_limited
+from fastdistill.model.retry import RETRY_AFTER_CAP
+from fastdistill.model.router import Endpoint
+from tests.servers import Call, Fault, Server, garbled, hang, mixed, openai_server, rate_limited, status
 
 T = TypeVar("T")
 PROBE = "Name three colours."
@@ -176,6 +179,25 @@ def test_an_endpoint_that_is_dead_from_the_start_costs_nothing_but_a_note(tmp_pa
         assert answers(server).total() == 100, "and two choices still come in one request"
 
 
+@pytest.mark.slow
+def test_an_endpoint_that_hangs_at_first_contact_holds_nobody_up_for_long_and_is_used_later(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([hung.url, server.url], tmp_path) as asker:
+            assert complete(await asker.ask_all(50), 50)
+            assert answers(server).total() == 50
+            healed.append(True)
+            await until(lambda: asker.client.router.endpoints[0].cooling_until < asyncio.get_running_loop().time())
+            assert complete([answer for at in range(50) for answer in await asker.ask(f"later {at}")], 50)
+            assert answers(hung).total() > 0
+
+    healed: list[bool] = []
+    with (
+        openai_server(faults=lambda call: None if healed else hang(times=None)) as hung,
+        openai_server(latency=quick) as server,
+    ):
+        run(go())
+
+
 def test_with_no_endpoint_at_all_the_run_stops_at_once(tmp_path: Path) -> None:
     async def go() -> None:
         async with asking([nowhere(), nowhere()], tmp_path) as asker:
@@ -296,7 +318,121 @@ def test_who_waits_for_endpoints_that_are_down_does_not_hold_up_the_end(tmp_path
         run(go())
 
 
+@pytest.mark.parametrize("endpoints", [2, 10])
+def test_a_short_outage_of_all_costs_no_request_however_many_endpoints_refuse_it(
+    tmp_path: Path, endpoints: int
+) -> None:
+    async def go() -> None:
+        async with asking([server.url for server in servers], tmp_path) as asker:
+            await asker.ask_all(20)
+            await asyncio.gather(*(server.stop() for server in servers))
+            late = asyncio.create_task(asker.ask("late"))
+            await until(lambda: asker.client.meter.retries.total() >= 2 * endpoints)
+            assert not late.done()
+            await servers[0].start()
+            assert complete(await late, 1)
+
+    with ExitStack() as alive:
+        servers = [alive.enter_context(restartable(latency=quick)) for _ in range(endpoints)]
+
+        async def started() -> None:
+            await asyncio.gather(*(server.start() for server in servers))
+            await go()
+
+        run(started())
+
+
 # --- endpoints that refuse ---
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "Wed, 21 Oct 2015 07:28:00 GMT", "0.01"])
+@pytest.mark.parametrize("requests", [1, 20])
+def test_while_all_endpoints_refuse_everybody_waits_however_short_they_say_it_takes(
+    tmp_path: Path, asked: str, requests: int
+) -> None:
+    async def go() -> None:
+        async with asking([one.url, other.url], tmp_path) as asker:
+            assert complete(await asker.ask_all(requests), requests)
+
+    begun = monotonic()
+
+    def refuses(call: Call) -> Fault | None:
+        return None if call.prompt == PROBE or monotonic() > begun + 2 else rate_limited(asked, times=None)
+
+    with openai_server(faults=refuses) as one, openai_server(faults=refuses) as other:
+        run(go())
+
+
+def one_endpoint() -> Endpoint:
+    return Endpoint(OpenAIProvider(OpenAIConfig(model="teacher", base_url=nowhere())), Limit(1))
+
+
+def test_no_endpoint_is_left_out_for_longer_than_a_request_would_wait() -> None:
+    endpoint = one_endpoint()
+    endpoint.cool(1.0, 2.0, 99_999_999.0)
+    assert endpoint.cooling_until == 2.0 + RETRY_AFTER_CAP
+
+
+def test_two_failures_on_end_among_answers_cool_an_endpoint_until_the_next_answer() -> None:
+    endpoint = one_endpoint()
+    endpoint.broke(1.0, 2.0)
+    assert endpoint.cooling_until == 0.0
+    endpoint.broke(1.0, 2.0)
+    assert endpoint.cooling_until > 2.0
+    endpoint.answered()
+    assert endpoint.cooling_until <= 2.0
+
+
+@pytest.mark.parametrize("seconds", [None, 5.0])
+def test_an_endpoint_that_refuses_cools_whatever_it_answers_meanwhile(seconds: float | None) -> None:
+    endpoint = one_endpoint()
+    endpoint.cool(1.0, 2.0, seconds)
+    endpoint.answered()
+    assert endpoint.cooling_until > 2.0
+    if seconds is not None:
+        endpoint.broke(2.0, 3.0, seconds)
+        endpoint.answered()
+        assert endpoint.cooling_until == 8.0
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [status(500, times=None), garbled(b"<html>", times=None), status(503, times=None)],
+    ids=["500", "html", "503"],
+)
+@pytest.mark.parametrize("requests", [1, 100])
+def test_an_endpoint_that_fails_at_once_draws_no_request_away_from_one_that_answers(
+    tmp_path: Path, fault: Fault, requests: int
+) -> None:
+    async def go() -> None:
+        async with asking([sick.url, server.url], tmp_path) as asker:
+            assert complete(await asker.ask_all(requests), requests)
+            assert asker.client.meter.retries.total() < 25
+
+    def slowly(call: Call) -> float:
+        return 0.0 if call.prompt == PROBE else 0.05
+
+    with (
+        openai_server(faults=lambda call: None if call.prompt == PROBE else fault) as sick,
+        openai_server(latency=slowly) as server,
+    ):
+        run(go())
+
+
+def test_prompts_that_no_endpoint_can_bear_are_given_up_and_cool_nobody_for_long(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([one.url, other.url], tmp_path) as asker:
+            begun = monotonic()
+            found = await asker.ask_all(100)
+            assert {answer.reason for answer in found} == {"server_error"}
+            assert monotonic() - begun < 20
+            assert asker.client.meter.requests <= 300
+
+    def breaks(call: Call) -> Fault | None:
+        return None if call.prompt == PROBE else status(500, times=None)
+
+    with openai_server(faults=breaks) as one, openai_server(faults=breaks) as other:
+        run(go())
 
 
 def test_a_429_at_one_sends_the_others_elsewhere_for_as_long_as_it_asks(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_what_is_sent(run: Run[Any]) -> None:
     host = url.removeprefix("http://").removesuffix("/v1").encode()
     assert posted == (
         b"POST /v1/a%20b/%C3%BC%20x?q=1&r=%2F HTTP/1.1\r\nHost: " + host + b"\r\nUser-Agent: fastdistill\r\n"
-        b'Accept: */*\r\nX-Title: t\r\nContent-Length: 8\r\n\r\n{"a": 1}'
+        b'Accept: */*\r\nAccept-Encoding: identity\r\nX-Title: t\r\nContent-Length: 8\r\n\r\n{"a": 1}'
     )
     assert got.startswith(b"GET / HTTP/1.1\r\n") and b"Content-Length" not in got
 

@@ -186,6 +186,14 @@ def test_a_server_that_tells_how_busy_it_is_gets_what_it_needs_and_a_quarter_mor
     assert set(settled) == {round(1.25 * slots)}
 
 
+def test_a_moment_in_which_nothing_is_worked_on_says_nothing() -> None:
+    limit = AdaptiveLimit(100)
+    limit.measured(Load(0, 80), busy=True)  # between two batches, or while only prompts are read
+    assert limit.capacity == 100
+    limit.measured(Load(40, 80), busy=True)
+    assert limit.capacity == 50
+
+
 @given(st.lists(st.sampled_from(["answered", "rate_limited", "broke", "measured"]), max_size=50))
 def test_a_fixed_limit_never_moves(events: list[str]) -> None:
     limit = Limit(7)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, TokenLogprob
-from fastdistill.model.provider import Capabilities, ErrorKind, ProviderError
+from fastdistill.model.provider import Capabilities, ErrorKind, Load, ProviderError
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
 from fastdistill.model.providers.openai_answers import share
 from fastdistill.model.retry import GiveUp, Retry, decide
@@ -358,6 +358,7 @@ OPENAI_401 = {"error": {"message": "Incorrect API key", "type": "invalid_request
         (garbled(b"<html>hello"), ErrorKind.GARBLED),
         (garbled(b"\xff\xff"), ErrorKind.GARBLED),
         (garbled(b"[]"), ErrorKind.GARBLED),
+        (garbled(b'{"x":' + b"[" * 99_999), ErrorKind.GARBLED),
         (status(200, {"choices": []}), ErrorKind.GARBLED),
         (status(200, {"choices": [{"index": 0}]}), ErrorKind.GARBLED),
         (status(200, {"choices": [{"message": {"content": 5}}]}), ErrorKind.GARBLED),
@@ -539,6 +540,39 @@ def test_token_ids_that_a_server_can_not_give_are_refused_before_anything_is_sen
         provider = OpenAIProvider(config("http://x").model_copy(update=fields))
         with pytest.raises(ProviderError, match="gives no ids of tokens"):
             provider._body(prompt(token_ids=True), 1, 1)
+
+
+RUNNING = 'vllm:num_requests_running{engine="0",model_name="m"} '
+WAITING = 'vllm:num_requests_waiting{engine="0",model_name="m"} '
+
+
+@pytest.mark.parametrize(
+    ("told", "load"),
+    [
+        (f"# HELP x\n{RUNNING}5.0\n{WAITING}3.0\n", Load(5, 3)),
+        (f"{RUNNING}5.0\r\n{WAITING}1e+03\r\n", Load(5, 1000)),
+        (
+            f"{RUNNING}5.0\n{RUNNING.replace('0', '1')}7.0\n{WAITING}3.0\n{WAITING.replace('0', '1')}0.0\n"
+            'vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 3.0\n',
+            Load(12, 3),
+        ),
+        ('sglang:num_running_reqs{tp_rank="0"} 5.0\nsglang:num_queue_reqs{tp_rank="0"} 2.0\n', Load(5, 2)),
+        ("llamacpp:requests_processing 2\nllamacpp:requests_deferred 0\n", Load(2, 0)),
+        *((f"{RUNNING}{value}\n{WAITING}3.0\n", None) for value in ("e", "1.2.3", "1e999", "9" * 400, "NaN", "", "-1")),
+        (RUNNING, None),
+        ("", None),
+    ],
+)
+def test_what_a_server_tells_of_its_load_is_of_all_its_engines_and_nonsense_is_nothing(
+    told: str, load: Load | None
+) -> None:
+    with openai_server(paths={"/metrics": told}) as server:
+
+        async def go() -> Load | None:
+            async with OpenAIProvider(config(server.url)) as provider:
+                return await provider.load()
+
+        assert asyncio.run(go()) == load
 
 
 def test_a_probe_survives_a_feature_that_breaks_the_server() -> None:

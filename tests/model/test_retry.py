@@ -49,6 +49,13 @@ def test_a_second_500_gives_the_sample_up() -> None:
     assert isinstance(decided(ErrorKind.SERVER, [ErrorKind.RESET]), Retry)
 
 
+def test_what_an_endpoint_does_to_all_says_nothing_of_the_prompt() -> None:
+    sick = ProviderError(ErrorKind.SERVER, "x")
+    sick.elsewhere = True
+    assert isinstance(decide(sick, [ErrorKind.SERVER], 8, 0.5), Retry)
+    assert decide(sick, [ErrorKind.SERVER] * 8, 8, 0.5) == GiveUp("server_error")
+
+
 def test_used_up_retries_cost_the_sample_but_a_silent_endpoint_the_run() -> None:
     failures = [ErrorKind.TIMEOUT] * 8
     assert decided(ErrorKind.TIMEOUT, failures) == GiveUp("timeout")

@@ -181,6 +181,8 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
         (b"\xff\xfe", "\ufffd\ufffd", None),
         (b"null", "None", None),
         (b"{}", "{}", None),
+        (b'{"detail": [{"loc": 5, "msg": "no"}]}', ": no", None),
+        (b"[" * 99_999, "[" * 600 + " \N{HORIZONTAL ELLIPSIS}", None),
     ],
 )
 def test_error_bodies_of_every_shape_are_read(body: bytes, message: str, parameter: str | None) -> None:
@@ -223,7 +225,14 @@ def test_retry_after_is_seconds_a_date_or_milliseconds() -> None:
     assert retry_after({"retry-after": "Sun, 22 Nov 2026 08:00:30 GMT"}, now) == 30
     assert retry_after({"retry-after": "Sun, 22 Nov 2026 07:00:00 GMT"}, now) == 0
     assert retry_after({"retry-after": "9", "retry-after-ms": "1500"}, now) == 1.5
-    for nothing in ({}, {"retry-after": "soon"}, {"retry-after": "nan"}, {"retry-after": ""}):
+    for nothing in (
+        {},
+        {"retry-after": "soon"},
+        {"retry-after": "nan"},
+        {"retry-after": ""},
+        {"retry-after": "Sun, 22 Nov 2026 08:00:30 +99999999999999999999"},
+        {"retry-after": "Sun, 22 Nov 99999 08:00:30 GMT"},
+    ):
         assert retry_after(nothing, now) is None
 
 

@@ -135,12 +135,30 @@ class ModelClient:
             if self._refusal is not None:
                 raise self._refusal
             if not self._probed:
-                found = await asyncio.gather(*(self._probe(endpoint) for endpoint in self.router.endpoints))
-                errors = [error for error in found if error is not None]
+                errors = await self._probe_all()
                 hopeless = [error for error in errors if error.kind in (ErrorKind.AUTH, ErrorKind.NO_MODEL)]
-                if hopeless or len(errors) == len(found):
+                if hopeless or len(errors) == len(self.router.endpoints):
                     raise self._refused((hopeless or errors)[0])
                 self._probed = True
+
+    async def _probe_all(self) -> list[ProviderError]:
+        """What is wrong with endpoints. One that says nothing is not waited for long once another is there."""
+        endpoints = self.router.endpoints
+        probes = [asyncio.create_task(self._probe(endpoint)) for endpoint in endpoints]
+        late = {*probes}
+        try:
+            while late and not any(endpoint.capabilities for endpoint in endpoints):
+                _, late = await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
+            if late:
+                await asyncio.wait(late, timeout=_PROBED_WITHIN)
+        finally:
+            for probe in probes:
+                probe.cancel()
+            await asyncio.gather(*probes, return_exceptions=True)
+        for endpoint, probe in zip(endpoints, probes, strict=True):
+            if probe.cancelled():
+                endpoint.cool(0.0, asyncio.get_running_loop().time())
+        return [error for probe in probes if not probe.cancelled() and (error := probe.result()) is not None]
 
     def _refused(self, error: ProviderError) -> TeacherError:
         """What this and every later request is told: an outage is waited out once."""
@@ -161,19 +179,23 @@ class ModelClient:
         for endpoint in self.router.endpoints:
             await endpoint.provider.aclose()
 
-    async def _probe(self, endpoint: Endpoint) -> ProviderError | None:
+    async def _probe(self, endpoint: Endpoint, within: float | None = None) -> ProviderError | None:
         failures: list[ErrorKind] = []
         clock = asyncio.get_running_loop().time
         begun = clock()
         while True:
             try:
-                endpoint.capabilities = await endpoint.provider.probe()
-            except ProviderError as error:
+                async with asyncio.timeout(within):
+                    endpoint.capabilities = await endpoint.provider.probe()
+            except (ProviderError, TimeoutError) as failed:
+                late = ProviderError(ErrorKind.TIMEOUT, f"first contact took more than {_PROBED_WITHIN:g} s")
+                error = failed if isinstance(failed, ProviderError) else late
                 # Nobody there at the very start is a mistake to fix, not an outage to wait out.
-                waits = error.kind is not ErrorKind.REFUSED and len(failures) < 3
+                waits = error.kind is not ErrorKind.REFUSED and within is None and len(failures) < 3
                 decision = decide(error, failures, self.config.max_retries, random.random())
                 if not (waits and isinstance(decision, Retry)):
                     endpoint.cool(begun, clock())
+                    error.elsewhere = len(self.router.endpoints) > 1
                     return error
                 failures.append(error.kind)
                 await asyncio.sleep(decision.delay)
@@ -241,7 +263,7 @@ class ModelClient:
     async def _request(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
         """Answers for the first of the draws; of several, the others are to be asked for one by one."""
         failures: list[ErrorKind] = []
-        tries = 0
+        tries, waits_until = 0, 0.0
         while True:
             tries += 1
             begun = perf_counter()
@@ -250,18 +272,22 @@ class ModelClient:
             except NotAsked as enough:
                 return [enough for _ in draws]
             except ProviderError as error:
+                decision = decide(error, failures, self.config.max_retries, random.random())
                 # Several choices may be what is wrong with it; and one bad choice must not cost the others.
-                if len(draws) > 1 and (
-                    error.kind is ErrorKind.BAD_REQUEST or (error.kind is ErrorKind.SERVER and error.kind in failures)
-                ):
+                refused = isinstance(decision, GiveUp) and error.kind in (ErrorKind.BAD_REQUEST, ErrorKind.SERVER)
+                if len(draws) > 1 and refused:
                     return []
-                match decide(error, failures, self.config.max_retries, random.random()):
+                match decision:
                     case Retry(delay):
                         self.meter.retries[error.kind] += 1
-                        waited = await self._back_off(delay, error.kind, begun)
-                        # A short wait is no full try, but a prompt that breaks a healthy server must come to an end.
-                        if waited or tries > 3 * self.config.max_retries:
+                        now = perf_counter()
+                        waited = await self._back_off(0.0 if error.elsewhere else delay, error.kind, begun)
+                        # A short wait is no full try, lest a moment in which all endpoints are gone takes all of them;
+                        # but a prompt that breaks a healthy server must come to an end.
+                        endless = tries > 3 * self.config.max_retries * len(self.router.endpoints)
+                        if (waited and now >= waits_until) or (endless and error.kind in _OVER_WHEN_ANSWERED):
                             failures.append(error.kind)
+                            waits_until = now + delay
                     case GiveUp(reason):
                         return [SampleError(reason, f"{self.name}: {error}") for _ in draws]
                     case Stop():
@@ -270,12 +296,11 @@ class ModelClient:
     async def _back_off(self, delay: float, kind: ErrorKind, begun: float) -> bool:
         """Waits before the next try, but no longer than until the server is seen to answer others.
 
-        `begun` is when the request was first in line. Whether the whole delay has passed. With several endpoints the
-        next one is asked at once: the one that failed cools. Where nobody listened, one of all those that wait asks
-        for the server's metrics: once these come, no one has to wait for the first answer.
+        `begun` is when the request was first in line. Whether the whole delay has passed. Where nobody listened, one of
+        all those that wait asks for the server's metrics: once these come, no one has to wait for the first answer.
         """
         now = perf_counter()
-        until = now + (delay if len(self.router.endpoints) == 1 else 0)
+        until = now + delay
         while now < until:
             if kind in _OVER_WHEN_ANSWERED and self._answered_at > begun:
                 return False
@@ -306,7 +331,7 @@ class ModelClient:
         async with self.router.slot(prompt) as endpoint:
             if endpoint.capabilities is None:  # it was not there at first contact
                 self._brake.check(worst, self.meter.worst_cost(worst))
-                if error := await self._probe(endpoint):
+                if error := await self._probe(endpoint, _PROBED_WITHIN if self._others_are_well(endpoint) else None):
                     raise error
             if len(draws) > 1 and not endpoint.asks_n:
                 return []
@@ -424,6 +449,12 @@ class ModelClient:
                     endpoint.broke(begun, now, error.retry_after)
             case ErrorKind.SERVER | ErrorKind.GARBLED:
                 endpoint.limit.broke()
+                # What no endpoint can answer is the prompts' fault; what others do answer is this one's.
+                endpoint.broke(begun, now, cools=self._others_are_well(endpoint))
+        error.elsewhere = several and endpoint.cooling_until > now
+
+    def _others_are_well(self, endpoint: Endpoint) -> bool:
+        return any(other.is_well for other in self.router.endpoints if other is not endpoint)
 
     async def _measure(self, endpoint: Endpoint, now: float) -> None:
         """Asks the server how busy it is, where it tells and somebody wants to know."""
@@ -452,6 +483,7 @@ class ModelClient:
         return self.meter.most_prompt_tokens(characters) + n * most
 
 
+_PROBED_WITHIN = 10.0  # seconds, for an endpoint while there is another
 _LOOKS_EVERY = 0.25  # seconds
 _SCOUTS_EVERY = 0.1  # seconds
 _OVER_WHEN_ANSWERED = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}

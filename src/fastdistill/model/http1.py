@@ -173,7 +173,7 @@ def _head(method: str, url: str, headers: tuple[tuple[str, str], ...]) -> tuple[
     except ValueError as error:
         raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({error})") from error
     target = quote(parts.path or "/", safe=_SAFE) + (f"?{quote(parts.query, safe=_SAFE)}" if parts.query else "")
-    fields = {"Host": host, "User-Agent": "fastdistill", "Accept": "*/*"}
+    fields = {"Host": host, "User-Agent": "fastdistill", "Accept": "*/*", "Accept-Encoding": "identity"}
     fields |= {name.title(): value for name, value in headers}
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     if len(lines.splitlines()) != len(fields):

@@ -174,7 +174,7 @@ class AdaptiveLimit(Limit):
     def measured(self, load: Load, *, busy: bool) -> None:
         """The server says itself how many it works on and how many wait: that beats any inference."""
         self._measured = True
-        if load.waiting > (HEADROOM - 1) * load.running:
+        if load.waiting > (HEADROOM - 1) * load.running > 0:
             self._ramping = False
             self._move(load.running * HEADROOM)
         elif load.waiting == 0 and busy:

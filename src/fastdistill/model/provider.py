@@ -50,6 +50,7 @@ class ProviderError(Exception):
         self.status = status
         self.retry_after = retry_after  # seconds
         self.parameter = parameter
+        self.elsewhere = False  # the endpoint cools for it: what failed may go to the next one at once
         super().__init__(message)
 
 

@@ -16,6 +16,7 @@ from itertools import islice
 from fastdistill.core.types import Prompt
 from fastdistill.model.limits import Limit
 from fastdistill.model.provider import Capabilities, Provider
+from fastdistill.model.retry import RETRY_AFTER_CAP
 
 LOOKAHEAD = 64  # waiting requests among which a slot chooses; also how often one may be passed by others
 PREFIX = 256  # characters of the shortest prefix that counts; each further one is twice as long
@@ -40,6 +41,7 @@ class Endpoint:
     tells: bool = False  # how busy it is
     latest: tuple[int, ...] = ()  # prefixes of the request that was sent here last
     _cooled_at: float = float("-inf")
+    _refuses_until: float = 0.0  # it said so itself, or nobody listened: whatever is answered meanwhile
     _warm: OrderedDict[int, int] = field(default_factory=OrderedDict)  # prefix -> the tick at which it was used last
     _led: dict[int, int] = field(default_factory=dict)  # cold prefix -> how many requests under way warm it
 
@@ -54,14 +56,22 @@ class Endpoint:
 
     def answered(self) -> None:
         self.failures = self.coolings = 0
+        self.cooling_until = min(self.cooling_until, self._refuses_until)
 
-    def broke(self, begun: float, now: float, seconds: float | None = None) -> None:
-        """A request that began then failed. One among answers says nothing; two in a row cool the endpoint."""
+    @property
+    def is_well(self) -> bool:
+        """Whether it was seen to answer, and has not failed twice in a row since."""
+        return self.capabilities is not None and self.failures < 2 and not self.coolings
+
+    def broke(self, begun: float, now: float, seconds: float | None = None, *, cools: bool = True) -> None:
+        """A request that began then failed. One among answers says nothing; two in a row cool the endpoint, until one
+        that is under way is answered: of many requests, two in a row fail by chance.
+        """
         self.failures += 1
-        if self.failures > 1 or seconds is not None:
-            self.cool(begun, now, seconds)
+        if cools and (self.failures > 1 or seconds):
+            self.cool(begun, now, seconds, refuses=bool(seconds))
 
-    def cool(self, begun: float, now: float, seconds: float | None = None) -> None:
+    def cool(self, begun: float, now: float, seconds: float | None = None, *, refuses: bool = True) -> None:
         """Sends nothing more here for a while: as long as it asks for, else longer each time until it answers.
 
         `begun` is when the request that failed began: all that were under way when the endpoint broke count once.
@@ -70,7 +80,9 @@ class Endpoint:
             self.coolings += 1
             self._cooled_at = now
         backoff = min(LONGEST_COOLING, 0.5 * 2.0 ** min(self.coolings, 10))
-        self.cooling_until = max(self.cooling_until, now + (backoff if seconds is None else seconds))
+        self.cooling_until = max(self.cooling_until, now + min(seconds or backoff, RETRY_AFTER_CAP))
+        if refuses:
+            self._refuses_until = self.cooling_until
 
     def knows(self, prefixes: Sequence[int]) -> tuple[int, int, bool]:
         """How many of the prefixes, from the shortest, it has seen; the tick at which the longest of these was used

@@ -143,7 +143,7 @@ class HttpProvider(Provider, Generic[C]):
     def _decode(self, response: Response, decode: Callable[[bytes], T]) -> T:
         try:
             return decode(response.body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self._garbled(str(error), response) from error
 
     def _garbled(self, why: str, response: Response) -> ProviderError:
@@ -209,7 +209,7 @@ class Fault:
         """
         try:
             value = msgspec.json.decode(body)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return cls(_brief(body.decode(errors="replace")) or "(empty body)")
         if isinstance(value, list) and value:
             value = value[0]
@@ -247,7 +247,7 @@ def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
         return seconds
     try:
         moment = parsedate_to_datetime(text or "")
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(0.0, ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - now).total_seconds())
 
@@ -332,7 +332,8 @@ def _from_locations(problems: Sequence[Any]) -> Fault:
         if not isinstance(problem, dict):
             lines.append(str(problem))
             continue
-        place = [str(part) for part in problem.get("loc", ()) if part != "body"]
+        parts = problem.get("loc")
+        place = [str(part) for part in parts if part != "body"] if isinstance(parts, list) else []
         parameter = parameter or (place[0] if place else None)
         lines.append(f"{'.'.join(place)}: {problem.get('msg')}")
     return Fault(_brief("; ".join(lines)), parameter=parameter)

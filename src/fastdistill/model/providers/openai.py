@@ -6,6 +6,7 @@ refuses by name is left out from then on if it was neutral, and an error if it w
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -70,11 +71,13 @@ NEUTRAL: Mapping[str, tuple[float, ...]] = {
 
 _ASKS_FOR_IDS = {"vllm": "return_tokens_as_token_ids", "sglang": "return_token_ids"}
 
-_METRIC = re.compile(rb"^([a-z_]+:[a-z_]+)(?:\{[^}]*\})? ([0-9.e+]+)\s*$", re.M)
 _LOADS = (  # requests running and waiting
     (b"vllm:num_requests_running", b"vllm:num_requests_waiting"),
     (b"sglang:num_running_reqs", b"sglang:num_queue_reqs"),
     (b"llamacpp:requests_processing", b"llamacpp:requests_deferred"),
+)
+_METRIC = re.compile(
+    rb"^(%b)(?:\{[^}]*\})? (\d{1,15}(?:\.\d*)?(?:e\+\d\d)?)\s*$" % b"|".join(map(b"|".join, _LOADS)), re.M
 )
 
 _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT}
@@ -169,12 +172,13 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         """From the Prometheus metrics of vLLM, SGLang or llama.cpp."""
         if self._official or self._config.provider == "openrouter":
             return None
+        found = Counter[bytes]()
         with suppress(ProviderError):
-            found = dict(_METRIC.findall((await self._request("GET", f"{self._root}/metrics", timeout=5.0)).body))
-            for running, waiting in _LOADS:
-                if running in found and waiting in found:
-                    return Load(int(float(found[running])), int(float(found[waiting])))
-        return None
+            told = await self._request("GET", f"{self._root}/metrics", timeout=5.0)
+            for name, value in _METRIC.findall(told.body):
+                found[name] += int(float(value))  # a line for each engine of the server
+        both = (Load(found[names[0]], found[names[1]]) for names in _LOADS if found.keys() >= {*names})
+        return next(both, None)
 
     @property
     def notes(self) -> tuple[str, ...]:
