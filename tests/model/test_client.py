@@ -1,6 +1,7 @@
 """The model client between a real store on disk and real servers: what is paid for, how often, and what is kept."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, asynccontextmanager
@@ -328,6 +329,24 @@ def test_a_draw_that_breaks_the_server_is_given_up_and_its_siblings_live(tmp_pat
         assert answers[2].reason == "server_error"
         tries = [body["seed"] for body in server.counters.bodies if body["messages"][-1]["content"] == "Q"]
         assert tries.count(2) == 2, "tried once more, and no more"
+
+
+def test_a_server_that_breaks_for_all_for_some_seconds_costs_no_sample(tmp_path: Path) -> None:
+    async def go() -> list[list[Any]]:
+        async with asking(server, tmp_path) as asker:
+            return await asyncio.gather(*(asker.ask(f"Q{number}") for number in range(60)))
+
+    sick_until = math.inf
+
+    def sick(call: Call) -> Fault | None:
+        nonlocal sick_until
+        if call.prompt == PROBE:
+            return None
+        sick_until = min(sick_until, time.monotonic() + 1.5)
+        return status(500, "the runner has stopped", times=None) if time.monotonic() < sick_until else None
+
+    with openai_server(faults=sick) as server:
+        assert all(isinstance(answer, Answer) for (answer,) in run(go()))
 
 
 def test_a_prompt_that_is_too_long_fails_alone(tmp_path: Path) -> None:

@@ -586,7 +586,11 @@ def test_a_probe_survives_a_feature_that_breaks_the_server() -> None:
 
 @pytest.mark.parametrize(
     ("habits", "kind"),
-    [({"api_key": "k"}, ErrorKind.AUTH), ({"models": ("other",)}, ErrorKind.NO_MODEL)],
+    [
+        ({"api_key": "k"}, ErrorKind.AUTH),
+        ({"models": ("other",)}, ErrorKind.NO_MODEL),
+        ({"faults": {"colours": garbled(b"<html>Welcome", times=None)}}, ErrorKind.GARBLED),
+    ],
 )
 def test_a_probe_fails_where_no_request_can_succeed(habits: dict[str, Any], kind: ErrorKind) -> None:
     with openai_server(**habits) as server, pytest.raises(ProviderError) as caught:

@@ -49,6 +49,13 @@ def test_a_second_500_gives_the_sample_up() -> None:
     assert isinstance(decided(ErrorKind.SERVER, [ErrorKind.RESET]), Retry)
 
 
+def test_while_a_server_answers_nobody_a_500_is_no_prompts_fault_for_some_seconds() -> None:
+    sick = ProviderError(ErrorKind.SERVER, "x")
+    sick.others_answered = False
+    assert isinstance(decide(sick, [ErrorKind.SERVER] * 3, 8, 0.5), Retry)
+    assert decide(sick, [ErrorKind.SERVER] * 4, 8, 0.5) == GiveUp("server_error")
+
+
 def test_what_an_endpoint_does_to_all_says_nothing_of_the_prompt() -> None:
     sick = ProviderError(ErrorKind.SERVER, "x")
     sick.elsewhere = True

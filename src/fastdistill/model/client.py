@@ -264,14 +264,15 @@ class ModelClient:
         """Answers for the first of the draws; of several, the others are to be asked for one by one."""
         failures: list[ErrorKind] = []
         tries, waits_until = 0, 0.0
+        since = begun = perf_counter()
         while True:
             tries += 1
-            begun = perf_counter()
             try:
                 return await self._in_slot(prompt, draws, begun)
             except NotAsked as enough:
                 return [enough for _ in draws]
             except ProviderError as error:
+                error.others_answered = self._answered_at > since
                 decision = decide(error, failures, self.config.max_retries, random.random())
                 # Several choices may be what is wrong with it; and one bad choice must not cost the others.
                 refused = isinstance(decision, GiveUp) and error.kind in (ErrorKind.BAD_REQUEST, ErrorKind.SERVER)
@@ -288,6 +289,7 @@ class ModelClient:
                         if (waited and now >= waits_until) or (endless and error.kind in _OVER_WHEN_ANSWERED):
                             failures.append(error.kind)
                             waits_until = now + delay
+                        begun = perf_counter()
                     case GiveUp(reason):
                         return [SampleError(reason, f"{self.name}: {error}") for _ in draws]
                     case Stop():

@@ -51,6 +51,7 @@ class ProviderError(Exception):
         self.retry_after = retry_after  # seconds
         self.parameter = parameter
         self.elsewhere = False  # the endpoint cools for it: what failed may go to the next one at once
+        self.others_answered = True  # since the request was first sent: it may be the request's own fault
         super().__init__(message)
 
 

@@ -5,8 +5,8 @@
 | refused, reset, timeout, garbled | again, after half to all of a backoff: 0.5 s, doubled each time up to 30 s; |
 | | the default of 8 retries waits out an outage of 45 seconds |
 | 408, 502, 503, 504, 429 | again, after half to all of that backoff and no less than Retry-After (up to 120 s) |
-| 500 and other 5xx | again once; then the sample is given up: a poisoned prompt can break a server; |
-| | from an endpoint that fails while others answer: again, as above |
+| 500 and other 5xx | again once, or four times while the server answers nobody else; then the sample is given up: |
+| | a poisoned prompt can break a server. Where other endpoints answer: again, as above |
 | context too long, any other 4xx, not recorded | the sample is given up |
 | wrong key, unknown model, unsupported parameter | the run stops: every request would end like this |
 | retries used up | the sample is given up; but the run stops if nobody listens any more |
@@ -60,9 +60,8 @@ def decide(
     reason = error.kind.value
     if error.kind in _FATAL:
         return Stop(reason)
-    if error.kind in _HOPELESS or (
-        error.kind is ErrorKind.SERVER and ErrorKind.SERVER in failures and not error.elsewhere
-    ):
+    poisoned = failures.count(ErrorKind.SERVER) >= (1 if error.others_answered else 4) and not error.elsewhere
+    if error.kind in _HOPELESS or (error.kind is ErrorKind.SERVER and poisoned):
         return GiveUp(reason)
     spent = sum(0.5 if kind in _THROTTLED else 1.0 for kind in (*failures, error.kind))
     if spent > max_retries:

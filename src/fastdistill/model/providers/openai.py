@@ -239,6 +239,9 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         two, scored, shaped, hot = (one.result() for one in tries)
         if isinstance(scored, ProviderError):
             scored = await self._try(logprobs=True)
+        failures = [tried for tried in (two, scored, shaped) if isinstance(tried, ProviderError)]
+        if len(failures) == 3 and all(error.kind is ErrorKind.GARBLED for error in failures):
+            raise failures[0]
         answer = next((answers[0] for answers in (two, scored, shaped) if isinstance(answers, list)), None)
         for feature, answers in (("a plain request", two), ("logprobs", scored), ("a JSON schema", shaped)):
             if isinstance(answers, ProviderError):
