@@ -425,7 +425,7 @@ def test_prompts_that_no_endpoint_can_bear_are_given_up_and_cool_nobody_for_long
             begun = monotonic()
             found = await asker.ask_all(100)
             assert {answer.reason for answer in found} == {"server_error"}
-            assert monotonic() - begun < 20
+            assert monotonic() - begun < 60
             assert asker.client.meter.requests <= 600, "five tries for each, while nobody is answered"
 
     def breaks(call: Call) -> Fault | None:
