@@ -53,7 +53,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_draws_take_turns_over_the_templates(finished: Finished) -> None:
     asked = [sum(count for prompt, count in finished.prompts.items() if key in prompt) for key in ("\nQuestion", "? C")]
-    assert asked == [2 * len(RECORDS), 2 * len(RECORDS)], "a request a draw: between two seeds lies the other template's"
+    # A request for each draw: between the seeds of two lies that of the other template.
+    assert asked == [2 * len(RECORDS), 2 * len(RECORDS)]
     rows = [json.loads(line) for line in (finished.result.dataset / "kto" / "train.jsonl").read_bytes().splitlines()]
     for row in rows:
         first, second = (text.split("{{")[0].strip() for text in TEMPLATES)
