@@ -176,7 +176,8 @@ def test_a_teacher_scores_the_students_samples(tmp_path: Path, same_tokenizer: b
 )
 def test_values_that_are_not_of_the_tokens_asked_about_are_no_scores(tmp_path: Path, broken: Any) -> None:
     with openai_server(says) as student, openai_server(scores_prompts=True, models=("scorer",)) as scorer:
-        scorer.options = replace(scorer.options, faults=lambda call: garbled(json.dumps(broken).encode(), times=None))
+        says_so = garbled(json.dumps(broken).encode(), times=None)
+        scorer.options = replace(scorer.options, faults=lambda call: None if "colours" in call.prompt else says_so)
         models = scored_by(student, scorer, "sglang")
         models["scorer"]["max_retries"] = 0
         result = pipeline(models, {"ScoreTokens": {"model": "scorer"}}).run(output_dir=tmp_path)

@@ -166,7 +166,7 @@ def test_the_code_config_goes_on_past_answers_and_problems_of_every_kind(tmp_pat
     assert (quality["samples"]["accepted"], quality["samples"]["undecided"], quality["samples"]["failed"]) == (1, 2, 0)
     reasons = {stage["step"]: stage["candidates"]["reasons"] for stage in quality["stages"] if "candidates" in stage}
     assert reasons["RuleFilter"] == {"empty": 2, "too_long": 2}
-    wanted = {"syntax_error": 4, "limit_cpu": 2, "exited": 2, "gold_invalid": 2, "tests_limit": 2}
+    wanted = {"syntax_error": 4, "limit_cpu": 2, "exited": 2, "gold_invalid": 1, "tests_limit": 2}
     assert reasons["PythonExecEval"] == wanted
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["environment"]["PythonExecEval"]["isolation"] == available_isolation().level
