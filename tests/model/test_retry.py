@@ -49,6 +49,12 @@ def test_a_second_500_gives_the_sample_up() -> None:
     assert isinstance(decided(ErrorKind.SERVER, [ErrorKind.RESET]), Retry)
 
 
+def test_after_an_outage_a_server_that_works_is_asked_again_soon() -> None:
+    away = [ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.REFUSED]
+    assert decided(ErrorKind.SERVER, away) == decided(ErrorKind.SERVER) == decided(ErrorKind.RATE_LIMITED, away)
+    assert decided(ErrorKind.OVERLOADED, away) == decided(ErrorKind.REFUSED, [ErrorKind.REFUSED] * 4)
+
+
 def test_while_a_server_answers_nobody_a_500_is_no_prompts_fault_for_some_seconds() -> None:
     sick = ProviderError(ErrorKind.SERVER, "x")
     sick.others_answered = False

@@ -26,6 +26,8 @@ RETRY_AFTER_CAP = 120.0
 _FATAL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.UNSUPPORTED}
 _HOPELESS = {ErrorKind.TOO_LONG, ErrorKind.BAD_REQUEST, ErrorKind.NOT_RECORDED}
 _THROTTLED = {ErrorKind.RATE_LIMITED, ErrorKind.OVERLOADED}
+_AWAY = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED, ErrorKind.OVERLOADED}
+"""As in an outage; the others are said by a server that works, which makes a wait for an outage a thing of the past."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,9 @@ def decide(
     spent = sum(0.5 if kind in _THROTTLED else 1.0 for kind in (*failures, error.kind))
     if spent > max_retries:
         return Stop(reason) if error.kind is ErrorKind.REFUSED else GiveUp(reason)
+    alike = sum((kind in _AWAY) == (error.kind in _AWAY) for kind in failures)
     # The exponent is bounded only so that a long list of failures can't overflow the power.
-    backoff = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** min(len(failures), 16))
+    backoff = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** min(alike, 16))
     asked = min(error.retry_after or 0.0, RETRY_AFTER_CAP)
     # Jitter on top of what was asked, lest all that were turned away come back in the same instant.
     return Retry(max(backoff / 2 * (1 + uniform), asked + BACKOFF_BASE * uniform if asked else 0.0))

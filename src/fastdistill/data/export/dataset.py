@@ -26,7 +26,7 @@ from fastdistill.core.types import Candidate, Sample, Status
 from fastdistill.data.template import compile_template, render
 
 BYTES_PER_BLOCK = 2**19
-BYTES_PER_GROUP = 2**22
+BYTES_PER_GROUP = 5 * 2**20
 INTERLEAVED_ROWS = 4_096
 
 _encode = msgspec.json.Encoder().encode
