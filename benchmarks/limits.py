@@ -134,7 +134,8 @@ class Case:
     changes: bool = False  # the slots halve after a third of the time, and double after two
     fixed: Sequence[int] = TRIED
 
-    def seconds_over_the_best(self, requests: int, seed: int) -> float:
+    def over_the_best(self, requests: int, seed: int) -> float:
+        """How many times as long as with the best fixed limit it takes."""
         work = lognormal(requests, seed)
         if self.slow_share:
             dice = random.Random(seed)
@@ -148,7 +149,7 @@ class Case:
         return lambda now: self.slots if now < third else self.slots // 2 if now < 2 * third else 2 * self.slots
 
 
-def _queues(slots: int) -> Case:
+def queues(slots: int) -> Case:
     """No setting beats one that never leaves a FIFO queue empty."""
     return Case(f"{slots} slots", slots, fixed=(10 * slots,))
 
@@ -164,7 +165,7 @@ def _broken(share: float) -> Callable[[int], bool]:
 
 
 CASES = (
-    *map(_queues, (8, 64, 200, 512, 1000)),
+    *map(queues, (8, 64, 200, 512, 1000)),
     Case("512 slots, 5% broken at first", 512, {"breaks": _broken(0.05)}, fixed=(5120,)),
     Case("512 slots, 20% take ten times", 512, slow_share=0.2, fixed=(5120,)),
     *(Case(f"{slots} slots, halve and double", slots, changes=True, fixed=(20 * slots,)) for slots in (8, 64, 512)),
@@ -190,7 +191,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = []
     for case in CASES:
-        ratios = [case.seconds_over_the_best(arguments.requests, seed) for seed in range(arguments.seeds)]
+        ratios = [case.over_the_best(arguments.requests, seed) for seed in range(arguments.seeds)]
         lines.append({"server": case.name, "mean %": 100 * fmean(ratios) - 100, "worst %": 100 * max(ratios) - 100})
     print(table(lines, {"server": "", "mean %": ".1f", "worst %": ".1f"}))
     print(f"-> {save('limits', lines)}")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.limits import SIGMA, TRIED, Work, adaptive, lognormal, simulate
+from benchmarks.limits import SIGMA, TRIED, Case, Work, adaptive, lognormal, queues, simulate
 from fastdistill.model.limits import BURST, AdaptiveLimit, Limit, Pace
 from fastdistill.model.provider import Load
 
@@ -19,24 +19,13 @@ from fastdistill.model.provider import Load
     ("slots", "requests", "seeds"), [(1, 2_000, 3), (8, 10_000, 3), (64, 10_000, 3), (512, 50_000, 1)]
 )
 def test_it_comes_within_a_twentieth_of_the_best_fixed_setting(slots: int, requests: int, seeds: int) -> None:
-    for seed in range(seeds):
-        work = lognormal(requests, seed)
-        # With a FIFO queue no setting beats one that never leaves the queue empty.
-        best = simulate(Limit(10 * slots), work, slots).seconds
-        assert simulate(adaptive(), work, slots).seconds < 1.05 * best
+    assert max(queues(slots).over_the_best(requests, seed) for seed in range(seeds)) < 1.05
 
 
 @pytest.mark.parametrize(("slots", "requests", "seeds"), [(8, 10_000, 3), (64, 10_000, 3), (512, 50_000, 1)])
 def test_it_follows_a_capacity_that_halves_and_then_doubles(slots: int, requests: int, seeds: int) -> None:
-    for seed in range(seeds):
-        work = lognormal(requests, seed)
-        steady = simulate(Limit(10 * slots), work, slots).seconds
-
-        def changing(now: float, third: float = steady / 3) -> int:
-            return slots if now < third else slots // 2 if now < 2 * third else 2 * slots
-
-        best = simulate(Limit(20 * slots), work, changing).seconds
-        assert simulate(adaptive(), work, changing).seconds < 1.10 * best
+    changing = Case("", slots, changes=True, fixed=(20 * slots,))
+    assert max(changing.over_the_best(requests, seed) for seed in range(seeds)) < 1.10
 
 
 @pytest.mark.parametrize(
@@ -76,17 +65,14 @@ def test_a_small_server_is_not_buried_however_long_the_run(slots: int) -> None:
     assert sum(outcome.capacities) / len(outcome.capacities) <= 10 * slots
 
 
-def _over_the_best(slots: int, seed: int) -> float:
-    work = lognormal(10_000, seed)
-    return simulate(adaptive(), work, slots).seconds / simulate(Limit(10 * slots), work, slots).seconds
-
-
 def test_the_ramp_to_many_slots_is_short() -> None:
-    assert sum(_over_the_best(512, seed) for seed in range(4)) / 4 < 1.05, "with 20 requests for each slot"
+    assert sum(queues(512).over_the_best(10_000, seed) for seed in range(4)) / 4 < 1.05, (
+        "with 20 requests for each slot"
+    )
 
 
 def test_chance_does_not_end_the_ramp_too_soon() -> None:
-    assert max(_over_the_best(1000, seed) for seed in range(16)) < 1.12
+    assert max(queues(1000).over_the_best(10_000, seed) for seed in range(16)) < 1.12
 
 
 def test_a_limit_that_is_not_used_hardly_grows() -> None:

@@ -161,7 +161,7 @@ class ActiveRun:
         for time in self.step_times.values():
             yield from (time.busy, time.queued)
         for model in self.models.values():
-            yield from (model.meter.busy, model.meter.queued)
+            yield from (model.meter.busy, model.meter.queued, *model.meter.failed.values())
 
     def _check_error_rate(self, enough: int = _ENOUGH_TO_JUDGE) -> None:
         failed, total = self.tally.failed, self.tally.samples
