@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -17,13 +17,15 @@ import msgspec
 from msgspec.structs import replace
 from pydantic import SecretStr
 
-from fastdistill.core.types import Completion, FinishReason, TokenLogprob
+from fastdistill.core.types import Completion, FinishReason, TokenLogprob, Usage
 from fastdistill.model.provider import ErrorKind, Provider, ProviderError, ServedConfig
 
 IDLE = 4.0
 """Seconds; uvicorn, under vLLM and SGLang, closes an idle connection after 5, and going first avoids the race."""
 CONNECTS = 30.0
 """Seconds for a connection to come about."""
+MOST_TOKENS = 10**8
+"""Of one answer; no context is nearly as long."""
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -267,6 +269,19 @@ _FINISH: Mapping[str | None, FinishReason] = {
     **{str(reason): reason for reason in FinishReason},
     "eos": FinishReason.STOP,
 }
+
+
+Count: TypeAlias = int | float | None
+"""Tokens, as a server says: some gateways write every number as 2.0."""
+
+
+def usage_of(prompt: Count, completion: Count, cached: Count = None, reasoning: Count = None) -> Usage:
+    """What an answer took. Nothing if a count can't be one: it counts as an answer that came without usage."""
+    counts = [count or 0 for count in (prompt, completion, cached, reasoning)]
+    if any([not 0 <= count <= MOST_TOKENS or count != int(count) for count in counts]):
+        return Usage()
+    prompt, completion, cached, reasoning = map(int, counts)
+    return Usage(prompt, completion, min(cached, prompt), reasoning)
 
 
 def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]:

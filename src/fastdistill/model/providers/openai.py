@@ -35,7 +35,7 @@ from fastdistill.model.providers.openai_answers import (
     completions_of,
     decode_answer,
 )
-from fastdistill.model.transport import Fault, HttpProvider, Response, Transport, Version, error_kind
+from fastdistill.model.transport import Fault, HttpProvider, Response, Transport, Version, error_kind, usage_of
 
 Kind = Literal["openai", "openrouter", "vllm", "sglang"]
 
@@ -337,7 +337,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         response = await self._asked(f"{self._config.url}/systemone", body, "decision")
         said = self._decode(response, Decoder(Decided).decode)
         text = msgspec.json.encode({"answers": said.answers, "diagnostics": said.diagnostics}).decode()
-        usage = Usage(said.usage.get("input_tokens", 0), said.usage.get("output_tokens", 0))
+        usage = usage_of(said.usage.input_tokens, said.usage.output_tokens)
         return Completion(text, FinishReason.STOP, usage, model=said.model)
 
     async def _score(self, prompt: Prompt) -> Completion:
