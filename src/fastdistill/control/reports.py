@@ -134,6 +134,7 @@ class Proofs:
                 "duplicates": tally.statuses[Status.DUPLICATE],
                 "contaminated": tally.statuses[Status.CONTAMINATED],
                 "failed": tally.failed,
+                "skipped": tally.statuses[Status.SKIPPED],
                 "completed": tally.statuses[Status.OPEN],
                 "accepted": tally.accepted_samples,
                 "undecided": tally.undecided_samples,
