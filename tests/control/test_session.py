@@ -236,8 +236,8 @@ class Interrupting(SampleStep):
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         if sample.index == 10:
             os.kill(os.getpid(), signal.SIGINT)
-        while sample.index >= 10 and not cast(ActiveRun, ctx).stopping:
-            await asyncio.sleep(0.001)
+        if sample.index >= 10:
+            await cast(ActiveRun, ctx).pause(60)
         return sample
 
 
@@ -246,6 +246,28 @@ def test_a_run_that_is_stopped_while_it_asks_nobody_does_not_pass_for_complete(t
     made = Pipeline(name="stopped", steps=(load, CanonicalizeFields(fields=("question",)), Interrupting()))
     with pytest.raises(Interrupted):
         made.run(output_dir=tmp_path)
+
+
+class Killing(SampleStep):
+    """Ends the run at once, by Ctrl-C and Ctrl-C again."""
+
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        os.kill(os.getpid(), signal.SIGINT)
+        await cast(ActiveRun, ctx).pause(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+        return sample
+
+
+def test_the_reports_of_an_earlier_run_do_not_pass_for_those_of_one_that_was_killed(tmp_path: Path) -> None:
+    steps = (LoadJsonl(rows=({"question": "1"},)), CanonicalizeFields(fields=("question",)))
+    earlier = Pipeline(name="earlier", steps=steps).run(output_dir=tmp_path, run_id="same")
+    assert (earlier.path / "quality_report.json").exists()
+    with pytest.raises(asyncio.CancelledError):
+        Pipeline(name="killed", steps=(*steps, Killing())).run(output_dir=tmp_path, run_id="same")
+    left = {path.name for path in earlier.path.iterdir()}
+    assert not left & {"quality_report.json", "timing_report.json", "report.html"}
+    assert json.loads((earlier.path / "manifest.json").read_text())["status"] == "running"
 
 
 def test_a_stream_step_among_the_gates_leaves_the_counts_right(world: World) -> None:

@@ -56,6 +56,8 @@ class Proofs:
         self._descent = self._descended(pipeline.lineage.parent)
 
     def begin(self) -> None:
+        for of_an_earlier_run in (self._folder.quality_report, self._folder.timing_report, self._folder.report_html):
+            of_an_earlier_run.unlink(missing_ok=True)  # should this one be killed, they would pass for its own
         write_json(self._folder.manifest, self._manifest(None, "running", None, ""))
 
     def finish_dist(self) -> None:
