@@ -170,6 +170,12 @@ class InFlight:
             if error.kind in _WORKED_ON:
                 self.untold()
 
+    def resent(self) -> None:
+        """The same goes out again, for its connection broke at once; what the first cost nobody says."""
+        self._meter.requests += 1
+        self._meter.retries[ErrorKind.RESET] += 1
+        self._meter.unknown_tokens += self.worst
+
     def untold(self) -> None:
         """Nobody says what it cost: a budget counts the worst."""
         self._meter.unknown_tokens += self._asked * self.worst

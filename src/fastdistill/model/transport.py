@@ -6,6 +6,7 @@ It does not retry, but for a connection that had died in the pool.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -53,6 +54,10 @@ class Transport(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+RESENDS: ContextVar[Callable[[], bool]] = ContextVar("resends", default=lambda: True)
+"""Asked before a request goes out a second time, for whoever counts and limits what is sent."""
 
 
 class StaleConnection(Exception):
