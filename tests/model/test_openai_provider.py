@@ -589,6 +589,14 @@ WAITING = 'vllm:num_requests_waiting{engine="0",model_name="m"} '
             Load(12, 3),
         ),
         ('sglang:num_running_reqs{tp_rank="0"} 5.0\nsglang:num_queue_reqs{tp_rank="0"} 2.0\n', Load(5, 2)),
+        (
+            "".join(
+                f'sglang:num_running_reqs{{dp_rank="{dp}",model_name="m",pp_rank="0",tp_rank="{tp}"}} {5 + dp}\n'
+                f'sglang:num_queue_reqs{{dp_rank="{dp}",model_name="m",pp_rank="0",tp_rank="{tp}"}} 1.0\n'
+                for dp, tp in ((0, 0), (0, 1), (1, 2), (1, 3))  # --enable-metrics-for-all-schedulers
+            ),
+            Load(11, 2),
+        ),
         ("llamacpp:requests_processing 2\nllamacpp:requests_deferred 0\n", Load(2, 0)),
         *((f"{RUNNING}{value}\n{WAITING}3.0\n", None) for value in ("e", "1.2.3", "1e999", "9" * 400, "NaN", "", "-1")),
         (RUNNING, None),
