@@ -198,6 +198,13 @@ def test_a_short_prompt_which_is_mostly_template_does_not_make_long_ones_dear() 
     assert dense.most_prompt_tokens(500) >= 1_000
 
 
+def test_no_more_slots_are_used_than_there_are_where_the_limit_shrank() -> None:
+    meter = Meter()
+    with meter.request(0.0, 0), meter.request(0.0, 0), meter.request(0.0, 0):
+        pass
+    assert meter.report(1)["slot_utilisation"] == 1
+
+
 @pytest.mark.parametrize("fault", [hang, cut, garbled, reset], ids=["hang", "cut", "garbled", "reset"])
 def test_a_request_that_the_server_may_have_worked_on_counts_though_no_answer_came(
     tmp_path: Path, fault: Callable[..., Fault]
