@@ -257,6 +257,7 @@ def test_fewer_choices_than_asked_are_what_there_is() -> None:
     [
         ({"prompt_tokens": 5.0, "completion_tokens": 4.0}, (5, 4, 0)),
         ({"prompt_tokens": 5, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 9.0}}, (5, 4, 5)),
+        ({"prompt_tokens": 5, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": -1}}, (5, 4, 0)),
         ({"prompt_tokens": -5, "completion_tokens": 4}, (0, 0, 0)),
         ({"prompt_tokens": 5, "completion_tokens": 10**18}, (0, 0, 0)),
         ({"prompt_tokens": 5, "completion_tokens": 2.5}, (0, 0, 0)),

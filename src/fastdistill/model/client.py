@@ -81,7 +81,7 @@ class ModelClient:
         self._unstorable: FatalError | None = None
         self._asking: dict[str, list[asyncio.Future[None]]] = {}  # by key, those who wait for the same answer
         self._asked_with: tuple[DecodeProfile | None, dict[str, Any], dict[str, Any]] = (None, {}, {})
-        self._limits: tuple[Mapping[str, Any], int, int] = ({}, 0, 0)  # of the latest parameters: see `_most`
+        self._sizes: tuple[Mapping[str, Any], int, int] = ({}, 0, 0)  # of the latest parameters: see `_most`
         self._answered_at = 0.0  # when the last answer came, by perf_counter
         self._scouted_at = 0.0  # when a server that nobody reached was last looked for
         self._took = Histogram()  # seconds, of requests that were answered
@@ -498,10 +498,10 @@ class ModelClient:
         """Characters that a request has the model read, and tokens that it may cost at most: a prompt has no more
         tokens than bytes, nor than seen so far.
         """
-        parameters, beside, most = self._limits
+        parameters, beside, most = self._sizes
         if prompt.parameters is not parameters:
             beside, most = _beside(prompt.parameters), _most_tokens(prompt.parameters)
-            self._limits = (prompt.parameters, beside, most)
+            self._sizes = (prompt.parameters, beside, most)
         characters = beside + sum([len(message["content"]) for message in prompt.messages])
         return characters, self.meter.most_prompt_tokens(characters) + n * most
 

@@ -281,12 +281,16 @@ Count: TypeAlias = int | float | None
 
 
 def usage_of(prompt: Count, completion: Count, cached: Count = None, reasoning: Count = None) -> Usage:
-    """What an answer took. Nothing if a count can't be one: it counts as an answer that came without usage."""
-    counts = [count or 0 for count in (prompt, completion, cached, reasoning)]
-    if any([not 0 <= count <= MOST_TOKENS or count != int(count) for count in counts]):
+    """What an answer took. Nothing where that can't be: it counts as an answer that came without usage."""
+    read, written = _whole(prompt), _whole(completion)
+    if read is None or written is None:
         return Usage()
-    prompt, completion, cached, reasoning = map(int, counts)
-    return Usage(prompt, completion, min(cached, prompt), reasoning)
+    return Usage(read, written, min(_whole(cached) or 0, read), _whole(reasoning) or 0)
+
+
+def _whole(count: Count) -> int | None:
+    count = count or 0
+    return int(count) if 0 <= count <= MOST_TOKENS and count == int(count) else None
 
 
 def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]:
