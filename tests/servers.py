@@ -799,6 +799,9 @@ def _abort(request: web.Request) -> None:
 
 
 def _constant(value: object) -> Callable[[web.Request], Any]:
+    if callable(value):
+        return value
+
     async def handler(request: web.Request) -> web.Response:
         return web.Response(text=value) if isinstance(value, str) else web.json_response(value)
 

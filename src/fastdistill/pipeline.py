@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from fastdistill.core.errors import FatalError, SampleError, boundary
+from fastdistill.core.errors import FatalError, NotAsked, SampleError, boundary
 from fastdistill.core.run import Run
 from fastdistill.core.step import SampleStep, Step, StreamStep, is_generation
 from fastdistill.core.timing import StepTime, Timer
@@ -59,7 +59,6 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], ru
     """Takes samples through the fused sample steps, `run.open_samples` at a time."""
     stages = [Stage.of(step, run) for step in steps]
     asking = [step for step in steps if type(step).wants_more is not SampleStep.wants_more]
-    stopped_for: list[FatalError] = []
     workers = 0
     room = run.open_samples
     turn = perf_counter()
@@ -78,15 +77,14 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], ru
                     await asyncio.sleep(0)
                     turn, room = now, run.open_samples
         except FatalError as error:
-            stopped_for.append(error)
             run.stop(error)
         finally:
             workers -= 1
 
     async with asyncio.TaskGroup() as group:
         group.create_task(work())
-    if stopped_for:
-        raise stopped_for[0]
+    if run.stopped_for:
+        raise run.stopped_for
 
 
 class Stage(NamedTuple):
@@ -105,7 +103,7 @@ class Stage(NamedTuple):
 
 
 async def run_sample(stages: Sequence[Stage], asking: Sequence[SampleStep], sample: Sample, run: Run) -> Sample:
-    """One sample through all steps; what breaks is recorded with the sample and costs no other."""
+    """One sample through all steps; what breaks, or stops the run, is recorded with the sample and costs no other."""
     try:
         with boundary() as at_work, Timer() as timer:
             while True:  # again only while a step wants more: candidates come in waves until enough are accepted
@@ -126,6 +124,9 @@ async def run_sample(stages: Sequence[Stage], asking: Sequence[SampleStep], samp
                     return sample
     except SampleError as error:
         return sample.failed(at_work.step, error)
+    except FatalError as error:
+        run.stop(error)
+        return sample.failed(at_work.step, NotAsked("stopped", str(error)))
 
 
 async def run_race(draws: Sequence[SampleStep], gates: Sequence[Stage], sample: Sample, run: Run) -> Sample:

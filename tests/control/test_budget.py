@@ -198,6 +198,13 @@ def test_a_short_prompt_which_is_mostly_template_does_not_make_long_ones_dear() 
     assert dense.most_prompt_tokens(500) >= 1_000
 
 
+def test_no_more_slots_are_used_than_there_are_where_the_limit_shrank() -> None:
+    meter = Meter()
+    with meter.request(0.0, 0), meter.request(0.0, 0), meter.request(0.0, 0):
+        pass
+    assert meter.report(1)["slot_utilisation"] == 1
+
+
 @pytest.mark.parametrize("fault", [hang, cut, garbled, reset], ids=["hang", "cut", "garbled", "reset"])
 def test_a_request_that_the_server_may_have_worked_on_counts_though_no_answer_came(
     tmp_path: Path, fault: Callable[..., Fault]
@@ -215,8 +222,7 @@ def test_a_request_that_the_server_may_have_worked_on_counts_though_no_answer_ca
     worst = len(question(0)) + TEMPLATE + MOST
     assert result.exit_code == ExitCode.BUDGET
     assert result.timing["models"]["teacher"]["unknown_tokens"] == 1_000 // worst * worst
-    if fault is not reset:  # a kept connection that breaks at once was dead: the request is sent again unseen
-        assert asked["question"] == 1_000 // worst
+    assert asked["question"] == 1_000 // worst  # those among them that go out again, for a kept connection was dead
 
 
 def test_a_request_that_was_turned_away_costs_nothing(tmp_path: Path) -> None:

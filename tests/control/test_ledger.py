@@ -31,6 +31,7 @@ from fastdistill.core.types import (
     Usage,
     Verdict,
 )
+from fastdistill.data.rules import RuleFilter
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 json = st.recursive(
@@ -265,3 +266,9 @@ def test_a_ledger_of_another_version_is_told_with_what_to_do(tmp_path: Path) -> 
         database.executescript("CREATE TABLE samples (idx INTEGER PRIMARY KEY); PRAGMA user_version = 1")
     with pytest.raises(EnvironmentFault, match=r"ledger\.sqlite: another version .*; start the run again"):
         list(read_samples(path))
+
+
+@pytest.mark.parametrize("score", [float("inf"), float("nan")])
+def test_a_gate_can_not_give_a_score_that_would_be_read_back_as_none(score: float) -> None:
+    with pytest.raises(ValueError, match="give a finite one, or None"):
+        RuleFilter().verdict(Outcome.PASS, "good", score)

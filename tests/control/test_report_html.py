@@ -60,7 +60,7 @@ def test_page_shows_the_figures_of_the_run(result: RunResult) -> None:
         "text2sql below floor",
         "accepted samples 6 of 11 read",
         "accept rate 75.0% 95%: 40.9 to 92.9",
-        "read 11 duplicates 1 failed 1 completed 9 accepted 6 undecided 1",
+        "read 11 duplicates 1 failed 1 skipped 0 completed 9 accepted 6 undecided 1",
         "min_accepted 1 6 met",
         "accept_rate 90.0% 75.0% [40.9, 92.9] missed",
         "pass rate 88.9% [56.5, 98.0] 8 of 9",

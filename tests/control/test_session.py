@@ -3,11 +3,13 @@
 import asyncio
 import hashlib
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -16,6 +18,11 @@ from pydantic import ValidationError
 from fastdistill import CanonicalizeFields, Deduplicate, LoadJsonl, Pipeline, RuleFilter, RunResult, TextGeneration
 from fastdistill.control.cli import main
 from fastdistill.control.config import parse_pipeline
+from fastdistill.control.ledger import read_samples
+from fastdistill.control.run import ActiveRun
+from fastdistill.control.session import Interrupted
+from fastdistill.core.step import Context, SampleStep
+from fastdistill.core.types import Sample
 from tests.servers import Call, Server, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
@@ -206,6 +213,61 @@ def test_one_prompt_that_breaks_the_server_is_counted_apart(world: World) -> Non
     (failure,) = result.quality["failures"]
     assert (failure["step"], failure["reason"], failure["count"]) == ("TextGeneration", "server_error", 1)
     assert "CUDA" in failure["examples"][0] or "500" in failure["examples"][0]
+
+
+def test_a_run_that_is_stopped_accounts_for_every_record_that_it_took(world: World) -> None:
+    def script(call: Call, index: int) -> str:
+        if asked(server) == 3 and index == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return teacher(call, index)
+
+    with openai_server(script) as server, pytest.raises(Interrupted):
+        world.run(server, "artifacts", max_concurrency=1)
+    (folder,) = (world.folder / "artifacts" / "runs").iterdir()
+    samples = json.loads((folder / "quality_report.json").read_text())["samples"]
+    assert samples["read"] == 61 == len(list(read_samples(folder / "ledger.sqlite")))
+    assert samples["skipped"] > 50
+    assert samples["read"] == samples["duplicates"] + samples["failed"] + samples["skipped"] + samples["completed"]
+
+
+class Interrupting(SampleStep):
+    """Asks for the end of the run at the eleventh sample, by Ctrl-C."""
+
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        if sample.index == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        if sample.index >= 10:
+            await cast(ActiveRun, ctx).pause(60)
+        return sample
+
+
+def test_a_run_that_is_stopped_while_it_asks_nobody_does_not_pass_for_complete(tmp_path: Path) -> None:
+    load = LoadJsonl(rows=tuple({"question": str(at)} for at in range(500)))
+    made = Pipeline(name="stopped", steps=(load, CanonicalizeFields(fields=("question",)), Interrupting()))
+    with pytest.raises(Interrupted):
+        made.run(output_dir=tmp_path)
+
+
+class Killing(SampleStep):
+    """Ends the run at once, by Ctrl-C and Ctrl-C again."""
+
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        os.kill(os.getpid(), signal.SIGINT)
+        await cast(ActiveRun, ctx).pause(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+        return sample
+
+
+def test_the_reports_of_an_earlier_run_do_not_pass_for_those_of_one_that_was_killed(tmp_path: Path) -> None:
+    steps = (LoadJsonl(rows=({"question": "1"},)), CanonicalizeFields(fields=("question",)))
+    earlier = Pipeline(name="earlier", steps=steps).run(output_dir=tmp_path, run_id="same")
+    assert (earlier.path / "quality_report.json").exists()
+    with pytest.raises(asyncio.CancelledError):
+        Pipeline(name="killed", steps=(*steps, Killing())).run(output_dir=tmp_path, run_id="same")
+    left = {path.name for path in earlier.path.iterdir()}
+    assert not left & {"quality_report.json", "timing_report.json", "report.html"}
+    assert json.loads((earlier.path / "manifest.json").read_text())["status"] == "running"
 
 
 def test_a_stream_step_among_the_gates_leaves_the_counts_right(world: World) -> None:

@@ -55,6 +55,13 @@ def test_a_bad_line_costs_itself_alone(ctx: TestContext, tmp_path: Path) -> None
     assert failures[2].message.startswith("t.jsonl:4: an array, not a JSON object")
 
 
+@pytest.mark.parametrize("text", ["\\ud800", "\\udc00 and more", "\\ud83d\\u0041"])
+def test_half_a_surrogate_pair_is_named_with_its_line_and_a_remedy(ctx: TestContext, tmp_path: Path, text: str) -> None:
+    load(ctx, LoadJsonl(path=write(tmp_path / "t.jsonl", f'{{"a": "{text}"}}')))
+    (failure,) = ctx.discarded[0].failures
+    assert failure.message.startswith("t.jsonl:1: a lone surrogate is no character; write both of its pair")
+
+
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"a": "\\ud800"}', "null", '"text"', "1", "true", '{"a":1}{"a":2}'])
 def test_no_line_breaks_the_reader(ctx: TestContext, tmp_path: Path, line: str) -> None:
     load(ctx, LoadJsonl(path=write(tmp_path / "t.jsonl", line, "{}")))

@@ -14,7 +14,7 @@ import pytest
 
 from fastdistill.control.store import ResponseStore
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import EnvironmentFault, FatalError, SampleError, TeacherError, Unreachable
+from fastdistill.core.errors import BudgetSpent, EnvironmentFault, FatalError, SampleError, TeacherError, Unreachable
 from fastdistill.core.types import Answer, Draw, Prompt
 from fastdistill.model.client import ModelClient
 from fastdistill.model.providers.ollama import OllamaProvider
@@ -505,6 +505,35 @@ def test_the_price_of_what_was_paid(tmp_path: Path) -> None:
     with openai_server() as server:
         meter = run(go())
         assert meter.cost == pytest.approx((2 * 2.0 + meter.usage.completion_tokens * 4.0) / 1e6)
+
+
+def test_a_text_to_be_scored_is_part_of_what_a_budget_reserves(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking(server, tmp_path, budget={"max_tokens": 1_000}) as asker:
+            prompt = asker.prompt("Q", DecodeProfile(max_tokens=1), scored="word " * 400)
+            (answer,) = await asker.client.generate(prompt, [Draw(0, None)])
+            assert isinstance(answer, BudgetSpent)
+
+    with openai_server() as server:
+        run(go())
+    assert not server.counters.paths["/tokenize"]
+
+
+def test_tokens_a_minute_are_kept_where_a_server_reports_no_usage(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking(server, tmp_path, tokens_per_minute=60) as asker:
+            await asker.ask("first", max_tokens=10)
+            looks = asker.brake.looks
+            second = asyncio.create_task(asker.ask("second", max_tokens=10))
+            await until(lambda: second.done() or asker.brake.looks > looks + 1)
+            assert not second.done()
+            asker.brake.reason = EnvironmentFault("stop")
+            with pytest.raises(EnvironmentFault):
+                await second
+
+    with openai_server(usage_of="none") as server:
+        run(go())
+    assert requests(server) == 1
 
 
 def test_an_outage_that_outlasts_the_retries_is_waited_out_once(tmp_path: Path) -> None:

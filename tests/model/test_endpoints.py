@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
@@ -11,6 +12,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 import pytest
+from aiohttp import web
 
 from fastdistill.control.store import ResponseStore
 from fastdistill.core.decode import DecodeProfile
@@ -638,6 +640,43 @@ def test_when_the_run_ends_a_straggler_is_not_asked_again_and_still_comes_home(t
         return 1.0 if call.prompt == "straggler" else quick(call)
 
     with openai_server(latency=slowly) as one, openai_server(latency=slowly) as other:
+        run(go())
+
+
+def test_metrics_that_come_late_hold_up_no_answer(tmp_path: Path) -> None:
+    answered = threading.Event()
+
+    async def metrics(request: web.Request) -> web.Response:
+        while server.counters.paths["/metrics"] > 1 and not answered.is_set():  # noqa: ASYNC110 - of another loop
+            await asyncio.sleep(0.005)
+        return web.Response(text="vllm:num_requests_running 8\nvllm:num_requests_waiting 80\n")
+
+    async def go() -> None:
+        async with asking([server.url], tmp_path, max_concurrency=None) as asker:
+            endpoint = asker.client.router.endpoints[0]
+            await asker.ask("Q0")
+            await until(lambda: endpoint.limit.capacity == 10)
+            endpoint.limit.capacity = 5
+            while server.counters.paths["/metrics"] == 1:
+                await asker.ask(f"Q{server.counters.answered}")
+            answered.set()
+            await until(lambda: endpoint.limit.capacity == 10)
+
+    with openai_server(paths={"/metrics": metrics}) as server:
+        run(go())
+
+
+def test_a_second_request_goes_to_no_server_that_was_never_contacted(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([server.url, late.url], tmp_path, hedge=True, timeout=30) as asker:
+            await asker.ask_all(110, 8)
+            await late.start()
+            cooling = asker.client.router.endpoints[1]
+            await until(lambda: cooling.cooling_until < asyncio.get_running_loop().time())
+            await asker.ask("straggler")
+            assert answers(late.latest)["straggler"] == 1 and late.latest.counters.prompts[PROBE] > 0
+
+    with openai_server(faults=straggles) as server, restartable() as late:
         run(go())
 
 

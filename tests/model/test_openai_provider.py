@@ -252,6 +252,39 @@ def test_fewer_choices_than_asked_are_what_there_is() -> None:
     assert len(answers) == 1
 
 
+@pytest.mark.parametrize(
+    ("told", "counted"),
+    [
+        ({"prompt_tokens": 5.0, "completion_tokens": 4.0}, (5, 4, 0)),
+        ({"prompt_tokens": 5, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 9.0}}, (5, 4, 5)),
+        ({"prompt_tokens": 5, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": -1}}, (5, 4, 0)),
+        ({"prompt_tokens": -5, "completion_tokens": 4}, (0, 0, 0)),
+        ({"prompt_tokens": 5, "completion_tokens": 10**18}, (0, 0, 0)),
+        ({"prompt_tokens": 5, "completion_tokens": 2.5}, (0, 0, 0)),
+    ],
+)
+def test_whole_floats_are_counts_and_what_can_not_be_one_is_as_if_nothing_was_told(
+    told: dict[str, Any], counted: tuple[int, int, int]
+) -> None:
+    with openai_server(extra={"usage": told}) as server:
+        [[answer]] = complete(server)
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == counted
+
+
+def test_content_may_come_in_parts_with_the_thinking_among_them() -> None:
+    text = [{"type": "text", "text": "SELECT "}, {"type": "text", "text": "1"}]
+    thinking = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+    choices = [
+        {"index": at, "message": {"content": parts}, "finish_reason": "stop"}
+        for at, parts in enumerate((text, thinking + text))
+    ]
+    with openai_server(extra={"choices": choices}) as server:
+        [answers] = complete(server, n=2)
+    assert [(answer.text, answer.thinking) for answer in answers] == [("SELECT 1", None), ("SELECT 1", "hm")]
+    assert sum(answer.usage.completion_tokens for answer in answers) > 0
+
+
 def test_no_usage_is_zero() -> None:
     with openai_server(usage_of="none") as server:
         [[answer]] = complete(server)
@@ -557,6 +590,14 @@ WAITING = 'vllm:num_requests_waiting{engine="0",model_name="m"} '
             Load(12, 3),
         ),
         ('sglang:num_running_reqs{tp_rank="0"} 5.0\nsglang:num_queue_reqs{tp_rank="0"} 2.0\n', Load(5, 2)),
+        (
+            "".join(
+                f'sglang:num_running_reqs{{dp_rank="{dp}",model_name="m",pp_rank="0",tp_rank="{tp}"}} {5 + dp}\n'
+                f'sglang:num_queue_reqs{{dp_rank="{dp}",model_name="m",pp_rank="0",tp_rank="{tp}"}} 1.0\n'
+                for dp, tp in ((0, 0), (0, 1), (1, 2), (1, 3))  # --enable-metrics-for-all-schedulers
+            ),
+            Load(11, 2),
+        ),
         ("llamacpp:requests_processing 2\nllamacpp:requests_deferred 0\n", Load(2, 0)),
         *((f"{RUNNING}{value}\n{WAITING}3.0\n", None) for value in ("e", "1.2.3", "1e999", "9" * 400, "NaN", "", "-1")),
         (RUNNING, None),

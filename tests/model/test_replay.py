@@ -142,6 +142,7 @@ HALF = "(a lone surrogate is no character); write both of its pair, or \\ufffd i
         ('{"prompt": "\\ud800", "completion": "a"}', HALF),
         ('{"prompt": "Q", "completions": ["\\ud83d\\u0041"]}', HALF),
         ('{"prompt": "Q", "completions": [{"text": "\\ude00"}]}', HALF),
+        ('{"prompt": "Q", "completion": "\\ud800"}', HALF),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:

@@ -251,10 +251,11 @@ def _funnel(quality: Mapping[str, Any]) -> _Cells:
         "accepted": f"{percent(samples['accept_rate'])} of the decided" if samples["completed"] else "",
         "undecided": "a gate could not judge" if samples["undecided"] else "",
     }
-    for name in ("read", "duplicates", "contaminated", "failed", "completed", "accepted", "undecided"):
-        style = STYLES.get(name, "") if samples[name] else "dim"
-        bar = ProgressBar(max(samples["read"], 1), samples[name], 20, complete_style=style, finished_style=style)
-        yield Text(name, style), Text(f"{samples[name]:,}", style), bar, Text(notes.get(name, ""), "dim")
+    for name in ("read", "duplicates", "contaminated", "failed", "skipped", "completed", "accepted", "undecided"):
+        count = samples.get(name, 0)
+        style = STYLES.get(name, "") if count else "dim"
+        bar = ProgressBar(max(samples["read"], 1), count, 20, complete_style=style, finished_style=style)
+        yield Text(name, style), Text(f"{count:,}", style), bar, Text(notes.get(name, ""), "dim")
 
 
 def _gates(gates: Mapping[str, Mapping[str, Any]]) -> _Cells:
@@ -375,6 +376,7 @@ def _counts(tally: "Tally") -> dict[str, int]:
         "failed": statuses[Status.FAILED],
         "duplicates": statuses[Status.DUPLICATE],
         "contaminated": statuses[Status.CONTAMINATED],
+        "skipped": statuses[Status.SKIPPED],
     }
 
 

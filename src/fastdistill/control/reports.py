@@ -56,6 +56,8 @@ class Proofs:
         self._descent = self._descended(pipeline.lineage.parent)
 
     def begin(self) -> None:
+        for of_an_earlier_run in (self._folder.quality_report, self._folder.timing_report, self._folder.report_html):
+            of_an_earlier_run.unlink(missing_ok=True)  # should this one be killed, they would pass for its own
         write_json(self._folder.manifest, self._manifest(None, "running", None, ""))
 
     def finish_dist(self) -> None:
@@ -134,6 +136,7 @@ class Proofs:
                 "duplicates": tally.statuses[Status.DUPLICATE],
                 "contaminated": tally.statuses[Status.CONTAMINATED],
                 "failed": tally.failed,
+                "skipped": tally.statuses[Status.SKIPPED],
                 "completed": tally.statuses[Status.OPEN],
                 "accepted": tally.accepted_samples,
                 "undecided": tally.undecided_samples,

@@ -56,7 +56,7 @@ class ActiveRun:
         self.enough: Enough | None = None
         self._indexes = Indexes()
         self._numbers = count()
-        self._reason: FatalError | None = None
+        self.stopped_for: FatalError | None = None
 
     def model(self, name: str) -> ModelClient:
         return self.models[name]
@@ -95,11 +95,11 @@ class ActiveRun:
 
     @property
     def stopping(self) -> bool:
-        return self._reason is not None or self.enough is not None
+        return self.stopped_for is not None or self.enough is not None
 
     def stop(self, reason: FatalError) -> None:
         """Winds the run down: nothing new is begun, what is in flight comes home. The first reason stays."""
-        self._reason = self._reason or reason
+        self.stopped_for = self.stopped_for or reason
         self._stopped.set()
 
     async def pause(self, seconds: float) -> None:
@@ -109,8 +109,8 @@ class ActiveRun:
 
     def check(self, tokens: int, dollars: float) -> bool:
         """Whether a request of up to so many tokens and dollars must wait (`model.client.Brake`)."""
-        if self._reason is not None:
-            raise self._reason
+        if self.stopped_for is not None:
+            raise self.stopped_for
         if self._budget.unlimited and self.enough is None:
             return False
         meters = [model.meter for model in self.models.values()]

@@ -6,6 +6,7 @@ insignificant space, strings in NFC, numbers in their shortest round-trip form, 
 otherwise follows in spirit).
 """
 
+import json
 import math
 import unicodedata
 from collections.abc import Mapping
@@ -35,6 +36,15 @@ def canonical_json(value: object) -> bytes:
         raise NotCanonical("$: holds a lone surrogate, which UTF-8 can't encode") from error
     except RecursionError as error:
         raise NotCanonical("$: nested too deeply") from error
+
+
+def has_lone_surrogate(text: bytes) -> bool:
+    """Whether what keeps a text from being read as JSON is the escape of half a surrogate pair."""
+    try:
+        json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        return isinstance(error, UnicodeEncodeError)
+    return False
 
 
 def digest(value: object) -> str:

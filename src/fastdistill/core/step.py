@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -223,6 +224,8 @@ class Gate(SampleStep):
         raise TypeError(f"{type(self).__name__} does not implement judge")
 
     def verdict(self, outcome: Outcome, reason: str, score: float | None = None, **detail: Any) -> Verdict:
+        if score is not None and not isfinite(score):
+            raise ValueError(f"the score {score} has no place in JSON; give a finite one, or None")
         return Verdict(self.name, self.fingerprint, outcome, reason, score, detail)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeAlias
 import msgspec
 from pydantic import Field, field_validator, model_validator
 
+from fastdistill.core.canonical import has_lone_surrogate
 from fastdistill.core.errors import InputError, SampleError
 from fastdistill.core.step import Context, StreamStep
 from fastdistill.core.types import Sample
@@ -194,4 +195,6 @@ def _problem(text: bytes, error: Exception) -> str:
     except UnicodeDecodeError as wrong:
         byte = f"byte 0x{text[wrong.start]:02x} at {wrong.start}"
         return f"not valid UTF-8 ({byte}); re-encode the file: iconv -f <its encoding> -t utf-8"
+    if has_lone_surrogate(text):
+        return "a lone surrogate is no character; write both of its pair, or \\ufffd in its place"
     return f"not valid JSON ({error}); write one object a line"

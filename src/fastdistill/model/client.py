@@ -26,6 +26,7 @@ from fastdistill.model.meter import InFlight, Meter
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
 from fastdistill.model.retry import GiveUp, Retry, Stop, decide
 from fastdistill.model.router import Endpoint, Router
+from fastdistill.model.transport import RESENDS
 
 
 class ResponseStore(Protocol):
@@ -80,7 +81,7 @@ class ModelClient:
         self._unstorable: FatalError | None = None
         self._asking: dict[str, list[asyncio.Future[None]]] = {}  # by key, those who wait for the same answer
         self._asked_with: tuple[DecodeProfile | None, dict[str, Any], dict[str, Any]] = (None, {}, {})
-        self._most_tokens: tuple[Mapping[str, Any], int] = ({}, 0)  # of the latest parameters, by one answer
+        self._sizes: tuple[Mapping[str, Any], int, int] = ({}, 0, 0)  # of the latest parameters: see `_most`
         self._answered_at = 0.0  # when the last answer came, by perf_counter
         self._scouted_at = 0.0  # when a server that nobody reached was last looked for
         self._took = Histogram()  # seconds, of requests that were answered
@@ -177,6 +178,9 @@ class ModelClient:
 
     async def aclose(self) -> None:
         for endpoint in self.router.endpoints:
+            if endpoint.measuring is not None:
+                endpoint.measuring.cancel()
+                await asyncio.gather(endpoint.measuring, return_exceptions=True)
             await endpoint.provider.aclose()
 
     async def _probe(self, endpoint: Endpoint, within: float | None = None) -> ProviderError | None:
@@ -328,8 +332,7 @@ class ModelClient:
             ProviderError: it failed.
             FatalError: the run ends, or the answers could not be stored.
         """
-        characters = sum([len(message["content"]) for message in prompt.messages])
-        worst = self._worst_tokens(prompt, characters, len(draws))
+        characters, worst = self._most(prompt, len(draws))
         async with self.router.slot(prompt) as endpoint:
             if endpoint.capabilities is None:  # it was not there at first contact
                 self._brake.check(worst, self.meter.worst_cost(worst))
@@ -344,6 +347,7 @@ class ModelClient:
                 raise self._unstorable
             tokens = 0
             flight = self.meter.request(begun, worst)
+            resends = RESENDS.set(partial(self._resends, flight))
             try:
                 with flight:
                     answered = self._complete(endpoint, prompt, draws)
@@ -354,7 +358,9 @@ class ModelClient:
                     tokens = flight.answered(completions, characters)
                     if not tokens and not self.config.recorded:  # the server does not say
                         flight.untold()
+                        tokens = worst
             finally:
+                RESENDS.reset(resends)
                 if not self._pace.unlimited:
                     self._pace.correct(tokens - worst)
                 observe(queued=flight.queued, busy=flight.busy)
@@ -364,8 +370,9 @@ class ModelClient:
             except FatalError as error:
                 self._unstorable = error  # before the slot is free for the next, which could not be stored either
                 raise
-        if (now := asyncio.get_running_loop().time()) - endpoint.measured_at >= _MEASURED_EVERY:
-            await self._measure(endpoint, now)
+        if asyncio.get_running_loop().time() - endpoint.measured_at >= _MEASURED_EVERY:
+            endpoint.measured_at = float("inf")  # until it has told
+            endpoint.measuring = asyncio.create_task(self._measure(endpoint))
         return [*answers]
 
     async def _paced(self, worst: int, dollars: float) -> None:
@@ -402,13 +409,25 @@ class ModelClient:
         self, first: Endpoint, prompt: Prompt, draws: Mapping[str, Draw], flight: InFlight
     ) -> list[Completion]:
         async with self.router.slot(prompt, besides=first) as endpoint:
-            try:
-                if self._brake.check(flight.worst, self.meter.worst_cost(flight.worst)):
-                    raise NotAsked("not_asked", "the budget is taken")
-            except FatalError as error:
-                raise NotAsked("not_asked", "the run ends") from error  # the first comes home all the same
+            if not self._affords(flight):
+                raise NotAsked("not_asked", "no second request")  # the first comes home all the same
+            if endpoint.capabilities is None and (error := await self._probe(endpoint, _PROBED_WITHIN)):
+                raise error
+            RESENDS.set(partial(self._resends, flight))
             flight.again()
             return await self._complete(endpoint, prompt, draws)
+
+    def _affords(self, flight: InFlight) -> bool:
+        """Whether the same may go out a second time."""
+        try:
+            return not self._brake.check(flight.worst, self.meter.worst_cost(flight.worst))
+        except (NotAsked, FatalError):
+            return False
+
+    def _resends(self, flight: InFlight) -> bool:
+        if affords := self._affords(flight):
+            flight.resent()
+        return affords
 
     async def _complete(self, endpoint: Endpoint, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Completion]:
         """One request to one endpoint; what it shows of the endpoint is noted there."""
@@ -458,15 +477,14 @@ class ModelClient:
     def _others_are_well(self, endpoint: Endpoint) -> bool:
         return any(other.is_well for other in self.router.endpoints if other is not endpoint)
 
-    async def _measure(self, endpoint: Endpoint, now: float) -> None:
-        """Asks the server how busy it is, where it tells and somebody wants to know."""
-        endpoint.measured_at = now
+    async def _measure(self, endpoint: Endpoint) -> None:
+        """Asks the server how busy it is, where somebody wants to know; one that does not say is not asked again."""
         load = await endpoint.provider.load() if self.config.max_concurrency is None else None
-        if load is None and not endpoint.tells:
-            endpoint.measured_at = float("inf")  # it never does
-        elif load is not None:
+        if load is not None:
             endpoint.tells = True
             endpoint.limit.measured(load, busy=endpoint.free <= 0)
+        if endpoint.tells:
+            endpoint.measured_at = asyncio.get_running_loop().time()
 
     def _ends(self) -> bool:
         """Whether no further request may go out."""
@@ -476,13 +494,16 @@ class ModelClient:
             return True
         return False
 
-    def _worst_tokens(self, prompt: Prompt, characters: int, n: int) -> int:
-        """Tokens that a request may cost at most: a prompt has no more tokens than bytes, nor than seen so far."""
-        parameters, most = self._most_tokens
+    def _most(self, prompt: Prompt, n: int) -> tuple[int, int]:
+        """Characters that a request has the model read, and tokens that it may cost at most: a prompt has no more
+        tokens than bytes, nor than seen so far.
+        """
+        parameters, beside, most = self._sizes
         if prompt.parameters is not parameters:
-            most = _most_tokens(prompt.parameters)
-            self._most_tokens = (prompt.parameters, most)
-        return self.meter.most_prompt_tokens(characters) + n * most
+            beside, most = _beside(prompt.parameters), _most_tokens(prompt.parameters)
+            self._sizes = (prompt.parameters, beside, most)
+        characters = beside + sum([len(message["content"]) for message in prompt.messages])
+        return characters, self.meter.most_prompt_tokens(characters) + n * most
 
 
 _PROBED_WITHIN = 10.0  # seconds, for an endpoint while there is another
@@ -511,6 +532,11 @@ def _consecutive(draws: Mapping[str, Draw]) -> list[dict[str, Draw]]:
             runs.append({key: draw})
         following = None if draw.seed is None else draw.seed + 1
     return runs
+
+
+def _beside(parameters: Mapping[str, Any]) -> int:
+    """Characters that are read beside the messages: token ids have more of them than the text that they stand for."""
+    return sum([len(str(parameters[name])) for name in ("scored", "decision") if name in parameters])
 
 
 def _most_tokens(parameters: Mapping[str, Any]) -> int:

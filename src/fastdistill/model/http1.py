@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 from fastdistill.model.provider import ErrorKind, ProviderError
-from fastdistill.model.transport import CONNECTS, Response, StaleConnection
+from fastdistill.model.transport import CONNECTS, RESENDS, Response, StaleConnection
 
 MAX_HEAD = 2**16  # bytes of a status line with its headers, and of a line between two chunks
 
@@ -39,8 +39,9 @@ class Http1Transport:
             if idle := self._idle.get(address):
                 try:
                     return await idle.pop().exchange(sent, deadline)
-                except StaleConnection:
-                    pass  # as all the idle ones may be: this goes over a connection opened for it
+                except StaleConnection as stale:  # as all the idle ones may be: a connection is opened for this
+                    if not RESENDS.get()():
+                        raise ConnectionResetError("closed by the server") from stale
             connection = await self._connect(url, address, deadline)
             return await connection.exchange(sent, deadline)
         except TimeoutError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 
 from fastdistill.model.provider import ErrorKind, ProviderError
-from fastdistill.model.transport import CONNECTS, Response, StaleConnection, proxy
+from fastdistill.model.transport import CONNECTS, RESENDS, Response, StaleConnection, proxy
 
 
 class AiohttpTransport:
@@ -30,7 +30,9 @@ class AiohttpTransport:
             async with asyncio.timeout(timeout):
                 try:
                     return await self._send(self._session, method, url, headers, body)
-                except StaleConnection:
+                except StaleConnection as stale:
+                    if not RESENDS.get()():
+                        raise ConnectionResetError("closed by the server") from stale
                     # The pool may hold more of the same, so this goes over a connection opened for it.
                     async with _session(keep=0) as fresh:
                         return await self._send(fresh, method, url, headers, body)

@@ -99,7 +99,7 @@ class Meter:
         return None if self.price is None else self.price.cost(self.usage)
 
     def report(self, concurrency: int) -> dict[str, Any]:
-        """The timing report's entry; `slot_utilisation` is mean requests in flight over `concurrency`."""
+        """The timing report's entry; `slot_utilisation` is mean requests in flight over `concurrency`, 1 at most."""
         window = (self.last - self.first) if self.first is not None and self.last is not None else 0.0
         mean = self.busy.total / window if window else 0.0
         return {
@@ -120,7 +120,7 @@ class Meter:
             "in_flight_mean": round(mean, 2),
             "in_flight_peak": self.peak,
             "concurrency": concurrency,
-            "slot_utilisation": round(mean / max(1, concurrency), 4),
+            "slot_utilisation": round(min(1.0, mean / max(1, concurrency)), 4),
             "busy": self.busy.summary(),
             "queued": self.queued.summary(),
             "cost_usd": self.cost,
@@ -169,6 +169,12 @@ class InFlight:
             meter.failed.setdefault(error.kind, Histogram()).add(busy)
             if error.kind in _WORKED_ON:
                 self.untold()
+
+    def resent(self) -> None:
+        """The same goes out again, for its connection broke at once; what the first cost nobody says."""
+        self._meter.requests += 1
+        self._meter.retries[ErrorKind.RESET] += 1
+        self._meter.unknown_tokens += self.worst
 
     def untold(self) -> None:
         """Nobody says what it cost: a budget counts the worst."""

@@ -38,6 +38,7 @@ class Endpoint:
     coolings: int = 0  # since its last answer
     cooling_until: float = 0.0
     measured_at: float = 0.0
+    measuring: asyncio.Task[None] | None = None
     tells: bool = False  # how busy it is
     latest: tuple[int, ...] = ()  # prefixes of the request that was sent here last
     _cooled_at: float = float("-inf")

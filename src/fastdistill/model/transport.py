@@ -6,10 +6,11 @@ It does not retry, but for a connection that had died in the pool.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -17,13 +18,15 @@ import msgspec
 from msgspec.structs import replace
 from pydantic import SecretStr
 
-from fastdistill.core.types import Completion, FinishReason, TokenLogprob
+from fastdistill.core.types import Completion, FinishReason, TokenLogprob, Usage
 from fastdistill.model.provider import ErrorKind, Provider, ProviderError, ServedConfig
 
 IDLE = 4.0
 """Seconds; uvicorn, under vLLM and SGLang, closes an idle connection after 5, and going first avoids the race."""
 CONNECTS = 30.0
 """Seconds for a connection to come about."""
+MOST_TOKENS = 10**8
+"""Of one answer; no context is nearly as long."""
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -51,6 +54,10 @@ class Transport(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+RESENDS: ContextVar[Callable[[], bool]] = ContextVar("resends", default=lambda: True)
+"""Asked before a request goes out a second time, for whoever counts and limits what is sent."""
 
 
 class StaleConnection(Exception):
@@ -267,6 +274,23 @@ _FINISH: Mapping[str | None, FinishReason] = {
     **{str(reason): reason for reason in FinishReason},
     "eos": FinishReason.STOP,
 }
+
+
+Count: TypeAlias = int | float | None
+"""Tokens, as a server says: some gateways write every number as 2.0."""
+
+
+def usage_of(prompt: Count, completion: Count, cached: Count = None, reasoning: Count = None) -> Usage:
+    """What an answer took. Nothing where that can't be: it counts as an answer that came without usage."""
+    read, written = _whole(prompt), _whole(completion)
+    if read is None or written is None:
+        return Usage()
+    return Usage(read, written, min(_whole(cached) or 0, read), _whole(reasoning) or 0)
+
+
+def _whole(count: Count) -> int | None:
+    count = count or 0
+    return int(count) if 0 <= count <= MOST_TOKENS and count == int(count) else None
 
 
 def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]:

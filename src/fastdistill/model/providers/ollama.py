@@ -14,9 +14,20 @@ from msgspec import Struct
 from msgspec.json import Decoder
 from pydantic import Field, model_validator
 
-from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
+from fastdistill.core.types import Completion, LogprobBasis, Prompt
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, ProviderError, ServedConfig, check_wires
-from fastdistill.model.transport import Fault, HttpProvider, Response, Token, Transport, Version, completion, error_kind
+from fastdistill.model.transport import (
+    Count,
+    Fault,
+    HttpProvider,
+    Response,
+    Token,
+    Transport,
+    Version,
+    completion,
+    error_kind,
+    usage_of,
+)
 
 S = TypeVar("S", bound=Struct)
 
@@ -195,8 +206,9 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         messages = [chunk.message for chunk in chunks if chunk.message]
         if last.done_reason in ("load", "unload"):
             raise self._garbled(f"the model was only {last.done_reason}ed", response)
-        if last.prompt_eval_count >= num_ctx:
-            size = f"the prompt has {last.prompt_eval_count} tokens, num_ctx is {num_ctx}"
+        usage = usage_of(last.prompt_eval_count, last.eval_count)
+        if usage.prompt_tokens >= num_ctx:
+            size = f"the prompt has {usage.prompt_tokens} tokens, num_ctx is {num_ctx}"
             raise self._failed(ErrorKind.TOO_LONG, 200, f"{size}: it may have been cut; raise `num_ctx`", response)
         tokens = [token for chunk in chunks for token in chunk.logprobs or ()] or None
         return completion(
@@ -204,7 +216,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             "".join(message.thinking for message in messages) or None,
             tokens,
             finish=last.done_reason or "stop",
-            usage=Usage(last.prompt_eval_count, last.eval_count),
+            usage=usage,
             model=last.model,
             build=self._digest,
             logprob_basis=LogprobBasis.UNKNOWN if tokens else None,
@@ -283,8 +295,8 @@ class _Chunk(Struct):
     message: _Message | None = None
     done: bool = False
     done_reason: str = ""
-    prompt_eval_count: int = 0
-    eval_count: int = 0
+    prompt_eval_count: Count = 0
+    eval_count: Count = 0
     logprobs: list[Token] | None = None
     error: Any = None
 

@@ -35,7 +35,7 @@ from fastdistill.model.providers.openai_answers import (
     completions_of,
     decode_answer,
 )
-from fastdistill.model.transport import Fault, HttpProvider, Response, Transport, Version, error_kind
+from fastdistill.model.transport import Fault, HttpProvider, Response, Transport, Version, error_kind, usage_of
 
 Kind = Literal["openai", "openrouter", "vllm", "sglang"]
 
@@ -77,8 +77,9 @@ _LOADS = (  # requests running and waiting
     (b"llamacpp:requests_processing", b"llamacpp:requests_deferred"),
 )
 _METRIC = re.compile(
-    rb"^(%b)(?:\{[^}]*\})? (\d{1,15}(?:\.\d*)?(?:e\+\d\d)?)\s*$" % b"|".join(map(b"|".join, _LOADS)), re.M
+    rb"^(%b)(\{[^}]*\})? (\d{1,15}(?:\.\d*)?(?:e\+\d\d)?)\s*$" % b"|".join(map(b"|".join, _LOADS)), re.M
 )
+_RANKS = re.compile(rb'[tp]p_rank="\d+",?')  # SGLang: those of one engine each tell of the same requests
 
 _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT}
 """Errors of a probe's request that say something about the endpoint, not about what the request tried."""
@@ -175,8 +176,9 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         found = Counter[bytes]()
         with suppress(ProviderError):
             told = await self._request("GET", f"{self._root}/metrics", timeout=5.0)
-            for name, value in _METRIC.findall(told.body):
-                found[name] += int(float(value))  # a line for each engine of the server
+            engines = {(name, _RANKS.sub(b"", labels)): value for name, labels, value in _METRIC.findall(told.body)}
+            for (name, _), value in engines.items():
+                found[name] += int(float(value))
         both = (Load(found[names[0]], found[names[1]]) for names in _LOADS if found.keys() >= {*names})
         return next(both, None)
 
@@ -337,7 +339,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         response = await self._asked(f"{self._config.url}/systemone", body, "decision")
         said = self._decode(response, Decoder(Decided).decode)
         text = msgspec.json.encode({"answers": said.answers, "diagnostics": said.diagnostics}).decode()
-        usage = Usage(said.usage.get("input_tokens", 0), said.usage.get("output_tokens", 0))
+        usage = usage_of(said.usage.input_tokens, said.usage.output_tokens)
         return Completion(text, FinishReason.STOP, usage, model=said.model)
 
     async def _score(self, prompt: Prompt) -> Completion:

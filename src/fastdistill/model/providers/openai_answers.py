@@ -8,7 +8,7 @@ from msgspec import Struct
 from msgspec.json import Decoder
 
 from fastdistill.core.types import Completion, LogprobBasis, TokenLogprob, Usage
-from fastdistill.model.transport import Token, completion
+from fastdistill.model.transport import Count, Token, completion, usage_of
 
 
 def share(total: int, weights: Sequence[int]) -> list[int]:
@@ -24,13 +24,13 @@ def share(total: int, weights: Sequence[int]) -> list[int]:
 
 
 class _Details(Struct):
-    cached_tokens: int | None = None  # of the prompt
-    reasoning_tokens: int | None = None  # of the completion
+    cached_tokens: Count = None  # of the prompt
+    reasoning_tokens: Count = None  # of the completion
 
 
 class _Usage(Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: Count = None
+    completion_tokens: Count = None
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
 
@@ -39,15 +39,35 @@ class _Logprobs(Struct):
     content: list[Token] | None = None
 
 
+class _Part(Struct):
+    type: str = ""
+    text: str | None = None
+    thinking: "str | list[_Part] | None" = None  # Mistral
+
+
 class _Message(Struct):
-    content: str | None = None
+    content: str | list[_Part] | None = None
     reasoning_content: str | None = None  # SGLang, DeepSeek, older vLLM
     reasoning: str | None = None  # OpenRouter, vLLM
     refusal: str | None = None
 
     @property
+    def text(self) -> str:
+        return _text(self.content)
+
+    @property
     def thinking(self) -> str | None:
-        return self.reasoning_content or self.reasoning or None
+        apart = self.reasoning_content or self.reasoning
+        if apart or not isinstance(self.content, list):
+            return apart or None
+        return "".join([_text(part.thinking) for part in self.content]) or None
+
+
+def _text(content: str | list[_Part] | None) -> str:
+    """The text of a message, whole or in parts."""
+    if isinstance(content, list):
+        return "".join([part.text or "" for part in content if part.type == "text"])
+    return content or ""
 
 
 class _Choice(Struct):
@@ -72,10 +92,15 @@ class ChatAnswer(Struct):
     error: Any = None
 
 
+class _Read(Struct, frozen=True):
+    input_tokens: Count = None
+    output_tokens: Count = None
+
+
 class Decided(Struct):
     answers: dict[str, Any]
     diagnostics: dict[str, Any] = {}
-    usage: dict[str, int] = {}
+    usage: _Read = _Read()
     model: str | None = None
 
 
@@ -157,12 +182,12 @@ def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasi
 
 def _completion(answer: ChatAnswer, choice: _Choice, usage: Usage, basis: LogprobBasis) -> Completion:
     message = choice.message or _Message()
-    finish = "content_filter" if message.refusal and not message.content else choice.finish_reason
+    finish = "content_filter" if message.refusal and not message.text else choice.finish_reason
     tokens, ids = choice.tokens, choice.token_ids or choice.response_token_ids or ()
     if tokens is not None and len(tokens) == len(ids):
         for token, number in zip(tokens, ids, strict=True):
             token.id = number
-    said = message.content or "", message.thinking, tokens
+    said = message.text, message.thinking, tokens
     told: dict[str, Any] = {"model": answer.model, "build": answer.system_fingerprint}
     told["logprob_basis"] = basis if tokens is not None else None
     return completion(*said, finish=finish, usage=usage, **told)
@@ -173,18 +198,19 @@ def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
 
     Completion tokens go by the number of tokens with logprobs, or else by length; the prompt goes with the first.
     """
-    cached = (usage.prompt_tokens_details or _Details()).cached_tokens or 0
-    thought = (usage.completion_tokens_details or _Details()).reasoning_tokens or 0
+    cached = (usage.prompt_tokens_details or _Details()).cached_tokens
+    thought = (usage.completion_tokens_details or _Details()).reasoning_tokens
+    whole = usage_of(usage.prompt_tokens, usage.completion_tokens, cached, thought)
     if len(choices) == 1:
-        return [Usage(usage.prompt_tokens or 0, usage.completion_tokens or 0, cached, thought)]
+        return [whole]
     counted = [choice.tokens for choice in choices]
     messages = [choice.message or _Message() for choice in choices]
-    written = [len(message.content or "") + len(message.thinking or "") for message in messages]
+    written = [len(message.text) + len(message.thinking or "") for message in messages]
     weights = written if None in counted else [len(tokens or ()) for tokens in counted]
-    completions = share(usage.completion_tokens or 0, weights)
-    thoughts = share(thought, completions)
+    completions = share(whole.completion_tokens, weights)
+    thoughts = share(whole.reasoning_tokens, completions)
     others = [0] * (len(choices) - 1)
-    return list(map(Usage, [usage.prompt_tokens or 0, *others], completions, [cached, *others], thoughts))
+    return list(map(Usage, [whole.prompt_tokens, *others], completions, [whole.cached_tokens, *others], thoughts))
 
 
 def basis_of(token: TokenLogprob, hot: TokenLogprob | None) -> LogprobBasis:

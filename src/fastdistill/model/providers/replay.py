@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 from pydantic import Field
 
-from fastdistill.core.canonical import digest
+from fastdistill.core.canonical import digest, has_lone_surrogate
 from fastdistill.core.errors import EnvironmentFault, FatalError, InputError
 from fastdistill.core.files import sha256_file
 from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
@@ -156,7 +156,7 @@ def _indexed(config: ReplayConfig) -> sqlite3.Connection:
 
 def _rows(path: Path, known: str) -> Iterator[tuple[bytes, bytes]]:
     """The key of what is answered, and an answer."""
-    number = 0
+    number, text = 0, b""
     decoder = msgspec.json.Decoder(_Line)
     try:
         with path.open("rb") as raw:
@@ -173,7 +173,7 @@ def _rows(path: Path, known: str) -> Iterator[tuple[bytes, bytes]]:
                         yield key, msgspec.json.encode(answer)
     except (ValueError, RecursionError) as error:  # of msgspec, of canonical JSON, and ours
         problem, remedy = str(error), ""
-        if "utf-16 surrogate" in problem:
+        if has_lone_surrogate(text):
             problem, remedy = "a lone surrogate is no character", "write both of its pair, or \\ufffd in its place; "
         raise InputError(
             f"{path}:{number}: not a line of a recording ({problem}); {remedy}see teachers.md, Replay"
