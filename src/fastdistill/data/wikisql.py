@@ -68,9 +68,8 @@ def prepare_wikisql(
     samples: int = 1000,
     seed: int = 13,
     output: Path | None = None,
-    eval_samples: int | None = None,
 ) -> Prepared:
-    """Draws `samples` questions from the train split, and `eval_samples` (a fifth as many) from the dev split.
+    """Draws `samples` questions from the train split, and a fifth as many from the dev split.
 
     `source` is the release's data.tar.bz2 or its unpacked folder; without it, the archive is downloaded once into the
     cache. A question that can't be used is replaced by the next one drawn, so fewer come out only when the release has
@@ -84,7 +83,7 @@ def prepare_wikisql(
         EnvironmentFault: the files can't be written.
     """
     output = output or cache_folder() / "datasets" / "wikisql" / f"wikisql_{_short(samples)}"
-    sizes = {"train": samples, "eval": max(1, samples // 5) if eval_samples is None else eval_samples}
+    sizes = {"train": samples, "eval": max(1, samples // 5)}
     with _release(source) as release, TemporaryDirectory(prefix="fastdistill-") as scratch:
         prepared = {}
         for name, split in _SPLITS.items():
