@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, Gate
-from fastdistill.core.types import Candidate, FinishReason, Outcome, Sample, Verdict
+from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, Verdict
 
 # It warns of every text that it takes for a command; the verdict says that.
 logging.getLogger("sqlglot").setLevel(logging.ERROR)
@@ -69,17 +69,14 @@ class RuleFilter(Gate):
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
         if self._parser is not None and not self._parser.done():
             await asyncio.shield(self._parser)
-        if (finish := candidate.completion.finish_reason) is not FinishReason.STOP and (
-            failed := self._finish(candidate, finish)
-        ):
-            return failed
-        return self._length(candidate.answer) or self._text(candidate.answer)
+        return self._finish(candidate.completion) or self._length(candidate.answer) or self._text(candidate.answer)
 
-    def _finish(self, candidate: Candidate, reason: FinishReason) -> Verdict | None:
+    def _finish(self, completion: Completion) -> Verdict | None:
+        reason = completion.finish_reason
         if reason is FinishReason.CONTENT_FILTER:
             return self._fail(RuleReason.CONTENT_FILTERED)
         if reason is FinishReason.LENGTH and not self.allow_truncated:
-            return self._fail(RuleReason.TRUNCATED, tokens=candidate.completion.usage.completion_tokens)
+            return self._fail(RuleReason.TRUNCATED, tokens=completion.usage.completion_tokens)
         return None
 
     def _length(self, answer: str) -> Verdict | None:
