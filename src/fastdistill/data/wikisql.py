@@ -223,8 +223,11 @@ def _prepare_split(release: Path, split: str, samples: int, seed: int, draft: Pa
 
 def _record(task_id: str, question: _Question, tables: "_Tables") -> dict[str, str | int]:
     table = tables.find(question.table_id)
-    conditions = table.conditions(question.sql)
-    official, gold = table.official(question.sql, conditions), table.gold(question.sql, conditions)
+    try:
+        conditions = table.conditions(question.sql)
+        official, gold = table.official(question.sql, conditions), table.gold(question.sql, conditions)
+    except IndexError as error:
+        raise _LeftOut("bad_query") from error
     expected = tables.answer(official, [value for _, _, value in conditions])
     if all(value is None for value in expected) or (_AGGREGATES[question.sql.agg] == "COUNT" and expected == [0]):
         raise _LeftOut("empty")
@@ -254,13 +257,10 @@ class _Table:
 
     def conditions(self, query: _Query) -> list[_Condition]:
         """The query's conditions with their values as the evaluator compares them."""
-        try:
-            return [
-                (column, _OPERATORS[operator], str(value).lower() if self.types[column] == "text" else _real(value))
-                for column, operator, value in query.conds
-            ]
-        except IndexError as error:
-            raise _LeftOut("bad_query") from error
+        return [
+            (column, _OPERATORS[operator], str(value).lower() if self.types[column] == "text" else _real(value))
+            for column, operator, value in query.conds
+        ]
 
     def official(self, query: _Query, conditions: Sequence[_Condition]) -> str:
         """The query on the official database, the conditions' values as parameters."""
@@ -273,10 +273,7 @@ class _Table:
 
 
 def _select(query: _Query, table: str, columns: Sequence[str], where: Sequence[str]) -> str:
-    try:
-        aggregate, column = _AGGREGATES[query.agg], columns[query.sel]
-    except IndexError as error:
-        raise _LeftOut("bad_query") from error
+    aggregate, column = _AGGREGATES[query.agg], columns[query.sel]
     selected = f"{aggregate}({column})" if aggregate else column
     return " WHERE ".join([f"SELECT {selected} FROM {table}", *filter(None, [" AND ".join(where)])])
 
