@@ -222,14 +222,18 @@ def _prepare_split(release: Path, split: str, samples: int, seed: int, draft: Pa
 
 
 def _record(task_id: str, question: _Question, tables: "_Tables") -> dict[str, str | int]:
-    table = tables.find(question.table_id)
+    table, query = tables.find(question.table_id), question.sql
     try:
-        conditions = table.conditions(question.sql)
-        official, gold = table.official(question.sql, conditions), table.gold(question.sql, conditions)
+        conditions = table.conditions(query)
+        where = [f"{table.columns[column]} {operator} {_literal(value)}" for column, operator, value in conditions]
+        gold = _select(query, table.name, table.columns, where)
+        numbered = [f"col{index}" for index in range(len(table.columns))]
+        where = [f"col{column} {operator} ?" for column, operator, _ in conditions]
+        official = _select(query, f"release.{table.name}", numbered, where)
     except IndexError as error:
         raise _LeftOut("bad_query") from error
     expected = tables.answer(official, [value for _, _, value in conditions])
-    if all(value is None for value in expected) or (_AGGREGATES[question.sql.agg] == "COUNT" and expected == [0]):
+    if all(value is None for value in expected) or (_AGGREGATES[query.agg] == "COUNT" and expected == [0]):
         raise _LeftOut("empty")
     tables.write(table)
     if tables.answer(gold) != expected:
@@ -240,7 +244,7 @@ def _record(task_id: str, question: _Question, tables: "_Tables") -> dict[str, s
         "instruction": question.question.strip(),
         "gold_sql": gold,
         "db_id": question.table_id,
-        "agg": _AGGREGATES[question.sql.agg] or "NONE",
+        "agg": _AGGREGATES[query.agg] or "NONE",
         "conditions": len(conditions),
     }
 
@@ -261,15 +265,6 @@ class _Table:
             (column, _OPERATORS[operator], str(value).lower() if self.types[column] == "text" else _real(value))
             for column, operator, value in query.conds
         ]
-
-    def official(self, query: _Query, conditions: Sequence[_Condition]) -> str:
-        """The query on the official database, the conditions' values as parameters."""
-        columns = [f"col{index}" for index in range(len(self.columns))]
-        return _select(query, f"release.{self.name}", columns, [f"col{c} {o} ?" for c, o, _ in conditions])
-
-    def gold(self, query: _Query, conditions: Sequence[_Condition]) -> str:
-        where = [f"{self.columns[column]} {operator} {_literal(value)}" for column, operator, value in conditions]
-        return _select(query, self.name, self.columns, where)
 
 
 def _select(query: _Query, table: str, columns: Sequence[str], where: Sequence[str]) -> str:
