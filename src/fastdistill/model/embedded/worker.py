@@ -5,8 +5,6 @@
 When stdin closes, the worker finishes what it has and exits; when stdout closes, it exits at once.
 """
 
-from __future__ import annotations
-
 import os
 
 # Two BLAS threads are slower than one at this size; numpy reads these when it is first imported.
