@@ -19,7 +19,7 @@ from typing import Any, Literal
 from benchmarks.process import account, save, table
 from benchmarks.workload import make_database
 from fastdistill.data.execution.python_pool import PythonJob, PythonPool
-from fastdistill.data.execution.sqlite_pool import SqlitePool
+from fastdistill.data.execution.sqlite import SqlitePool
 from fastdistill.data.execution.sqlite_worker import SqlJob
 
 SHORT = 16

@@ -286,9 +286,7 @@ def receive(process: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 def test_worker_answers_over_pipes_and_ends_with_its_input() -> None:
     with running_worker() as process:
-        assert receive(process) == {
-            "ready": True, "model": f"embedded-{WEIGHTS.sha256[:12]}", "context": 512, "slots": 32,
-        }  # fmt: skip
+        assert receive(process) == {"model": f"embedded-{WEIGHTS.sha256[:12]}", "context": 512}
         send(process, {"id": 1, "messages": PROMPT, "temperature": 0, "logprobs": True, "top_logprobs": 1})
         expected = answer(Request(messages=PROMPT, temperature=0, logprobs=True, top_logprobs=1))
         result = receive(process)

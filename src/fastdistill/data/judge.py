@@ -30,7 +30,7 @@ from fastdistill.core.types import (
     Sample,
     Verdict,
 )
-from fastdistill.data.template import Template, compile_template, render
+from fastdistill.data.template import compile_template, render
 
 
 def _compiles(text: str) -> str:
@@ -162,10 +162,9 @@ class LLMJudge(Gate):
         return self.verdict(Outcome.PASS, JudgeReason.GOOD, share, **detail)
 
     def _messages(self, answer: str, sample: Sample) -> list[Message]:
-        task, reference = self._templates
-        parts = [_tagged("task", render(task, sample))]
-        if reference is not None:
-            parts.append(_tagged("reference", render(reference, sample)))
+        parts = [_tagged("task", render(compile_template(self.task), sample))]
+        if self.reference is not None:
+            parts.append(_tagged("reference", render(compile_template(self.reference), sample)))
         parts.append(_tagged("answer", answer))
         low, high = _SCALE
         if self.read == "logprobs":
@@ -244,10 +243,6 @@ class LLMJudge(Gate):
         musts = {f"must {name}": f"Of the answer: {self.criteria[name]}." for name in self.must}
         nouls = {name: {"type": "noul", "instructions": text} for name, text in musts.items()}
         return {"decision": {"score": score, **nouls}}
-
-    @cached_property
-    def _templates(self) -> tuple[Template, Template | None]:
-        return compile_template(self.task), None if self.reference is None else compile_template(self.reference)
 
     @cached_property
     def _profile(self) -> DecodeProfile:

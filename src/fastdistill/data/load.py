@@ -3,8 +3,7 @@
 import gzip
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -65,7 +64,7 @@ class LoadJsonl(StreamStep):
         """Raises:
         InputError: a file is missing, is not a file or can't be read, or there is no record at all.
         """
-        files = [_File.found(path) for path in _paths(self.path)]
+        files = [_found(path) for path in _paths(self.path)]
         yield from samples
         empty = True
         stop = None if self.limit is None else self.start + self.limit
@@ -77,71 +76,20 @@ class LoadJsonl(StreamStep):
             else:
                 yield Sample(index, source, content)
         if empty:
-            origin = ", ".join(str(file.path) for file in files) or "rows"
+            origin = ", ".join(map(str, files)) or "rows"
             after = f" after the first {self.start}" if self.start else ""
             raise InputError(f"{origin}: no records{after}; a data set has one JSON object a line")
 
-    def _entries(self, files: list["_File"]) -> "Iterator[_Entry]":
-        if self.rows is not None:
-            for number, row in enumerate(self.rows, 1):
-                yield f"rows:{number}", row
-        names = [file.path.name for file in files]
-        for file in files:
-            unique = names.count(file.path.name) == 1
-            yield from file.entries(file.path.name if unique else str(file.given))
+    def _entries(self, files: Sequence[Path]) -> "Iterator[_Entry]":
+        for number, row in enumerate(self.rows or (), 1):
+            yield f"rows:{number}", row
+        names = [file.name for file in files]
+        for given, file in zip(_paths(self.path), files, strict=True):
+            yield from _entries_of(file, file.name if names.count(file.name) == 1 else str(given))
 
 
 _Entry: TypeAlias = tuple[str, Mapping[str, Any] | SampleError]
 """Where a record stands, and the record, or why it is none."""
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    given: Path  # as the config has it
-    path: Path  # absolute
-
-    @classmethod
-    def found(cls, given: Path) -> Self:
-        """Checks a file before anything is spent."""
-        path = given.expanduser().absolute()
-        if not path.exists():
-            raise InputError(f"{path}: there is no such file; a relative path starts at {Path.cwd()}")
-        if not path.is_file():
-            raise InputError(f"{path}: not a file; name the data set's files themselves")
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; make the file readable") from error
-        return cls(given, path)
-
-    def entries(self, label: str) -> Iterator[_Entry]:
-        if self.path.name.endswith(".parquet"):
-            return self._parquet(label)
-        return self._lines(label)
-
-    def _lines(self, label: str) -> Iterator[_Entry]:
-        try:
-            with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    if text := (line.removeprefix(_BOM) if number == 1 else line).strip():
-                        source = f"{label}:{number}"
-                        yield source, _parsed(text, source)
-        except (EOFError, zlib.error, OSError) as error:
-            raise InputError(f"{self.path}: can't be read to its end: {error}; fetch the file again") from error
-
-    def _parquet(self, label: str) -> Iterator[_Entry]:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-
-        number = 0
-        try:
-            with ParquetFile(self.path) as file:
-                for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                    for record in batch.to_pylist():
-                        number += 1
-                        yield f"{label}:{number}", record
-        except (ArrowException, OSError) as error:
-            raise InputError(f"{self.path}: can't be read as Parquet: {error}; fetch the file again") from error
 
 
 def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -150,11 +98,53 @@ def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     Raises:
         InputError: the file can't be read, or one of its lines.
     """
-    file = _File.found(path)
-    for source, content in file.entries(file.path.name):
+    file = _found(path)
+    for source, content in _entries_of(file, file.name):
         if isinstance(content, SampleError):
-            raise InputError(f"{file.path.parent}/{content}")
+            raise InputError(f"{file.parent}/{content}")
         yield source, content
+
+
+def _found(given: Path) -> Path:
+    """The absolute path of a file, which is checked before anything is spent."""
+    path = given.expanduser().absolute()
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file; a relative path starts at {Path.cwd()}")
+    if not path.is_file():
+        raise InputError(f"{path}: not a file; name the data set's files themselves")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; make the file readable") from error
+    return path
+
+
+def _entries_of(path: Path, label: str) -> Iterator[_Entry]:
+    return _parquet(path, label) if path.name.endswith(".parquet") else _lines(path, label)
+
+
+def _lines(path: Path, label: str) -> Iterator[_Entry]:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if text := (line.removeprefix(_BOM) if number == 1 else line).strip():
+                    source = f"{label}:{number}"
+                    yield source, _parsed(text, source)
+    except (EOFError, zlib.error, OSError) as error:
+        raise InputError(f"{path}: can't be read to its end: {error}; fetch the file again") from error
+
+
+def _parquet(path: Path, label: str) -> Iterator[_Entry]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            batches = file.iter_batches(batch_size=_PARQUET_ROWS)
+            for number, record in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+                yield f"{label}:{number}", record
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path}: can't be read as Parquet: {error}; fetch the file again") from error
 
 
 def _count(path: Path) -> int:

@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Self
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, Gate
-from fastdistill.core.types import Candidate, FinishReason, Outcome, Sample, Verdict
+from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, Verdict
 
 # It warns of every text that it takes for a command; the verdict says that.
 logging.getLogger("sqlglot").setLevel(logging.ERROR)
@@ -69,17 +69,14 @@ class RuleFilter(Gate):
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
         if self._parser is not None and not self._parser.done():
             await asyncio.shield(self._parser)
-        if (finish := candidate.completion.finish_reason) is not FinishReason.STOP and (
-            failed := self._finish(candidate, finish)
-        ):
-            return failed
-        return self._length(candidate.answer) or self._text(candidate.answer)
+        return self._finish(candidate.completion) or self._length(candidate.answer) or self._text(candidate.answer)
 
-    def _finish(self, candidate: Candidate, reason: FinishReason) -> Verdict | None:
+    def _finish(self, completion: Completion) -> Verdict | None:
+        reason = completion.finish_reason
         if reason is FinishReason.CONTENT_FILTER:
             return self._fail(RuleReason.CONTENT_FILTERED)
         if reason is FinishReason.LENGTH and not self.allow_truncated:
-            return self._fail(RuleReason.TRUNCATED, tokens=candidate.completion.usage.completion_tokens)
+            return self._fail(RuleReason.TRUNCATED, tokens=completion.usage.completion_tokens)
         return None
 
     def _length(self, answer: str) -> Verdict | None:
@@ -103,10 +100,6 @@ class RuleFilter(Gate):
                 )
         if self.sql and (problem := sql_problem(answer)):
             return self._fail(RuleReason.UNPARSABLE_SQL, problem=problem)
-        return self._passed
-
-    @cached_property
-    def _passed(self) -> Verdict:
         return self.verdict(Outcome.PASS, RuleReason.OK)
 
     def _fail(self, reason: RuleReason, **detail: Any) -> Verdict:

@@ -65,14 +65,12 @@ class SelectBest(SampleStep):
     )
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        ranked: Sequence[Candidate] = sample.accepted
-        if len(ranked) > 1:
-            ranked = sorted(ranked, key=best_first)
-            if self.distinct:
-                first: dict[Hashable, Candidate] = {}
-                for candidate in ranked:
-                    first.setdefault(self._key(candidate), candidate)
-                ranked = list(first.values())
+        ranked = sorted(sample.accepted, key=best_first)
+        if self.distinct and len(ranked) > 1:
+            first: dict[Hashable, Candidate] = {}
+            for candidate in ranked:
+                first.setdefault(self._key(candidate), candidate)
+            ranked = list(first.values())
         return sample.selected(tuple([candidate.candidate_id for candidate in ranked[: self.k]]))
 
     def _key(self, candidate: Candidate) -> Hashable:

@@ -68,9 +68,8 @@ def prepare_wikisql(
     samples: int = 1000,
     seed: int = 13,
     output: Path | None = None,
-    eval_samples: int | None = None,
 ) -> Prepared:
-    """Draws `samples` questions from the train split, and `eval_samples` (a fifth as many) from the dev split.
+    """Draws `samples` questions from the train split, and a fifth as many from the dev split.
 
     `source` is the release's data.tar.bz2 or its unpacked folder; without it, the archive is downloaded once into the
     cache. A question that can't be used is replaced by the next one drawn, so fewer come out only when the release has
@@ -84,7 +83,7 @@ def prepare_wikisql(
         EnvironmentFault: the files can't be written.
     """
     output = output or cache_folder() / "datasets" / "wikisql" / f"wikisql_{_short(samples)}"
-    sizes = {"train": samples, "eval": max(1, samples // 5) if eval_samples is None else eval_samples}
+    sizes = {"train": samples, "eval": max(1, samples // 5)}
     with _release(source) as release, TemporaryDirectory(prefix="fastdistill-") as scratch:
         prepared = {}
         for name, split in _SPLITS.items():
@@ -223,11 +222,18 @@ def _prepare_split(release: Path, split: str, samples: int, seed: int, draft: Pa
 
 
 def _record(task_id: str, question: _Question, tables: "_Tables") -> dict[str, str | int]:
-    table = tables.find(question.table_id)
-    conditions = table.conditions(question.sql)
-    official, gold = table.official(question.sql, conditions), table.gold(question.sql, conditions)
+    table, query = tables.find(question.table_id), question.sql
+    try:
+        conditions = table.conditions(query)
+        where = [f"{table.columns[column]} {operator} {_literal(value)}" for column, operator, value in conditions]
+        gold = _select(query, table.name, table.columns, where)
+        numbered = [f"col{index}" for index in range(len(table.columns))]
+        where = [f"col{column} {operator} ?" for column, operator, _ in conditions]
+        official = _select(query, f"release.{table.name}", numbered, where)
+    except IndexError as error:
+        raise _LeftOut("bad_query") from error
     expected = tables.answer(official, [value for _, _, value in conditions])
-    if all(value is None for value in expected) or (_AGGREGATES[question.sql.agg] == "COUNT" and expected == [0]):
+    if all(value is None for value in expected) or (_AGGREGATES[query.agg] == "COUNT" and expected == [0]):
         raise _LeftOut("empty")
     tables.write(table)
     if tables.answer(gold) != expected:
@@ -238,7 +244,7 @@ def _record(task_id: str, question: _Question, tables: "_Tables") -> dict[str, s
         "instruction": question.question.strip(),
         "gold_sql": gold,
         "db_id": question.table_id,
-        "agg": _AGGREGATES[question.sql.agg] or "NONE",
+        "agg": _AGGREGATES[query.agg] or "NONE",
         "conditions": len(conditions),
     }
 
@@ -255,29 +261,14 @@ class _Table:
 
     def conditions(self, query: _Query) -> list[_Condition]:
         """The query's conditions with their values as the evaluator compares them."""
-        try:
-            return [
-                (column, _OPERATORS[operator], str(value).lower() if self.types[column] == "text" else _real(value))
-                for column, operator, value in query.conds
-            ]
-        except IndexError as error:
-            raise _LeftOut("bad_query") from error
-
-    def official(self, query: _Query, conditions: Sequence[_Condition]) -> str:
-        """The query on the official database, the conditions' values as parameters."""
-        columns = [f"col{index}" for index in range(len(self.columns))]
-        return _select(query, f"release.{self.name}", columns, [f"col{c} {o} ?" for c, o, _ in conditions])
-
-    def gold(self, query: _Query, conditions: Sequence[_Condition]) -> str:
-        where = [f"{self.columns[column]} {operator} {_literal(value)}" for column, operator, value in conditions]
-        return _select(query, self.name, self.columns, where)
+        return [
+            (column, _OPERATORS[operator], str(value).lower() if self.types[column] == "text" else _real(value))
+            for column, operator, value in query.conds
+        ]
 
 
 def _select(query: _Query, table: str, columns: Sequence[str], where: Sequence[str]) -> str:
-    try:
-        aggregate, column = _AGGREGATES[query.agg], columns[query.sel]
-    except IndexError as error:
-        raise _LeftOut("bad_query") from error
+    aggregate, column = _AGGREGATES[query.agg], columns[query.sel]
     selected = f"{aggregate}({column})" if aggregate else column
     return " WHERE ".join([f"SELECT {selected} FROM {table}", *filter(None, [" AND ".join(where)])])
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
+from fastdistill.data.execution.sqlite import SqlitePool
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
-from fastdistill.data.execution.sqlite_pool import SqlitePool
 from fastdistill.data.execution.sqlite_worker import Evaluation, SqlJob
 from fastdistill.data.execution.worker_pool import PoolClosedError, WorkerStartError
 

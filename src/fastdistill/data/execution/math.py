@@ -13,17 +13,8 @@ from pydantic import Field, PrivateAttr
 
 from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
-from fastdistill.data.answer_math import (
-    LONGEST,
-    Equality,
-    Extracted,
-    canonical,
-    compare,
-    extract,
-    is_costly,
-    is_prose,
-    without_unit,
-)
+from fastdistill.data import answer_math
+from fastdistill.data.answer_math import LONGEST, Equality, Extracted
 from fastdistill.data.execution.reason import Reason
 from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool
 
@@ -114,13 +105,13 @@ class MathExecEval(Gate):
         if gold is None and must_match:
             detail = f"{sample.source}: no final answer in field {self.gold_field!r}"
             return self._verdict(MathReason.GOLD_INVALID, detail=detail)
-        found = extract(candidate.answer, last_number=self.extract == "last_number")
+        found = answer_math.extract(candidate.answer, last_number=self.extract == "last_number")
         if found is None:
             return self._verdict(MathReason.NO_ANSWER)
         told = None if gold is None else await self._compared(gold, found)
         if told is not None and must_match:
             return told
-        spellings = list(dict.fromkeys(map(canonical, found.answers)))
+        spellings = list(dict.fromkeys(map(answer_math.canonical, found.answers)))
         whole = MathReason.EXTRACTED if len(found.answers[0]) <= LONGEST else MathReason.UNREADABLE
         reason = whole if len(spellings) == 1 else MathReason.AMBIGUOUS
         known = told if told is not None and told.outcome is not Outcome.ERROR else None
@@ -129,7 +120,7 @@ class MathExecEval(Gate):
 
     async def _compared(self, gold: str, found: Extracted) -> Verdict:
         seen = {"answer": found.answers[0], "extracted": found.method}
-        equalities = {compare(gold, answer, self._close) for answer in found.answers}
+        equalities = {answer_math.compare(gold, answer, self._close) for answer in found.answers}
         if equalities == {Equality.NOT_PLAIN} and len(found.answers) == 1:
             return self._verdict(await self._symbolic(gold, found.answers[0]), **seen, compared="symbolic")
         if len(found.answers) > 1 and equalities != {Equality.EQUAL}:
@@ -151,12 +142,12 @@ class MathExecEval(Gate):
 
     async def _symbolic(self, gold: str, answer: str) -> MathReason:
         assert self._pool is not None, "the gate is used inside `opened`"
-        if is_costly(gold) or is_costly(answer):
+        if answer_math.is_costly(gold) or answer_math.is_costly(answer):
             return MathReason.COMPARE_BUDGET
-        (gold, unit), (answer, other) = without_unit(gold), without_unit(answer)
+        (gold, unit), (answer, other) = answer_math.without_unit(gold), answer_math.without_unit(answer)
         if unit and other and unit != other:
             return MathReason.UNIT_UNCLEAR
-        if is_prose(gold) or is_prose(answer):
+        if answer_math.is_prose(gold) or answer_math.is_prose(answer):
             return MathReason.UNREADABLE
         return await self._pool.evaluate((gold, answer))
 
@@ -168,5 +159,5 @@ class MathExecEval(Gate):
 
 
 def _final(gold: str | None) -> str | None:
-    found = extract(gold) if gold is not None else None
+    found = answer_math.extract(gold) if gold is not None else None
     return found.answers[0] if found and len(found.answers) == 1 and len(found.answers[0]) <= LONGEST else None

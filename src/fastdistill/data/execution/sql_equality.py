@@ -46,10 +46,12 @@ class Relation:
 
 
 class Comparison(StrEnum):
-    EQUAL = "equal"
-    DIFFERENT = "different"
-    WIDTH = "width"
-    UNDECIDED = "undecided"
+    """The words are those of `sqlite_guard.SqlReason`."""
+
+    EQUAL = "match"
+    DIFFERENT = "mismatch"
+    WIDTH = "column_count"
+    UNDECIDED = "compare_budget"
     """The search for a column permutation ran out of its budget."""
 
 

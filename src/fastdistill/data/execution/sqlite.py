@@ -6,10 +6,13 @@ record gives is taken as it is: records are the user's own, and of a database on
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Mapping, Sequence
+from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from functools import cached_property, lru_cache
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -18,11 +21,102 @@ from fastdistill.core.errors import InputError
 from fastdistill.core.files import sha256_file
 from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
-from fastdistill.data.execution.sqlite_copies import CopyError, PerturbedCopies
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
-from fastdistill.data.execution.sqlite_pool import SqlitePool
-from fastdistill.data.execution.sqlite_worker import Evaluation, SqlJob
-from fastdistill.data.template import Template, compile_template, render
+from fastdistill.data.execution.sqlite_worker import Evaluation, Phase, SqlJob
+from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool, start_module
+from fastdistill.data.template import compile_template, render
+
+
+class SqlitePool(WorkerPool[SqlJob, Evaluation]):
+    """A query that ends its worker twice is judged by the cause.
+
+    CPU time spent is its own doing (`limit_cpu`), a wall clock that ran out is not (`infra_timeout`, an error, never a
+    pass), nor is any other death (`sandbox_died`).
+    """
+
+    module = "fastdistill.data.execution.sqlite_worker"
+    what = "sqlite"
+
+    def __init__(self, workers: int | None = None, limits: SqlLimits | None = None, batch: int = 16) -> None:
+        self._limits = limits or SqlLimits()
+        super().__init__(workers, asdict(self._limits), self._limits.wall_s, batch)
+
+    def fitted(self, job: SqlJob) -> SqlJob:
+        """The job with a full path, and with a text beyond the limit cut one character past it: the verdict stays."""
+        longest = self._limits.sql_bytes + 1
+        path = job.db_path if job.db_path.startswith("/") else str(Path(job.db_path).absolute())
+        return SqlJob(path, job.sql[:longest], job.gold_sql and job.gold_sql[:longest], job.columns, job.order)
+
+    def from_wire(self, message: list[Any]) -> Evaluation:
+        reason, *others = message
+        return Evaluation(SqlReason(reason), *others)
+
+    async def died(self, job: SqlJob, death: Death, judge: Callable[[SqlJob], Awaitable[Evaluation]]) -> Evaluation:
+        if death.cause is Cause.WALL:
+            late = f"{death.phase}: no answer within {self._limits.wall_s} s"
+            return Evaluation(SqlReason.INFRA_TIMEOUT, detail=late)
+        if death.cause is Cause.OTHER:
+            return Evaluation(SqlReason.SANDBOX_DIED, detail=f"{death.phase}: worker {death.status}")
+        spent = f"more than {self._limits.cpu_s} s of CPU time"
+        if death.phase == Phase.GOLD:
+            candidate = await judge(job._replace(gold_sql=None))
+            return candidate._replace(reason=SqlReason.GOLD_INVALID, detail=f"gold: {SqlReason.LIMIT_CPU}: {spent}")
+        verdict = Evaluation(SqlReason.LIMIT_CPU, exec_pass=False, exec_error=spent)
+        if job.gold_sql is None or job.gold_sql == job.sql:
+            return verdict
+        # What was known of gold died with the worker, and a broken gold comes first.
+        gold = await judge(job._replace(sql=job.gold_sql))
+        if gold.outcome == "error":
+            return verdict._replace(reason=gold.reason, detail=gold.detail)
+        return verdict._replace(gold_match=False, weak_gold=gold.weak_gold)
+
+
+class CopyError(Exception):
+    """A database can't be copied; the message names it and says why."""
+
+
+class PerturbedCopies:
+    """An async context manager over a temporary folder with `number` copies of each database that is asked for."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._made: dict[str, asyncio.Task[list[str]]] = {}
+        self._turn = asyncio.Semaphore(1)  # the cores are for the workers
+
+    async def __aenter__(self) -> Self:
+        self._folder = TemporaryDirectory(prefix="fastdistill-")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._made.values():
+            task.cancel()
+        await asyncio.gather(*self._made.values(), return_exceptions=True)
+        self._folder.cleanup()
+
+    async def of(self, path: str, sha256: str) -> list[str]:
+        """The copies of the database at `path`, by their seeds 0, 1, 2 ...; one content is copied once.
+
+        Raises:
+            CopyError: it can't be copied.
+        """
+        if sha256 not in self._made:
+            self._made[sha256] = asyncio.create_task(self._make(path, len(self._made)))
+        return await asyncio.shield(self._made[sha256])  # it is not for the one who was the first to ask
+
+    async def _make(self, path: str, number: int) -> list[str]:
+        copies = [str(Path(self._folder.name, f"{number}-{seed}.sqlite")) for seed in range(self._number)]
+        async with self._turn:
+            # A process that runs no query of a model.
+            process = await start_module(_PERTURB, path, *copies, stdin=DEVNULL, stderr=PIPE)
+            try:
+                _, said = await process.communicate()
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+        if process.returncode:
+            raise CopyError(f"database {path}: no perturbed copy: {said.decode(errors='replace').strip()[-500:]}")
+        return copies
 
 
 class SQLiteExecEval(Gate):
@@ -65,7 +159,7 @@ class SQLiteExecEval(Gate):
         return self
 
     def inputs(self) -> Sequence[Path]:
-        return () if self._template else (Path(self.db_path).expanduser(),)
+        return () if "{{" in self.db_path else (Path(self.db_path).expanduser(),)
 
     def inputs_for(self, sample: Sample) -> Sequence[Path]:
         return (Path(self._path(sample)),)
@@ -140,7 +234,8 @@ class SQLiteExecEval(Gate):
         return type(self)(**(self.model_dump() | {"require": "gold_match", "perturbations": copies}))
 
     def _path(self, sample: Sample) -> str:
-        return str(Path(render(self._template, sample)).expanduser()) if self._template else self._only_path
+        path = self.db_path
+        return _expanded(render(compile_template(path), sample) if "{{" in path else path)
 
     def _gold(self, sample: Sample) -> str | Verdict | None:
         """The gold query, None where none is wanted, or the verdict on a record that should have one."""
@@ -161,21 +256,10 @@ class SQLiteExecEval(Gate):
         elif self.require == "exec_pass" and seen.exec_pass is False and reason.outcome == "error":
             reason = SqlReason.SQL_ERROR
         shown: dict[str, Any] = {name: value for name, value in zip(_SHOWN, seen[1:], strict=True) if value is not None}
-        if not seen.tables:
-            del shown["tables"]
-        if not seen.near_limit:
-            del shown["near_limit"]
         return self.verdict(_OUTCOMES[reason], reason, **shown)
 
-    @cached_property
-    def _only_path(self) -> str:
-        return str(Path(self.db_path).expanduser())
 
-    @cached_property
-    def _template(self) -> Template | None:
-        return compile_template(self.db_path) if "{{" in self.db_path else None
-
-
+_PERTURB = "fastdistill.data.execution.sqlite_perturb"
 _SHOWN = Evaluation._fields[1:]  # all but the reason
 _OUTCOMES = {reason: Outcome(reason.outcome) for reason in SqlReason}
 
@@ -189,6 +273,11 @@ def _agreement(seen: Sequence[Evaluation]) -> tuple[SqlReason, dict[str, Any]]:
         return SqlReason.MISMATCH_PERTURBED, {"gold_match": False, "perturbed_match": False, "detail": detail}
     found: dict[str, Any] = {} if len(skipped) == len(seen) else {"perturbed_match": True}
     return SqlReason.MATCH, found | ({"perturbed_skipped": skipped} if skipped else {})
+
+
+@lru_cache(maxsize=1024)
+def _expanded(path: str) -> str:
+    return str(Path(path).expanduser())
 
 
 def _sha256(path: str) -> str | None:

@@ -2,7 +2,7 @@
 
 What bounds a query here is deterministic: an authorizer with an allow-list of functions, a budget of virtual-machine
 operations, caps on rows and bytes. It is not a sandbox: one long C call (`printf('%.*c', 2147483647, 'x')`) or a huge
-expression at compile time escapes all of these, so untrusted SQL belongs in `sqlite_pool`, whose worker processes add
+expression at compile time escapes all of these, so untrusted SQL belongs in `SqlitePool`, whose worker processes add
 limits on CPU time and memory.
 """
 

@@ -1,4 +1,4 @@
-"""Judges one SQL answer against one gold query; as a program (`python -m`), the worker process of `sqlite_pool`.
+"""Judges one SQL answer against one gold query; as a program (`python -m`), the worker process of `sqlite.SqlitePool`.
 
 It imports only the standard library, for it must start fast, and again after every kill. What its death means is for
 the pool to say. On the wire of `worker_process` a job is the fields of a `SqlJob`, a result those of an `Evaluation`,
@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 
 from fastdistill.data.execution.sql_equality import (
     Columns,
-    Comparison,
     break_ties,
     compare,
     signature,
@@ -71,10 +70,11 @@ class Evaluation(NamedTuple):
     row_count: int | None = None
     columns: int | None = None
     ops: int | None = None
-    tables: Sequence[str] = ()
+    tables: Sequence[str] | None = None
+    """None where the query refers to none."""
     weak_gold: bool = False
     """Gold returns no rows: many wrong queries match it."""
-    near_limit: bool = False
+    near_limit: Literal[True] | None = None
     """It took 80% or more of the budget of operations: another version of SQLite may judge it differently."""
 
     @property
@@ -107,7 +107,7 @@ class Evaluator:
 
     `enter` is told of each phase before it begins, and None where only code of our own runs from now on.
 
-    Deterministic budgets bind here as everywhere; for limits on CPU time and memory use `sqlite_pool.SqlitePool`.
+    Deterministic budgets bind here as everywhere; for limits on CPU time and memory use `sqlite.SqlitePool`.
     """
 
     def __init__(
@@ -168,8 +168,8 @@ class Evaluator:
             result_signature=signature(candidate, ordered=job.order == "strict"),
             row_count=len(candidate.rows),
             columns=candidate.width,
-            tables=candidate.tables,
-            near_limit=candidate.ops >= _NEAR_LIMIT * self._limits.ops,
+            tables=candidate.tables or None,
+            near_limit=True if candidate.ops >= _NEAR_LIMIT * self._limits.ops else None,
         )
 
     def _connect(self, db_path: str) -> GuardedConnection:
@@ -245,15 +245,7 @@ def _reason(candidate: QueryResult | QueryError, gold: _Gold | None, job: SqlJob
         cuts = range(1, len(gold.result.rows) + 1)
     elif job.order == "auto" and gold.ordered is not None:
         expected, cuts = gold.ordered, gold.cuts
-    return _REASONS[compare(expected, candidate, cuts=cuts, columns=job.columns)]
-
-
-_REASONS = {
-    Comparison.EQUAL: SqlReason.MATCH,
-    Comparison.DIFFERENT: SqlReason.MISMATCH,
-    Comparison.WIDTH: SqlReason.COLUMN_COUNT,
-    Comparison.UNDECIDED: SqlReason.COMPARE_BUDGET,
-}
+    return SqlReason(compare(expected, candidate, cuts=cuts, columns=job.columns))
 
 
 def main() -> None:

@@ -224,15 +224,7 @@ class _Lane(Generic[Job, Result]):
                 return self._process
             await self.stop()  # it died while idle
         what = f"{self._pool.what} worker"
-        starting = asyncio.ensure_future(
-            asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", self._pool.module, self._pool.arguments),
-                stdin=PIPE,
-                stdout=PIPE,
-                env=interpreter_environment(),
-                start_new_session=True,  # Ctrl-C in the terminal is not for it
-            )
-        )
+        starting = asyncio.create_task(start_module(self._pool.module, self._pool.arguments, stdin=PIPE, stdout=PIPE))
         try:
             process = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -264,10 +256,19 @@ class _Lane(Generic[Job, Result]):
         return found
 
 
-def interpreter_environment() -> dict[str, str]:
-    """All that a worker gets: no secret of ours, and what an interpreter needs to find the same modules."""
+async def start_module(
+    module: str, *arguments: str, stdin: int, stdout: int | None = None, stderr: int | None = None
+) -> Process:
+    """A program of ours in a process that gets no secret, and what an interpreter needs to find the same modules."""
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    return inherited | {"TZ": "UTC", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", module, *arguments),
+        env=inherited | {"TZ": "UTC", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,  # Ctrl-C in the terminal is not for it
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+    )
 
 
 _Pipe = TypeVar("_Pipe", asyncio.StreamReader, asyncio.StreamWriter)

@@ -5,8 +5,6 @@ cut by the pattern of Qwen2's tokenizer (llama.cpp's pre-tokenizer `qwen2`), so 
 same ids. Python's `re` has no \\p{N}: outside ASCII, letter-like numbers such as U+2460 are cut as letters.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise

@@ -3,8 +3,6 @@
 Choices join and leave the running batch at any step. Knows nothing of processes or pipes; `worker` does.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ The matrix products run over the rows of all sequences at once; attention runs s
 so nothing is padded, and what a sequence gets does not depend on which others run beside it (see `_BLOCK`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -74,10 +72,10 @@ class Cache:
     length: int = 0
 
     @classmethod
-    def empty(cls, shape: Architecture, capacity: int) -> Cache:
+    def empty(cls, shape: Architecture, capacity: int) -> "Cache":
         return cls(np.empty((shape.layers, 2, shape.kv_heads, capacity, shape.head_dim), np.float32))
 
-    def copy(self, capacity: int) -> Cache:
+    def copy(self, capacity: int) -> "Cache":
         """A cache of another capacity with the same contents."""
         *size, _, dim = self.both.shape
         twin = Cache(np.empty((*size, capacity, dim), np.float32), self.length)
@@ -126,7 +124,7 @@ class Decoder:
             cache.length += len(tokens)
         return multiply(self._norm(hidden), self._head)[: len(spans)]
 
-    def _split(self, layer: _Layer, projected: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+    def _split(self, layer: "_Layer", projected: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """The query (rows, heads, head_dim), scaled for the scores, and key and value (rows, kv_heads, head_dim)."""
         shape = self.shape
         parts = projected.reshape(len(projected), -1, shape.head_dim)
@@ -157,7 +155,7 @@ class _Layer:
     down: Array
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Array], prefix: str, shape: Architecture) -> _Layer:
+    def of(cls, tensors: Mapping[str, Array], prefix: str, shape: Architecture) -> "_Layer":
         def joined(*names: str) -> Array:
             return np.concatenate([tensors[f"{prefix}{name}.weight"] for name in names])
 

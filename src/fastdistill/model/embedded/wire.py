@@ -65,10 +65,8 @@ class Cancelled(msgspec.Struct):
 
 
 class Ready(msgspec.Struct):
-    ready: Literal[True]
     model: str
     context: int
-    slots: int
 
 
 class Result(msgspec.Struct, omit_defaults=True):

@@ -1,18 +1,15 @@
 """The embedded teacher as a process: requests on stdin, results on stdout, as `wire` says.
 
-    python -m fastdistill.model.embedded.worker [--model FOLDER] [--slots 32]
+    python -m fastdistill.model.embedded.worker [FOLDER]
 
 When stdin closes, the worker finishes what it has and exits; when stdout closes, it exits at once.
 """
-
-from __future__ import annotations
 
 import os
 
 # Two BLAS threads are slower than one at this size; numpy reads these when it is first imported.
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
-import argparse
 import queue
 import signal
 import sys
@@ -32,17 +29,12 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     """Serve until stdin closes."""
-    parser = argparse.ArgumentParser(description="Serve the embedded teacher over stdin and stdout.")
-    parser.add_argument("--model", type=Path, default=HERE, help="folder with weights.npz and model.json")
-    parser.add_argument("--slots", type=int, default=32, help="choices that run at a time")
-    arguments = parser.parse_args()
     # Ctrl-C reaches the whole process group; when to stop is for the one at the other end of the pipe to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    weights = load_weights(arguments.model)
-    model = f"embedded-{weights.sha256[:12]}"
+    weights = load_weights(Path(sys.argv[1]) if sys.argv[1:] else HERE)
     try:
-        _write(sys.stdout.buffer, Ready(True, model, weights.architecture.context, arguments.slots))
-        serve(Engine(weights, arguments.slots), sys.stdin.buffer, sys.stdout.buffer)
+        _write(sys.stdout.buffer, Ready(f"embedded-{weights.sha256[:12]}", weights.architecture.context))
+        serve(Engine(weights), sys.stdin.buffer, sys.stdout.buffer)
     except BrokenPipeError:
         # Nobody reads any more. The reading thread may hold stdin, and an ordinary exit would abort over that.
         os._exit(0)

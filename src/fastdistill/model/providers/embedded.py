@@ -143,7 +143,7 @@ class EmbeddedProvider(Provider):
             if self._process is None or self._process.returncode is not None:
                 await self.aclose()
                 command = [sys.executable, "-m", "fastdistill.model.embedded.worker"]
-                command += [] if self._config.path is None else ["--model", str(self._config.path)]
+                command += [] if self._config.path is None else [str(self._config.path)]
                 process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, limit=_LINE_LIMIT)
                 assert process.stdout is not None
                 if not (line := await process.stdout.readline()):
