@@ -162,14 +162,17 @@ class TextGeneration(SampleStep):
         """What came of each attempt, in their order."""
         ways = self._ways(sample)
         count = len(ways)
+        if count == 1 or len(attempts) == 1:  # as a rule; it needs no task of its own
+            prompt = self._prompt(model, sample, *ways[attempts[0] % count])
+            draws = self._draws(prompt, attempts)
+            drawn = await model.generate(prompt, draws)
+            return [*zip([prompt] * len(draws), draws, drawn, strict=True)]
         asked = []
         for at in {attempt % count: None for attempt in attempts}:
             prompt = self._prompt(model, sample, *ways[at])
             asked.append((prompt, self._draws(prompt, [a for a in attempts if a % count == at])))
-        if len(asked) == 1:  # as a rule; it needs no task of its own
-            answers = [await model.generate(*asked[0])]
-        else:  # what was paid for comes home, also where one of the prompts is refused for good
-            answers = await together(*(model.generate(*each) for each in asked))
+        # What was paid for comes home, also where one of the prompts is refused for good.
+        answers = await together(*(model.generate(*each) for each in asked))
         found = [
             (prompt, draw, answer)
             for (prompt, draws), drawn in zip(asked, answers, strict=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Self
@@ -100,6 +100,10 @@ class RuleFilter(Gate):
                 )
         if self.sql and (problem := sql_problem(answer)):
             return self._fail(RuleReason.UNPARSABLE_SQL, problem=problem)
+        return self._passed
+
+    @cached_property
+    def _passed(self) -> Verdict:
         return self.verdict(Outcome.PASS, RuleReason.OK)
 
     def _fail(self, reason: RuleReason, **detail: Any) -> Verdict:

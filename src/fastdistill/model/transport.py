@@ -285,12 +285,15 @@ def usage_of(prompt: Count, completion: Count, cached: Count = None, reasoning: 
     read, written = _whole(prompt), _whole(completion)
     if read is None or written is None:
         return Usage()
+    if not cached and not reasoning:
+        return Usage(read, written)
     return Usage(read, written, min(_whole(cached) or 0, read), _whole(reasoning) or 0)
 
 
 def _whole(count: Count) -> int | None:
-    count = count or 0
-    return int(count) if 0 <= count <= MOST_TOKENS and count == int(count) else None
+    if not count:
+        return 0
+    return int(count) if 0 < count <= MOST_TOKENS and count % 1 == 0 else None
 
 
 def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]:
