@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -22,10 +22,18 @@ def test_it_comes_within_a_twentieth_of_the_best_fixed_setting(slots: int, reque
     assert max(queues(slots).over_the_best(requests, seed) for seed in range(seeds)) < 1.05
 
 
-@pytest.mark.parametrize(("slots", "requests", "seeds"), [(8, 10_000, 3), (64, 10_000, 3), (512, 50_000, 1)])
-def test_it_follows_a_capacity_that_halves_and_then_doubles(slots: int, requests: int, seeds: int) -> None:
+@pytest.mark.parametrize(
+    ("slots", "requests", "seeds"),
+    [
+        (8, 10_000, range(3)),
+        (64, 10_000, range(3)),
+        (512, 10_000, (9, 12)),  # it doubles just as a trial of less begins
+        (512, 50_000, range(1)),
+    ],
+)
+def test_it_follows_a_capacity_that_halves_and_then_doubles(slots: int, requests: int, seeds: Sequence[int]) -> None:
     changing = Case("", slots, changes=True, fixed=(20 * slots,))
-    assert max(changing.over_the_best(requests, seed) for seed in range(seeds)) < 1.10
+    assert max(changing.over_the_best(requests, seed) for seed in seeds) < 1.10
 
 
 @pytest.mark.parametrize(
@@ -35,8 +43,9 @@ def test_it_follows_a_capacity_that_halves_and_then_doubles(slots: int, requests
         (lambda batch: 1 + batch / 128, 256, 1.1),
         (lambda batch: 1 + (batch / 32) ** 2, 100_000, 1.1),  # 32 at a time are best, 64 answer a fifth less
         (lambda batch: 1 + (batch / 128) ** 2, 100_000, 1.1),
+        (lambda batch: max(1, (batch / 64) ** 2), 100_000, 1.3),  # and what has been sent must come home
     ],
-    ids=["saturates at 32", "saturates at 128", "best at 32", "best at 128"],
+    ids=["saturates at 32", "saturates at 128", "best at 32", "best at 128", "collapses beyond 64"],
 )
 def test_where_answers_slow_down_as_the_batch_grows_it_finds_a_good_batch(
     slowed: Callable[[int], float], slots: int, within: float

@@ -4,7 +4,8 @@ Self-hosted servers queue instead of refusing, so 429 never comes: what shows to
 server's queue. By Little's law throughput times the latency without a queue is the number of slots at work. The limit
 grows with each answer, up to some times that number, while twice as many in flight bring clearly more answers. Then it
 rests where a queue of up to one and a half slots' worth keeps the slots busy. Now and then it tries more and less, and
-keeps what the throughput says: a batch that slows every answer down and still answers more in all is worth it.
+keeps what the throughput says: a batch that slows every answer down and still answers more in all is worth it. Where
+more in flight brought clearly less, it goes down for as long as that brings more.
 
 A 429 cuts the limit once for each burst: by a little, and deeper with each burst that follows at once. From there it
 halves the way to where the 429 came, and tries more with care.
@@ -28,6 +29,7 @@ GREW = 1.3  # times the answers a second, with twice as many in flight: less, tw
 SMALLEST_WINDOW = 24  # answers: of fewer, chance ends a ramp
 STEADY_WINDOW = 128  # answers, once the ramp is over: chance must not decide
 STEP = 1.5  # a trial is of so many times more, or less
+FELL = 0.85  # times the answers a second, with more in flight: the next trial is of less
 SPOILT = 0.1  # broken requests for each answer
 JUST_BELOW = 0.95  # the first cut; squared with each one that follows without a window of answers between
 NEAR = 0.98
@@ -81,6 +83,7 @@ class _Trial:
     capacity: int
     hopeful: float  # in half of the window, to go on
     enough: float  # to keep what was tried
+    astonishing: float = math.inf  # of so few in flight: the server itself has become faster
 
 
 class AdaptiveLimit(Limit):
@@ -107,6 +110,8 @@ class AdaptiveLimit(Limit):
         self._rest = 1  # windows between trials: more with each one that does not pay
         self._best = float("inf")  # seconds a token, without a queue as far as is known
         self._trial: _Trial | None = None
+        self._fell = False  # more in flight brought clearly less
+        self._peaked = False  # then less brought more: latency tells no slots
         self._last_cut = float("-inf")
         self._refused_at = float("inf")  # a capacity beyond which a 429 may come
         self._care = GROWTH  # how far beyond it the next trial may go
@@ -140,7 +145,7 @@ class AdaptiveLimit(Limit):
             if (
                 self._trial
                 and window.wanted < self._full
-                and window.tokens > self._trial.hopeful * (now - window.begun)
+                and self._trial.hopeful < window.tokens / (now - window.begun) < self._trial.astonishing
             ):
                 window.wanted = self._full
                 return
@@ -198,13 +203,17 @@ class AdaptiveLimit(Limit):
             pass
         elif self.capacity < NEAR * self._refused_at < math.inf and latency < CROWDED * self._best:
             self._change(self._reach())
-        elif latency < HEADROOM * self._best or self._quiet >= self._rest:
-            if self.capacity > CROWDED * HEADROOM * slots:
-                tried, pays = slots * CROWDED / HEADROOM, 0.9
+        elif (latency < HEADROOM * self._best and not self._peaked) or self._quiet >= self._rest:
+            pays, astonishing = 1.03, math.inf
+            if self._fell:
+                tried = self.capacity / HEADROOM
+            elif self.capacity > CROWDED * HEADROOM * slots:
+                tried, pays, astonishing = slots * CROWDED / HEADROOM, 0.9, STEP * throughput
             else:
-                tried = min(self.capacity * STEP, self._reach(), max(self._bearable(window, now), self.capacity))
+                known = trial.capacity if trial and throughput > trial.astonishing else self.capacity
+                tried = min(known * STEP, self._reach(), max(self._bearable(window, now), self.capacity))
                 pays = 1 + 0.12 * (tried / self.capacity - 1)
-            self._trial = _Trial(self.capacity, throughput * min(1, pays), throughput * pays)
+            self._trial = _Trial(self.capacity, throughput * min(1, pays), throughput * pays, astonishing)
             self._change(tried)
         self._quiet += 1
 
@@ -224,11 +233,13 @@ class AdaptiveLimit(Limit):
     def _judge(self, trial: _Trial, throughput: float) -> bool:
         """Keeps what was tried if more is clearly more, or less is as good."""
         if throughput > trial.enough:
+            self._peaked = self._fell
             self._quiet = self._rest = 1  # it paid: look further
             return True
         self._quiet, self._rest = 0, min(2 * self._rest, PROBE_EVERY)
-        if self.capacity < trial.capacity:
+        if self.capacity < trial.capacity and not self._fell:
             self._best *= CROWDED / HEADROOM  # it was not a queue that made the answers slow
+        self._fell = self.capacity > trial.capacity and throughput < FELL * trial.hopeful
         self._change(trial.capacity)
         return False
 
