@@ -193,6 +193,7 @@ class Batch:
     code: str = "invalid_request"  # of a failure
     breaks: Literal["before", "after"] | None = None
     unseen: int = 0  # looks at it that are answered 503
+    spoils: Callable[[list[str]], list[str]] = list  # what becomes of the lines of the answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -560,7 +561,7 @@ class OpenAIServer(Server):
             (output if response is not None and response["status_code"] == 200 else errors).append(result)
         batch.update(
             status=script.ends,
-            output_file_id=self._keep("\n".join(output).encode()) if output else None,
+            output_file_id=self._keep("\n".join(script.spoils(output)).encode()) if output else None,
             error_file_id=self._keep("\n".join(errors).encode()) if errors else None,
         )
 
