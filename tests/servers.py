@@ -516,6 +516,7 @@ class OpenAIServer(Server):
         script = self.options.batches.get(self.asked_for_batches, Batch())
         if script.breaks == "before":
             _abort(request)
+            return self.error(503, "nobody reads this")
         asked = json.loads(await request.read())
         batch = {
             "id": f"batch_{len(self.batches) + 1}",
