@@ -214,6 +214,7 @@ class OpenAIOptions(Options):
     unknown_model: Literal["404", "400", "any"] = "404"
     lists_models: bool = True
     batches: Mapping[int, Batch] = field(default_factory=dict)  # by number from 1
+    largest_file: int = 2**30  # bytes; a larger one is answered 413
     paths: Mapping[str, Any] = field(default_factory=dict)  # further GET paths and their text or JSON
     extra: Mapping[str, Any] = field(default_factory=dict)  # fields of every answer
 
@@ -503,6 +504,8 @@ class OpenAIServer(Server):
     # https://platform.openai.com/docs/api-reference/batch
 
     async def _upload(self, request: web.Request) -> web.Response:
+        if (request.content_length or 0) > self.options.largest_file:
+            return self.error(413, "Request Entity Too Large")
         form = await request.post()
         sent = form["file"]
         assert isinstance(sent, web.FileField) and form["purpose"] == "batch"

@@ -212,7 +212,7 @@ def test_an_expired_batch_keeps_its_answers_and_the_rest_is_asked_again(tmp_path
     assert lines(server) == [7, 3]
     expired = [result for result in results if isinstance(result, ProviderError)]
     assert [error.kind for error in expired] == [ErrorKind.OVERLOADED] * 3
-    assert "batch_1 is expired" in str(expired[0])
+    assert "batch_1 is expired, batch_expired: not executed" in str(expired[0])
 
 
 def test_a_batch_that_somebody_cancelled_stops_the_run_and_the_next_asks_for_the_rest(tmp_path: Path) -> None:
@@ -245,6 +245,12 @@ def test_a_batch_that_is_too_much_for_the_account_waits_for_another(tmp_path: Pa
     with openai_server(batches={1: full}) as server:
         [error] = ask(server, tmp_path, PROMPTS[:1])
     assert "lower `batch.size`" in str(error)
+
+
+def test_a_file_that_is_too_large_for_the_server_is_told_with_the_remedy(tmp_path: Path) -> None:
+    with openai_server(largest_file=1000) as server:
+        [error] = ask(server, tmp_path, [prompt("long " * 300)])
+    assert isinstance(error, TeacherError) and "lower `batch.size` (POST /files)" in str(error)
 
 
 def test_a_server_without_a_batch_api_is_one_clear_error(tmp_path: Path) -> None:

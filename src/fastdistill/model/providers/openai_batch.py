@@ -39,8 +39,8 @@ _ENDED = {"completed", "failed", "expired", "cancelled"}
 _LASTS = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.BAD_REQUEST, ErrorKind.TOO_LONG, ErrorKind.UNSUPPORTED}
 
 T = TypeVar("T")
-_Answers: TypeAlias = dict[str, Response]
-"""By custom id, each until it is asked for."""
+_Answers: TypeAlias = dict[str, Response | str]
+"""By custom id, each until it is asked for; words say why there is none."""
 _Lines: TypeAlias = "dict[str, list[tuple[_Batch, str]]]"
 """Batches and custom ids, by the digest of the request's body, the oldest first."""
 
@@ -123,7 +123,8 @@ class BatchProvider(OpenAIProvider):
             batch.waiting.append(asyncio.get_running_loop().create_future())
             await batch.waiting[-1]
         state, answers = batch.ended.result()
-        return answers.pop(custom_id, None) or self._unanswered(state)
+        answer = answers.pop(custom_id, "this request was not answered")
+        return self._unanswered(state, answer) if isinstance(answer, str) else answer
 
     async def _release(self, batch: _Batch, ended: asyncio.Future[Any]) -> None:
         """Wakes who waits for a batch a few at a time: together they would hold the loop."""
@@ -226,6 +227,8 @@ class BatchProvider(OpenAIProvider):
                 if line.response is not None:
                     response = Response(line.response.status_code, {}, bytes(line.response.body))
                     answers.setdefault(line.custom_id, response)
+                elif line.error is not None:
+                    answers.setdefault(line.custom_id, f"{line.error.code}: {line.error.message}")
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 garbled = error if text.strip() else garbled
             if at % AT_ONCE == 0:
@@ -235,8 +238,8 @@ class BatchProvider(OpenAIProvider):
             raise ProviderError(ErrorKind.GARBLED, what) from garbled
         return answers
 
-    def _unanswered(self, state: "_State") -> Exception:
-        words = f"{self._where}: batch {state.id} is {state.status}, this request was not answered"
+    def _unanswered(self, state: "_State", why: str) -> Exception:
+        words = f"{self._where}: batch {state.id} is {state.status}, {why}"
         if state.status == "cancelled":
             return TeacherError(f"{words}; run again to ask for what is missing in a new batch")
         return ProviderError(ErrorKind.OVERLOADED, words)
@@ -341,6 +344,9 @@ class BatchProvider(OpenAIProvider):
         """What the server answers; `sent` are a body and its content type, as `_request` takes them."""
         response = await self._request(method, self._config.url + path, *sent)
         place = f"{method} {path.partition('?')[0]}"
+        if response.status == 413:
+            what = f"{self._where}: 413: the file is too large; lower `batch.size` ({place})"
+            raise ProviderError(ErrorKind.BAD_REQUEST, what, status=413)
         if not 200 <= response.status < 300:
             error = self._error(response.status, response, {})
             raise ProviderError(error.kind, f"{error} ({place})", status=error.status, retry_after=error.retry_after)
@@ -380,7 +386,7 @@ class _State(Struct):
     output_file_id: str | None = None
     error_file_id: str | None = None
     errors: _Problems | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
 
     @property
     def problems(self) -> list[_Problem]:
@@ -400,6 +406,7 @@ class _Reply(Struct):
 class _Line(Struct):
     custom_id: str
     response: _Reply | None = None
+    error: _Problem | None = None
 
 
 _decode_file = msgspec.json.Decoder(_File).decode
