@@ -22,7 +22,7 @@ from fastdistill.core.errors import EnvironmentFault, ExitCode, FatalError, NotA
 from fastdistill.core.types import Completion, Prompt
 from fastdistill.model.provider import ErrorKind, ProviderError
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
-from fastdistill.model.providers.openai_batch import BatchProvider
+from fastdistill.model.providers.openai_batch import AT_ONCE, BatchProvider
 from tests.servers import Batch, Call, OpenAIServer, Server, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
@@ -290,6 +290,31 @@ def test_answers_that_can_not_be_read_are_left_for_the_next_run(tmp_path: Path, 
         answers = ask(server, tmp_path, seed=seed)
     assert all(isinstance(answer, list) for answer in answers)
     assert lines(server) == [7]
+
+
+def test_answers_of_a_batch_leave_the_event_loop_to_others_in_between(tmp_path: Path) -> None:
+    turns, ends = 0, []
+
+    async def among_others(provider: BatchProvider, brake: Brake) -> list[Result]:
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        async def ask_one(each: Prompt) -> list[Completion]:
+            answer = await provider.complete(each, seed=7, n=1)
+            ends.append(turns)
+            return answer
+
+        other = asyncio.create_task(take_turns())
+        results = await asyncio.gather(*(ask_one(prompt(f"question {number}")) for number in range(160)))
+        other.cancel()
+        return [*results]
+
+    with openai_server() as server:
+        talk(server, tmp_path, among_others, size=160)
+    assert max(ends.count(turn) for turn in ends) <= AT_ONCE
 
 
 # --- nothing is paid for twice ---
