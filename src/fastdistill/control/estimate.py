@@ -138,8 +138,9 @@ def estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> Estimate:
     times = {name: time(name) for name, told in timing["models"].items() if told["answers_paid"]}
     slowest = max(times or timing["models"], key=lambda name: times[name].estimate if times else 0)
     prices = {name: config.price for name, config in pipeline.models.items() if config.price is not None}
-    asked = {name for bill in bills for name, _ in bill if not pipeline.models[name].recorded}
-    tell = asked <= {name for bill in bills for name, usage in bill if usage != Usage()}
+    asked = {name for bill in bills for name, _ in bill}
+    telling = {name for bill in bills for name, usage in bill if usage != Usage() or pipeline.models[name].recorded}
+    tell, priced = asked <= telling, asked <= prices.keys()
     return Estimate(
         samples=few.seen,
         drawn=len(drawn),
@@ -148,7 +149,7 @@ def estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> Estimate:
         completion_tokens=total(lambda _, usage: usage.completion_tokens) if tell else None,
         accepted=Total(*(min(count, target) for count in astuple(project_share(accepted, len(drawn), few.seen)))),
         seconds=times.get(slowest),
-        cost_usd=total(lambda name, usage: prices[name].cost(usage)) if tell and asked <= prices.keys() else None,
+        cost_usd=total(lambda name, usage: prices[name].cost(usage)) if tell and priced else None,
     )
 
 
