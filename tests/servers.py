@@ -193,6 +193,7 @@ class Batch:
     code: str = "invalid_request"  # of a failure
     breaks: Literal["before", "after"] | None = None
     unseen: int = 0  # looks at it that are answered 503
+    spoils: Callable[[list[str]], list[str]] = list  # what becomes of the lines of the answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +214,7 @@ class OpenAIOptions(Options):
     unknown_model: Literal["404", "400", "any"] = "404"
     lists_models: bool = True
     batches: Mapping[int, Batch] = field(default_factory=dict)  # by number from 1
+    largest_file: int = 2**30  # bytes; a larger one is answered 413
     paths: Mapping[str, Any] = field(default_factory=dict)  # further GET paths and their text or JSON
     extra: Mapping[str, Any] = field(default_factory=dict)  # fields of every answer
 
@@ -502,6 +504,8 @@ class OpenAIServer(Server):
     # https://platform.openai.com/docs/api-reference/batch
 
     async def _upload(self, request: web.Request) -> web.Response:
+        if (request.content_length or 0) > self.options.largest_file:
+            return self.error(413, "Request Entity Too Large")
         form = await request.post()
         sent = form["file"]
         assert isinstance(sent, web.FileField) and form["purpose"] == "batch"
@@ -515,6 +519,7 @@ class OpenAIServer(Server):
         script = self.options.batches.get(self.asked_for_batches, Batch())
         if script.breaks == "before":
             _abort(request)
+            return self.error(503, "nobody reads this")
         asked = json.loads(await request.read())
         batch = {
             "id": f"batch_{len(self.batches) + 1}",
@@ -560,7 +565,7 @@ class OpenAIServer(Server):
             (output if response is not None and response["status_code"] == 200 else errors).append(result)
         batch.update(
             status=script.ends,
-            output_file_id=self._keep("\n".join(output).encode()) if output else None,
+            output_file_id=self._keep("\n".join(script.spoils(output)).encode()) if output else None,
             error_file_id=self._keep("\n".join(errors).encode()) if errors else None,
         )
 

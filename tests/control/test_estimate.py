@@ -12,7 +12,7 @@ from fastdistill.control.config import parse_pipeline
 from fastdistill.control.estimate import estimate
 from fastdistill.core.errors import InputError
 from fastdistill.core.stats import project_mean, project_needed, project_share, student95
-from tests.servers import choose, openai_server
+from tests.servers import Batch, choose, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
 
@@ -86,6 +86,7 @@ def test_an_estimate_probes_through_the_gates_and_the_run_does_not_pay_again(tmp
         assert asked == len(RECORDS)
     tokens = result.quality["tokens"]
     # The interval is wide, and the world is scripted: it holds the truth here, or one of the two is broken.
+    assert found.prompt_tokens and found.completion_tokens
     assert found.prompt_tokens.low <= tokens["prompt"] <= found.prompt_tokens.high
     assert found.completion_tokens.low <= tokens["completion"] <= found.completion_tokens.high
     assert found.accepted.low <= result.quality["samples"]["accepted"] <= found.accepted.high
@@ -111,6 +112,37 @@ def test_nothing_to_draw_from_is_told(tmp_path: Path) -> None:
         pipeline = parse_pipeline(config(server.url, records, make_database(tmp_path)))
         with pytest.raises(InputError, match="two samples"):
             estimate(pipeline, tmp_path / "artifacts", 10)
+
+
+def test_why_no_teacher_answered_is_told(tmp_path: Path) -> None:
+    faults = {"Question": status(400, "no such grammar", times=None)}
+    with openai_server(choose(ANSWERS), faults=faults) as server, pytest.raises(InputError, match="no such grammar"):
+        estimate(parse_pipeline(plan(tmp_path, server.url)), tmp_path / "artifacts", 10)
+
+
+def test_what_a_server_does_not_tell_is_not_projected_as_nothing(tmp_path: Path) -> None:
+    with openai_server(choose(ANSWERS), usage_of="none") as server:
+        pipeline = parse_pipeline(plan(tmp_path, server.url, price={"prompt": 1.0, "completion": 2.0}))
+        found = estimate(pipeline, tmp_path / "artifacts", 10)
+    assert found.prompt_tokens is found.completion_tokens is found.cost_usd is None
+    assert found.accepted.estimate > 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"), [({"requests_per_minute": 600}, 6), ({"tokens_per_minute": 18_000}, 28 * 60 / 300)]
+)
+def test_limits_a_minute_are_part_of_the_time(tmp_path: Path, limit: dict[str, int], seconds: float) -> None:
+    with openai_server(choose(ANSWERS)) as server:
+        found = estimate(parse_pipeline(plan(tmp_path, server.url, **limit)), tmp_path / "artifacts", 10)
+    assert found.seconds is not None and found.seconds.estimate >= seconds
+
+
+def test_a_batch_takes_its_time_however_few_are_in_it(tmp_path: Path) -> None:
+    batch = {"poll_s": 0.05, "quiet_s": 0.2}
+    with openai_server(choose(ANSWERS), batches={1: Batch(seconds=1)}) as server:
+        made = plan(tmp_path, server.url, provider="openai", batch=batch, max_concurrency=None)
+        found = estimate(parse_pipeline(made | {"target": {"accepted": 2}}), tmp_path / "artifacts", 10)
+    assert found.seconds is not None and found.seconds.low >= 1
 
 
 def judged(folder: Path, url: str, judge_url: str, **judge: Any) -> dict[str, Any]:
@@ -146,7 +178,7 @@ def test_what_judges_are_asked_is_part_of_an_estimate_whether_stored_or_not(
     assert first.cost_usd is not None
     assert first.cost_usd.low <= sum(model["cost_usd"] for model in models.values()) <= first.cost_usd.high
     for kind, found in (("prompt_tokens", first.prompt_tokens), ("completion_tokens", first.completion_tokens)):
-        assert found.low <= sum(model[kind] for model in models.values()) <= found.high
+        assert found and found.low <= sum(model[kind] for model in models.values()) <= found.high
 
 
 def test_records_that_fail_are_not_projected_as_if_they_were_answered(tmp_path: Path) -> None:
@@ -164,6 +196,7 @@ def test_records_that_fail_are_not_projected_as_if_they_were_answered(tmp_path: 
     assert result.quality["samples"]["failed"] == len(RECORDS) // 2
     assert found.drawn == 30 and found.accepted.high < len(RECORDS)
     assert found.accepted.low <= result.quality["samples"]["accepted"] <= found.accepted.high
+    assert found.prompt_tokens
     assert found.prompt_tokens.low <= result.quality["tokens"]["prompt"] <= found.prompt_tokens.high
 
 
@@ -178,6 +211,7 @@ def test_with_a_target_only_what_it_needs_is_projected(tmp_path: Path) -> None:
     assert replace(beyond, seconds=whole.seconds) == whole
     assert (found.accepted.low, found.accepted.estimate, found.accepted.high) == (7, 7, 7)
     tokens = result.quality["tokens"]
+    assert found.prompt_tokens and found.completion_tokens and whole.prompt_tokens
     assert found.prompt_tokens.low <= tokens["prompt"] <= found.prompt_tokens.high < whole.prompt_tokens.low
     assert found.completion_tokens.low <= tokens["completion"] <= found.completion_tokens.high
     assert found.cost_usd is not None and whole.cost_usd is not None and found.cost_usd.high < whole.cost_usd.low

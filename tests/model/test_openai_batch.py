@@ -18,11 +18,11 @@ from pydantic import ValidationError
 
 from fastdistill.control.config import parse_pipeline
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import FatalError, NotAsked, TeacherError
+from fastdistill.core.errors import EnvironmentFault, ExitCode, FatalError, NotAsked, TeacherError
 from fastdistill.core.types import Completion, Prompt
 from fastdistill.model.provider import ErrorKind, ProviderError
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
-from fastdistill.model.providers.openai_batch import BatchProvider
+from fastdistill.model.providers.openai_batch import AT_ONCE, BatchProvider
 from tests.servers import Batch, Call, OpenAIServer, Server, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
@@ -212,7 +212,7 @@ def test_an_expired_batch_keeps_its_answers_and_the_rest_is_asked_again(tmp_path
     assert lines(server) == [7, 3]
     expired = [result for result in results if isinstance(result, ProviderError)]
     assert [error.kind for error in expired] == [ErrorKind.OVERLOADED] * 3
-    assert "batch_1 is expired" in str(expired[0])
+    assert "batch_1 is expired, batch_expired: not executed" in str(expired[0])
 
 
 def test_a_batch_that_somebody_cancelled_stops_the_run_and_the_next_asks_for_the_rest(tmp_path: Path) -> None:
@@ -247,6 +247,12 @@ def test_a_batch_that_is_too_much_for_the_account_waits_for_another(tmp_path: Pa
     assert "lower `batch.size`" in str(error)
 
 
+def test_a_file_that_is_too_large_for_the_server_is_told_with_the_remedy(tmp_path: Path) -> None:
+    with openai_server(largest_file=1000) as server:
+        [error] = ask(server, tmp_path, [prompt("long " * 300)])
+    assert isinstance(error, TeacherError) and "lower `batch.size` (POST /files)" in str(error)
+
+
 def test_a_server_without_a_batch_api_is_one_clear_error(tmp_path: Path) -> None:
     with openai_server() as server:
         [error] = talk(
@@ -254,6 +260,61 @@ def test_a_server_without_a_batch_api_is_one_clear_error(tmp_path: Path) -> None
         )
     assert isinstance(error, TeacherError)
     assert "404" in str(error) and "POST /files" in str(error)
+
+
+def test_lines_come_in_any_order_and_one_that_is_spoilt_costs_no_other(tmp_path: Path) -> None:
+    def spoil(output: list[str]) -> list[str]:
+        unknown = json.dumps(json.loads(output[0]) | {"custom_id": "nobody's"})
+        again = json.dumps(json.loads(output[0]) | {"response": {"status_code": 500, "body": {}}})
+        return [output[3][:40], unknown, "", *output[4:][::-1], output[0], again, "null", output[1]]
+
+    with openai_server(batches={1: Batch(spoils=spoil)}) as server:
+        answers = ask(server, tmp_path)
+        plain = unbatched(server)
+    assert texts(answers[:2] + answers[4:]) == plain[:2] + plain[4:]
+    assert [error.kind for error in answers[2:4] if isinstance(error, ProviderError)] == [ErrorKind.OVERLOADED] * 2
+
+
+@pytest.mark.parametrize("seed", [7, None])
+def test_answers_that_can_not_be_read_are_left_for_the_next_run(tmp_path: Path, seed: int | None) -> None:
+    whole: list[list[str]] = []
+
+    def spoil(output: list[str]) -> list[str]:
+        whole.append(output)
+        return ["<html>", "sign in</html>"]
+
+    with openai_server(batches={1: Batch(spoils=spoil)}) as server:
+        results = ask(server, tmp_path, seed=seed, max_retries=1)
+        assert all(isinstance(result, TeacherError) and "/content should bring" in str(result) for result in results)
+        server.files[server.batches[0]["output_file_id"]] = "\n".join(whole[0]).encode()
+        answers = ask(server, tmp_path, seed=seed)
+    assert all(isinstance(answer, list) for answer in answers)
+    assert lines(server) == [7]
+
+
+def test_answers_of_a_batch_leave_the_event_loop_to_others_in_between(tmp_path: Path) -> None:
+    turns, ends = 0, []
+
+    async def among_others(provider: BatchProvider, brake: Brake) -> list[Result]:
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        async def ask_one(each: Prompt) -> list[Completion]:
+            answer = await provider.complete(each, seed=7, n=1)
+            ends.append(turns)
+            return answer
+
+        other = asyncio.create_task(take_turns())
+        results = await asyncio.gather(*(ask_one(prompt(f"question {number}")) for number in range(160)))
+        other.cancel()
+        return [*results]
+
+    with openai_server() as server:
+        talk(server, tmp_path, among_others, size=160)
+    assert max(ends.count(turn) for turn in ends) <= AT_ONCE
 
 
 # --- nothing is paid for twice ---
@@ -284,6 +345,23 @@ def test_a_run_that_died_while_making_a_batch_is_followed_by_one_that_looks_for_
         assert texts(answers) == unbatched(server)
     assert {type(result) for result in results} == {TeacherError}
     assert sorted(lines(server)) == [1, 1, 1, 1, 7]
+
+
+def test_a_batch_that_is_not_made_yet_stays_on_record_whoever_looks(tmp_path: Path) -> None:
+    with openai_server(batches={1: Batch(breaks="before")}) as server:
+        ask(server, tmp_path, max_retries=0)
+        records = list(tmp_path.rglob("*.json"))
+        ask(server, tmp_path, [prompt("another model's")])  # which shares the folder, and may make batches meanwhile
+    assert len(records) == 1 and records[0].exists()
+
+
+def test_a_record_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "batches").mkdir()
+    (tmp_path / "batches" / "17.json").write_text("{")
+    with openai_server() as server:
+        [error] = ask(server, tmp_path, PROMPTS[:1])
+    assert isinstance(error, EnvironmentFault)
+    assert "17.json is no record of a batch" in str(error) and "remove it" in str(error)
 
 
 def leave(server: Server, folder: Path, prompts: Sequence[Prompt] = PROMPTS, seed: int | None = 7) -> None:
@@ -440,3 +518,14 @@ def test_a_run_that_is_killed_and_interrupted_pays_for_one_batch(tmp_path: Path,
     assert data_set(tmp_path / "out") == undisturbed
     assert lines(server) == [3 * len(RECORDS)]
     assert server.counters.requests == 3 * len(RECORDS)
+
+
+def test_a_run_whose_time_is_up_leaves_its_batch_to_the_next(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    with openai_server(teacher, batches={1: Batch(seconds=6)}) as server:
+        made = pipeline(tmp_path, server)
+        late = parse_pipeline(made | {"budget": {"max_wall_s": 2}}).run(output_dir=tmp_path / "out")
+        assert late.exit_code == ExitCode.BUDGET
+        assert server.batches[0]["status"] == "in_progress"
+        parse_pipeline(made).run(output_dir=tmp_path / "out")
+    assert data_set(tmp_path / "out") == undisturbed
+    assert lines(server) == [3 * len(RECORDS)]

@@ -37,9 +37,12 @@ class Budget(ModelBudget):
 
     def exceeded(self, meters: Sequence[Meter], tokens: int, dollars: float, begun: float) -> str | None:
         """As `spent`, or that the time is up. `begun` is when the run began, by `perf_counter`."""
-        if self.max_wall_s is not None and perf_counter() - begun >= self.max_wall_s:
+        if self.late(begun):
             return f"budget.max_wall_s: {self.max_wall_s:g} s have passed"
         return self.spent(meters, tokens, dollars)
+
+    def late(self, begun: float) -> bool:
+        return self.max_wall_s is not None and perf_counter() - begun >= self.max_wall_s
 
 
 class Progress:

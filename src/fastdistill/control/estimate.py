@@ -5,8 +5,10 @@ The answers are stored like any others, so the run itself will not pay for them 
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from hashlib import sha256
+from math import inf
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,14 +62,15 @@ class Estimate:
     """Projections with 95% intervals, for all samples, or for those that a run with a target needs.
 
     `seconds` supposes that requests go on to take as long, with `concurrency` in flight at the model that takes the
-    longest; None if every answer was stored already. `cost_usd` is None without prices.
+    longest, or as fast as its limits a minute allow; None if every answer was stored already. `cost_usd` is None
+    without prices. So are it and the tokens where a server does not tell them.
     """
 
     samples: int
     drawn: int
     concurrency: int
-    prompt_tokens: Total
-    completion_tokens: Total
+    prompt_tokens: Total | None
+    completion_tokens: Total | None
     accepted: Total
     seconds: Total | None
     cost_usd: Total | None
@@ -101,49 +104,52 @@ def estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> Estimate:
     # One that failed would fail in the run too; of one that a budget left out nothing is known.
     drawn = [sample for sample in samples if sample.index in few.bills and sample.status is not Status.SKIPPED]
     if sum(bool(sample.candidates) for sample in drawn) < 2:
-        raise InputError("an estimate needs two samples at least that a teacher answered")
+        why = next((f"; like: {failure.message}" for sample in samples for failure in sample.failures), "")
+        raise InputError(f"an estimate needs two samples at least that a teacher answered{why}")
     bills = [few.bills[sample.index].values() for sample in drawn]
+    accepted = sum(sample.status is Status.OPEN and bool(sample.accepted) for sample in drawn)
+    target = pipeline.target.accepted if pipeline.target else few.seen
+    needed = astuple(project_needed(target, accepted, len(drawn), few.seen)) if pipeline.target else (few.seen,) * 3
 
-    def total(of: Callable[[str, Usage], float]) -> Total:
-        return project_mean([sum(of(*asked) for asked in bill) for bill in bills], few.seen)
+    def total(of: Callable[[str, Usage], float], least: float = 0.0) -> Total:
+        found = project_mean([sum(of(*asked) for asked in bill) for bill in bills], few.seen)
+        parts = zip(astuple(found), needed, strict=True)
+        return Total(*(max(least, amount * part / few.seen) for amount, part in parts))
 
     def time(model: str) -> Total:
         # By tokens, for these are known of each answer: together they take as long as the answers did on average.
-        told = timing["models"][model]
+        told, limits = timing["models"][model], pipeline.models[model]
         weights = [_weight(usage) for bill in bills for name, usage in bill if name == model]
         per_weight = told["busy"]["total_s"] / told["answers_paid"] * len(weights) / max(1, sum(weights))
-        return total(lambda name, usage: _weight(usage) * per_weight / told["concurrency"] if name == model else 0.0)
+        spacing = 60 / (limits.requests_per_minute or inf) * told["requests"] / told["answers_paid"]
+        per_token = 60 / (limits.tokens_per_minute or inf)
+        spans: list[Callable[[Usage], float]] = [
+            lambda usage: _weight(usage) * per_weight / told["concurrency"],
+            lambda usage: spacing,
+            lambda usage: per_token * (usage.prompt_tokens + usage.completion_tokens),
+        ]
+        least = told["busy"]["total_s"] / told["requests"]  # a batch takes its time, however few are in it
+
+        def seconds(span: Callable[[Usage], float]) -> Total:
+            return total(lambda name, usage: span(usage) if name == model else 0.0, least)
+
+        return max(map(seconds, spans), key=attrgetter("estimate"))
 
     times = {name: time(name) for name, told in timing["models"].items() if told["answers_paid"]}
     slowest = max(times or timing["models"], key=lambda name: times[name].estimate if times else 0)
     prices = {name: config.price for name, config in pipeline.models.items() if config.price is not None}
-    priced = prices.keys() == pipeline.models.keys()
-    accepted = sum(sample.status is Status.OPEN and bool(sample.accepted) for sample in drawn)
-    found = Estimate(
+    asked = {name for bill in bills for name, _ in bill}
+    telling = {name for bill in bills for name, usage in bill if usage != Usage() or pipeline.models[name].recorded}
+    tell, priced = asked <= telling, asked <= prices.keys()
+    return Estimate(
         samples=few.seen,
         drawn=len(drawn),
         concurrency=timing["models"][slowest]["concurrency"],
-        prompt_tokens=total(lambda _, usage: usage.prompt_tokens),
-        completion_tokens=total(lambda _, usage: usage.completion_tokens),
-        accepted=project_share(accepted, len(drawn), few.seen),
+        prompt_tokens=total(lambda _, usage: usage.prompt_tokens) if tell else None,
+        completion_tokens=total(lambda _, usage: usage.completion_tokens) if tell else None,
+        accepted=Total(*(min(count, target) for count in astuple(project_share(accepted, len(drawn), few.seen)))),
         seconds=times.get(slowest),
-        cost_usd=total(lambda name, usage: prices[name].cost(usage)) if priced else None,
-    )
-    if pipeline.target is None:
-        return found
-    target = pipeline.target.accepted
-    shares = [needed / few.seen for needed in astuple(project_needed(target, accepted, len(drawn), few.seen))]
-
-    def share(all_of_it: Total) -> Total:
-        return Total(*(amount * part for amount, part in zip(astuple(all_of_it), shares, strict=True)))
-
-    return replace(
-        found,
-        prompt_tokens=share(found.prompt_tokens),
-        completion_tokens=share(found.completion_tokens),
-        accepted=Total(*(min(count, target) for count in astuple(found.accepted))),
-        seconds=found.seconds and share(found.seconds),
-        cost_usd=found.cost_usd and share(found.cost_usd),
+        cost_usd=total(lambda name, usage: prices[name].cost(usage)) if tell and priced else None,
     )
 
 

@@ -13,7 +13,7 @@ from fastdistill.control.budget import Budget, Enough, Progress, Target, first_a
 from fastdistill.control.ledger import Ledger
 from fastdistill.control.seen import Seen
 from fastdistill.control.tally import Tally
-from fastdistill.core.errors import BudgetSpent, ExitCode, FatalError, NotAsked, TooManyErrors
+from fastdistill.core.errors import BudgetSpent, ExitCode, FatalError, NotAsked, TimeUp, TooManyErrors
 from fastdistill.core.stats import Histogram
 from fastdistill.core.step import KeyIndex, Step
 from fastdistill.core.timing import StepTime
@@ -117,7 +117,7 @@ class ActiveRun:
         if self.enough is None and (reason := self._budget.exceeded(meters, tokens, dollars, self.begun)):
             self._end(Enough(reason, ExitCode.BUDGET))
         if self.enough is not None:
-            raise NotAsked("not_asked", self.enough.message)
+            raise (TimeUp if self._budget.late(self.begun) else NotAsked)("not_asked", self.enough.message)
         return self._budget.taken(meters, tokens, dollars)
 
     def exhausted(self) -> Enough | None:

@@ -54,13 +54,13 @@ def show_estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> None:
     found = estimate(pipeline, output_dir, n)
     until = f", up to the target of {pipeline.target.accepted:,} accepted" if pipeline.target else ""
     say(f"projected from {found.drawn} of {found.samples:,} samples, drawn at random{until}")
-    stored = "all answers were stored"
+    stored, untold = "all answers were stored", "a server does not tell"
     rows: list[tuple[str, Total | None, Callable[[float], str], str]] = [
-        ("prompt tokens", found.prompt_tokens, "{:,.0f}".format, ""),
-        ("completion tokens", found.completion_tokens, "{:,.0f}".format, ""),
+        ("prompt tokens", found.prompt_tokens, "{:,.0f}".format, untold),
+        ("completion tokens", found.completion_tokens, "{:,.0f}".format, untold),
         ("accepted samples", found.accepted, "{:,.0f}".format, ""),
         (f"time, {found.concurrency} requests in flight", found.seconds, clock, stored),
-        ("cost", found.cost_usd, dollars, "no price"),
+        ("cost", found.cost_usd, dollars, "no price" if found.prompt_tokens else untold),
     ]
     show_table(
         ("", "estimate", "95% interval"),

@@ -88,6 +88,10 @@ class NotAsked(SampleError):
     """A sample is left out because the run has enough, or may spend no more: nothing is wrong with it."""
 
 
+class TimeUp(NotAsked):
+    """As `NotAsked`, and what is left where a later run finds it is not waited for."""
+
+
 class BudgetSpent(NotAsked):
     """A model's own budget is used up: nothing more is asked of it, and the run goes on."""
 

@@ -46,7 +46,7 @@ class Brake(Protocol):
         """Whether a request of up to so many tokens and dollars must wait for what those in flight turn out to cost.
 
         Raises:
-            NotAsked: the run has enough, or the request would exceed its budget in any case.
+            NotAsked: the run has enough, or the request would exceed its budget in any case; TimeUp: too late.
             FatalError: the run must stop.
         """
         ...

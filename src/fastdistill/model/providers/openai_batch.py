@@ -6,8 +6,8 @@ with those batches, so none is paid for twice. Wire: https://platform.openai.com
 """
 
 import asyncio
+import io
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from fastdistill.core.canonical import digest
-from fastdistill.core.errors import FatalError, NotAsked, TeacherError
+from fastdistill.core.errors import EnvironmentFault, FatalError, NotAsked, TeacherError, TimeUp
 from fastdistill.core.files import atomic
 from fastdistill.model.client import Brake
 from fastdistill.model.provider import ErrorKind, ProviderError
@@ -28,8 +28,10 @@ from fastdistill.model.transport import Response, transport_for
 
 LARGEST = 100 * 10**6  # bytes of one batch: half of what OpenAI takes
 KEPT = 30 * 86_400 * 10**9  # nanoseconds; OpenAI deletes the answers of a batch after 30 days
+KEPT_UNMADE = 86_400 * 10**9  # nanoseconds; nobody tries for so long to make a batch
 CLOCKS_DIFFER = 3600  # seconds, at most, between the server's clock and ours
 SLOWEST = 10  # times `poll_s`
+AT_ONCE = 16  # answers, between two turns of the event loop
 
 _ENDPOINT = "/v1/chat/completions"
 _ENDED = {"completed", "failed", "expired", "cancelled"}
@@ -37,8 +39,8 @@ _ENDED = {"completed", "failed", "expired", "cancelled"}
 _LASTS = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.BAD_REQUEST, ErrorKind.TOO_LONG, ErrorKind.UNSUPPORTED}
 
 T = TypeVar("T")
-_Answers: TypeAlias = dict[str, Response | Exception]
-"""By custom id, each until it is asked for."""
+_Answers: TypeAlias = dict[str, Response | str]
+"""By custom id, each until it is asked for; words say why there is none."""
 _Lines: TypeAlias = "dict[str, list[tuple[_Batch, str]]]"
 """Batches and custom ids, by the digest of the request's body, the oldest first."""
 
@@ -53,14 +55,15 @@ class _Batch:
     was_read: bool = False  # by an earlier run, which may have stored any of its answers
     lines: list[bytes] = field(default_factory=list)  # what is to be uploaded
     size: int = 0  # bytes of them
-    answers: "asyncio.Task[_Answers] | None" = None
+    ended: "asyncio.Task[tuple[_State, _Answers]] | None" = None
+    waiting: list[asyncio.Future[None]] = field(default_factory=list)  # until there are answers
 
 
 class BatchProvider(OpenAIProvider):
     """Implements `Provider`; a request returns when its batch has ended, and a request that failed joins the next.
 
     What keeps a whole batch from being answered is a FatalError: the records stay, and the next run goes on. It also
-    ends the wait when the run winds down for a reason other than having enough.
+    ends the wait when the run's time is up, or when it winds down for a reason other than having enough.
     """
 
     def __init__(self, config: OpenAIConfig, options: BatchOptions, records: Path, brake: Brake) -> None:
@@ -113,9 +116,24 @@ class BatchProvider(OpenAIProvider):
         return batch, custom_id
 
     async def _answer(self, batch: _Batch, custom_id: str) -> Response | Exception:
-        if batch.answers is None:
-            batch.answers = self._start(self._carry(batch))
-        return (await asyncio.shield(batch.answers)).pop(custom_id)
+        if batch.ended is None:
+            batch.ended = self._start(self._carry(batch))
+            self._start(self._release(batch, batch.ended))
+        if not batch.ended.done():
+            batch.waiting.append(asyncio.get_running_loop().create_future())
+            await batch.waiting[-1]
+        state, answers = batch.ended.result()
+        answer = answers.pop(custom_id, "this request was not answered")
+        return self._unanswered(state, answer) if isinstance(answer, str) else answer
+
+    async def _release(self, batch: _Batch, ended: asyncio.Future[Any]) -> None:
+        """Wakes who waits for a batch a few at a time: together they would hold the loop."""
+        await asyncio.wait([ended])
+        for at, waiting in enumerate(batch.waiting):
+            if not waiting.done():
+                waiting.set_result(None)
+            if at % AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
@@ -124,7 +142,7 @@ class BatchProvider(OpenAIProvider):
 
     # --- one batch, from its first request to its answers ---
 
-    async def _carry(self, batch: _Batch) -> _Answers:
+    async def _carry(self, batch: _Batch) -> "tuple[_State, _Answers]":
         if batch.id is None:
             await self._gather(batch)
             await self._create(batch, await self._upload(batch))
@@ -137,7 +155,7 @@ class BatchProvider(OpenAIProvider):
                 raise TeacherError(f"{self._where}: batch {state.id} failed: {words}{remedy}")
             await self._wait(self._options.poll_s)
             await self._create(batch, state.input_file_id)
-        return await self._read(batch, state)
+        return state, await self._read(batch, state)
 
     async def _gather(self, batch: _Batch) -> None:
         """Returns when a batch is full, or has not grown for a while."""
@@ -146,8 +164,7 @@ class BatchProvider(OpenAIProvider):
             await asyncio.sleep(self._options.quiet_s)
             if self._gathering is batch and len(batch.requests) == size:
                 self._gathering = None
-        with suppress(NotAsked):  # these requests were let through before the run had enough
-            self._brake.check(0, 0.0)
+        self._has_enough()  # or not: these requests were let through
 
     async def _upload(self, batch: _Batch) -> str:
         """The id of its file. The form is RFC 7578's; JSON has no bare line ends, so the boundary is unique."""
@@ -164,7 +181,7 @@ class BatchProvider(OpenAIProvider):
 
     async def _create(self, batch: _Batch, file_id: str) -> None:
         batch.id = None
-        self._record(batch)
+        await self._record(batch)
         window, name = self._options.completion_window, {"fastdistill": batch.path.stem}
         asked = {"input_file_id": file_id, "endpoint": _ENDPOINT, "completion_window": window, "metadata": name}
         request = msgspec.json.encode(asked)
@@ -175,7 +192,7 @@ class BatchProvider(OpenAIProvider):
             return await self._call(_decode_state, "POST", "/batches", request)
 
         batch.id = (await self._patiently(create)).id
-        self._record(batch)
+        await self._record(batch)
 
     async def _end(self, batch: _Batch) -> "_State":
         """The state of a batch once it has ended."""
@@ -192,47 +209,82 @@ class BatchProvider(OpenAIProvider):
         return state
 
     async def _read(self, batch: _Batch, state: "_State") -> _Answers:
-        self._record(batch, read=True)
         answers: _Answers = {}
-        for file_id in (state.output_file_id, state.error_file_id):
+        for file_id in (state.error_file_id, state.output_file_id):  # of two lines for a request, the better one stays
             if file_id is not None:
-                fetch = partial(self._call, _decode_lines, "GET", f"/files/{file_id}/content")
-                for line in await self._patiently(fetch):
-                    if line.response is not None:
-                        answers[line.custom_id] = Response(line.response.status_code, {}, bytes(line.response.body))
-        return {custom_id: answers.get(custom_id) or self._unanswered(state) for custom_id in batch.requests}
+                answers |= await self._patiently(partial(self._lines, file_id))
+        await self._record(batch, read=True)  # only now, for without a seed nobody else is given what was read
+        return answers
 
-    def _unanswered(self, state: "_State") -> Exception:
-        words = f"{self._where}: batch {state.id} is {state.status}, this request was not answered"
+    async def _lines(self, file_id: str) -> _Answers:
+        """The answers in a file. A line that can't be read is as good as missing, and costs no other."""
+        body = await self._call(bytes, "GET", f"/files/{file_id}/content")
+        answers: _Answers = {}
+        garbled: Exception | None = None
+        for at, text in enumerate(io.BytesIO(body)):
+            try:
+                line = _decode_line(text)
+                if line.response is not None:
+                    response = Response(line.response.status_code, {}, bytes(line.response.body))
+                    answers.setdefault(line.custom_id, response)
+                elif line.error is not None:
+                    answers.setdefault(line.custom_id, f"{line.error.code}: {line.error.message}")
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                garbled = error if text.strip() else garbled
+            if at % AT_ONCE == 0:
+                await asyncio.sleep(0)
+        if garbled is not None and not answers:
+            what = f"{self._where}: not what GET /files/{file_id}/content should bring: {garbled}"
+            raise ProviderError(ErrorKind.GARBLED, what) from garbled
+        return answers
+
+    def _unanswered(self, state: "_State", why: str) -> Exception:
+        words = f"{self._where}: batch {state.id} is {state.status}, {why}"
         if state.status == "cancelled":
             return TeacherError(f"{words}; run again to ask for what is missing in a new batch")
         return ProviderError(ErrorKind.OVERLOADED, words)
 
     # --- the records ---
 
-    def _record(self, batch: _Batch, *, read: bool = False) -> None:
-        with atomic(batch.path, "wb") as file:
-            file.write(msgspec.json.encode(_Record(self._config.url, batch.id, read, batch.requests)))
+    async def _record(self, batch: _Batch, *, read: bool = False) -> None:
+        def write() -> None:
+            with atomic(batch.path, "wb") as file:
+                file.write(msgspec.json.encode(_Record(self._config.url, batch.id, read, batch.requests)))
+
+        await asyncio.to_thread(write)
 
     async def _recall(self) -> _Lines:
         """The lines of earlier runs' batches."""
-        lines: _Lines = {}
-        for batch in list(self._recorded()):
-            if batch.id is None:  # the run ended while it was being made
+        batches: list[_Batch] = []
+        for batch in await asyncio.to_thread(lambda: list(self._recorded())):
+            if batch.id is None:  # the run ended while it was being made; or another model or run is about to
                 found = await self._patiently(partial(self._find, batch))
                 if found is None:
-                    batch.path.unlink(missing_ok=True)
+                    if int(batch.path.stem) < time_ns() - KEPT_UNMADE:
+                        batch.path.unlink(missing_ok=True)
                     continue
                 batch.id = found.id
-                self._record(batch)
-            for custom_id in batch.requests:
-                lines.setdefault(custom_id.partition("-")[0], []).append((batch, custom_id))
-        return lines
+                await self._record(batch)
+            batches.append(batch)
+
+        def by_request() -> _Lines:
+            lines: _Lines = {}
+            for batch in batches:
+                for custom_id in batch.requests:
+                    lines.setdefault(custom_id.partition("-")[0], []).append((batch, custom_id))
+            return lines
+
+        return await asyncio.to_thread(by_request)
 
     def _recorded(self) -> Iterator[_Batch]:
         for path in sorted(self._records.glob("[0-9]*.json")):
-            record = msgspec.json.decode(path.read_bytes(), type=_Record)
-            if int(path.stem) < time_ns() - KEPT:
+            try:
+                begun, record = int(path.stem), msgspec.json.decode(path.read_bytes(), type=_Record)
+            except FileNotFoundError:
+                continue  # another run has just done with it
+            except ValueError as error:  # msgspec's are
+                raise EnvironmentFault(f"{path} is no record of a batch: {error}; remove it, then run again") from error
+            if begun < time_ns() - KEPT:
                 path.unlink(missing_ok=True)
             elif record.url == self._config.url:
                 yield _Batch(path, record.requests, record.batch, record.read)
@@ -275,15 +327,26 @@ class BatchProvider(OpenAIProvider):
     async def _wait(self, seconds: float) -> None:
         """Sleeps, but not on when the run must stop."""
         await self._brake.pause(seconds)
+        if self._has_enough():
+            await asyncio.sleep(seconds)  # what is under way comes home all the same
+
+    def _has_enough(self) -> bool:
+        """Raises FatalError or TimeUp if the run must not wait for anything."""
         try:
             self._brake.check(0, 0.0)
+        except TimeUp:
+            raise
         except NotAsked:
-            await asyncio.sleep(seconds)  # the run has enough: what is under way comes home all the same
+            return True
+        return False
 
     async def _call(self, decode: Callable[[bytes], T], method: str, path: str, *sent: Any) -> T:
         """What the server answers; `sent` are a body and its content type, as `_request` takes them."""
         response = await self._request(method, self._config.url + path, *sent)
         place = f"{method} {path.partition('?')[0]}"
+        if response.status == 413:
+            what = f"{self._where}: 413: the file is too large; lower `batch.size` ({place})"
+            raise ProviderError(ErrorKind.BAD_REQUEST, what, status=413)
         if not 200 <= response.status < 300:
             error = self._error(response.status, response, {})
             raise ProviderError(error.kind, f"{error} ({place})", status=error.status, retry_after=error.retry_after)
@@ -323,7 +386,7 @@ class _State(Struct):
     output_file_id: str | None = None
     error_file_id: str | None = None
     errors: _Problems | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
 
     @property
     def problems(self) -> list[_Problem]:
@@ -343,9 +406,10 @@ class _Reply(Struct):
 class _Line(Struct):
     custom_id: str
     response: _Reply | None = None
+    error: _Problem | None = None
 
 
 _decode_file = msgspec.json.Decoder(_File).decode
 _decode_state = msgspec.json.Decoder(_State).decode
 _decode_page = msgspec.json.Decoder(_Page).decode
-_decode_lines = msgspec.json.Decoder(_Line).decode_lines
+_decode_line = msgspec.json.Decoder(_Line).decode
