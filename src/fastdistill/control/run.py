@@ -98,8 +98,12 @@ class ActiveRun:
         return self.stopped_for is not None or self.enough is not None
 
     def stop(self, reason: FatalError) -> None:
-        """Winds the run down: nothing new is begun, what is in flight comes home. The first reason stays."""
-        self.stopped_for = self.stopped_for or reason
+        """Winds the run down: nothing new is begun, what is in flight comes home.
+
+        The first reason stays, or what is raised from it and says more.
+        """
+        if self.stopped_for is None or reason.__cause__ is self.stopped_for:
+            self.stopped_for = reason
         self._stopped.set()
 
     async def pause(self, seconds: float) -> None:

@@ -204,6 +204,8 @@ class BatchProvider(OpenAIProvider):
                 await self._wait(next(delays))
             except FatalError as reason:
                 goes_on = ", ".join(sorted(str(other.id) for other in self._at_server))
+                if goes_on in str(reason):
+                    raise  # another batch has said it
                 raise type(reason)(f"{reason}; still at the server, for the next run to read: {goes_on}") from reason
         self._at_server.discard(batch)
         return state
