@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from fastdistill.core.errors import FatalError, NotAsked, SampleError, boundary
 from fastdistill.core.run import Run
-from fastdistill.core.step import SampleStep, Step, StreamStep, is_generation
+from fastdistill.core.step import SampleStep, Step, StreamFilter, StreamStep, is_generation
 from fastdistill.core.timing import StepTime, Timer
 from fastdistill.core.types import Sample, Status
 
@@ -32,7 +32,7 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
     async with AsyncExitStack() as stack:
         for step in steps:
             await stack.enter_async_context(step.opened(run))
-        samples: Iterator[Sample] = iter(())
+        samples: Iterator[Sample | None] = iter(())
         groups = [list(group) for _, group in groupby(steps, lambda step: isinstance(step, SampleStep))]
         left = sum(isinstance(group[0], SampleStep) for group in groups)
         in_ledger = left > 0
@@ -45,17 +45,17 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
             else:
                 for step in group:
                     assert isinstance(step, StreamStep)
-                    samples = step.run(samples, run)
+                    samples = step.run(samples if isinstance(step, StreamFilter) else filter(None, samples), run)
         turn = perf_counter()
         for sample in samples:  # the exports write as this loop pulls
-            if not in_ledger:
+            if sample is not None and not in_ledger:
                 await run.finished(sample, last=True)
             if (now := perf_counter()) - turn > _TURN:
                 await asyncio.sleep(0)
                 turn = now
 
 
-async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], run: Run, *, last: bool) -> None:
+async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | None], run: Run, *, last: bool) -> None:
     """Takes samples through the fused sample steps, `run.open_samples` at a time."""
     stages = [Stage.of(step, run) for step in steps]
     asking = [step for step in steps if type(step).wants_more is not SampleStep.wants_more]
@@ -69,10 +69,17 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample], ru
         nonlocal workers, room, turn
         workers += 1
         try:
-            while not run.stopping and (sample := next(samples, None)) is not None:
-                if workers < room:
-                    group.create_task(work())
-                await run.finished(await run_sample(stages, asking, sample, run), last=last)
+            while not run.stopping:
+                try:
+                    sample = next(samples)
+                except StopIteration:
+                    break
+                if sample is None:  # one was left out
+                    await run.keep_up()
+                else:
+                    if workers < room:
+                        group.create_task(work())
+                    await run.finished(await run_sample(stages, asking, sample, run), last=last)
                 if (now := perf_counter()) - turn > _TURN:  # samples that never wait let the others have their turn
                     await asyncio.sleep(0)
                     turn, room = now, run.open_samples

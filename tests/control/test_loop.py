@@ -3,8 +3,10 @@
 import asyncio
 import gc
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import aiohttp  # noqa: F401  what a run imports once, at its first use, does not count
 import jinja2  # noqa: F401
@@ -13,34 +15,63 @@ import pytest
 
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.folder import RunFolder
-from fastdistill.control.session import execute
-from tests.servers import choose, openai_server
+from fastdistill.control.session import RunResult, execute
+from tests.servers import Server, choose, openai_server
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
 assert pyarrow.parquet
 
+Watched = Callable[[dict[str, Any], Server], tuple[RunResult, list[tuple[float, str]]]]
 
-def test_nothing_holds_the_loop_for_more_than_20_ms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[tuple[float, str]] = []
-    run_handle = asyncio.Handle._run
 
-    def timed(handle: asyncio.Handle) -> None:
-        # CPU time of the loop's thread: a busy machine is not our doing.
-        answers_are_on_their_way = server.counters.in_flight > 0
-        begun = time.thread_time()
-        run_handle(handle)
-        if answers_are_on_their_way:
-            held.append((time.thread_time() - begun, repr(handle)))
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """Runs a config; also gives each turn of the loop that had answers on their way, with its CPU seconds."""
 
+    def run(made: dict[str, Any], server: Server) -> tuple[RunResult, list[tuple[float, str]]]:
+        held: list[tuple[float, str]] = []
+        run_handle = asyncio.Handle._run
+
+        def timed(handle: asyncio.Handle) -> None:
+            # CPU time of the loop's thread: a busy machine is not our doing.
+            before, begun = server.counters.in_flight, time.thread_time()
+            run_handle(handle)
+            if before or server.counters.in_flight:
+                held.append((time.thread_time() - begun, repr(handle)))
+
+        work = execute(parse_pipeline(made), RunFolder(tmp_path, "run"), lambda _: nullcontext())
+        monkeypatch.setattr(asyncio.Handle, "_run", timed)
+        gc.freeze()  # as the command does: what was imported is not looked through again and again
+        try:
+            return asyncio.run(work), held
+        finally:
+            gc.unfreeze()
+
+    return run
+
+
+def test_nothing_holds_the_loop_for_more_than_20_ms(tmp_path: Path, watched: Watched) -> None:
     records = [{**record, "task_id": f"{copy}-{at}"} for copy in range(10) for at, record in enumerate(RECORDS)]
     with openai_server(choose(ANSWERS), latency=0.01) as server:
         made = config(server.url, write_records(tmp_path, records), make_database(tmp_path))
         del made["steps"][2]  # duplicates are wanted here
-        work = execute(parse_pipeline(made), RunFolder(tmp_path, "run"), lambda _: nullcontext())
-        monkeypatch.setattr(asyncio.Handle, "_run", timed)
-        gc.freeze()  # as the command does: what was imported is not looked through again and again
-        result = asyncio.run(work)
-        gc.unfreeze()
+        result, held = watched(made, server)
     assert result.quality["samples"]["completed"] == len(records)
     assert len(held) > len(records) / 2, "so many turns at least were seen"
+    assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]
+
+
+def test_nor_do_many_records_that_are_left_out(tmp_path: Path, watched: Watched) -> None:
+    repeated = [{**RECORDS[0], "task_id": f"again-{at}"} for at in range(3_000)]
+    records = [*RECORDS, *[RECORDS[1]] * 3_000, *repeated]  # the same tasks, and other tasks with the same content
+    path = write_records(tmp_path, records)
+    with path.open("a") as file:
+        file.write("{\n" * 600)
+    with openai_server(choose(ANSWERS), latency=1.0) as server:
+        made = config(server.url, path, make_database(tmp_path))
+        made["models"]["teacher"]["max_concurrency"] = 100  # so that all is read while answers are on their way
+        result, held = watched(made, server)
+    samples = result.quality["samples"]
+    assert (samples["completed"], samples["duplicates"], samples["failed"]) == (len(RECORDS), 6_000, 600)
+    assert len(held) > 20, "so many turns at least were seen"
     assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]

@@ -21,10 +21,10 @@ def write(path: Path, *lines: str | bytes) -> Path:
 
 
 def load(ctx: TestContext, *steps: LoadJsonl) -> list[Sample]:
-    samples: Iterator[Sample] = iter(())
+    samples: Iterator[Sample | None] = iter(())
     for step in steps:
-        samples = step.run(samples, ctx)
-    return list(samples)
+        samples = step.run(filter(None, samples), ctx)
+    return [*filter(None, samples)]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def canonicalize(
     ctx: TestContext, *records: Mapping[str, Any], step: CanonicalizeFields = CANONICALIZE
 ) -> list[Sample]:
     samples = (Sample(index, f"t.jsonl:{index + 1}", record) for index, record in enumerate(records))
-    return list(step.run(samples, ctx))
+    return [*filter(None, step.run(samples, ctx))]
 
 
 def test_a_sample_is_its_task_and_its_fields_alone(ctx: TestContext) -> None:
@@ -84,7 +84,7 @@ def test_content_that_looks_like_a_task_id_is_not_one(ctx: TestContext) -> None:
 
 def test_deduplicate_compares_the_input_whatever_the_task(ctx: TestContext) -> None:
     samples = canonicalize(ctx, {"task_id": "a", "q": 1}, {"task_id": "b", "q": 1.0}, {"task_id": "c", "q": 2})
-    kept = list(Deduplicate(name="dedup").run(iter(samples), ctx))
+    kept = filter(None, Deduplicate(name="dedup").run(iter(samples), ctx))
     assert [sample.task_id for sample in kept] == ["a", "c"]
     assert [(s.task_id, s.status, s.failures[0].reason) for s in ctx.discarded] == [
         ("b", Status.DUPLICATE, "duplicate")
@@ -94,7 +94,7 @@ def test_deduplicate_compares_the_input_whatever_the_task(ctx: TestContext) -> N
 
 def test_deduplicate_may_compare_other_fields(ctx: TestContext) -> None:
     samples = canonicalize(ctx, {"q": 1, "gold": "x"}, {"q": 2, "gold": "x"}, {"q": 3})
-    kept = list(Deduplicate(fields=("gold",)).run(iter(samples), ctx))
+    kept = filter(None, Deduplicate(fields=("gold",)).run(iter(samples), ctx))
     assert [sample.record["q"] for sample in kept] == [1]
     assert ctx.reasons == ["duplicate", "missing_field"]
 
@@ -106,4 +106,4 @@ def test_deduplicate_with_nothing_to_compare_says_so(ctx: TestContext) -> None:
 
 def test_both_steps_are_lazy(ctx: TestContext) -> None:
     endless = (Sample(index, "s", {"q": index}) for index in iter(int, 1))
-    assert next(Deduplicate().run(CANONICALIZE.run(endless, ctx), ctx)).index == 0
+    assert next(filter(None, Deduplicate().run(CANONICALIZE.run(endless, ctx), ctx))).index == 0

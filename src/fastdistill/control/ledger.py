@@ -73,10 +73,14 @@ class Ledger:
     ) -> None:
         await self._writer.__aexit__(kind, error, trace)
 
-    async def save(self, sample: Sample) -> None:
-        """Writes a sample whole, in place of what was written of it before; soon, not at once."""
+    async def keep_up(self) -> None:
+        """Waits while there is more to write than should be."""
         if self._writer.crowded:
             await self._writer.write(None)
+
+    async def save(self, sample: Sample) -> None:
+        """Writes a sample whole, in place of what was written of it before; soon, not at once."""
+        await self.keep_up()
         self._writer.submit(_row(sample))
 
     def submit(self, sample: Sample) -> None:

@@ -81,6 +81,9 @@ class ActiveRun:
     def report(self, step: str, found: Mapping[str, object]) -> None:
         self.tally.reports[step] = dict(found)
 
+    async def keep_up(self) -> None:
+        await self._ledger.keep_up()
+
     async def finished(self, sample: Sample, *, last: bool) -> None:
         await self._ledger.save(sample)
         # What fails early does not come again; all else counts once, when no more can happen to it.

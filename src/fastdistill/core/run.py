@@ -31,6 +31,10 @@ class Run(Context, Protocol):
 
     def time_of(self, step: Step) -> StepTime: ...
 
+    async def keep_up(self) -> None:
+        """Waits while more is discarded than can be written."""
+        ...
+
     async def finished(self, sample: Sample, *, last: bool) -> None:
         """Writes a sample to the ledger, to be read back; `last`: it has gone through the last sample step."""
         ...

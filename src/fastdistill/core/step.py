@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fastdistill.core.canonical import digest
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import SampleError
-from fastdistill.core.types import Answer, Candidate, Draw, Message, Outcome, Prompt, Sample, Verdict
+from fastdistill.core.types import Answer, Candidate, Draw, Message, Outcome, Prompt, Sample, Status, Verdict
 
 
 class Model(Protocol):
@@ -144,12 +144,45 @@ class Step(BaseModel):
 
 class StreamStep(Step):
     @abstractmethod
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
-        """Yields samples, lazily and in input order.
+    def run(self, samples: Iterator[Any], ctx: Context) -> Iterator[Sample | None]:
+        """Yields samples, lazily and in input order; None where one was left out, so that others have their turn.
+
+        Args:
+            samples: a `Sample` each; only a `StreamFilter` is given the Nones of the steps before it.
 
         Raises:
             FatalError: the whole stream can't be read or written.
         """
+
+
+class StreamFilter(StreamStep):
+    """A stream step that looks at one sample at a time."""
+
+    @abstractmethod
+    def looking(self, ctx: Context) -> Callable[[Sample], Sample]:
+        """A function that gives a sample as it goes on, or as it is left out (`Sample.left_out`).
+
+        It may raise SampleError: that sample fails.
+
+        Raises:
+            FatalError: no sample can be looked at.
+        """
+
+    def run(self, samples: Iterator[Sample | None], ctx: Context) -> Iterator[Sample | None]:
+        look = self.looking(ctx)
+        for sample in samples:
+            if sample is None:
+                yield None
+                continue
+            try:
+                seen = look(sample)
+            except SampleError as error:
+                seen = sample.failed(self.name, error)
+            if seen.status is Status.OPEN:
+                yield seen
+            else:
+                ctx.discard(seen)
+                yield None
 
 
 class SampleStep(Step):

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, field_validator
 
 from fastdistill.core.errors import InputError, SampleError
-from fastdistill.core.step import Context, StreamStep
+from fastdistill.core.step import Context, StreamFilter
 from fastdistill.core.types import Failure, Sample, Status
 from fastdistill.data.load import LoadJsonl, records
 
@@ -19,7 +19,7 @@ from fastdistill.data.load import LoadJsonl, records
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 
 
-class Decontaminate(StreamStep):
+class Decontaminate(StreamFilter):
     """Leaves out samples that hold an item of an evaluation file.
 
     Texts are compared as words, in lower case and NFKC, without punctuation. An item is held if the words are the same,
@@ -49,24 +49,22 @@ class Decontaminate(StreamStep):
     def findings(self) -> Mapping[str, Any]:
         return {"against": [asdict(file) for file in self._index.files]} if self._index else {}
 
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+    def looking(self, ctx: Context) -> Callable[[Sample], Sample]:
         """Raises:
         InputError: an evaluation file can't be read, or none of its items has the fields.
         """
         index = self._index = _Index(self.ngram, self.report_ngram)
         for path in self.against:
             index.read(path, self.against_fields or self.fields)
-        for sample in samples:
-            try:
-                found = index.find(words(sample.record, self.fields, sample.source), self.max_coverage)
-            except SampleError as error:
-                ctx.discard(sample.failed(self.name, error))
-                continue
+
+        def look(sample: Sample) -> Sample:
+            found = index.find(words(sample.record, self.fields, sample.source), self.max_coverage)
             if found is None:
-                yield sample
-            else:
-                failure = Failure(self.name, "contaminated", f"{sample.source}: {found}")
-                ctx.discard(sample.left_out(Status.CONTAMINATED, failure))
+                return sample
+            failure = Failure(self.name, "contaminated", f"{sample.source}: {found}")
+            return sample.left_out(Status.CONTAMINATED, failure)
+
+        return look
 
 
 @dataclass(slots=True)

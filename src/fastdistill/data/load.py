@@ -60,7 +60,7 @@ class LoadJsonl(StreamStep):
         total = len(self.rows or ()) + sum(_count(path) for path in self.inputs())
         return min(max(0, total - self.start), total if self.limit is None else self.limit)
 
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample | None]:
         """Raises:
         InputError: a file is missing, is not a file or can't be read, or there is no record at all.
         """
@@ -73,6 +73,7 @@ class LoadJsonl(StreamStep):
             index = ctx.next_index()
             if isinstance(content, SampleError):
                 ctx.discard(Sample(index, source, {}).failed(self.name, content))
+                yield None
             else:
                 yield Sample(index, source, content)
         if empty:

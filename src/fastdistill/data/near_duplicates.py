@@ -1,15 +1,14 @@
 """What says the same in almost the same words: questions by MinHash, answers by their canonical code."""
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Self
 
 from pydantic import Field, model_validator
 
-from fastdistill.core.errors import SampleError
-from fastdistill.core.step import Context, StreamStep
+from fastdistill.core.step import Context, StreamFilter
 from fastdistill.core.types import Failure, Sample, Status
 from fastdistill.data.decontaminate import words
 
@@ -18,7 +17,7 @@ _LONGEST = 10_000
 """Characters of code that is parsed; what is longer stays as it is."""
 
 
-class NearDuplicates(StreamStep):
+class NearDuplicates(StreamFilter):
     """Leaves out samples whose text nearly is that of an earlier one; the first in input order stays.
 
     Near means that the Jaccard similarity of their runs of `shingle` characters (words in lower case, without
@@ -36,17 +35,14 @@ class NearDuplicates(StreamStep):
             raise ValueError("needs datasketch; run `pip install 'fastdistill[dedup]'`")
         return self
 
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+    def looking(self, ctx: Context) -> Callable[[Sample], Sample]:
         from datasketch import LeanMinHash, MinHash, MinHashLSH
 
         nearby = MinHashLSH(self.threshold, _PERMUTATIONS)
         kept: dict[int, tuple[str, LeanMinHash]] = {}
-        for sample in samples:
-            try:
-                text = " ".join(words(sample.record, self.fields, sample.source))
-            except SampleError as error:
-                ctx.discard(sample.failed(self.name, error))
-                continue
+
+        def look(sample: Sample) -> Sample:
+            text = " ".join(words(sample.record, self.fields, sample.source))
             sketch = MinHash(_PERMUTATIONS)
             runs = {text[at : at + self.shingle].encode() for at in range(max(1, len(text) - self.shingle + 1))}
             sketch.update_batch(sorted(runs))
@@ -56,11 +52,11 @@ class NearDuplicates(StreamStep):
             if first is None:
                 kept[sample.index] = (f"{sample.source} ({sample.sample_id or 'no id'})", lean)
                 nearby.insert(sample.index, sketch)
-                yield sample
-            else:
-                message = f"{sample.source}: {first[1]:.0%} the same as {first[0]}"
-                failure = Failure(self.name, "near_duplicate", message)
-                ctx.discard(sample.left_out(Status.DUPLICATE, failure))
+                return sample
+            message = f"{sample.source}: {first[1]:.0%} the same as {first[0]}"
+            return sample.left_out(Status.DUPLICATE, Failure(self.name, "near_duplicate", message))
+
+        return look
 
 
 def canonical_sql(text: str) -> str:

@@ -1,7 +1,7 @@
 """Gives each record its identity, and drops what came before. Never looks at an answer."""
 
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -9,11 +9,11 @@ from pydantic import Field
 
 from fastdistill.core.canonical import NotCanonical, canonical_json, sample_id
 from fastdistill.core.errors import ConfigError, SampleError
-from fastdistill.core.step import Context, KeyIndex, StreamStep
+from fastdistill.core.step import Context, KeyIndex, StreamFilter
 from fastdistill.core.types import Failure, Sample, Status
 
 
-class CanonicalizeFields(StreamStep):
+class CanonicalizeFields(StreamFilter):
     """Sets `input`, `task_id` and `sample_id`: what a sample is, whatever else its record holds.
 
     A record that lacks a field, or whose fields have no canonical JSON, fails; so does one that has the task id of an
@@ -23,19 +23,17 @@ class CanonicalizeFields(StreamStep):
     fields: tuple[str, ...] = Field(min_length=1, description="the fields that make the input, in this order")
     task_id_field: str = Field("task_id", description="where a record has its own id: a string or an integer")
 
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+    def looking(self, ctx: Context) -> Callable[[Sample], Sample]:
         seen = ctx.index(self.name)
-        for sample in samples:
-            try:
-                identified = self._identified(sample)
-                first = _first(seen, identified)
-            except SampleError as error:
-                ctx.discard(sample.failed(self.name, error))
-                continue
+
+        def look(sample: Sample) -> Sample:
+            identified = self._identified(sample)
+            first = _first(seen, identified)
             if first is None:
-                yield identified
-            else:
-                ctx.discard(_duplicate(identified, self.name, f"{sample.source}: the same task as {first}"))
+                return identified
+            return _duplicate(identified, self.name, f"{sample.source}: the same task as {first}")
+
+        return look
 
     def _identified(self, sample: Sample) -> Sample:
         content = _pick(sample, self.fields)
@@ -58,36 +56,30 @@ class CanonicalizeFields(StreamStep):
         return unicodedata.normalize("NFC", str(value))
 
 
-class Deduplicate(StreamStep):
+class Deduplicate(StreamFilter):
     """Leaves out samples whose input, or whose `fields`, an earlier sample had, whatever their task ids."""
 
     fields: tuple[str, ...] = Field((), description="compare these fields of the record; the whole input if empty")
 
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
-        """Raises:
-        ConfigError: there is nothing to compare.
-        """
+    def looking(self, ctx: Context) -> Callable[[Sample], Sample]:
         fields = self.fields
         seen = ctx.index(self.name)
-        for sample in samples:
-            content = sample.input
-            if not fields and not content:
+
+        def look(sample: Sample) -> Sample:
+            content = _pick(sample, fields) if fields else sample.input
+            if not content:
                 raise ConfigError(
                     f"{self.name}: nothing to compare; put CanonicalizeFields before it, or give `fields`"
                 )
             try:
-                if fields:
-                    content = _pick(sample, fields)
                 first = seen.first(sha256(_form(content)).hexdigest(), sample.source)
             except NotCanonical as error:
-                ctx.discard(sample.failed(self.name, SampleError("not_canonical", f"{sample.source}: {error}")))
-            except SampleError as error:
-                ctx.discard(sample.failed(self.name, error))
-            else:
-                if first is None:
-                    yield sample
-                else:
-                    ctx.discard(_duplicate(sample, self.name, f"{sample.source}: the same content as {first}"))
+                raise SampleError("not_canonical", f"{sample.source}: {error}") from error
+            if first is None:
+                return sample
+            return _duplicate(sample, self.name, f"{sample.source}: the same content as {first}")
+
+        return look
 
 
 _latest: tuple[Mapping[str, Any] | None, bytes] = (None, b"")
