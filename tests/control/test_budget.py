@@ -491,6 +491,14 @@ def test_beyond_a_target_no_more_is_asked_for_than_was_open(tmp_path: Path) -> N
     assert last + 1 <= len(teacher.draws) <= last + 1 + 64, "64 samples are open at a time"
 
 
+def test_no_record_is_begun_once_as_many_as_the_target_are_accepted(tmp_path: Path) -> None:
+    teacher = Teacher(rate=1.0)
+    with openai_server(teacher.script, latency=lambda call: 1.0 if call.prompt == question(0) else 0.01) as server:
+        result = run(pipeline(server.url, tmp_path, 2_000, target={"accepted": 20}), tmp_path / "a")
+    assert [row["fd_task_id"] for row in rows(result)] == [f"q{at}" for at in range(20)]
+    assert len(teacher.draws) <= 20 + 64, "the slow first one is waited for, with at most 64 samples open"
+
+
 @pytest.mark.parametrize(("on_exhausted", "code"), [("keep", 0), ("fail", 5)])
 def test_records_that_do_not_suffice_for_a_target_give_what_there_is(
     tmp_path: Path, on_exhausted: str, code: int
@@ -570,6 +578,7 @@ def test_only_what_is_accepted_before_the_first_unfinished_sample_counts(
         assert progress.accepted == sum(accepted[:done])
         assert up_to.accepted == min(target, progress.accepted)
         assert up_to.reached == (up_to.accepted == target)
+        assert up_to.assured == (sum(accepted[at] for at in finished) >= target)
     kept = list(first_accepted((_sample(at, yes) for at, yes in enumerate(accepted)), target))
     assert sum(bool(sample.accepted) for sample in kept) == min(target, sum(accepted))
     assert [sample.index for sample in kept] == list(range(len(kept)))

@@ -353,7 +353,7 @@ def test_repeated_gates_all_judge_and_are_reported_apart(world: World) -> None:
     [
         ({"name": "a/b"}, "name"),
         ({"steps": ()}, "steps"),
-        ({"models": {}}, r"steps\[1\]\.TextGeneration\.model: 'teacher' is not under models: \(none\)"),
+        ({"models": {}}, r"steps\[1\]\.TextGeneration: 'teacher' is not under models: \(none\)"),
         ({"models": {"teacher": {"provider": "vlm", "model": "m"}}}, "did you mean vllm"),
         ({"models": {"teacher": {"provider": "vllm", "model": "m", "timeout": -1}}}, "timeout"),
         (

@@ -54,6 +54,7 @@ class Progress:
 
     def __init__(self, target: int | None = None) -> None:
         self.accepted = 0
+        self._found = 0  # accepted wherever they are
         self._target = target
         self._next = 0  # the first index that has not finished
         self._ahead: list[tuple[int, Sample]] = []
@@ -61,6 +62,7 @@ class Progress:
     def finished(self, sample: Sample) -> list[Sample]:
         """The samples that count now, in input order: none that is ahead of an unfinished one or beyond the target."""
         counted = []
+        self._found += sample.status is Status.OPEN and bool(sample.accepted)
         heapq.heappush(self._ahead, (sample.index, sample))
         while self._ahead and self._ahead[0][0] == self._next:
             _, done = heapq.heappop(self._ahead)
@@ -74,6 +76,11 @@ class Progress:
     def reached(self) -> bool:
         """Whether there is a target, and it is met."""
         return self._target is not None and self.accepted >= self._target
+
+    @property
+    def assured(self) -> bool:
+        """Whether no further record can count: as many as the target are accepted, whatever the open ones bring."""
+        return self._target is not None and self._found >= self._target
 
 
 def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sample]:

@@ -98,7 +98,7 @@ class ActiveRun:
 
     @property
     def stopping(self) -> bool:
-        return self.stopped_for is not None or self.enough is not None
+        return self.stopped_for is not None or self.enough is not None or self._progress.assured
 
     def stop(self, reason: FatalError) -> None:
         """Winds the run down: nothing new is begun, what is in flight comes home.

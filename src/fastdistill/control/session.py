@@ -110,7 +110,7 @@ class Pipeline(BaseModel):
         problems = []
         for at, step in enumerate(self.steps):
             problems += [
-                f"steps[{at}].{step.name}.model: {model!r} is not under models: ({', '.join(self.models) or 'none'})"
+                f"steps[{at}].{step.name}: {model!r} is not under models: ({', '.join(self.models) or 'none'})"
                 for model in step.models()
                 if model not in self.models
             ]
@@ -287,7 +287,7 @@ def stops_on_signals(run: ActiveRun, folder: RunFolder) -> Iterator[None]:
     assert task is not None
 
     def stop() -> None:
-        if run.stopping:
+        if run.stopped_for is not None:
             task.cancel()
         run.stop(
             Interrupted(
