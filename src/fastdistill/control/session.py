@@ -332,16 +332,16 @@ def _run(work: Coroutine[Any, Any, RunResult]) -> RunResult:
         import uvloop
 
         factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner, _seldom_collected():
+    with asyncio.Runner(loop_factory=factory) as runner, seldom_collected():
         return runner.run(work)
 
 
 @contextmanager
-def _seldom_collected() -> Iterator[None]:
+def seldom_collected() -> Iterator[None]:
     """Looks for cycles less often, of which samples make hardly any, and never among what was there before the run."""
     threshold = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(10_000, 100, 100)  # at 50,000 a look took up to 60 ms
     try:
         yield
     finally:
