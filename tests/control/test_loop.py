@@ -14,7 +14,7 @@ import pytest
 
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.folder import RunFolder
-from fastdistill.control.session import RunResult, execute, seldom_collected
+from fastdistill.control.session import RunResult, execute, tuned
 from tests.servers import Call, Server, choose, openai_server
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
@@ -40,7 +40,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
 
         work = execute(parse_pipeline(made), RunFolder(tmp_path, "run"), lambda _: nullcontext())
         monkeypatch.setattr(asyncio.Handle, "_run", timed)
-        with seldom_collected():
+        with tuned():
             return asyncio.run(work), held
 
     return run

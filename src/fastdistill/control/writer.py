@@ -4,10 +4,11 @@ way, or too soon after it, goes into the next. The event loop never waits for th
 
 import asyncio
 import sqlite3
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -19,6 +20,7 @@ from fastdistill.core.errors import EnvironmentFault
 
 _MOST_WAITING = 2_000  # entries, before whoever brings more has to wait: some kilobytes each
 _MOST_AT_ONCE = 1_000  # entries of a group
+_WOKEN_AT_ONCE = 16  # of those who wait: what they go on with takes some milliseconds
 _CHECKPOINT = 16_000_000  # bytes of WAL: a page that is written again and again goes to the file once
 
 _END: tuple[None, None] = (None, None)  # the last job
@@ -52,6 +54,7 @@ class Writer(Generic[Entry]):
         self._every = every
         self._page_size = page_size
         self._jobs: SimpleQueue[tuple[Entry | None, asyncio.Future[None] | None]] = SimpleQueue()
+        self._waiting: deque[tuple[asyncio.Future[None], EnvironmentFault | None]] = deque()  # for their turn
         self._thread: Thread | None = None
         self._unreported: EnvironmentFault | None = None
 
@@ -119,12 +122,31 @@ class Writer(Generic[Entry]):
             waiting = list(filter(None, futures))
             self._unreported = error or self._unreported
             if waiting:
-                self._loop.call_soon_threadsafe(_resolve, waiting, self._unreported)
+                self._loop.call_soon_threadsafe(self._resolve, waiting, self._unreported)
                 self._unreported = None
         if not self._durable:
             with suppress(sqlite3.Error):  # a reader holds it
                 connection.execute("PRAGMA journal_mode=DELETE")  # one file, for whoever reads it from now on
         connection.close()
+
+    def _resolve(self, committed: "Sequence[asyncio.Future[None]]", error: EnvironmentFault | None) -> None:
+        idle = not self._waiting
+        self._waiting.extend(zip(committed, repeat(error)))
+        if idle:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wakes a few in each round of the loop: answers that come in are to be stored before others are worked on."""
+        for _ in range(min(_WOKEN_AT_ONCE, len(self._waiting))):
+            done, error = self._waiting.popleft()
+            if done.cancelled():
+                continue
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+        if self._waiting:
+            self._loop.call_soon(self._wake)
 
     def _commit(self, connection: sqlite3.Connection, entries: Sequence[Entry]) -> EnvironmentFault | None:
         try:
@@ -182,13 +204,3 @@ def fault(path: Path, error: Exception) -> EnvironmentFault:
     else:
         remedy = "check that the folder exists and may be written to"
     return EnvironmentFault(f"{path}: {text}; {remedy}")
-
-
-def _resolve(waiting: Sequence["asyncio.Future[None]"], error: EnvironmentFault | None) -> None:
-    for done in waiting:
-        if done.cancelled():
-            continue
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
