@@ -74,8 +74,8 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | No
                     if workers < room:
                         group.create_task(work())
                     await run.finished(await run_sample(stages, asking, sample, run), last=last)
-                if await give_turn():  # samples that never wait let the others have theirs
-                    room = run.open_samples
+                await give_turn()  # samples that never wait let the others have theirs
+                room = run.open_samples
         except FatalError as error:
             run.stop(error)
         finally:

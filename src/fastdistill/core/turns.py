@@ -8,11 +8,9 @@ _TURN = 0.005  # seconds
 _begun = 0.0
 
 
-async def give_turn() -> bool:
-    """Between two pieces of work: lets others have their turn once this one has taken 5 ms, and says whether it did."""
+async def give_turn() -> None:
+    """Between two pieces of work: lets others have their turn once this one has taken 5 ms."""
     global _begun
-    if perf_counter() - _begun < _TURN:
-        return False
-    await asyncio.sleep(0)
-    _begun = perf_counter()
-    return True
+    if perf_counter() - _begun > _TURN:
+        await asyncio.sleep(0)
+        _begun = perf_counter()
