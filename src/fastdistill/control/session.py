@@ -341,10 +341,10 @@ def tuned() -> Iterator[None]:
     """Sets the interpreter up for a run.
 
     Looks for cycles less often, of which samples make hardly any, and never among what was there before the run. And a
-    thread has the interpreter's lock after half a millisecond: to store a group of answers takes it a dozen times.
+    thread has the interpreter's lock after 2 ms, not 5: to store a group of answers, it needs that some times.
     """
     threshold, interval = gc.get_threshold(), sys.getswitchinterval()
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(0.002)
     gc.freeze()
     gc.set_threshold(10_000, 100, 100)  # at 50,000 a look took up to 60 ms
     try:

@@ -21,6 +21,7 @@ from fastdistill.core.errors import EnvironmentFault
 _MOST_WAITING = 2_000  # entries, before whoever brings more has to wait: some kilobytes each
 _MOST_AT_ONCE = 1_000  # entries of a group
 _WOKEN_AT_ONCE = 16  # of those who wait: what they go on with takes some milliseconds
+_ROWS_AT_ONCE = 64  # of one statement
 _CHECKPOINT = 16_000_000  # bytes of WAL: a page that is written again and again goes to the file once
 
 _END: tuple[None, None] = (None, None)  # the last job
@@ -162,13 +163,9 @@ def insert(connection: sqlite3.Connection, into: str, rows: Sequence[Sequence[An
     Many rows are one statement: each run of one gives up the interpreter's lock, and has to wait for it again. A value
     that is not of type `int`, `float`, `str` or `bytearray` itself costs `sqlite3` as much as all else of its row.
     """
-    values = list(chain.from_iterable(rows))
-    at, left = 0, len(rows)
-    while left:
-        size = min(64, 1 << left.bit_length() - 1)  # few sizes: statements are kept
-        end = at + size * len(rows[0])
-        connection.execute(_insert(into, len(rows[0]), size), values[at:end])
-        at, left = end, left - size
+    for at in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[at : at + _ROWS_AT_ONCE]
+        connection.execute(_insert(into, len(some[0]), len(some)), list(chain.from_iterable(some)))
 
 
 @cache
@@ -187,7 +184,9 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
         if readonly:
             uri = f"{path.absolute().as_uri()}?mode=ro"
             return sqlite3.connect(uri, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
-        return sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        return sqlite3.connect(
+            path, timeout=60, isolation_level=None, check_same_thread=False, cached_statements=4 * _ROWS_AT_ONCE
+        )
     except sqlite3.Error as error:
         raise fault(path, error) from error
 

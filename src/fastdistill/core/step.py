@@ -252,10 +252,11 @@ class Gate(SampleStep):
         return sample.with_candidates([judged.get(c.candidate_id, c) for c in sample.candidates])
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
-        verdicts = []
+        verdicts: list[Verdict] = []
         for candidate in candidates:
+            if verdicts:
+                await give_turn()
             verdicts.append(await self.judge(candidate, sample, ctx))
-            await give_turn()
         return verdicts
 
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:

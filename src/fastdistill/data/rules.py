@@ -92,12 +92,14 @@ class RuleFilter(Gate):
         return None
 
     async def _text(self, answer: str) -> Verdict:
-        for pattern in self.required:
-            await give_turn()
+        for at, pattern in enumerate(self.required):
+            if at:
+                await give_turn()
             if not pattern.search(answer):
                 return self._fail(RuleReason.REQUIRED_MISSING, pattern=pattern.pattern)
-        for pattern in self.forbidden:
-            await give_turn()
+        for at, pattern in enumerate(self.forbidden):
+            if at:
+                await give_turn()
             if found := pattern.search(answer):
                 return self._fail(
                     RuleReason.FORBIDDEN_FOUND, pattern=pattern.pattern, found=found[0][:200], at=found.start()
