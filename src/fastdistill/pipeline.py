@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from itertools import groupby
-from time import perf_counter
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -18,9 +17,8 @@ from fastdistill.core.errors import FatalError, NotAsked, SampleError, boundary
 from fastdistill.core.run import Run
 from fastdistill.core.step import SampleStep, Step, StreamFilter, StreamStep, is_generation
 from fastdistill.core.timing import StepTime, Timer
+from fastdistill.core.turns import give_turn
 from fastdistill.core.types import Sample, Status
-
-_TURN = 0.005  # seconds, before others have theirs
 
 
 async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
@@ -46,13 +44,10 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
                 for step in group:
                     assert isinstance(step, StreamStep)
                     samples = step.run(samples if isinstance(step, StreamFilter) else filter(None, samples), run)
-        turn = perf_counter()
         for sample in samples:  # the exports write as this loop pulls
             if sample is not None and not in_ledger:
                 await run.finished(sample, last=True)
-            if (now := perf_counter()) - turn > _TURN:
-                await asyncio.sleep(0)
-                turn = now
+            await give_turn()
 
 
 async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | None], run: Run, *, last: bool) -> None:
@@ -61,12 +56,11 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | No
     asking = [step for step in steps if type(step).wants_more is not SampleStep.wants_more]
     workers = 0
     room = run.open_samples
-    turn = perf_counter()
 
     async def work() -> None:
         # The workers share one iterator: whoever is free takes the next sample. Each starts one more while there
         # are too few, for `open_samples` follows what the teachers turn out to take.
-        nonlocal workers, room, turn
+        nonlocal workers, room
         workers += 1
         try:
             while not run.stopping:
@@ -80,9 +74,8 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | No
                     if workers < room:
                         group.create_task(work())
                     await run.finished(await run_sample(stages, asking, sample, run), last=last)
-                if (now := perf_counter()) - turn > _TURN:  # samples that never wait let the others have their turn
-                    await asyncio.sleep(0)
-                    turn, room = now, run.open_samples
+                await give_turn()  # samples that never wait let the others have theirs
+                room = run.open_samples
         except FatalError as error:
             run.stop(error)
         finally:

@@ -1,7 +1,6 @@
 """While answers are on their way, the event loop is never held for long."""
 
 import asyncio
-import gc
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,8 +14,8 @@ import pytest
 
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.folder import RunFolder
-from fastdistill.control.session import RunResult, execute
-from tests.servers import Server, choose, openai_server
+from fastdistill.control.session import RunResult, execute, tuned
+from tests.servers import Call, Server, choose, openai_server
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
 assert pyarrow.parquet
@@ -41,11 +40,8 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
 
         work = execute(parse_pipeline(made), RunFolder(tmp_path, "run"), lambda _: nullcontext())
         monkeypatch.setattr(asyncio.Handle, "_run", timed)
-        gc.freeze()  # as the command does: what was imported is not looked through again and again
-        try:
+        with tuned():
             return asyncio.run(work), held
-        finally:
-            gc.unfreeze()
 
     return run
 
@@ -74,4 +70,22 @@ def test_nor_do_many_records_that_are_left_out(tmp_path: Path, watched: Watched)
     samples = result.quality["samples"]
     assert (samples["completed"], samples["duplicates"], samples["failed"]) == (len(RECORDS), 6_000, 600)
     assert len(held) > 20, "so many turns at least were seen"
+    assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]
+
+
+def test_nor_do_many_candidates_of_a_sample(tmp_path: Path, watched: Watched) -> None:
+    def query(call: Call, index: int) -> str:
+        some = f"SELECT name, count(*) AS n{index} FROM city WHERE people > {call.digest(index)} AND country IN (1, 2)"
+        return f"{some} GROUP BY name ORDER BY 2 DESC -- {'a' * 2000}"
+
+    latency = {record["instruction"]: 0.1 * at for at, record in enumerate(RECORDS[:12])}
+    with openai_server(query, latency=lambda call: latency.get(call.prompt, 0.0)) as server:
+        made = config(server.url, write_records(tmp_path, RECORDS[:12]), make_database(tmp_path))
+        generation = {"num_generations": 64, "template": "{{ instruction }}"}
+        rules = {"sql": True, "forbidden": [f"(?i)as an ai.{{0,{at}}}model" for at in range(50)]}
+        best = {"SelectBest": {"distinct": "sql"}}
+        made["steps"] = [*made["steps"][:3], {"TextGeneration": generation}, {"RuleFilter": rules}, best, "ExportSFT"]
+        result, held = watched(made, server)
+    assert (result.quality["samples"]["accepted"], result.quality["candidates"]["pass"]) == (12, 12 * 64)
+    assert len(held) > 100, "so many turns at least were seen"
     assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]

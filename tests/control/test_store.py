@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -220,6 +221,26 @@ def test_an_answer_is_stored_though_who_put_it_is_cancelled(tmp_path: Path) -> N
 
     asyncio.run(go())
     assert count(tmp_path / "responses.sqlite") == 50
+
+
+def test_a_few_go_on_at_a_time_so_that_answers_that_come_in_are_stored_before(tmp_path: Path) -> None:
+    went_on: Counter[int] = Counter()
+
+    async def go() -> None:
+        round_ = 0
+
+        async def put_one(attempt: int) -> None:
+            await store.put(PROMPT, [answer("a", attempt)])
+            went_on[round_] += 1
+
+        async with ResponseStore(tmp_path / "responses.sqlite") as store:
+            waiting = [asyncio.create_task(put_one(attempt)) for attempt in range(500)]
+            while went_on.total() < len(waiting):
+                round_ += 1
+                await asyncio.sleep(0)
+
+    asyncio.run(go())
+    assert went_on.total() == 500 and max(went_on.values()) <= 32
 
 
 def test_a_file_that_is_no_database_is_told_with_what_to_do(tmp_path: Path) -> None:

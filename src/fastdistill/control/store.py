@@ -134,9 +134,10 @@ def read_completion(text: str) -> Completion:
 def pack(logprobs: Sequence[TokenLogprob]) -> str:
     """Log-probabilities as one string.
 
-    With 20 alternatives for each token that halves what is by far the largest part of an answer.
+    With 20 alternatives for each token that halves what is by far the largest part of an answer. Level 6 would take a
+    seventh less room and five times as long.
     """
-    return b64encode(zlib.compress(_encode(logprobs))).decode()
+    return b64encode(zlib.compress(_encode(logprobs), 1)).decode()
 
 
 def unpack(packed: str) -> tuple[TokenLogprob, ...]:

@@ -4,10 +4,11 @@ way, or too soon after it, goes into the next. The event loop never waits for th
 
 import asyncio
 import sqlite3
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -19,6 +20,8 @@ from fastdistill.core.errors import EnvironmentFault
 
 _MOST_WAITING = 2_000  # entries, before whoever brings more has to wait: some kilobytes each
 _MOST_AT_ONCE = 1_000  # entries of a group
+_WOKEN_AT_ONCE = 16  # of those who wait: what they go on with takes some milliseconds
+_ROWS_AT_ONCE = 64  # of one statement
 _CHECKPOINT = 16_000_000  # bytes of WAL: a page that is written again and again goes to the file once
 
 _END: tuple[None, None] = (None, None)  # the last job
@@ -52,6 +55,7 @@ class Writer(Generic[Entry]):
         self._every = every
         self._page_size = page_size
         self._jobs: SimpleQueue[tuple[Entry | None, asyncio.Future[None] | None]] = SimpleQueue()
+        self._waiting: deque[tuple[asyncio.Future[None], EnvironmentFault | None]] = deque()  # for their turn
         self._thread: Thread | None = None
         self._unreported: EnvironmentFault | None = None
 
@@ -119,12 +123,31 @@ class Writer(Generic[Entry]):
             waiting = list(filter(None, futures))
             self._unreported = error or self._unreported
             if waiting:
-                self._loop.call_soon_threadsafe(_resolve, waiting, self._unreported)
+                self._loop.call_soon_threadsafe(self._resolve, waiting, self._unreported)
                 self._unreported = None
         if not self._durable:
             with suppress(sqlite3.Error):  # a reader holds it
                 connection.execute("PRAGMA journal_mode=DELETE")  # one file, for whoever reads it from now on
         connection.close()
+
+    def _resolve(self, committed: "Sequence[asyncio.Future[None]]", error: EnvironmentFault | None) -> None:
+        idle = not self._waiting
+        self._waiting.extend(zip(committed, repeat(error)))
+        if idle:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wakes a few in each round of the loop: answers that come in are to be stored before others are worked on."""
+        for _ in range(min(_WOKEN_AT_ONCE, len(self._waiting))):
+            done, error = self._waiting.popleft()
+            if done.cancelled():
+                continue
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+        if self._waiting:
+            self._loop.call_soon(self._wake)
 
     def _commit(self, connection: sqlite3.Connection, entries: Sequence[Entry]) -> EnvironmentFault | None:
         try:
@@ -140,13 +163,9 @@ def insert(connection: sqlite3.Connection, into: str, rows: Sequence[Sequence[An
     Many rows are one statement: each run of one gives up the interpreter's lock, and has to wait for it again. A value
     that is not of type `int`, `float`, `str` or `bytearray` itself costs `sqlite3` as much as all else of its row.
     """
-    values = list(chain.from_iterable(rows))
-    at, left = 0, len(rows)
-    while left:
-        size = min(64, 1 << left.bit_length() - 1)  # few sizes: statements are kept
-        end = at + size * len(rows[0])
-        connection.execute(_insert(into, len(rows[0]), size), values[at:end])
-        at, left = end, left - size
+    for at in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[at : at + _ROWS_AT_ONCE]
+        connection.execute(_insert(into, len(some[0]), len(some)), list(chain.from_iterable(some)))
 
 
 @cache
@@ -165,7 +184,9 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
         if readonly:
             uri = f"{path.absolute().as_uri()}?mode=ro"
             return sqlite3.connect(uri, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
-        return sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        return sqlite3.connect(
+            path, timeout=60, isolation_level=None, check_same_thread=False, cached_statements=4 * _ROWS_AT_ONCE
+        )
     except sqlite3.Error as error:
         raise fault(path, error) from error
 
@@ -182,13 +203,3 @@ def fault(path: Path, error: Exception) -> EnvironmentFault:
     else:
         remedy = "check that the folder exists and may be written to"
     return EnvironmentFault(f"{path}: {text}; {remedy}")
-
-
-def _resolve(waiting: Sequence["asyncio.Future[None]"], error: EnvironmentFault | None) -> None:
-    for done in waiting:
-        if done.cancelled():
-            continue
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fastdistill.core.canonical import digest
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import SampleError
+from fastdistill.core.turns import give_turn
 from fastdistill.core.types import Answer, Candidate, Draw, Message, Outcome, Prompt, Sample, Status, Verdict
 
 
@@ -251,7 +252,12 @@ class Gate(SampleStep):
         return sample.with_candidates([judged.get(c.candidate_id, c) for c in sample.candidates])
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
-        return [await self.judge(candidate, sample, ctx) for candidate in candidates]
+        verdicts: list[Verdict] = []
+        for candidate in candidates:
+            if verdicts:
+                await give_turn()
+            verdicts.append(await self.judge(candidate, sample, ctx))
+        return verdicts
 
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
         raise TypeError(f"{type(self).__name__} does not implement judge")

@@ -13,6 +13,7 @@ from fastdistill.core.types import Failure, Sample, Status
 from fastdistill.data.decontaminate import words
 
 _PERMUTATIONS = 128  # an estimate of 0.8 is then off by 0.035, one standard deviation
+_RUNS_AT_ONCE = 1000  # each takes some kilobytes for as long
 _LONGEST = 10_000
 """Characters of code that is parsed; what is longer stays as it is."""
 
@@ -44,8 +45,9 @@ class NearDuplicates(StreamFilter):
         def look(sample: Sample) -> Sample:
             text = " ".join(words(sample.record, self.fields, sample.source))
             sketch = MinHash(_PERMUTATIONS)
-            runs = {text[at : at + self.shingle].encode() for at in range(max(1, len(text) - self.shingle + 1))}
-            sketch.update_batch(sorted(runs))
+            runs = [*{text[at : at + self.shingle].encode() for at in range(max(1, len(text) - self.shingle + 1))}]
+            for at in range(0, len(runs), _RUNS_AT_ONCE):
+                sketch.update_batch(runs[at : at + _RUNS_AT_ONCE])
             lean = LeanMinHash(sketch)
             similar = ((kept[at][0], kept[at][1].jaccard(lean)) for at in sorted(nearby.query(sketch)))
             first = next(((name, share) for name, share in similar if share >= self.threshold), None)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, Gate
+from fastdistill.core.turns import give_turn
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, Verdict
 
 # It warns of every text that it takes for a command; the verdict says that.
@@ -69,7 +70,8 @@ class RuleFilter(Gate):
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
         if self._parser is not None and not self._parser.done():
             await asyncio.shield(self._parser)
-        return self._finish(candidate.completion) or self._length(candidate.answer) or self._text(candidate.answer)
+        answer = candidate.answer
+        return self._finish(candidate.completion) or self._length(answer) or await self._text(answer)
 
     def _finish(self, completion: Completion) -> Verdict | None:
         reason = completion.finish_reason
@@ -89,11 +91,15 @@ class RuleFilter(Gate):
             return self._fail(RuleReason.TOO_LONG, chars=chars, max_chars=self.max_chars)
         return None
 
-    def _text(self, answer: str) -> Verdict:
-        for pattern in self.required:
+    async def _text(self, answer: str) -> Verdict:
+        for at, pattern in enumerate(self.required):
+            if at:
+                await give_turn()
             if not pattern.search(answer):
                 return self._fail(RuleReason.REQUIRED_MISSING, pattern=pattern.pattern)
-        for pattern in self.forbidden:
+        for at, pattern in enumerate(self.forbidden):
+            if at:
+                await give_turn()
             if found := pattern.search(answer):
                 return self._fail(
                     RuleReason.FORBIDDEN_FOUND, pattern=pattern.pattern, found=found[0][:200], at=found.start()

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, SampleStep
+from fastdistill.core.turns import give_turn
 from fastdistill.core.types import Candidate, Outcome, Sample
 from fastdistill.data.near_duplicates import CANONICAL
 from fastdistill.data.rationale import rationale_of
@@ -70,6 +71,7 @@ class SelectBest(SampleStep):
             first: dict[Hashable, Candidate] = {}
             for candidate in ranked:
                 first.setdefault(self._key(candidate), candidate)
+                await give_turn()
             ranked = list(first.values())
         return sample.selected(tuple([candidate.candidate_id for candidate in ranked[: self.k]]))
 

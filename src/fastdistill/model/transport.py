@@ -170,13 +170,13 @@ class Version(msgspec.Struct):
     version: str
 
 
-class Token(msgspec.Struct):
+class Token(msgspec.Struct, gc=False):
     """A token and its log-probability: OpenAI's form, which is Ollama's too."""
 
     token: str  # `token_id:17` where ids were asked for
     logprob: float
     top_logprobs: "list[Token] | None" = None
-    bytes: list[int] | None = None
+    bytes: msgspec.Raw = msgspec.Raw(b"null")  # a list of numbers, or null: read where it is needed
     id: int | None = None  # llama.cpp
 
     def scored(self) -> TokenLogprob:
@@ -193,9 +193,12 @@ class Token(msgspec.Struct):
 
     @property
     def text(self) -> str:
-        if self.bytes is None or not self.token.startswith("token_id:"):
+        if not self.token.startswith("token_id:") or (told := _bytes(self.bytes)) is None:
             return self.token
-        return bytes(self.bytes).decode(errors="replace")
+        return bytes(told).decode(errors="replace")
+
+
+_bytes = msgspec.json.Decoder(list[int] | None).decode
 
 
 @dataclass(frozen=True, slots=True)
