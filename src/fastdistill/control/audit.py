@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from msgspec.structs import replace
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr
 
 from fastdistill.control.audited import audit_file, files_of, is_audited
 from fastdistill.control.folder import RunFolder, artifacts_root, write_json
@@ -110,15 +110,11 @@ class _Measured(SampleStep):
     judging: tuple[SampleStep, ...]
     mutants: int
     seed: int
+    counts: Counter[tuple[str, str, Finding]] = Field(default_factory=Counter, exclude=True)
+    """By gate, operator and finding."""
 
-    _counts: Counter[tuple[str, str, Finding]] = PrivateAttr(default_factory=Counter)
     _cases: dict[str, list[Case]] = PrivateAttr(default_factory=dict)
     _stricter: dict[str, Gate] = PrivateAttr(default_factory=dict)
-
-    @property
-    def counts(self) -> Counter[tuple[str, str, Finding]]:
-        """By gate, operator and finding."""
-        return self._counts
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
@@ -189,7 +185,7 @@ class _Measured(SampleStep):
                 finding = Finding.SURVIVED if at in doubtful and at not in told_apart else Finding.FALSE_ACCEPT
             else:
                 finding = Finding.REJECTED if verdict.outcome is Outcome.FAIL else Finding.UNDECIDED
-            self._counts[gate.name, answer.operator, finding] += 1
+            self.counts[gate.name, answer.operator, finding] += 1
             if finding not in (Finding.PASSED, Finding.REJECTED):
                 detail = ", ".join(f"{name}={value!r}" for name, value in verdict.detail.items())
                 place = (sample.index, sample.source, sample.sample_id)
@@ -199,7 +195,7 @@ class _Measured(SampleStep):
     def report(self, gate: Gate) -> dict[str, Any]:
         """What was found of one gate, as its file has it."""
         operators: dict[str, Counter[Finding]] = {}
-        for (name, operator, finding), count in sorted(self._counts.items()):
+        for (name, operator, finding), count in sorted(self.counts.items()):
             if name == gate.name:
                 operators.setdefault(operator, Counter())[finding] = count
         golds = operators.pop(GOLD, Counter())

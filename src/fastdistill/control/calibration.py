@@ -1,6 +1,6 @@
 """How well a judge does where execution knows better, counted while a run is at work."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastdistill.core.agreement import Agreement, Confusion, corrected_rate
@@ -57,7 +57,7 @@ class Calibration:
             **report,
             "truth": judge.truth,
             "enough": min(right, wrong) >= ENOUGH,
-            "confusion": {name: getattr(seen, name) for name in ("true_pass", "false_pass", "false_fail", "true_fail")},
+            "confusion": asdict(seen),
             "sensitivity": interval(seen.sensitivity()),
             "specificity": interval(seen.specificity()),
             "precision": round(seen.true_pass / passed, 6) if passed and judge.calibrate else None,

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from fastdistill.control.card import complete_dataset
 from fastdistill.control.config import merge, nested_override, parse_pipeline, read_yaml
-from fastdistill.control.folder import RunFolder, artifacts_root, read_json
+from fastdistill.control.folder import RunFolder, read_json
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.registry import step_class
 from fastdistill.control.session import Pipeline
@@ -28,7 +28,7 @@ def export_run(
         ConfigError: a format or an override that the run's exports don't have.
         EnvironmentFault: `to` holds something already, or can't be written.
     """
-    folder = RunFolder.find(artifacts_root(output_dir), run)
+    folder = RunFolder.find(output_dir, run)
     status = read_json(folder.manifest)["status"]
     if status not in ("complete", "below_floor"):
         raise InputError(f"{folder.run_id}: {status}; only a finished run is exported: run it to its end first")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastdistill.control.folder import RunFolder, artifacts_root, read_json
+from fastdistill.control.folder import RunFolder, read_json
 from fastdistill.core.errors import ConfigError, EnvironmentFault, InputError
 from fastdistill.core.files import sha256_file
 
@@ -17,7 +17,7 @@ def push_run(run: str, repo: str, *, private: bool, exported: Path | None, outpu
         ConfigError: huggingface_hub is missing, or the Hub refuses the token or the name.
         EnvironmentFault: the Hub can't be reached, or is out of order.
     """
-    folder = RunFolder.find(artifacts_root(output_dir), run)
+    folder = RunFolder.find(output_dir, run)
     status = read_json(folder.manifest)["status"]
     if status not in ("complete", "below_floor"):
         raise InputError(f"{folder.run_id}: {status}; only a finished run is pushed: run it to its end first")

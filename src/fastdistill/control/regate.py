@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 
 from fastdistill.control.budget import first_accepted
 from fastdistill.control.config import load_layers, merge, parse_pipeline, read_yaml
-from fastdistill.control.folder import RunFolder, artifacts_root, read_json
+from fastdistill.control.folder import RunFolder, read_json
 from fastdistill.control.reports import Lineage, versions
 from fastdistill.control.session import Pipeline, RunResult, Watch, execute, run_folder, run_in_loop, unwatched
 from fastdistill.core.canonical import digest
@@ -46,7 +46,7 @@ def regate(
         ConfigError: the layers make no pipeline, or one that reads other samples than `run` did.
         FatalError: as for any run.
     """
-    stored = StoredRun(RunFolder.find(artifacts_root(output_dir), run))
+    stored = StoredRun(RunFolder.find(output_dir, run))
     pipeline = regated(stored, layers, overrides)
     own = digest(["regate", stored.folder.run_id, pipeline.run_id])[:8]
     folder = run_folder(output_dir, f"{pipeline.name}-regate-{own}" if run_id is None else run_id)

@@ -53,7 +53,7 @@ class Proofs:
         # A run that finds every answer in the store contacts nobody: what an earlier one learnt still holds.
         earlier = read_json(folder.manifest)["models"] if folder.manifest.exists() else {}
         self._endpoints_before = {name: model.get("endpoints", []) for name, model in earlier.items()}
-        self._descent = self._descended(pipeline.lineage.parent)
+        self._descent = self._descended()
 
     def begin(self) -> None:
         for of_an_earlier_run in (self._folder.quality_report, self._folder.timing_report, self._folder.report_html):
@@ -107,13 +107,13 @@ class Proofs:
             file.write(render_html(manifest, quality, timing))
         return RunResult(folder.run_id, folder.path, folder.dist, code, manifest, quality, timing)
 
-    def _descended(self, parent: str | None) -> dict[str, Any]:
+    def _descended(self) -> dict[str, Any]:
         """What the manifest says of where a run comes from. `generation` counts the teachers that came before.
 
         Raises:
             InputError: there is no such parent.
         """
-        role = self._pipeline.lineage.role
+        parent, role = self._pipeline.lineage.parent, self._pipeline.lineage.role
         if self._lineage is not None:
             before = read_json(RunFolder(self._folder.root, self._lineage.parent_run_id).manifest)
             descent = {"parent_run_id": self._lineage.parent_run_id, "generation": before.get("generation", 0)}

@@ -107,13 +107,13 @@ class Pipeline(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         object.__setattr__(self, "steps", tuple(_named(self.steps)))
-        problems = []
-        for at, step in enumerate(self.steps):
-            problems += [
-                f"steps[{at}].{step.name}: {model!r} is not under models: ({', '.join(self.models) or 'none'})"
-                for model in step.models()
-                if model not in self.models
-            ]
+        placed = [(f"steps[{at}].{step.name}", step) for at, step in enumerate(self.steps)]
+        problems = [
+            f"{place}: {model!r} is not under models: ({', '.join(self.models) or 'none'})"
+            for place, step in placed
+            for model in step.models()
+            if model not in self.models
+        ]
         names = [step.name for step in self.steps]
         problems += [
             f"steps: two are named {name!r}; a name is given once" for name in {*names} if names.count(name) > 1
@@ -127,23 +127,21 @@ class Pipeline(BaseModel):
             )
         gates = [step.name for step in self.steps if isinstance(step, Gate)]
         named = [(f"require.pass_rate.{gate}", gate) for gate in self.require.pass_rate]
-        named += [
-            (f"steps[{at}].{step.name}.gate", gate) for at, step in enumerate(self.steps) for gate in step.gates()
-        ]
+        named += [(f"{place}.gate", gate) for place, step in placed for gate in step.gates()]
         problems += [
             f"{place}: there is no gate {gate!r}; there are: {', '.join(gates) or 'none'}"
             for place, gate in named
             if gate not in gates
         ]
         problems += [  # a judge would never be calibrated, and never say so
-            f"steps[{at}].{step.name}: {gate} must come before it, for it reads {gate}'s verdicts"
-            for at, step in enumerate(self.steps)
+            f"{place}: {gate} must come before it, for it reads {gate}'s verdicts"
+            for at, (place, step) in enumerate(placed)
             for gate in step.gates()
             if gate in names[at:]
         ]
         problems += [
-            f"steps[{at}].{step.name}: there is no step named {other!r}; there are: {', '.join(names)}"
-            for at, step in enumerate(self.steps)
+            f"{place}: there is no step named {other!r}; there are: {', '.join(names)}"
+            for place, step in placed
             for other in step.steps()
             if other not in names
         ]

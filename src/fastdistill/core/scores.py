@@ -1,6 +1,7 @@
 """Measures of samples and of scores: pass@k, and how far two sets of scores agree."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -67,17 +68,8 @@ def agreement_intervals(pairs: Pairs, epsilon: float = 0.1, resamples: int = 100
 
 def ranks(values: Sequence[float]) -> list[float]:
     """Ranks from 1; equal values share the mean of theirs."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranked = [0.0] * len(values)
-    begin = 0
-    while begin < len(order):
-        end = begin
-        while end < len(order) and values[order[end]] == values[order[begin]]:
-            end += 1
-        for at in order[begin:end]:
-            ranked[at] = (begin + 1 + end) / 2
-        begin = end
-    return ranked
+    ordered = sorted(values)
+    return [(bisect_left(ordered, value) + 1 + bisect_right(ordered, value)) / 2 for value in values]
 
 
 def _correlation(left: Sequence[float], right: Sequence[float]) -> float | None:
