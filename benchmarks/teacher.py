@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -250,6 +251,7 @@ class Teacher:
         self._in_flight = 0
         self._attempts: dict[int, int] = {}
         self._completed: set[int] = set()
+        self._answers_at = array("d")
         self._blocks: OrderedDict[bytes, None] = OrderedDict()
         self._buckets = [_Bucket(rate / 60) for rate in (options.rpm, options.tpm)]
         self._capacity: list[tuple[float, float]] = []  # (since, slots), from the first request on
@@ -434,6 +436,7 @@ class Teacher:
         counters.cached_tokens += request.cached
         counters.completion_tokens += completion_tokens
         counters.last_answer = self.loop.time()
+        self._answers_at.append(counters.last_answer)
         self._completed.update(draw.key for draw in request.draws)
 
     def _cached(self, request: _Request) -> int:
@@ -501,15 +504,23 @@ class Teacher:
             "open_connections": len(self.open),
             "slots": self.slots,
             "window_s": window,
+            "mid_rate": self._mid_rate(),
             "utilisation": counters.nominal_s / capacity if capacity else 0.0,
             "utilisation_held": counters.held_s / capacity if capacity else 0.0,
         }
+
+    def _mid_rate(self) -> float:
+        """Answers a second between the first tenth of all and the last, 0 if there are too few to tell."""
+        at, tenth = self._answers_at, len(self._answers_at) // 10
+        passed = at[-1 - tenth] - at[tenth] if tenth else 0.0
+        return (len(at) - 1 - 2 * tenth) / passed if passed else 0.0
 
     def _reset(self, *, everything: bool) -> None:
         for timer in self._planned:
             timer.cancel()
         self._planned.clear()
         self.counters = Counters()
+        self._answers_at = array("d")
         self.slots = self.options.slots
         self._buckets = [_Bucket(rate / 60) for rate in (self.options.rpm, self.options.tpm)]
         if everything:

@@ -23,6 +23,7 @@ COLUMNS = {
     "util": ".3f",
     "util/bound": ".3f",
     "req/s": ",.0f",
+    "mid req/s": ",.0f",
     "extra": ",d",
     "CPU ms": ".3f",
     "of it start s": ".2f",
@@ -99,6 +100,7 @@ def _line(
         "util": seen["utilisation"],
         "util/bound": seen["utilisation"] / bound_utilisation,
         "req/s": seen["answered"] / seen["window_s"],
+        "mid req/s": seen["mid_rate"],
         "extra": seen["choices"] - case.count,  # paid for and not needed: a straggler was asked for again
         "CPU ms": 1000 * said["cpu_s"] / case.count,
         "of it start s": said.get("before_first_request_cpu_s"),
