@@ -60,16 +60,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1_000)
     parser.add_argument("--kills", type=int, default=3, help="kills, at evenly spread places")
+    parser.add_argument("--slots", type=int, default=64, help="of the teacher; a quarter more requests are in flight")
+    parser.add_argument("--rules", action="store_true", help="rule gates without the SQL parser, and no execution")
     parser.add_argument("--median", type=float, default=0.2, help="the teacher's latency in seconds")
     parser.add_argument("--output", default="crash", help="name of the JSON file in benchmarks/results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fastdistill-bench-") as name:
         folder = Path(name)
         records = workload.write_records(folder / "records.jsonl", arguments.count)
-        database = workload.make_database(folder / "city.db")
-        with serving(Options(slots=64, median=arguments.median, sigma=0.6)) as teacher:
+        database = None if arguments.rules else workload.make_database(folder / "city.db")
+        with serving(Options(slots=arguments.slots, median=arguments.median, sigma=0.6)) as teacher:
             config = folder / "config.yaml"
-            config.write_text(json.dumps(workload.pipeline(teacher.url, records, database, concurrency=80)))
+            asked = {"concurrency": arguments.slots * 5 // 4, "parse_sql": not arguments.rules}
+            config.write_text(json.dumps(workload.pipeline(teacher.url, records, database, **asked)))
             whole = measured("client", config, folder / "whole", timeout=600)
             lines = []
             for number in range(1, arguments.kills + 1):

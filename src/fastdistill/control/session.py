@@ -344,7 +344,7 @@ def tuned() -> Iterator[None]:
     threshold, interval = gc.get_threshold(), sys.getswitchinterval()
     sys.setswitchinterval(0.002)
     gc.freeze()
-    gc.set_threshold(10_000, 100, 100)  # at 50,000 a look took up to 60 ms
+    gc.set_threshold(20_000, 100, 100)  # at 50,000 a look took up to 60 ms
     try:
         yield
     finally:

@@ -20,8 +20,8 @@ from fastdistill.core.errors import EnvironmentFault
 
 _MOST_WAITING = 2_000  # entries, before whoever brings more has to wait: some kilobytes each
 _MOST_AT_ONCE = 1_000  # entries of a group
-_WOKEN_AT_ONCE = 16  # of those who wait: what they go on with takes some milliseconds
-_ROWS_AT_ONCE = 64  # of one statement
+_WOKEN_AT_ONCE = 32  # of those who wait: what they go on with takes some milliseconds
+_ROWS_AT_ONCE = 32  # of one statement
 _CHECKPOINT = 16_000_000  # bytes of WAL: a page that is written again and again goes to the file once
 
 _END: tuple[None, None] = (None, None)  # the last job
