@@ -166,6 +166,7 @@ async def work(plan: Pipeline, folder: RunFolder) -> tuple[ActiveRun, RunResult]
                     await teacher.generate(PROMPT, [Draw(0, sample.index)])
             await run.finished(sample, last=True)
         teacher.meter.retries[ErrorKind.RATE_LIMITED] += 3
+        teacher.meter.hedged += 2
         run.close()
     (folder.dist_in_work / "train.jsonl").write_text("{}\n")
     proofs.finish_dist()
@@ -331,6 +332,7 @@ def test_summary_tells_what_was_reached_and_where_it_lies(tmp_path: Path) -> Non
         assert any(line.startswith(f"{name} {count} ") for line in lines), name
     assert "900 prompt, 180 completion; 5.5556 accepted samples per 1000" in shown(console)
     assert "9 answers paid, 0 from the store" in shown(console)
+    assert "2 asked a second time" in " ".join(lines)
 
 
 def test_summary_fits_80_columns_but_for_what_is_copied(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ class Recent:
         self._seen: deque[tuple[float, int, int, Mapping[str, int]]] = deque()  # when; samples, accepted, tokens
 
     def look(self, run: "ActiveRun") -> Speed:
-        tokens = {name: model.meter.usage.completion_tokens for name, model in run.models.items()}
+        tokens = {name: model.meter.completion_tokens for name, model in run.models.items()}
         now, samples, accepted = perf_counter(), run.tally.samples, run.tally.accepted_samples
         # A run is timed from its beginning, whenever the first look was.
         begun = run.begun, 0, 0, dict.fromkeys(tokens, 0)
@@ -292,6 +292,8 @@ def _models(tokens: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
             rates = [(model["requests_per_s"], "requests/s"), (model["completion_tokens_per_s"], "completion tokens/s")]
             words += "".join(f"; {rate:,.1f} {unit}" for rate, unit in rates if rate is not None)
             words += f"; {model['slot_utilisation']:.0%} of {model['concurrency']} slots used"
+        if model["hedged"]:
+            words += f"; {model['hedged']:,} asked a second time"
         if model["retries"]:
             words += f"; retries: {tallied(model['retries'])}"
         if lost := sum(took["total_s"] for took in model.get("failed", {}).values()):
