@@ -226,8 +226,9 @@ def test_a_run_with_a_target_is_as_far_as_its_accepted_samples_are(tmp_path: Pat
     console = terminal()
     console.print(board(run, Recent()))
     assert "6 of 6 accepted (100%)" in shown(console)
-    message = {"message": "target: 6 samples are accepted"}
-    summary(dataclasses.replace(result, manifest=result.manifest | message), console)
+    summary(
+        dataclasses.replace(result, manifest={**result.manifest, "message": "target: 6 samples are accepted"}), console
+    )
     assert "6 candidates up to the target" in " ".join(words(shown(console)))
 
 
