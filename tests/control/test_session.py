@@ -581,6 +581,17 @@ def test_no_runs_at_all(tmp_path: Path, command: Callable[..., Ended]) -> None:
     assert "no runs here; is --output-dir right?" in ended.err
 
 
+def test_doctor_looks_at_each_server_of_a_model(
+    finished: Finished, tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    with openai_server(teacher) as server:
+        several = f"models.teacher.base_url=[{server.url}, http://127.0.0.1:1/v1]"
+        found = command("doctor", "-c", finished.config_file, "--set", several, "-o", tmp_path)
+    assert found.code == 4
+    assert "teacher: teacher: ready" in found.out
+    assert "can't be used" in found.out and "127.0.0.1:1" in found.out
+
+
 def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(
     finished: Finished, tmp_path: Path, command: Callable[..., Ended]
 ) -> None:
