@@ -293,8 +293,8 @@ def _models(tokens: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
             rates = [(model["requests_per_s"], "requests/s"), (model["completion_tokens_per_s"], "completion tokens/s")]
             words += "".join(f"; {rate:,.1f} {unit}" for rate, unit in rates if rate is not None)
             words += f"; {model['slot_utilisation']:.0%} of {model['concurrency']} slots used"
-        if model["hedged"]:
-            words += f"; {model['hedged']:,} asked a second time"
+        if hedged := model.get("hedged"):
+            words += f"; {hedged:,} asked a second time"
         if model["retries"]:
             words += f"; retries: {tallied(model['retries'])}"
         if lost := sum(took["total_s"] for took in model.get("failed", {}).values()):

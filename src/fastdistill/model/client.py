@@ -5,7 +5,6 @@ answer. It knows no wire protocol (providers do) and no file format (the store d
 """
 
 import asyncio
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -230,7 +229,8 @@ class ModelClient:
 
     async def _ask(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
         """One answer for each of several draws: those that a server can bring as choices of one answer together."""
-        fits = self._most(prompt, len(draws))[1] <= (self.config.tokens_per_minute or math.inf)
+        limit = self.config.tokens_per_minute
+        fits = limit is None or self._most(prompt, len(draws))[1] <= limit
         if fits and all(endpoint.asks_n for endpoint in self.router.endpoints if endpoint.capabilities is not None):
             return await self._side_by_side(prompt, _consecutive(draws))
         return await self._side_by_side(prompt, _each(draws))
