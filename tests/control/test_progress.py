@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import io
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
-from fastdistill.control.budget import Budget
+from fastdistill.control.budget import Budget, Target
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.ledger import Ledger
 from fastdistill.control.progress import Recent, board, display, live, log_line, log_lines, summary
@@ -143,7 +144,7 @@ SAMPLES = (
 )
 
 
-async def work(plan: Pipeline, folder: RunFolder) -> tuple[ActiveRun, RunResult]:
+async def work(plan: Pipeline, folder: RunFolder, target: Target | None) -> tuple[ActiveRun, RunResult]:
     """What a run does, with samples made by hand in place of the steps."""
     tally = Tally(plan.steps)
     proofs = Proofs(plan, folder, tally)
@@ -156,7 +157,7 @@ async def work(plan: Pipeline, folder: RunFolder) -> tuple[ActiveRun, RunResult]
             models={"teacher": teacher},
             tally=tally,
             max_error_rate=1,
-            target=None,
+            target=target,
             budget=Budget(),
         )
         for sample in SAMPLES:
@@ -166,17 +167,18 @@ async def work(plan: Pipeline, folder: RunFolder) -> tuple[ActiveRun, RunResult]
                     await teacher.generate(PROMPT, [Draw(0, sample.index)])
             await run.finished(sample, last=True)
         teacher.meter.retries[ErrorKind.RATE_LIMITED] += 3
+        teacher.meter.hedged += 2
         run.close()
     (folder.dist_in_work / "train.jsonl").write_text("{}\n")
     proofs.finish_dist()
     return run, proofs.finish(run)
 
 
-def ran(tmp_path: Path) -> tuple[ActiveRun, RunResult]:
+def ran(tmp_path: Path, target: Target | None = None) -> tuple[ActiveRun, RunResult]:
     folder = RunFolder(tmp_path, "text2sql-0123abcd")
     with folder.held():
         folder.begin_dist()
-        return asyncio.run(work(pipeline(), folder))
+        return asyncio.run(work(pipeline(), folder, target))
 
 
 def terminal() -> Console:
@@ -215,6 +217,19 @@ def test_time_left_is_told_only_when_the_total_is_known(tmp_path: Path) -> None:
     assert "11 of 22 samples (50%)" in shown(console)
     assert re.search(r"ETA \d+:\d\d", shown(console))
     assert "11 of 22 samples (50%)" in log_line(run, Recent())
+
+
+def test_a_run_with_a_target_is_as_far_as_its_accepted_samples_are(tmp_path: Path) -> None:
+    run, result = ran(tmp_path, Target(accepted=6))
+    run.total = 600
+    assert "6 of 6 accepted (100%)" in log_line(run, Recent()) and "ETA 0:00" in log_line(run, Recent())
+    console = terminal()
+    console.print(board(run, Recent()))
+    assert "6 of 6 accepted (100%)" in shown(console)
+    summary(
+        dataclasses.replace(result, manifest={**result.manifest, "message": "target: 6 samples are accepted"}), console
+    )
+    assert "6 candidates up to the target" in " ".join(words(shown(console)))
 
 
 def test_speed_is_that_of_the_last_seconds(tmp_path: Path) -> None:
@@ -331,6 +346,7 @@ def test_summary_tells_what_was_reached_and_where_it_lies(tmp_path: Path) -> Non
         assert any(line.startswith(f"{name} {count} ") for line in lines), name
     assert "900 prompt, 180 completion; 5.5556 accepted samples per 1000" in shown(console)
     assert "9 answers paid, 0 from the store" in shown(console)
+    assert "2 asked a second time" in " ".join(lines)
 
 
 def test_summary_fits_80_columns_but_for_what_is_copied(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_page_shows_the_figures_of_the_run(result: RunResult) -> None:
         "teacher teacher-7b (scripted)",
         "answers paid 9 0 from the store",
         "served-7b sha256:beef 9",
+        "asked a second time 2",
         "rate_limited 3",
         "cost $0.0013",
     ):

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import yaml
@@ -259,6 +259,42 @@ class Killing(SampleStep):
         return sample
 
 
+class InterruptingTheEnd(SampleStep):
+    """Ctrl-C, once, as soon as the run winds down by itself; `in_flight` says how many requests were."""
+
+    in_flight: ClassVar[list[asyncio.Task[int]]] = []
+
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        if sample.index == 0:
+            self.in_flight[:] = [asyncio.create_task(self._interrupt(cast(ActiveRun, ctx)))]
+        return sample
+
+    async def _interrupt(self, run: ActiveRun) -> int:
+        await run.pause(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        return run.models["teacher"].meter.in_flight
+
+
+@pytest.mark.parametrize(
+    "end", [{"target": {"accepted": 1}}, {"budget": {"max_tokens": 2_500, "max_wall_s": 1}}], ids=["target", "budget"]
+)
+def test_ctrl_c_while_a_run_winds_down_lets_the_answers_come_home(world: World, end: Mapping[str, Any]) -> None:
+    write_records(world.folder, RECORDS[:8])
+    first = RECORDS[0]["instruction"]
+
+    def latency(call: Call) -> float:
+        return 2.5 if "Question:" in call.prompt and first not in call.prompt else 0.0
+
+    with openai_server(teacher, latency=latency) as server:
+        with pytest.raises(Interrupted):
+            quick(server, world.records, InterruptingTheEnd(), **end).run(output_dir=world.folder / "artifacts")
+        (in_flight,) = InterruptingTheEnd.in_flight
+        assert in_flight.result() > 1
+        assert asked(server) == 1 + in_flight.result()
+        quick(server, world.records).run(output_dir=world.folder / "artifacts")
+    assert asked(server) == len({record["instruction"] for record in RECORDS[:8]}), "what came home is not asked again"
+
+
 def test_the_reports_of_an_earlier_run_do_not_pass_for_those_of_one_that_was_killed(tmp_path: Path) -> None:
     steps = (LoadJsonl(rows=({"question": "1"},)), CanonicalizeFields(fields=("question",)))
     earlier = Pipeline(name="earlier", steps=steps).run(output_dir=tmp_path, run_id="same")
@@ -361,6 +397,11 @@ def test_repeated_gates_all_judge_and_are_reported_apart(world: World) -> None:
             r"require\.pass_rate\.Rules: there is no gate 'Rules'; there are: none",
         ),
         ({"max_error_rate": 2}, "max_error_rate"),
+        ({"models": {"teacher": {"provider": "vllm", "model": "m", "base_url": []}}}, "base_url: the list is empty"),
+        (
+            {"models": {"teacher": {"provider": "vllm", "model": "m", "tokens_per_minute": 100}}},
+            r"max_tokens: 512 is more than models\.teacher\.tokens_per_minute \(100\)",
+        ),
         ({"step": ()}, "step"),
     ],
     ids=str,
@@ -538,6 +579,17 @@ def test_no_runs_at_all(tmp_path: Path, command: Callable[..., Ended]) -> None:
     ended = command("runs", "list", "-o", tmp_path)
     assert (ended.code, ended.out) == (3, "")
     assert "no runs here; is --output-dir right?" in ended.err
+
+
+def test_doctor_looks_at_each_server_of_a_model(
+    finished: Finished, tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    with openai_server(teacher) as server:
+        several = f"models.teacher.base_url=[{server.url}, http://127.0.0.1:1/v1]"
+        found = command("doctor", "-c", finished.config_file, "--set", several, "-o", tmp_path)
+    assert found.code == 4
+    assert "teacher: teacher: ready" in found.out
+    assert "can't be used" in found.out and "127.0.0.1:1" in found.out
 
 
 def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(

@@ -183,6 +183,13 @@ def test_waves_go_on_in_the_list_of_temperatures(tmp_path: Path) -> None:
     assert (rows(again), bodies) == (rows(made[0][0]), [])
 
 
+def test_a_teacher_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    ladder: dict[str, Any] = {"teachers": ["teacher", "teacher"], "until": {"accepted": 1}}
+    made = config("http://localhost:1", tmp_path / "r.jsonl", tmp_path / "d.db", **ladder)
+    with pytest.raises(ConfigError, match="teacher is there twice"):
+        parse_pipeline(made)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -181,6 +181,16 @@ def test_an_endpoint_that_is_dead_from_the_start_costs_nothing_but_a_note(tmp_pa
         assert answers(server).total() == 100, "and two choices still come in one request"
 
 
+def test_the_slots_of_an_endpoint_that_is_down_are_not_counted(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([nowhere(), server.url], tmp_path) as asker:
+            await asker.ask_all(50)
+            assert asker.client.router.capacity == 8
+
+    with openai_server(latency=quick) as server:
+        run(go())
+
+
 @pytest.mark.slow
 def test_an_endpoint_that_hangs_at_first_contact_holds_nobody_up_for_long_and_is_used_later(tmp_path: Path) -> None:
     async def go() -> None:
@@ -617,6 +627,8 @@ def test_a_request_that_a_server_has_lost_is_asked_again_there_while_others_wait
                 answer.completion.usage.completion_tokens + answer.completion.usage.prompt_tokens
                 for answer in await work
             ), "what was called off may have cost something"
+            brought = sum(answer.completion.usage.completion_tokens for answer in await work)
+            assert meter.completion_tokens == brought, "but it brought nothing"
             assert meter.reserved_tokens == meter.in_flight == 0
 
     with openai_server(latency=quick, faults={"Q200": hang()}) as server:

@@ -27,8 +27,9 @@ def examine(pipeline: Pipeline, output_dir: Path | None) -> bool:
     say(f"machine: {versions}, {free:.1f} GiB free at {existing}")
     if any(isinstance(step, PythonExecEval) for step in pipeline.steps):
         say(f"python sandbox: {available_isolation()}")
-    found = asyncio.run(_probe_all(pipeline.models.values()))
-    for (name, config), result in zip(pipeline.models.items(), found, strict=True):
+    endpoints = [(name, config) for name, model in pipeline.models.items() for config in model.endpoints()]
+    found = asyncio.run(_probe_all(config for _, config in endpoints))
+    for (name, config), result in zip(endpoints, found, strict=True):
         if isinstance(result, ProviderError):
             say(f"{name}: {config.model}: can't be used: {result}", "red")
         else:

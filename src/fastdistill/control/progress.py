@@ -133,7 +133,7 @@ class Recent:
         self._seen: deque[tuple[float, int, int, Mapping[str, int]]] = deque()  # when; samples, accepted, tokens
 
     def look(self, run: "ActiveRun") -> Speed:
-        tokens = {name: model.meter.usage.completion_tokens for name, model in run.models.items()}
+        tokens = {name: model.meter.completion_tokens for name, model in run.models.items()}
         now, samples, accepted = perf_counter(), run.tally.samples, run.tally.accepted_samples
         # A run is timed from its beginning, whenever the first look was.
         begun = run.begun, 0, 0, dict.fromkeys(tokens, 0)
@@ -156,13 +156,13 @@ def board(run: "ActiveRun", recent: Recent) -> "RenderableType":
     from rich.text import Text
 
     speed = recent.look(run)
-    total, tally = run.total, run.tally
+    (reached, total, _), tally = _goal(run), run.tally
     elapsed, done, left = _headline(run, speed)
     pace = f"  {speed.samples:.1f}/s  {60 * speed.accepted:,.0f} accepted/min  {elapsed}{'  ' if left else ''}{left}"
     parts: list[RenderableType] = [Text.assemble((done, "bold"), pace)]
     if total is not None:
         bar = Table.grid(expand=True)
-        bar.add_row(ProgressBar(total=max(total, 1), completed=min(tally.samples, total)))
+        bar.add_row(ProgressBar(total=max(total, 1), completed=min(reached, total)))
         parts.append(bar)
     counts = [(f"{name} {count:,}", STYLES[name] if count else "dim") for name, count in _counts(tally).items()]
     parts.append(Text("  ").join(Text(words, style) for words, style in counts))
@@ -222,7 +222,7 @@ def summary(result: "RunResult", console: "Console") -> None:
     title = Text.assemble((result.run_id, "bold"), f"  {result.manifest['status']}  {clock(timing['wall_s'])}")
     say(title, console=console)
     for headers, found in (
-        (("", ">", "", ""), _funnel(quality)),
+        (("", ">", "", ""), _funnel(quality, result.manifest["message"])),
         (("gate", ">judged", ">pass", ">fail", ">error", "pass rate, 95% interval"), _gates(gates)),
         (("gate", "reasons"), _reasons(gates)),
         (("failed at", ">count", "reason", "for example"), _failures(quality["failures"])),
@@ -240,14 +240,15 @@ def summary(result: "RunResult", console: "Console") -> None:
 _Cells: TypeAlias = "Iterator[tuple[RenderableType, ...]]"
 
 
-def _funnel(quality: Mapping[str, Any]) -> _Cells:
+def _funnel(quality: Mapping[str, Any], message: str) -> _Cells:
     """How many samples were read, and where they went."""
     from rich.progress_bar import ProgressBar
     from rich.text import Text
 
     samples, candidates = quality["samples"], quality["candidates"]
+    counted = " up to the target" if message.startswith("target: ") else ""  # answers beyond it are paid for, too
     notes = {
-        "completed": f"{candidates['generated']:,} candidates, {candidates['selected']:,} selected",
+        "completed": f"{candidates['generated']:,} candidates{counted}, {candidates['selected']:,} selected",
         "accepted": f"{percent(samples['accept_rate'])} of the decided" if samples["completed"] else "",
         "undecided": "a gate could not judge" if samples["undecided"] else "",
     }
@@ -292,6 +293,8 @@ def _models(tokens: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
             rates = [(model["requests_per_s"], "requests/s"), (model["completion_tokens_per_s"], "completion tokens/s")]
             words += "".join(f"; {rate:,.1f} {unit}" for rate, unit in rates if rate is not None)
             words += f"; {model['slot_utilisation']:.0%} of {model['concurrency']} slots used"
+        if hedged := model.get("hedged"):
+            words += f"; {hedged:,} asked a second time"
         if model["retries"]:
             words += f"; retries: {tallied(model['retries'])}"
         if lost := sum(took["total_s"] for took in model.get("failed", {}).values()):
@@ -388,8 +391,16 @@ def _count(run: "ActiveRun") -> None:
 
 def _headline(run: "ActiveRun", speed: Speed) -> tuple[str, str, str]:
     """For how long a run has worked, how far it is, and (where the total is known) how long it will yet take."""
-    elapsed, done, total = clock(perf_counter() - run.begun), run.tally.samples, run.total
+    elapsed, (done, total, what) = clock(perf_counter() - run.begun), _goal(run)
     if total is None:
-        return elapsed, f"{done:,} samples", ""
-    left = clock(max(total - done, 0) / speed.samples) if speed.samples > 0 else "–"
-    return elapsed, f"{done:,} of {total:,} samples ({done / max(total, 1):.0%})", f"ETA {left}"
+        return elapsed, f"{done:,} {what}", ""
+    per_s = speed.samples if run.target is None else speed.accepted
+    left = clock(max(total - done, 0) / per_s) if per_s > 0 else "–"
+    return elapsed, f"{done:,} of {total:,} {what} ({done / max(total, 1):.0%})", f"ETA {left}"
+
+
+def _goal(run: "ActiveRun") -> tuple[int, int | None, str]:
+    """How far a run is, of how much: of its target where it has one, else of all records."""
+    if run.target is None:
+        return run.tally.samples, run.total, "samples"
+    return run.tally.accepted_samples, run.target, "accepted"

@@ -94,7 +94,12 @@ class ActiveRun:
         self._counted = last
         if self._progress.reached and self._cutoff is not None:
             await self._ledger.leave_out_after(self._cutoff)
-        return first_accepted(await self._ledger.samples(), self._target.accepted if self._target else None)
+        return first_accepted(await self._ledger.samples(), self.target)
+
+    @property
+    def target(self) -> int | None:
+        """Samples that are to be accepted."""
+        return self._target.accepted if self._target else None
 
     @property
     def stopping(self) -> bool:

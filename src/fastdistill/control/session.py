@@ -114,6 +114,14 @@ class Pipeline(BaseModel):
             for model in step.models()
             if model not in self.models
         ]
+        problems += [
+            f"{place}.decode_profile.max_tokens: {most:,} is more than models.{model}.tokens_per_minute ({limit:,})"
+            " allows; lower it, or raise that if the provider allows more"
+            for place, step in placed
+            if (most := getattr(getattr(step, "decode_profile", None), "max_tokens", None))
+            for model in step.models()
+            if model in self.models and (limit := self.models[model].tokens_per_minute) and most > limit
+        ]
         names = [step.name for step in self.steps]
         problems += [
             f"steps: two are named {name!r}; a name is given once" for name in {*names} if names.count(name) > 1

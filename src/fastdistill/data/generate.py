@@ -89,6 +89,10 @@ class TextGeneration(SampleStep):
     def _draws_differ(self) -> Self:
         if self.teachers and self.until is None:
             raise ValueError("teachers needs until, like {accepted: 1}: it says when a sample has enough")
+        if twice := sorted(name for name, count in Counter(self.teachers).items() if count > 1):
+            raise ValueError(
+                f"teachers: {', '.join(twice)} is there twice; `escalate_after` says how often each is asked"
+            )
         options = self.generation_kwargs.get("options") or {}
         ways = islice(cycle(self._own_ways), self.num_generations)
         greedy = Counter(variant for variant, p in ways if options.get("temperature", p.temperature) == 0)

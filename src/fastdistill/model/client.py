@@ -229,7 +229,9 @@ class ModelClient:
 
     async def _ask(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
         """One answer for each of several draws: those that a server can bring as choices of one answer together."""
-        if all(endpoint.asks_n for endpoint in self.router.endpoints if endpoint.capabilities is not None):
+        limit = self.config.tokens_per_minute
+        fits = limit is None or self._most(prompt, len(draws))[1] <= limit
+        if fits and all(endpoint.asks_n for endpoint in self.router.endpoints if endpoint.capabilities is not None):
             return await self._side_by_side(prompt, _consecutive(draws))
         return await self._side_by_side(prompt, _each(draws))
 
@@ -341,8 +343,9 @@ class ModelClient:
             if len(draws) > 1 and not endpoint.asks_n:
                 return []
             dollars = self.meter.worst_cost(worst)
+            sent = None
             if not self._pace.unlimited or self._brake.check(worst, dollars):
-                await self._paced(worst, dollars)
+                sent = await self._paced(worst, dollars)
             if self._unstorable is not None:
                 raise self._unstorable
             tokens = 0
@@ -361,8 +364,8 @@ class ModelClient:
                         tokens = worst
             finally:
                 RESENDS.reset(resends)
-                if not self._pace.unlimited:
-                    self._pace.correct(tokens - worst)
+                if sent is not None:
+                    self._pace.correct(sent, tokens)
                 observe(queued=flight.queued, busy=flight.busy)
             answers = [*map(Answer, draws.values(), draws, completions, repeat(False))]
             try:
@@ -375,19 +378,19 @@ class ModelClient:
             endpoint.measuring = asyncio.create_task(self._measure(endpoint))
         return [*answers]
 
-    async def _paced(self, worst: int, dollars: float) -> None:
+    async def _paced(self, worst: int, dollars: float) -> list[float]:
         """Returns when a request of up to so many tokens may go out; one after the other, so that only one looks.
 
         Raises:
             NotAsked: the run has enough.
         """
         async with self._pacing:
-            while delay := self._pace.delay(perf_counter()):
+            while delay := self._pace.delay(perf_counter(), worst):
                 self._brake.check(worst, dollars)
                 await self._brake.pause(min(delay, 1.0))  # answers in flight may turn out shorter meanwhile
             while self._brake.check(worst, dollars):
                 await self._brake.pause(0.05)  # what is in flight may cost less than it could
-            self._pace.take(perf_counter(), worst)
+            return self._pace.take(perf_counter(), worst)
 
     def _due(self, waited: float) -> float:
         """Seconds until a request that has taken so long may be asked a second time, or is looked at again; 0: now.

@@ -15,13 +15,14 @@ Latency is per token, so that longer answers are not taken for a longer queue.
 
 import math
 from bisect import bisect
+from collections import deque
 from dataclasses import dataclass
 
 from fastdistill.model.provider import Load
 
 HEADROOM = 1.25  # requests in flight for each slot: an answer that leaves finds the next one waiting
 CROWDED = 2.5
-BURST = 2.0  # seconds
+BURST = 0.5  # seconds
 CUT = 0.7  # at most, after a 429; one cut for each burst
 RAMP = 8  # more in flight for each answer, at first
 PROVED = 4  # the ramp's limit: so many requests in flight for each slot that is known to be at work
@@ -279,27 +280,47 @@ class AdaptiveLimit(Limit):
 
 
 class Pace:
-    """Keeps requests and tokens a minute below what a provider allows, spread evenly, with `BURST` seconds at once.
+    """Keeps requests and tokens within what a provider allows in any minute, spread evenly but for `BURST` at once.
 
-    In any minute at most one request, or its tokens, comes on top of the allowance and the burst.
+    A request that may cost more tokens than a minute has goes out alone in its minute.
     """
 
     def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
         self.unlimited = requests_per_minute is None and tokens_per_minute is None
-        self._second_per_request = 60 / requests_per_minute if requests_per_minute else 0.0
-        self._second_per_token = 60 / tokens_per_minute if tokens_per_minute else 0.0
+        self._requests = requests_per_minute or math.inf
+        self._tokens = tokens_per_minute or math.inf
         self._requests_until = float("-inf")
         self._tokens_until = float("-inf")
+        self._sent: deque[list[float]] = deque()  # of the last minute: when, tokens
+        self._within = 0.0  # tokens of these
 
-    def delay(self, now: float) -> float:
-        """Seconds until the next request may go out; less when an answer turns out shorter than it was said to be."""
-        return max(0.0, self._requests_until - now, self._tokens_until - now)
+    def delay(self, now: float, tokens: int) -> float:
+        """Seconds until a request of up to so many tokens may go out; less when an answer turns out shorter than it was
+        said to be.
+        """
+        while self._sent and self._sent[0][0] <= now - 60:
+            self._within -= self._sent.popleft()[1]
+        until = max(now, self._requests_until, self._tokens_until)
+        requests, within = len(self._sent), self._within
+        for at, took in self._sent:
+            if requests < self._requests and within + tokens <= self._tokens:
+                break
+            until = max(until, at + 60)
+            requests, within = requests - 1, within - took
+        return until - now
 
-    def take(self, now: float, tokens: int) -> None:
-        """A request goes out that may cost so many tokens."""
-        self._requests_until = max(self._requests_until, now - BURST) + self._second_per_request
-        self._tokens_until = max(self._tokens_until, now - BURST) + self._second_per_token * tokens
+    def take(self, now: float, tokens: int) -> list[float]:
+        """A request goes out that may cost so many tokens; what `correct` wants of it."""
+        self._requests_until = max(self._requests_until, now - BURST) + 60 / self._requests
+        self._tokens_until = max(self._tokens_until, now - BURST) + 60 * tokens / self._tokens
+        self._sent.append([now, tokens])
+        self._within += tokens
+        return self._sent[-1]
 
-    def correct(self, tokens: int) -> None:
-        """A request took so many tokens more than it was said to (fewer, if negative)."""
-        self._tokens_until += self._second_per_token * tokens
+    def correct(self, sent: list[float], tokens: int) -> None:
+        """A request took so many tokens, no more and no fewer."""
+        more = tokens - sent[1]
+        self._tokens_until += 60 * more / self._tokens
+        if self._sent and sent[0] >= self._sent[0][0]:
+            self._within += more
+        sent[1] = tokens

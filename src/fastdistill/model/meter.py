@@ -42,6 +42,7 @@ class Meter:
     _supposed: float = 1.0  # the same until a long one was seen: text of any language has hardly more
     _prompt_tokens: int = 0
     _completion_tokens: int = 0
+    _lost_completion_tokens: int = 0
     _cached_tokens: int = 0
     _reasoning_tokens: int = 0
 
@@ -61,6 +62,7 @@ class Meter:
     def lost(self, usage: Usage) -> None:
         """A request was called off that may have cost so much."""
         self.lost_tokens += usage.prompt_tokens + usage.completion_tokens
+        self._lost_completion_tokens += usage.completion_tokens
         self._count(usage)
 
     def _count(self, usage: Usage) -> None:
@@ -73,6 +75,11 @@ class Meter:
     def usage(self) -> Usage:
         """What was paid for in this run, and what requests that were called off may have cost."""
         return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens, self._reasoning_tokens)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Of the answers that came home in this run."""
+        return self._completion_tokens - self._lost_completion_tokens
 
     def most_prompt_tokens(self, characters: int) -> int:
         """Of a prompt of so many characters."""
@@ -116,7 +123,7 @@ class Meter:
             "cached_tokens": self._cached_tokens,
             "window_s": round(window, 3),
             "requests_per_s": round(self.requests / window, 3) if window else None,
-            "completion_tokens_per_s": round(self._completion_tokens / window, 1) if window else None,
+            "completion_tokens_per_s": round(self.completion_tokens / window, 1) if window else None,
             "in_flight_mean": round(mean, 2),
             "in_flight_peak": self.peak,
             "concurrency": concurrency,

@@ -207,6 +207,8 @@ class ServedConfig(ModelConfig):
         if not isinstance(fields, dict):
             return fields
         provider = str(fields.get("provider", cls.model_fields["provider"].default))
+        if fields.get("base_url") in ([], ()):
+            raise ValueError("base_url: the list is empty; name a server, or leave it out")
         variable, default = cls.defaults(provider)
         url = fields.get("base_url") or os.environ.get(variable) or default
         key = fields.get("api_key") or os.environ.get(f"{provider.upper()}_API_KEY") or None

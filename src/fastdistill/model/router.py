@@ -182,7 +182,9 @@ class Router:
 
     @property
     def capacity(self) -> int:
-        return sum(endpoint.limit.capacity for endpoint in self.endpoints)
+        """Slots of the endpoints that are up; of all where none is."""
+        up = [endpoint for endpoint in self.endpoints if not endpoint.coolings]
+        return sum(endpoint.limit.capacity for endpoint in up or self.endpoints)
 
     @property
     def idle(self) -> bool:
