@@ -18,7 +18,7 @@ import pytest
 from tests.servers import Server, choose, openai_server
 from tests.world import ANSWERS, RECORDS, make_database, pipeline_config, write_records
 
-KILLS = 20
+KILLS = 12
 
 
 @contextmanager
