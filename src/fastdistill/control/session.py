@@ -347,7 +347,7 @@ def tuned() -> Iterator[None]:
     """Sets the interpreter up for a run.
 
     Looks for cycles less often, of which samples make hardly any, and never among what was there before the run. And a
-    thread has the interpreter's lock after 2 ms, not 5: to store a group of answers, it needs that some times.
+    thread gets the interpreter's lock after 2 ms, not 5: to store a group of answers, it needs the lock several times.
     """
     threshold, interval = gc.get_threshold(), sys.getswitchinterval()
     sys.setswitchinterval(0.002)

@@ -21,7 +21,7 @@ from fastdistill.core.errors import EnvironmentFault
 _MOST_WAITING = 2_000  # entries, before whoever brings more has to wait: some kilobytes each
 _MOST_AT_ONCE = 1_000  # entries of a group
 _WOKEN_AT_ONCE = 32  # of those who wait: what they go on with takes some milliseconds
-_ROWS_AT_ONCE = 32  # of one statement
+_ROWS_AT_ONCE = 32  # of one statement: one for each number of rows and table is kept, of the 128 that sqlite3 keeps
 _CHECKPOINT = 16_000_000  # bytes of WAL: a page that is written again and again goes to the file once
 
 _END: tuple[None, None] = (None, None)  # the last job
@@ -184,9 +184,7 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
         if readonly:
             uri = f"{path.absolute().as_uri()}?mode=ro"
             return sqlite3.connect(uri, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
-        return sqlite3.connect(
-            path, timeout=60, isolation_level=None, check_same_thread=False, cached_statements=4 * _ROWS_AT_ONCE
-        )
+        return sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
         raise fault(path, error) from error
 
