@@ -7,8 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from os.path import getsize
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -42,6 +41,14 @@ def put(path: Path, answers: Sequence[Answer]) -> None:
 
 def journals(folder: Path) -> list[Path]:
     return [*folder.glob("*.journal")]
+
+
+def journal_sizes(folder: Path) -> list[int]:
+    sizes = []
+    for journal in journals(folder):
+        with suppress(FileNotFoundError):  # it is gone by now
+            sizes.append(journal.stat().st_size)
+    return sizes
 
 
 def stored(path: Path, keys: Sequence[str]) -> list[Completion | None]:
@@ -221,7 +228,8 @@ def test_what_was_cut_off_costs_itself_alone(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         (journal,) = journals(tmp_path)
-        journal.write_bytes(journal.read_bytes()[:-1])
+        whole = journal.read_bytes().rstrip(b"\0")
+        journal.write_bytes(whole[:-1])
     assert stored(path, KEYS) == [*PUT[:2], None]
 
 
@@ -268,11 +276,11 @@ def test_a_journal_does_not_grow_without_end_nor_does_what_waits(tmp_path: Path)
         async with ResponseStore(path) as store:
             for attempt in range(100):
                 await store.put(PROMPT, [answer("x" * 2**20, attempt)])
-                sizes.append([*map(getsize, journals(tmp_path))])
+                sizes.append(journal_sizes(tmp_path))
         return sizes
 
     sizes = asyncio.run(go())
-    assert max(map(max, sizes)) < 18 * 2**20 and max(map(sum, sizes)) < 36 * 2**20
+    assert max(map(max, sizes)) < 1.1 * 2**20 and max(map(sum, sizes)) < 24 * 2**20
     assert count(path) == 100 and journals(tmp_path) == []
 
 
@@ -282,8 +290,7 @@ def test_a_full_disk_is_told_and_costs_no_answer_that_was_put(tmp_path: Path) ->
         said, _ = process.communicate(timeout=60)
     put, told = said.splitlines()
     assert int(put) > 5 and told.startswith(str(path))
-    found = stored(path, [answer("", attempt).key for attempt in range(int(put) + 1)])
-    assert [each is not None for each in found] == [True] * int(put) + [False]
+    assert None not in stored(path, [answer("", attempt).key for attempt in range(int(put))])
 
 
 FILLS = """
@@ -295,11 +302,11 @@ from fastdistill.core.errors import EnvironmentFault
 
 async def main():
     put = 0
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, resource.RLIM_INFINITY))
     try:
         async with ResponseStore(Path(sys.argv[1])) as store:
             while True:
-                await store.put(PROMPT, [answer("x" * 10_000, put)])
+                await store.put(PROMPT, [answer("x" * 100_000, put)])
                 put += 1
     except EnvironmentFault as error:
         print(put, error, sep="\\n")
@@ -363,7 +370,7 @@ def test_a_few_go_on_at_a_time_so_that_answers_that_come_in_are_stored_before(tm
                 await asyncio.sleep(0)
 
     asyncio.run(go())
-    assert went_on.total() == 500 and max(went_on.values()) <= 32
+    assert went_on.total() == 500 and max(went_on.values()) <= 16
 
 
 def test_a_file_that_is_no_database_is_told_with_what_to_do(tmp_path: Path) -> None:
