@@ -12,7 +12,7 @@ from secrets import token_hex
 from struct import Struct
 from typing import BinaryIO
 
-SIZE = 2**20  # bytes of a journal, for all but larger entries
+SIZE = 2**18  # bytes of a journal, for all but larger entries
 
 _HEAD = Struct("<II")  # bytes of an entry, and their CRC-32
 _END = bytes(_HEAD.size)

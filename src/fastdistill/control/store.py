@@ -33,6 +33,7 @@ PRAGMA user_version = 1;
 # comes again after so many others is written again.
 _PROMPTS_REMEMBERED = 4096
 _GO_ON_AT_ONCE = 16  # answers in a round of the loop: what follows takes some milliseconds; eight cost 5% throughput
+_SPARE_JOURNALS = 3  # as many as what comes within a moment under full load needs
 _MOST_UNCOMMITTED = 2**24  # characters of answers, before who puts more has to wait
 
 _Entry: TypeAlias = tuple[str, PromptColumns, list[list[Any]]]
@@ -151,7 +152,7 @@ class ResponseStore:
                 self._uncommitted.pop(row[0].hex(), None)
 
     def _give_back(self, journal: Journal) -> None:
-        if self._failed or self._spare:
+        if self._failed or len(self._spare) == _SPARE_JOURNALS:
             journal.close(keep=self._failed)
         else:
             journal.clear()

@@ -180,7 +180,7 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
 def fault(path: Path, error: Exception) -> EnvironmentFault:
     """What SQLite said, with the remedy where there is one."""
     text = str(error)
-    if any(sign in text for sign in ("full", "I/O", "No space")):
+    if any(sign in text for sign in ("full", "I/O", "No space", "File too large")):
         remedy = "free some space and run the same command again; what was stored before is kept"
     elif any(sign in text for sign in ("not a database", "malformed", "truncated")):
         remedy = "the file is damaged or is something else: move it away, or choose another --output-dir"
