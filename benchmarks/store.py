@@ -1,6 +1,6 @@
 """What an answer costs in the response store: to write, to find, and to not find, at 10,000 to 1,000,000 answers.
 
-All of it as a run does it: through `ResponseStore`, from 64 coroutines, each answer committed before the next. The
+All of it as a run does it: through `ResponseStore`, from 64 coroutines, each answer in the journal before the next. The
 figures are CPU time of the process, threads included, and wall time; the answers are made outside the clock.
 """
 

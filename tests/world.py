@@ -1,12 +1,16 @@
 """A small text-to-SQL world for end-to-end tests: records, a database, and what a teacher may answer."""
 
+import asyncio
 import json
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from fastdistill.control.store import ResponseStore
 
 SCHEMA = "CREATE TABLE city (id INTEGER PRIMARY KEY, name TEXT, country TEXT, people INTEGER)"
 COUNTRIES = ("Italy", "Norway", "Japan", "Chile", "Kenya")
@@ -87,3 +91,14 @@ def pipeline_config(folder: Path, url: str, records: Path, database: Path, **gen
     path = folder / "pipeline.yaml"
     path.write_text(yaml.safe_dump(config(url, records, database, **generation)))
     return path
+
+
+async def holds(store: ResponseStore, answers: int) -> bool:
+    """Whether so many come to be in the store's file, and no more."""
+    for _ in range(1000):
+        with closing(sqlite3.connect(store.path)) as connection:
+            (found,) = connection.execute("SELECT count(*) FROM responses").fetchone()
+        if found >= answers:
+            return bool(found == answers)
+        await asyncio.sleep(0.005)
+    return False

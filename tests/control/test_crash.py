@@ -1,5 +1,6 @@
 """Processes killed with -9 at random moments: nothing that was stored is asked for again, and nothing is lost."""
 
+import asyncio
 import hashlib
 import json
 import random
@@ -10,11 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+from fastdistill.control.store import ResponseStore
 from tests.servers import Server, choose, openai_server
 from tests.world import ANSWERS, RECORDS, make_database, pipeline_config, write_records
 
@@ -48,16 +50,14 @@ def data_set(output: Path) -> dict[str, str]:
 
 def stored(output: Path) -> int:
     """Answers that the response store would give back."""
-    try:
-        connection = sqlite3.connect(output / "responses.sqlite")
-    except sqlite3.OperationalError:
-        return 0
-    try:
-        return int(connection.execute("SELECT count(*) FROM responses").fetchone()[0])
-    except sqlite3.OperationalError:
-        return 0
-    finally:
-        connection.close()
+
+    async def count() -> int:
+        async with ResponseStore(output / "responses.sqlite") as store:
+            with closing(sqlite3.connect(store.path)) as connection:
+                return int(connection.execute("SELECT count(*) FROM responses").fetchone()[0])
+
+    output.mkdir(exist_ok=True)
+    return asyncio.run(count())
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_a_run_killed_at_random_moments_pays_for_nothing_twice_and_ends_in_the_s
                     process.kill()
                     process.wait()
                     kills += 1
-                    # What the server answered and the store has not: in the socket, or in the one commit under way.
+                    # What the server answered and the store has not: in the socket, or in the process.
                     assert 0 <= answers(server) - answered - (stored(output) - before) <= 8 * 3
                     continue
             assert code == 0

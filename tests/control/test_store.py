@@ -2,14 +2,12 @@
 
 import asyncio
 import json
-import os
-import signal
 import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -19,9 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdistill.control.journal import left_behind
 from fastdistill.control.store import ResponseStore, read_completion, write_completion
 from fastdistill.core.errors import EnvironmentFault
 from fastdistill.core.types import Answer, Completion, Draw, FinishReason, LogprobBasis, Prompt, TokenLogprob, Usage
+from tests.world import holds
 
 PROMPT = Prompt("vllm", "m", ({"role": "user", "content": "How many?"},), {"temperature": 1.0})
 
@@ -39,6 +39,18 @@ def put(path: Path, answers: Sequence[Answer]) -> None:
     asyncio.run(go())
 
 
+def journals(folder: Path) -> list[Path]:
+    return [*folder.glob("*.journal")]
+
+
+def journal_sizes(folder: Path) -> list[int]:
+    sizes = []
+    for journal in journals(folder):
+        with suppress(FileNotFoundError):  # it is gone by now
+            sizes.append(journal.stat().st_size)
+    return sizes
+
+
 def stored(path: Path, keys: Sequence[str]) -> list[Completion | None]:
     async def go() -> list[Completion | None]:
         async with ResponseStore(path) as store:
@@ -54,6 +66,9 @@ def test_what_can_not_be_written_costs_itself_alone(tmp_path: Path) -> None:
         async with ResponseStore(tmp_path / "responses.sqlite") as store:
             with pytest.raises(TypeError):
                 await asyncio.wait_for(store.put(odd, [answer("a", prompt=odd)]), 10)
+            huge = Draw(0, 2**70)
+            with pytest.raises(OverflowError):
+                await store.put(PROMPT, [Answer(huge, huge.key(PROMPT), answer("a").completion, stored=False)])
             await asyncio.wait_for(store.put(PROMPT, [answer("b")]), 10)
 
     asyncio.run(go())
@@ -149,7 +164,9 @@ def test_what_others_put_in_a_new_file_is_found_once_this_one_has_put_something(
     async def go() -> list[Completion | None]:
         async with ResponseStore(tmp_path / "new.sqlite") as first, ResponseStore(tmp_path / "new.sqlite") as second:
             await second.put(PROMPT, [answer("another's", 1)])
+            assert await holds(second, 1)
             await first.put(PROMPT, [answer("its own")])
+            assert await holds(first, 2)
             return [first.get(answer("", attempt).key) for attempt in range(3)]
 
     own, others, nobodys = asyncio.run(go())
@@ -164,25 +181,138 @@ from fastdistill.control.store import ResponseStore
 
 async def main():
     async with ResponseStore(Path(sys.argv[1])) as store:
+        print("open", flush=True)
+        sys.stdin.readline()
         for attempt in range(3):
             await store.put(PROMPT, [answer(f"text {attempt}", attempt)])
+        assert all(store.get(answer("", attempt).key) for attempt in range(3))
         print("put", flush=True)
         time.sleep(60)
 
 asyncio.run(main())
 """
+KEYS = [answer("", attempt).key for attempt in range(3)]
+PUT = [Completion(f"text {attempt}", FinishReason.STOP) for attempt in range(3)]
 
 
-def test_what_put_returned_for_is_seen_by_another_process_and_survives_kill_9(tmp_path: Path) -> None:
+@contextmanager
+def putting(path: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """A process that has put `PUT` and waits, and could not write to the file since it opened it."""
+    arguments = [sys.executable, "-c", PUTS_AND_WAITS, str(path)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == b"open\n"
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"put\n"
+            try:
+                yield process
+            finally:
+                process.kill()
+
+
+def test_what_put_returned_for_survives_kill_9_though_nothing_is_committed(tmp_path: Path) -> None:
     path = tmp_path / "responses.sqlite"
-    with subprocess.Popen([sys.executable, "-c", PUTS_AND_WAITS, str(path)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"put\n"
-        keys = [answer("", attempt).key for attempt in range(3)]
-        expected = [Completion(f"text {attempt}", FinishReason.STOP) for attempt in range(3)]
-        assert stored(path, keys) == expected
-        os.kill(process.pid, signal.SIGKILL)
-    assert stored(path, keys) == expected
+    with putting(path) as process:
+        assert count(path) == 0
+        process.kill()
+        process.wait()
+    assert stored(path, KEYS) == PUT
+    assert stored(path, KEYS) == PUT and journals(tmp_path) == []
 
+
+def test_what_was_cut_off_costs_itself_alone(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    with putting(path) as process:
+        process.kill()
+        process.wait()
+        (journal,) = journals(tmp_path)
+        whole = journal.read_bytes().rstrip(b"\0")
+        journal.write_bytes(whole[:-1])
+    assert stored(path, KEYS) == [*PUT[:2], None]
+
+
+def test_the_journal_of_a_process_at_work_is_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    with putting(path), closing(sqlite3.connect(path)) as connection:
+        (journal,) = journals(tmp_path)
+        whole = journal.read_bytes()
+        assert [*left_behind(path)] == [] and journal.read_bytes() == whole
+        assert connection.execute("SELECT count(*) FROM responses").fetchone() == (0,)
+
+
+def test_what_put_returned_for_is_seen_by_another_process_soon(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    with putting(path):
+        pass
+    with subprocess.Popen([sys.executable, "-c", WRITES, str(path), "another"]) as other:
+        assert other.wait(60) == 0
+    assert count(path) == 200
+
+
+def test_what_could_not_be_committed_is_there_the_next_time(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    put_: list[str] = []
+
+    async def go() -> None:
+        async with ResponseStore(path) as store:
+            with closing(sqlite3.connect(path)) as connection:
+                connection.execute("DROP TABLE responses")
+            for attempt in range(3):
+                await store.put(PROMPT, [answer(f"text {attempt}", attempt)])
+                put_.append(KEYS[attempt])
+
+    with pytest.raises(EnvironmentFault, match="no such table"):
+        asyncio.run(go())
+    assert put_ and stored(path, put_) == PUT[: len(put_)]
+
+
+def test_a_journal_does_not_grow_without_end_nor_does_what_waits(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+
+    async def go() -> list[list[int]]:
+        sizes = []
+        async with ResponseStore(path) as store:
+            for attempt in range(100):
+                await store.put(PROMPT, [answer("x" * 2**20, attempt)])
+                sizes.append(journal_sizes(tmp_path))
+        return sizes
+
+    sizes = asyncio.run(go())
+    assert max(map(max, sizes)) < 1.1 * 2**20 and max(map(sum, sizes)) < 24 * 2**20
+    assert count(path) == 100 and journals(tmp_path) == []
+
+
+def test_a_full_disk_is_told_and_costs_no_answer_that_was_put(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    with subprocess.Popen([sys.executable, "-c", FILLS, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        said, _ = process.communicate(timeout=60)
+    put, told = said.splitlines()
+    assert int(put) > 5 and told.startswith(str(path))
+    assert None not in stored(path, [answer("", attempt).key for attempt in range(int(put))])
+
+
+FILLS = """
+import asyncio, resource, sys
+from pathlib import Path
+from tests.control.test_store import PROMPT, answer
+from fastdistill.control.store import ResponseStore
+from fastdistill.core.errors import EnvironmentFault
+
+async def main():
+    put = 0
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, resource.RLIM_INFINITY))
+    try:
+        async with ResponseStore(Path(sys.argv[1])) as store:
+            while True:
+                await store.put(PROMPT, [answer("x" * 100_000, put)])
+                put += 1
+    except EnvironmentFault as error:
+        print(put, error, sep="\\n")
+
+asyncio.run(main())
+"""
 
 WRITES = """
 import asyncio, sys
@@ -240,7 +370,7 @@ def test_a_few_go_on_at_a_time_so_that_answers_that_come_in_are_stored_before(tm
                 await asyncio.sleep(0)
 
     asyncio.run(go())
-    assert went_on.total() == 500 and max(went_on.values()) <= 32
+    assert went_on.total() == 500 and max(went_on.values()) <= 16
 
 
 def test_a_file_that_is_no_database_is_told_with_what_to_do(tmp_path: Path) -> None:
@@ -274,21 +404,6 @@ def test_an_entry_that_cannot_be_read_is_told_with_what_to_do(tmp_path: Path) ->
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match="check that the folder exists"):
         stored(tmp_path / "none" / "responses.sqlite", ["a"])
-
-
-def test_what_sqlite_cannot_hold_fails_its_put_and_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "responses.sqlite"
-
-    async def go() -> None:
-        async with ResponseStore(path) as store:
-            draw = Draw(0, 2**70)
-            huge = Answer(draw, draw.key(PROMPT), Completion("huge seed", FinishReason.STOP), stored=False)
-            with pytest.raises(EnvironmentFault):
-                await asyncio.wait_for(store.put(PROMPT, [huge]), 5)
-            await asyncio.wait_for(store.put(PROMPT, [answer("fine", 1)]), 5)
-
-    asyncio.run(go())
-    assert count(path) == 1
 
 
 def count(path: Path) -> int:

@@ -31,6 +31,7 @@ from tests.servers import (
     reset,
     status,
 )
+from tests.world import holds
 
 T = TypeVar("T")
 PROBE = "Name three colours."
@@ -365,7 +366,7 @@ def test_a_key_that_is_refused_midway_stops_and_what_its_sibling_paid_for_is_sto
         async with asking(server, tmp_path) as asker:
             with pytest.raises(TeacherError, match="401"):
                 await asker.ask(n=3)
-            assert asker.store.count() == 2
+            assert await holds(asker.store, 2)
             assert {asker.store.get(Draw(n, n).key(asker.prompt())) is None for n in (0, 2)} == {False}
 
     def revoked(call: Call) -> Fault | None:
@@ -439,7 +440,7 @@ def test_after_the_brake_nothing_new_goes_out_and_what_is_in_flight_is_stored(tm
             await until(lambda: server.counters.in_flight == 4)
             asker.brake.reason = EnvironmentFault("stop")
             ends = await asyncio.gather(*tasks, return_exceptions=True)
-            assert asker.store.count() == 4
+            assert await holds(asker.store, 4)
             return ends
 
     with openai_server(latency=lambda call: 0.0 if call.prompt == PROBE else 0.2) as server:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from operator import is_
 from pathlib import Path
+from time import sleep
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -74,7 +75,6 @@ class Ledger:
         await self._writer.__aexit__(kind, error, trace)
 
     async def keep_up(self) -> None:
-        """Waits while there is more to write than should be."""
         if self._writer.crowded:
             await self._writer.write(None)
 
@@ -85,6 +85,8 @@ class Ledger:
 
     def submit(self, sample: Sample) -> None:
         """As `save`, for what can't wait."""
+        while self._writer.crowded:  # by a generator that never lets the loop have its turn
+            sleep(0.01)
         self._writer.submit(_row(sample))
 
     async def leave_out_after(self, index: int) -> None:

@@ -15,8 +15,10 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
+from fastdistill.control.journal import Journal, left_behind, room_for
 from fastdistill.control.seen import Seen
 from fastdistill.control.writer import Writer, connect, fault, insert
+from fastdistill.core.turns import Queue
 from fastdistill.core.types import Answer, Completion, Prompt, PromptColumns, TokenLogprob
 
 SCHEMA = """
@@ -30,17 +32,29 @@ PRAGMA user_version = 1;
 # Ids of prompts are numbers one after the other: a hash would write to a page of its own for each answer. A prompt that
 # comes again after so many others is written again.
 _PROMPTS_REMEMBERED = 4096
+_GO_ON_AT_ONCE = 16  # answers in a round of the loop: what follows takes some milliseconds; eight cost 5% throughput
+_SPARE_JOURNALS = 3  # as many as what comes within a moment under full load needs
+_MOST_UNCOMMITTED = 2**24  # characters of answers, before who puts more has to wait
 
 _Entry: TypeAlias = tuple[str, PromptColumns, list[list[Any]]]
 """A prompt's name and columns, and answers to it: the columns of `responses`, the prompt's id to be put in."""
 
 
 class ResponseStore:
-    """`responses.sqlite`; an async context manager. Several processes may use one file at the same time."""
+    """`responses.sqlite`; an async context manager. Several processes may use one file at the same time.
+
+    An answer is in a journal beside the file at once, and in the file a moment later.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._writer = Writer(path, SCHEMA, self._write_all, durable=True, every=0.008)
+        self._writer = Writer[_Entry | Journal](path, SCHEMA, self._write_all, durable=True, every=0.1)
+        self._journal: Journal | None = None
+        self._spare: list[Journal] = []  # with nothing in it
+        self._uncommitted: dict[str, Completion] = {}  # by key
+        self._given = self._committed = 0  # characters of answers
+        self._failed = False  # something could not be committed: no journal is to be dropped
+        self._queue = Queue(_GO_ON_AT_ONCE)
         self._prompts: OrderedDict[str, int] = OrderedDict()  # ids of the latest, by provider and digest
         self._mine = Seen()  # keys
         self._last = 0  # id of the latest prompt, as this process left it
@@ -49,17 +63,33 @@ class ResponseStore:
     async def __aenter__(self) -> "ResponseStore":
         await self._writer.__aenter__()
         self._reader = connect(self.path, readonly=True)
+        try:
+            for entries in left_behind(self.path):
+                self._alone = False
+                for entry in map(_decode_entry, entries):
+                    if not all(self.get(row[0].hex()) for row in entry[2]):
+                        self._submit(entry)
+                await self._writer.write(None)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._reader.close()
-        await self._writer.__aexit__(kind, error, trace)
+        try:
+            await self._writer.__aexit__(kind, error, trace)
+        finally:
+            for journal in filter(None, (self._journal, *self._spare)):
+                journal.close(keep=self._failed)
 
     def get(self, key: str) -> Completion | None:
         if self._alone and key not in self._mine:
             return None
+        if (completion := self._uncommitted.get(key)) is not None:
+            return completion
         try:
             row = self._reader.execute(
                 "SELECT completion FROM responses WHERE key = ?", (bytearray.fromhex(key),)
@@ -68,22 +98,67 @@ class ResponseStore:
         except (sqlite3.Error, msgspec.DecodeError, ValueError, zlib.error) as error:
             raise fault(self.path, error) from error
 
-    def count(self) -> int:
-        """Answers in the store, of all runs."""
-        (count,) = self._reader.execute("SELECT count(*) FROM responses").fetchone()
-        return int(count)
-
     async def put(self, prompt: Prompt, answers: Sequence[Answer]) -> None:
-        if self._alone:
-            for answer in answers:
-                self._mine.add(answer.key)
+        """Stores answers before anything else can happen, and returns when it is their turn to be worked on.
+
+        Raises:
+            EnvironmentFault: the disk is full, or the file can't be written.
+        """
+        # Made here, not in the writer's thread: what has no JSON costs its own sample.
         rows = [
             [bytearray.fromhex(a.key), 0, a.draw.seed, a.draw.attempt, write_completion(a.completion)] for a in answers
         ]
-        # Made here, not in the writer's thread: what has no JSON costs its own sample.
-        await self._writer.write((f"{prompt.provider} {prompt.digest}", prompt.columns, rows))
+        entry = (f"{prompt.provider} {prompt.digest}", prompt.columns, rows)
+        self._append(_encode_entry(entry))
+        for answer in answers:
+            self._uncommitted.setdefault(answer.key, answer.completion)
+            if self._alone:
+                self._mine.add(answer.key)
+        self._submit(entry)
+        if self._writer.crowded or self._given - self._committed > _MOST_UNCOMMITTED:
+            await self._writer.write(None)
+        await self._queue.turn()
 
-    def _write_all(self, connection: sqlite3.Connection, entries: Sequence[_Entry]) -> None:
+    def _submit(self, entry: _Entry) -> None:
+        self._given += _size(entry[2])
+        self._writer.submit(entry)
+
+    def _append(self, entry: bytes) -> None:
+        if self._journal is not None and not self._uncommitted:
+            self._journal.clear()
+        while self._journal is None or not self._journal.append(entry):
+            full, self._journal = self._journal, None
+            if full is not None:
+                self._writer.submit(full)
+            try:
+                self._journal = self._spare.pop() if self._spare else Journal(self.path, room_for(entry))
+            except OSError as error:
+                raise fault(self.path, error) from error
+
+    def _write_all(self, connection: sqlite3.Connection, entries: Sequence[_Entry | Journal]) -> None:
+        """A journal comes after all that is in it."""
+        try:
+            self._insert(connection, [entry for entry in entries if not isinstance(entry, Journal)])
+        except BaseException:
+            self._failed = True
+            raise
+        for entry in entries:
+            if isinstance(entry, Journal):
+                self._give_back(entry)
+                continue
+            rows = entry[2]
+            self._committed += _size(rows)
+            for row in rows:
+                self._uncommitted.pop(row[0].hex(), None)
+
+    def _give_back(self, journal: Journal) -> None:
+        if self._failed or len(self._spare) == _SPARE_JOURNALS:
+            journal.close(keep=self._failed)
+        else:
+            journal.clear()
+            self._spare.append(journal)
+
+    def _insert(self, connection: sqlite3.Connection, entries: Sequence[_Entry]) -> None:
         new: dict[str, int] = {}
         prompts: list[tuple[Any, ...]] = []
         responses: list[list[Any]] = []
@@ -108,6 +183,12 @@ class ResponseStore:
             self._prompts.popitem(last=False)
 
 
+def _size(rows: list[list[Any]]) -> int:
+    return sum([len(row[-1]) for row in rows])
+
+
+_encode_entry = msgspec.msgpack.Encoder().encode
+_decode_entry = msgspec.msgpack.Decoder(_Entry).decode
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Completion).decode
 _decode_logprobs = msgspec.json.Decoder(tuple[TokenLogprob, ...]).decode

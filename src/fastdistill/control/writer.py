@@ -4,15 +4,14 @@ way, or too soon after it, goes into the next. The event loop never waits for th
 
 import asyncio
 import sqlite3
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
-from time import monotonic, sleep
+from threading import Event, Thread
+from time import monotonic
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +19,6 @@ from fastdistill.core.errors import EnvironmentFault
 
 _MOST_WAITING = 2_000  # entries, before whoever brings more has to wait: some kilobytes each
 _MOST_AT_ONCE = 1_000  # entries of a group
-_WOKEN_AT_ONCE = 32  # of those who wait: what they go on with takes some milliseconds
 _ROWS_AT_ONCE = 32  # of one statement: one for each number of rows and table is kept, of the 128 that sqlite3 keeps
 _CHECKPOINT = 16_000_000  # bytes of WAL: a page that is written again and again goes to the file once
 
@@ -55,7 +53,7 @@ class Writer(Generic[Entry]):
         self._every = every
         self._page_size = page_size
         self._jobs: SimpleQueue[tuple[Entry | None, asyncio.Future[None] | None]] = SimpleQueue()
-        self._waiting: deque[tuple[asyncio.Future[None], EnvironmentFault | None]] = deque()  # for their turn
+        self._urgent = Event()  # somebody waits
         self._thread: Thread | None = None
         self._unreported: EnvironmentFault | None = None
 
@@ -79,6 +77,7 @@ class Writer(Generic[Entry]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._jobs.put(_END)
+        self._urgent.set()
         assert self._thread is not None
         await asyncio.to_thread(self._thread.join)
         if self._unreported is not None and error is None:
@@ -87,21 +86,18 @@ class Writer(Generic[Entry]):
     async def write(self, entry: Entry | None) -> None:
         """Returns once the entry, and all before it, are committed; None stands for nothing but those before.
 
-        The commit goes on even if who asked for it is cancelled: the answer was paid for.
-
         Raises:
             EnvironmentFault: the disk is full, or the file can't be written.
         """
         done: asyncio.Future[None] = self._loop.create_future()
         self._jobs.put((entry, done))
+        self._urgent.set()
         await done
 
     def submit(self, entry: Entry) -> None:
         """Hands the entry over without waiting; what goes wrong is raised by the next call, or at the end."""
         if self._unreported is not None:
             raise self._unreported
-        while self.crowded:  # by a generator that never lets the loop have its turn
-            sleep(self._every)
         self._jobs.put((entry, None))
 
     @property
@@ -113,7 +109,8 @@ class Writer(Generic[Entry]):
         get = self._jobs.get
         while (job := get()) is not _END:
             if (early := earliest - monotonic()) > 0:
-                sleep(early)
+                self._urgent.wait(early)
+            self._urgent.clear()
             earliest = monotonic() + self._every
             group = [job, *[get() for _ in range(min(self._jobs.qsize(), _MOST_AT_ONCE - 1))]]
             if group[-1] is _END:
@@ -123,31 +120,12 @@ class Writer(Generic[Entry]):
             waiting = list(filter(None, futures))
             self._unreported = error or self._unreported
             if waiting:
-                self._loop.call_soon_threadsafe(self._resolve, waiting, self._unreported)
+                self._loop.call_soon_threadsafe(_resolve, waiting, self._unreported)
                 self._unreported = None
         if not self._durable:
             with suppress(sqlite3.Error):  # a reader holds it
                 connection.execute("PRAGMA journal_mode=DELETE")  # one file, for whoever reads it from now on
         connection.close()
-
-    def _resolve(self, committed: "Sequence[asyncio.Future[None]]", error: EnvironmentFault | None) -> None:
-        idle = not self._waiting
-        self._waiting.extend(zip(committed, repeat(error)))
-        if idle:
-            self._wake()
-
-    def _wake(self) -> None:
-        """Wakes a few in each round of the loop: answers that come in are to be stored before others are worked on."""
-        for _ in range(min(_WOKEN_AT_ONCE, len(self._waiting))):
-            done, error = self._waiting.popleft()
-            if done.cancelled():
-                continue
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
-        if self._waiting:
-            self._loop.call_soon(self._wake)
 
     def _commit(self, connection: sqlite3.Connection, entries: Sequence[Entry]) -> EnvironmentFault | None:
         try:
@@ -155,6 +133,16 @@ class Writer(Generic[Entry]):
         except Exception as error:  # uncaught, the thread would end, and whoever waits would wait for ever
             return fault(self.path, error)
         return None
+
+
+def _resolve(waiting: "Sequence[asyncio.Future[None]]", error: EnvironmentFault | None) -> None:
+    for done in waiting:
+        if done.cancelled():
+            continue
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
 
 
 def insert(connection: sqlite3.Connection, into: str, rows: Sequence[Sequence[Any]]) -> None:
@@ -192,7 +180,7 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
 def fault(path: Path, error: Exception) -> EnvironmentFault:
     """What SQLite said, with the remedy where there is one."""
     text = str(error)
-    if "full" in text or "I/O" in text:
+    if any(sign in text for sign in ("full", "I/O", "No space", "File too large")):
         remedy = "free some space and run the same command again; what was stored before is kept"
     elif any(sign in text for sign in ("not a database", "malformed", "truncated")):
         remedy = "the file is damaged or is something else: move it away, or choose another --output-dir"
