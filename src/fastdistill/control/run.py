@@ -14,6 +14,7 @@ from fastdistill.control.ledger import Ledger
 from fastdistill.control.seen import Seen
 from fastdistill.control.tally import Tally
 from fastdistill.core.errors import BudgetSpent, ExitCode, FatalError, NotAsked, TimeUp, TooManyErrors
+from fastdistill.core.run import AT_WORK
 from fastdistill.core.stats import Histogram
 from fastdistill.core.step import KeyIndex, Step
 from fastdistill.core.timing import StepTime
@@ -23,6 +24,11 @@ from fastdistill.model.client import ModelClient
 _KEYS_IN_MEMORY = 2_000  # of each index: to write more at once would hold the loop
 _SUMMED_UP_AT_ONCE = 200  # samples
 _ENOUGH_TO_JUDGE = 50  # samples before `max_error_rate` can stop a run midway
+
+
+def open_at(slots: int) -> int:
+    """How many samples are open at a time, with so many slots of all models together."""
+    return max(64, 2 * slots)
 
 
 class ActiveRun:
@@ -69,7 +75,7 @@ class ActiveRun:
 
     @property
     def open_samples(self) -> int:
-        return max(64, 2 * sum(model.router.capacity for model in self.models.values()))
+        return open_at(sum(model.router.capacity for model in self.models.values()))
 
     def discard(self, sample: Sample) -> None:
         self._ledger.submit(sample)
@@ -123,6 +129,8 @@ class ActiveRun:
         """Whether a request of up to so many tokens and dollars must wait (`model.client.Brake`)."""
         if self.stopped_for is not None:
             raise self.stopped_for
+        if self._progress.beyond(AT_WORK.get()):
+            raise NotAsked("not_asked", "the target is met before this sample, whatever others bring")
         if self._budget.unlimited and self.enough is None:
             return False
         meters = [model.meter for model in self.models.values()]

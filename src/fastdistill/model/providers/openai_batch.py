@@ -8,6 +8,7 @@ with those batches, so none is paid for twice. Wire: https://platform.openai.com
 import asyncio
 import io
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -136,7 +137,7 @@ class BatchProvider(OpenAIProvider):
                 await asyncio.sleep(0)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(work, context=Context())  # for many samples, not for the one at work
         self._tasks.append(task)
         return task
 
