@@ -23,7 +23,7 @@ from fastdistill.model.budget import OwnBrake
 from fastdistill.model.hedge import Hedge
 from fastdistill.model.limits import AdaptiveLimit, Limit, Pace
 from fastdistill.model.meter import InFlight, Meter
-from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
+from fastdistill.model.provider import ATTEMPT, Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
 from fastdistill.model.retry import GiveUp, Retry, Stop, decide
 from fastdistill.model.router import Endpoint, Router
 from fastdistill.model.transport import RESENDS
@@ -438,6 +438,7 @@ class ModelClient:
         begun = clock()
         busy = endpoint.free <= 0
         first = next(iter(draws.values()))
+        ATTEMPT.set(first.attempt)
         seed = first.attempt if self.config.recorded else first.seed
         try:
             completions = await endpoint.provider.complete(prompt, seed=seed, n=len(draws))
