@@ -45,6 +45,8 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
                     assert isinstance(step, StreamStep)
                     samples = step.run(samples if isinstance(step, StreamFilter) else filter(None, samples), run)
         for sample in samples:  # the exports write as this loop pulls
+            if run.stopped_for:
+                raise run.stopped_for
             if sample is not None and not in_ledger:
                 await run.finished(sample, last=True)
             await give_turn()

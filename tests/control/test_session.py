@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.session import Interrupted
-from fastdistill.core.step import Context, SampleStep
+from fastdistill.core.step import Context, SampleStep, StreamStep
 from fastdistill.core.types import Sample
 from tests.servers import Call, Server, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
@@ -246,6 +247,47 @@ def test_a_run_that_is_stopped_while_it_asks_nobody_does_not_pass_for_complete(t
     made = Pipeline(name="stopped", steps=(load, CanonicalizeFields(fields=("question",)), Interrupting()))
     with pytest.raises(Interrupted):
         made.run(output_dir=tmp_path)
+
+
+class InterruptingTheExport(StreamStep):
+    """Asks for the end of the run while the exports pull; a sample takes long enough for the loop to have its turn."""
+
+    signal: int
+
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        for sample in samples:
+            if sample.index == 10:
+                os.kill(os.getpid(), self.signal)
+            time.sleep(0.01)
+            yield sample
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_exports_end_where_the_run_is_asked_to(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    load = LoadJsonl(rows=tuple({"question": str(at)} for at in range(100)))
+    steps = (load, CanonicalizeFields(fields=("question",)), InterruptingTheExport(signal=number))
+    with pytest.raises(Interrupted):
+        Pipeline(name="stopped", steps=steps).run(output_dir=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "interrupted"
+    assert not (folder / "dist").exists()
+    assert signal.getsignal(number) is before
+
+
+def test_a_server_that_says_nothing_at_first_contact_is_not_waited_for_once_the_run_is_to_end(world: World) -> None:
+    calls: list[Call] = []
+
+    def latency(call: Call) -> float:
+        if not calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        calls.append(call)
+        return 30.0
+
+    with openai_server(teacher, latency=latency) as server:
+        with pytest.raises(Interrupted):
+            world.run(server, "artifacts")
+        assert server.counters.answered == 0
 
 
 class Killing(SampleStep):

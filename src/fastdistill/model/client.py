@@ -129,6 +129,7 @@ class ModelClient:
 
         Raises:
             TeacherError: none can be used, or one refuses for good; the message says what to do.
+            NotAsked: the run has enough.
         """
         if self._probed:
             return
@@ -149,7 +150,8 @@ class ModelClient:
         late = {*probes}
         try:
             while late and not any(endpoint.capabilities for endpoint in endpoints):
-                _, late = await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
+                self._brake.check(0, 0.0)
+                _, late = await asyncio.wait(late, timeout=_LOOKS_EVERY, return_when=asyncio.FIRST_COMPLETED)
             if late:
                 await asyncio.wait(late, timeout=_PROBED_WITHIN)
         finally:
@@ -219,6 +221,8 @@ class ModelClient:
             if not self._probed:
                 await self.ready()
             answers = await (self._request(prompt, draws) if len(draws) == 1 else self._ask(prompt, draws))
+        except NotAsked as enough:  # at first contact
+            answers = [enough] * len(draws)
         finally:
             for key in draws:
                 del self._asking[key]
