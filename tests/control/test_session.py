@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -247,6 +249,20 @@ def test_a_run_that_is_stopped_while_it_asks_nobody_does_not_pass_for_complete(t
     made = Pipeline(name="stopped", steps=(load, CanonicalizeFields(fields=("question",)), Interrupting()))
     with pytest.raises(Interrupted):
         made.run(output_dir=tmp_path)
+
+
+def test_times_of_nanoseconds_are_no_end_of_a_run(tmp_path: Path) -> None:
+    moments, spans = pa.array([10**18 + 1000], pa.timestamp("ns", "UTC")), pa.array([1000], pa.duration("ns"))
+    pq.write_table(pa.table({"question": ["When?"], "at": moments, "within": spans}), tmp_path / "t.parquet")
+    steps = (LoadJsonl(path=tmp_path / "t.parquet"), CanonicalizeFields(fields=("question",)), Idle())
+    result = Pipeline(name="times", steps=steps).run(output_dir=tmp_path)
+    (sample,) = read_samples(result.path / "ledger.sqlite")
+    assert str(sample.record["at"]).startswith("2001-09-09")
+
+
+class Idle(SampleStep):
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        return sample
 
 
 class InterruptingTheExport(StreamStep):
