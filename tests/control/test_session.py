@@ -306,6 +306,26 @@ def test_a_server_that_says_nothing_at_first_contact_is_not_waited_for_once_the_
         assert server.counters.answered == 0
 
 
+@pytest.mark.parametrize("group", [0, 1])
+def test_what_stands_between_two_groups_of_sample_steps_is_counted_where_a_run_is_stopped(
+    tmp_path: Path, group: int
+) -> None:
+    load = LoadJsonl(rows=tuple({"question": str(at), "gold": str(at)} for at in range(500)))
+    first, second = (Interrupting(), Idle()) if group == 0 else (Idle(), Interrupting())
+    steps = (load, CanonicalizeFields(fields=("question",)), first, Deduplicate(fields=("gold",)), second)
+    with pytest.raises(Interrupted):
+        Pipeline(name="stopped", steps=steps).run(output_dir=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    quality = json.loads((folder / "quality_report.json").read_text())
+    samples = quality["samples"]
+    assert samples["read"] == len(list(read_samples(folder / "ledger.sqlite"))) > 10
+    assert (samples["completed"] > 10) == (group == 1)
+    assert samples["skipped"] == samples["read"] - samples["completed"] > 0
+    kept = {stage["step"]: stage["samples_kept"] for stage in quality["stages"]}
+    assert kept[first.name or type(first).__name__] == samples["read"]
+    assert kept["Deduplicate"] == samples["completed"]
+
+
 class Killing(SampleStep):
     """Ends the run at once, by Ctrl-C and Ctrl-C again."""
 

@@ -57,6 +57,7 @@ class ActiveRun:
         self._budget = budget
         self._progress = Progress(target.accepted if target else None)
         self._cutoff: int | None = None  # index of the sample that made the target full
+        self.furthest = -1  # highest index that went through the last sample step
         self._counted = False  # every sample that is still in the stream is in the tally
         self._stopped = asyncio.Event()
         self.enough: Enough | None = None
@@ -92,6 +93,8 @@ class ActiveRun:
 
     async def finished(self, sample: Sample, *, last: bool) -> None:
         await self._ledger.save(sample)
+        if last:
+            self.furthest = max(self.furthest, sample.index)
         # What fails early does not come again; all else counts once, when no more can happen to it.
         if last or sample.status is not Status.OPEN:
             self._count(sample)
