@@ -155,10 +155,12 @@ def test_a_budget_is_not_exceeded_and_used_up_to_what_the_next_request_could_cos
         budget = {limit: allowed if limit == "max_tokens" else allowed / 1e6}
         result = run(pipeline(server.url, tmp_path, 400, n=n, budget=budget, teacher={"price": PRICE}), tmp_path / "a")
     assert result.exit_code == ExitCode.BUDGET
-    assert teacher.tokens <= allowed
+    probed = result.timing["models"]["teacher"]["probe_tokens"]
+    assert 15 <= probed <= 20
+    assert teacher.tokens + probed <= allowed
     # A prompt counts a token for each character before anything is known of it.
     worst_in_flight = 8 * (len(question(0)) + n * MOST)
-    assert teacher.tokens > allowed - worst_in_flight - (len(question(0)) + n * MOST)
+    assert teacher.tokens + probed > allowed - worst_in_flight - (len(question(0)) + n * MOST)
     assert f"budget.{limit}" in json.loads((result.path / "manifest.json").read_text())["message"]
     assert_whole(result)
     assert 0 < result.quality["samples"]["accepted"] == len(rows(result)) < 400

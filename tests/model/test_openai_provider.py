@@ -494,6 +494,7 @@ def test_a_probe_of_an_honest_server() -> None:
         max_top=20,
         has_token_ids=True,
         can_score_prompt=True,
+        probe_tokens=(12, 8),
     )
     assert server.counters.requests == 4
     assert {body["max_tokens"] for body in server.counters.bodies} == {1, 4}

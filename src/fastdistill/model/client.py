@@ -18,7 +18,7 @@ from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError, Unreachable
 from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
-from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample
+from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample, Usage
 from fastdistill.model.budget import OwnBrake
 from fastdistill.model.hedge import Hedge
 from fastdistill.model.limits import AdaptiveLimit, Limit, Pace
@@ -206,6 +206,7 @@ class ModelClient:
                 failures.append(error.kind)
                 await asyncio.sleep(decision.delay)
             else:
+                self.meter.probed(Usage(*endpoint.capabilities.probe_tokens))
                 endpoint.asks_n = endpoint.capabilities.n is True
                 endpoint.answered()
                 return None

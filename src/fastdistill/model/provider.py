@@ -110,6 +110,7 @@ class Capabilities:
     has_token_ids: bool | None = None
     can_score_prompt: bool | None = None  # give the log-probabilities of tokens that it did not sample
     notes: tuple[str, ...] = ()
+    probe_tokens: tuple[int, int] = (0, 0)  # of the prompts and the answers that found it out, where it tells
 
 
 class Price(BaseModel):
