@@ -142,6 +142,18 @@ def test_whatever_asks_a_command_to_end_before_its_run_has_begun_is_answered(
 
 
 @pytest.mark.slow
+def test_a_terminal_that_has_gone_changes_no_exit_code(tmp_path: Path) -> None:
+    config = tmp_path / "pipeline.yaml"
+    os.mkfifo(config)
+    screen, terminal = os.openpty()
+    command = [sys.executable, "-m", "fastdistill.control.cli", "pipeline", "run", "--config", str(config)]
+    with os.fdopen(terminal, "w") as stderr, subprocess.Popen(command, stderr=stderr) as process, config.open("w"):
+        os.close(screen)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait() == 130
+
+
+@pytest.mark.slow
 def test_what_nohup_keeps_from_a_command_does_not_end_it(tmp_path: Path) -> None:
     records, database = write_records(tmp_path), make_database(tmp_path)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -69,7 +70,8 @@ def main(arguments: "Sequence[str] | None" = None) -> NoReturn:
 def fail(message: str, code: ExitCode) -> NoReturn:
     """Ends the command with one clear message and no traceback."""
     lines = message.splitlines()
-    print("\n".join([f"error: {lines[0]}", *(f"       {line}" for line in lines[1:])]), file=sys.stderr)
+    with suppress(OSError):  # the terminal may have gone, which is what ends the command
+        print("\n".join([f"error: {lines[0]}", *(f"       {line}" for line in lines[1:])]), file=sys.stderr)
     sys.exit(code)
 
 
