@@ -595,7 +595,8 @@ def test_only_what_is_accepted_before_the_first_unfinished_sample_counts(
         assert up_to.reached == (up_to.accepted == target)
         assert up_to.assured == (sum(accepted[at] for at in finished) >= target)
         for at in {*order} - finished:
-            assert up_to.beyond(at) == (sum(accepted[it] for it in finished if it < at) >= target)
+            enough_before = sum(accepted[it] for it in finished if it < at) >= target
+            assert up_to.beyond(at) == (enough_before and not up_to.reached)
     kept = list(first_accepted((_sample(at, yes) for at, yes in enumerate(accepted)), target))
     assert sum(bool(sample.accepted) for sample in kept) == min(target, sum(accepted))
     assert [sample.index for sample in kept] == list(range(len(kept)))

@@ -87,11 +87,11 @@ class Progress:
         return self._target is not None and self.accepted + len(self._found) >= self._target
 
     def beyond(self, index: int) -> bool:
-        """Whether the sample can't count, whatever it brings: as many as the target are accepted before it."""
+        """Whether a sample can't count though the target is not met yet: all that is missing is accepted before it."""
         if self._target is None:
             return False
         missing = self._target - self.accepted
-        return missing <= len(self._found) and (missing < 1 or index > self._found[missing - 1])
+        return 0 < missing <= len(self._found) and index > self._found[missing - 1]
 
 
 def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sample]:

@@ -312,7 +312,7 @@ def stops_on_signals(brake: _Brake, folder: RunFolder) -> Iterator[None]:
     finally:
         for number in handled:
             loop.remove_signal_handler(number)
-            signal.signal(number, before[number])
+            signal.signal(number, before[number] or signal.SIG_DFL)  # None: it was not set from Python
 
 
 def run_in_loop(work: Coroutine[Any, Any, RunResult]) -> RunResult:
