@@ -14,7 +14,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from fastdistill.core.errors import FatalError, NotAsked, SampleError, boundary
-from fastdistill.core.run import Run
+from fastdistill.core.run import AT_WORK, Run
 from fastdistill.core.step import SampleStep, Step, StreamFilter, StreamStep, is_generation
 from fastdistill.core.timing import StepTime, Timer
 from fastdistill.core.turns import give_turn
@@ -45,6 +45,8 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
                     assert isinstance(step, StreamStep)
                     samples = step.run(samples if isinstance(step, StreamFilter) else filter(None, samples), run)
         for sample in samples:  # the exports write as this loop pulls
+            if run.stopped_for:
+                raise run.stopped_for
             if sample is not None and not in_ledger:
                 await run.finished(sample, last=True)
             await give_turn()
@@ -73,6 +75,7 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | No
                 else:
                     if workers < room:
                         group.create_task(work())
+                    AT_WORK.set(sample.index)
                     await run.finished(await run_sample(stages, asking, sample, run), last=last)
                 await give_turn()  # samples that never wait let the others have theirs
                 room = run.open_samples

@@ -155,10 +155,12 @@ def test_a_budget_is_not_exceeded_and_used_up_to_what_the_next_request_could_cos
         budget = {limit: allowed if limit == "max_tokens" else allowed / 1e6}
         result = run(pipeline(server.url, tmp_path, 400, n=n, budget=budget, teacher={"price": PRICE}), tmp_path / "a")
     assert result.exit_code == ExitCode.BUDGET
-    assert teacher.tokens <= allowed
+    probed = result.timing["models"]["teacher"]["probe_tokens"]
+    assert 15 <= probed <= 20
+    assert teacher.tokens + probed <= allowed
     # A prompt counts a token for each character before anything is known of it.
     worst_in_flight = 8 * (len(question(0)) + n * MOST)
-    assert teacher.tokens > allowed - worst_in_flight - (len(question(0)) + n * MOST)
+    assert teacher.tokens + probed > allowed - worst_in_flight - (len(question(0)) + n * MOST)
     assert f"budget.{limit}" in json.loads((result.path / "manifest.json").read_text())["message"]
     assert_whole(result)
     assert 0 < result.quality["samples"]["accepted"] == len(rows(result)) < 400
@@ -499,6 +501,19 @@ def test_no_record_is_begun_once_as_many_as_the_target_are_accepted(tmp_path: Pa
     assert len(teacher.draws) <= 20 + 64, "the slow first one is waited for, with at most 64 samples open"
 
 
+def test_once_a_target_is_assured_samples_beyond_it_are_asked_for_no_more(tmp_path: Path) -> None:
+    teacher = Teacher(right=lambda prompt, _: question(1) <= prompt <= question(20))
+    with openai_server(teacher.script, latency=lambda call: 1.0 if call.prompt > question(20) else 0.01) as server:
+        parts: dict[str, Any] = {"target": {"accepted": 20}, "until": {"accepted": 1}}
+        result = run(pipeline(server.url, tmp_path, 2_000, n=8, **parts), tmp_path / "a")
+    assert [row["fd_task_id"] for row in rows(result)] == [f"q{at}" for at in range(1, 21)]
+    asked = Counter(prompt for prompt, _ in teacher.draws)
+    assert asked[question(0)] == 8, "it comes before the last that counts, and might take its place"
+    beyond = sum(count for prompt, count in asked.items() if prompt > question(20))
+    assert beyond <= 2 * 8, "what was in flight comes home; 64 samples were open, with eight waves each to come"
+    assert result.quality["samples"]["read"] == 21
+
+
 @pytest.mark.parametrize(("on_exhausted", "code"), [("keep", 0), ("fail", 5)])
 def test_records_that_do_not_suffice_for_a_target_give_what_there_is(
     tmp_path: Path, on_exhausted: str, code: int
@@ -579,6 +594,9 @@ def test_only_what_is_accepted_before_the_first_unfinished_sample_counts(
         assert up_to.accepted == min(target, progress.accepted)
         assert up_to.reached == (up_to.accepted == target)
         assert up_to.assured == (sum(accepted[at] for at in finished) >= target)
+        for at in {*order} - finished:
+            enough_before = sum(accepted[it] for it in finished if it < at) >= target
+            assert up_to.beyond(at) == (enough_before and not up_to.reached)
     kept = list(first_accepted((_sample(at, yes) for at, yes in enumerate(accepted)), target))
     assert sum(bool(sample.accepted) for sample in kept) == min(target, sum(accepted))
     assert [sample.index for sample in kept] == list(range(len(kept)))

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import os
 import random
 import signal
 import sqlite3
@@ -124,6 +125,48 @@ def test_ctrl_c_keeps_what_was_in_flight_and_says_how_to_go_on(tmp_path: Path) -
         assert json.loads(manifest.read_text())["status"] == "interrupted"
         finish(config, output)
         assert answers(server) == len(RECORDS) * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whatever_asks_a_command_to_end_before_its_run_has_begun_is_answered(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    config = tmp_path / "pipeline.yaml"
+    os.mkfifo(config)
+    with started(config, tmp_path) as process, config.open("w"):  # which opens when the command does, and waits
+        process.send_signal(number)
+        _, message = process.communicate()
+    assert process.returncode == 130
+    assert message == "error: interrupted; what was paid for is stored: run the same command again to go on\n"
+
+
+@pytest.mark.slow
+def test_a_terminal_that_has_gone_changes_no_exit_code(tmp_path: Path) -> None:
+    config = tmp_path / "pipeline.yaml"
+    os.mkfifo(config)
+    screen, terminal = os.openpty()
+    command = [sys.executable, "-m", "fastdistill.control.cli", "pipeline", "run", "--config", str(config)]
+    with os.fdopen(terminal, "w") as stderr, subprocess.Popen(command, stderr=stderr) as process, config.open("w"):
+        os.close(screen)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait() == 130
+
+
+@pytest.mark.slow
+def test_what_nohup_keeps_from_a_command_does_not_end_it(tmp_path: Path) -> None:
+    records, database = write_records(tmp_path), make_database(tmp_path)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with openai_server(choose(ANSWERS), latency=0.1) as server:
+            config = pipeline_config(tmp_path, server.url, records, database)
+            with started(config, tmp_path / "artifacts") as process:
+                while not answers(server):
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGHUP)
+                assert process.wait() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

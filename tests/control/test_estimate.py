@@ -200,6 +200,21 @@ def test_records_that_fail_are_not_projected_as_if_they_were_answered(tmp_path: 
     assert found.prompt_tokens.low <= result.quality["tokens"]["prompt"] <= found.prompt_tokens.high
 
 
+def test_what_is_open_when_a_target_is_met_is_part_of_an_estimate(tmp_path: Path) -> None:
+    records = [RECORDS[0] | {"task_id": f"t{at}", "instruction": f"Question {at}?"} for at in range(300)]
+    database = make_database(tmp_path)
+    with openai_server(lambda call, index: RECORDS[0]["gold_sql"], latency=0.02) as server:
+        made = config(server.url, write_records(tmp_path, records), database, num_generations=1)
+        made["models"]["teacher"]["max_concurrency"] = 48
+        pipeline = parse_pipeline(made | {"target": {"accepted": 30}})
+        found = estimate(pipeline, tmp_path / "probed", 30)
+        timing = pipeline.run(output_dir=tmp_path / "artifacts").timing["models"]["teacher"]
+    assert found.prompt_tokens and found.completion_tokens
+    assert timing["answers_paid"] > 40, "or nothing was open when the target was met"
+    assert found.prompt_tokens.low <= timing["prompt_tokens"] <= found.prompt_tokens.high
+    assert found.completion_tokens.low <= timing["completion_tokens"] <= found.completion_tokens.high
+
+
 def test_with_a_target_only_what_it_needs_is_projected(tmp_path: Path) -> None:
     with openai_server(choose(ANSWERS)) as server:
         made = plan(tmp_path, server.url, price={"prompt": 1.0, "completion": 1.0})
@@ -212,6 +227,7 @@ def test_with_a_target_only_what_it_needs_is_projected(tmp_path: Path) -> None:
     assert (found.accepted.low, found.accepted.estimate, found.accepted.high) == (7, 7, 7)
     tokens = result.quality["tokens"]
     assert found.prompt_tokens and found.completion_tokens and whole.prompt_tokens
-    assert found.prompt_tokens.low <= tokens["prompt"] <= found.prompt_tokens.high < whole.prompt_tokens.low
+    assert found.prompt_tokens.low <= tokens["prompt"] <= found.prompt_tokens.high <= whole.prompt_tokens.high
     assert found.completion_tokens.low <= tokens["completion"] <= found.completion_tokens.high
-    assert found.cost_usd is not None and whole.cost_usd is not None and found.cost_usd.high < whole.cost_usd.low
+    assert found.prompt_tokens.estimate < whole.prompt_tokens.low
+    assert found.cost_usd is not None and whole.cost_usd is not None and found.cost_usd.estimate < whole.cost_usd.low

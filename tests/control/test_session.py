@@ -6,11 +6,14 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -21,7 +24,7 @@ from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.session import Interrupted
-from fastdistill.core.step import Context, SampleStep
+from fastdistill.core.step import Context, SampleStep, StreamStep
 from fastdistill.core.types import Sample
 from tests.servers import Call, Server, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
@@ -246,6 +249,81 @@ def test_a_run_that_is_stopped_while_it_asks_nobody_does_not_pass_for_complete(t
     made = Pipeline(name="stopped", steps=(load, CanonicalizeFields(fields=("question",)), Interrupting()))
     with pytest.raises(Interrupted):
         made.run(output_dir=tmp_path)
+
+
+def test_times_of_nanoseconds_are_no_end_of_a_run(tmp_path: Path) -> None:
+    moments, spans = pa.array([10**18 + 1000], pa.timestamp("ns", "UTC")), pa.array([1000], pa.duration("ns"))
+    pq.write_table(pa.table({"question": ["When?"], "at": moments, "within": spans}), tmp_path / "t.parquet")
+    steps = (LoadJsonl(path=tmp_path / "t.parquet"), CanonicalizeFields(fields=("question",)), Idle())
+    result = Pipeline(name="times", steps=steps).run(output_dir=tmp_path)
+    (sample,) = read_samples(result.path / "ledger.sqlite")
+    assert str(sample.record["at"]).startswith("2001-09-09")
+
+
+class Idle(SampleStep):
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        return sample
+
+
+class InterruptingTheExport(StreamStep):
+    """Asks for the end of the run while the exports pull; a sample takes long enough for the loop to have its turn."""
+
+    signal: int
+
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        for sample in samples:
+            if sample.index == 10:
+                os.kill(os.getpid(), self.signal)
+            time.sleep(0.01)
+            yield sample
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_exports_end_where_the_run_is_asked_to(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    load = LoadJsonl(rows=tuple({"question": str(at)} for at in range(100)))
+    steps = (load, CanonicalizeFields(fields=("question",)), InterruptingTheExport(signal=number))
+    with pytest.raises(Interrupted):
+        Pipeline(name="stopped", steps=steps).run(output_dir=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "interrupted"
+    assert not (folder / "dist").exists()
+    assert signal.getsignal(number) is before
+
+
+def test_a_server_that_says_nothing_at_first_contact_is_not_waited_for_once_the_run_is_to_end(world: World) -> None:
+    calls: list[Call] = []
+
+    def latency(call: Call) -> float:
+        if not calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        calls.append(call)
+        return 30.0
+
+    with openai_server(teacher, latency=latency) as server:
+        with pytest.raises(Interrupted):
+            world.run(server, "artifacts")
+        assert server.counters.answered == 0
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_what_stands_between_two_groups_of_sample_steps_is_counted_where_a_run_is_stopped(
+    tmp_path: Path, group: int
+) -> None:
+    load = LoadJsonl(rows=tuple({"question": str(at), "gold": str(at)} for at in range(500)))
+    first, second = (Interrupting(), Idle()) if group == 0 else (Idle(), Interrupting())
+    steps = (load, CanonicalizeFields(fields=("question",)), first, Deduplicate(fields=("gold",)), second)
+    with pytest.raises(Interrupted):
+        Pipeline(name="stopped", steps=steps).run(output_dir=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    quality = json.loads((folder / "quality_report.json").read_text())
+    samples = quality["samples"]
+    assert samples["read"] == len(list(read_samples(folder / "ledger.sqlite"))) > 10
+    assert (samples["completed"] > 10) == (group == 1)
+    assert samples["skipped"] == samples["read"] - samples["completed"] > 0
+    kept = {stage["step"]: stage["samples_kept"] for stage in quality["stages"]}
+    assert kept[first.name or type(first).__name__] == samples["read"]
+    assert kept["Deduplicate"] == samples["completed"]
 
 
 class Killing(SampleStep):

@@ -69,8 +69,8 @@ def test_no_line_breaks_the_reader(ctx: TestContext, tmp_path: Path, line: str) 
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_content(ctx: TestContext, tmp_path: Path) -> None:
-    path = write(tmp_path / "t.jsonl", b'\xef\xbb\xbf{"q": 1}\r', b'{"q": 2}\r')
-    assert [sample.record for sample in load(ctx, LoadJsonl(path=path))] == [{"q": 1}, {"q": 2}]
+    path = write(tmp_path / "t.jsonl", b'\xef\xbb\xbf{"q": 1}\r', b'{"q": 2}\r', b'\xef\xbb\xbf{"q": 3}\r')
+    assert [sample.record for sample in load(ctx, LoadJsonl(path=path))] == [{"q": 1}, {"q": 2}, {"q": 3}]
 
 
 def test_a_line_of_ten_megabytes_is_a_record(ctx: TestContext, tmp_path: Path) -> None:
@@ -127,6 +127,19 @@ def test_parquet_gives_the_same_records(ctx: TestContext, tmp_path: Path) -> Non
     assert samples[-1].source == "t.parquet:600"
 
 
+def test_a_value_in_parquet_that_python_has_not_costs_its_record_alone(ctx: TestContext, tmp_path: Path) -> None:
+    text = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffc")]
+    )
+    times = pa.array([0, 0, -(10**17)], pa.timestamp("us"))
+    pq.write_table(pa.table({"q": text, "at": times}), tmp_path / "t.parquet")
+    samples = load(ctx, LoadJsonl(path=tmp_path / "t.parquet"))
+    assert [(sample.index, sample.record["q"]) for sample in samples] == [(0, "a")]
+    assert ctx.reasons == ["bad_record", "bad_record"]
+    assert [sample.failures[0].message.partition(": ")[0] for sample in ctx.discarded] == ["t.parquet:2", "t.parquet:3"]
+    assert "write its column as text" in ctx.discarded[0].failures[0].message
+
+
 def test_gzip_is_read(ctx: TestContext, tmp_path: Path) -> None:
     with gzip.open(tmp_path / "t.jsonl.gz", "wb") as file:
         file.write(b'{"q": 1}\n')
@@ -138,6 +151,17 @@ def test_a_broken_file_ends_the_run_by_its_name(ctx: TestContext, tmp_path: Path
     (tmp_path / name).write_bytes(b"not what the name says")
     with pytest.raises(InputError, match=f"{tmp_path}/{name}: can't be read"):
         load(ctx, LoadJsonl(path=tmp_path / name))
+
+
+def test_a_compressed_file_under_the_name_of_another_is_told_as_such(ctx: TestContext, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_bytes(gzip.compress(b'{"q": 1}\n'))
+    load(ctx, LoadJsonl(path=tmp_path / "t.jsonl"))
+    assert ctx.discarded[0].failures[0].message == "t.jsonl:1: compressed; let the file's name end in .jsonl.gz"
+
+
+def test_a_name_that_no_file_can_have_is_one_clear_error(ctx: TestContext, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="File name too long"):
+        load(ctx, LoadJsonl(path=tmp_path / f"{'x' * 300}.jsonl"))
 
 
 def test_a_missing_file_is_found_before_the_first_record(ctx: TestContext, tmp_path: Path) -> None:

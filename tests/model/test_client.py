@@ -221,8 +221,8 @@ def test_every_draw_has_its_own_answer_and_the_usage_is_right(tmp_path: Path, ha
         assert [(answer.draw.attempt, answer.draw.seed) for answer in answers] == [(n, n) for n in range(4)]
         assert requests(server) == paid
         assert meter.answers == 4
-        assert meter.usage.completion_tokens == sum(len(text.split(" ")) for text in texts(answers))
-        assert meter.usage.prompt_tokens == 5 * paid
+        assert meter.completion_tokens == sum(len(text.split(" ")) for text in texts(answers))
+        assert meter.tokens - meter.probe_tokens == 5 * paid + meter.completion_tokens
         if paid > 1:
             assert {body.get("seed", body.get("options", {}).get("seed")) for body in server.counters.bodies} >= {
                 0,
@@ -505,7 +505,8 @@ def test_the_price_of_what_was_paid(tmp_path: Path) -> None:
 
     with openai_server() as server:
         meter = run(go())
-        assert meter.cost == pytest.approx((2 * 2.0 + meter.usage.completion_tokens * 4.0) / 1e6)
+        assert meter.usage.completion_tokens == meter.completion_tokens + 8, "first contact is paid for as well"
+        assert meter.cost == pytest.approx(((2 + 12) * 2.0 + meter.usage.completion_tokens * 4.0) / 1e6)
 
 
 def test_a_text_to_be_scored_is_part_of_what_a_budget_reserves(tmp_path: Path) -> None:

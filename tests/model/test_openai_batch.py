@@ -20,7 +20,7 @@ from fastdistill.control.config import parse_pipeline
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import EnvironmentFault, ExitCode, FatalError, NotAsked, TeacherError
 from fastdistill.core.types import Completion, Prompt
-from fastdistill.model.provider import ErrorKind, ProviderError
+from fastdistill.model.provider import ATTEMPT, ErrorKind, ProviderError
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
 from fastdistill.model.providers.openai_batch import AT_ONCE, BatchProvider
 from tests.servers import Batch, Call, OpenAIServer, Server, openai_server, status
@@ -395,14 +395,24 @@ def test_lines_of_an_earlier_run_that_failed_are_asked_anew(tmp_path: Path) -> N
     assert lines(server) == [7, 1]
 
 
-def test_an_answer_that_may_be_stored_is_not_given_to_another_draw_of_the_same_prompt(tmp_path: Path) -> None:
-    with openai_server() as server:
-        ask(server, tmp_path, PROMPTS[:2], seed=None)
-        ask(server, tmp_path, PROMPTS[:2], seed=None)
-        assert lines(server) == [2, 2], "without a seed, who asks again wants another answer"
-        ask(server, tmp_path, PROMPTS[:2], seed=7)
-        ask(server, tmp_path, PROMPTS[:2], seed=7)
-        assert lines(server) == [2, 2, 2], "with a seed, it is the same draw, which was not stored"
+@pytest.mark.parametrize("seed", [7, None])
+def test_an_answer_that_was_read_and_not_stored_is_read_again_for_the_same_draw_alone(
+    tmp_path: Path, seed: int | None
+) -> None:
+    def drawn(attempt: int, **fields: Any) -> list[str]:
+        async def ask_for(provider: BatchProvider, brake: Brake) -> list[Result]:
+            ATTEMPT.set(attempt)
+            return await together(provider, PROMPTS[:2], None if seed is None else seed + attempt)
+
+        return texts(talk(server, tmp_path, ask_for, **fields))
+
+    with openai_server(lambda call, index: str(call.number)) as server:
+        first, second = drawn(0), drawn(1)
+        assert lines(server) == [2, 2], "another draw of the same prompts is another answer"
+        assert (drawn(0), drawn(1)) == (first, second), "the run was killed before it had stored what it read"
+        assert lines(server) == [2, 2]
+        assert drawn(0, revision="of May") != first, "another state of the model"
+        assert lines(server) == [2, 2, 2]
 
 
 def test_records_are_dropped_when_the_server_has_deleted_the_answers(tmp_path: Path) -> None:

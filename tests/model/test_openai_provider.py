@@ -494,6 +494,7 @@ def test_a_probe_of_an_honest_server() -> None:
         max_top=20,
         has_token_ids=True,
         can_score_prompt=True,
+        probe_tokens=(12, 8),
     )
     assert server.counters.requests == 4
     assert {body["max_tokens"] for body in server.counters.bodies} == {1, 4}
@@ -566,6 +567,32 @@ def test_alternatives_are_in_descending_order_whatever_the_server_puts_first() -
     with openai_server(extra={"choices": [choice]}) as server:
         [[answer]] = complete(server)
     assert answer.logprobs == (TokenLogprob("b", -2.0, (("a", -0.2), ("b", -2.0))),)
+
+
+@pytest.mark.parametrize("bytes_", ["SELECT", [1.5], [300], {"a": 1}, None])
+def test_bytes_of_a_token_that_are_none_cost_its_text_alone(bytes_: object) -> None:
+    content = {"content": [{"token": "token_id:17", "logprob": -0.5, "bytes": bytes_}]}
+    choice = {"index": 0, "message": {"content": "SELECT"}, "finish_reason": "stop", "logprobs": content}
+    with openai_server(extra={"choices": [choice]}) as server:
+        [[answer]] = complete(server)
+    assert answer.text == "SELECT"
+    assert answer.logprobs == (TokenLogprob("token_id:17", -0.5, id=17),)
+
+
+@pytest.mark.parametrize("content", ["SELECT", [{"token": None, "logprob": -0.5}], [{"token": "a", "logprob": "-0.5"}]])
+def test_log_probabilities_that_are_none_cost_the_answer_only_themselves(content: object) -> None:
+    choice = {"index": 0, "message": {"content": "SELECT"}, "finish_reason": "stop", "logprobs": {"content": content}}
+    with openai_server(extra={"choices": [choice]}) as server:
+        [[answer]] = complete(server)
+    assert (answer.text, answer.finish_reason, answer.logprobs) == ("SELECT", "stop", None)
+    assert answer.usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize("choices", [5, [5], [{"message": 5, "logprobs": None}]])
+def test_choices_that_are_none_are_garbled(choices: object) -> None:
+    with openai_server(extra={"choices": choices}) as server, pytest.raises(ProviderError) as raised:
+        complete(server)
+    assert raised.value.kind is ErrorKind.GARBLED
 
 
 def test_token_ids_that_a_server_can_not_give_are_refused_before_anything_is_sent() -> None:

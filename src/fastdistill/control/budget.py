@@ -1,6 +1,7 @@
 """When a run has enough: a target of accepted samples, and a budget that it may not exceed. Both end it cleanly."""
 
 import heapq
+from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,7 +55,7 @@ class Progress:
 
     def __init__(self, target: int | None = None) -> None:
         self.accepted = 0
-        self._found = 0  # accepted wherever they are
+        self._found: list[int] = []  # indexes of those accepted ahead, in order
         self._target = target
         self._next = 0  # the first index that has not finished
         self._ahead: list[tuple[int, Sample]] = []
@@ -62,13 +63,16 @@ class Progress:
     def finished(self, sample: Sample) -> list[Sample]:
         """The samples that count now, in input order: none that is ahead of an unfinished one or beyond the target."""
         counted = []
-        self._found += sample.status is Status.OPEN and bool(sample.accepted)
+        if sample.status is Status.OPEN and sample.accepted:
+            insort(self._found, sample.index)
         heapq.heappush(self._ahead, (sample.index, sample))
         while self._ahead and self._ahead[0][0] == self._next:
             _, done = heapq.heappop(self._ahead)
             if not self.reached:
                 counted.append(done)
-                self.accepted += done.status is Status.OPEN and bool(done.accepted)
+                if self._found and self._found[0] == done.index:
+                    del self._found[0]
+                    self.accepted += 1
             self._next += 1
         return counted
 
@@ -80,7 +84,14 @@ class Progress:
     @property
     def assured(self) -> bool:
         """Whether no further record can count: as many as the target are accepted, whatever the open ones bring."""
-        return self._target is not None and self._found >= self._target
+        return self._target is not None and self.accepted + len(self._found) >= self._target
+
+    def beyond(self, index: int) -> bool:
+        """Whether a sample can't count though the target is not met yet: all that is missing is accepted before it."""
+        if self._target is None:
+            return False
+        missing = self._target - self.accepted
+        return 0 < missing <= len(self._found) and index > self._found[missing - 1]
 
 
 def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sample]:

@@ -2,7 +2,9 @@
 
 import asyncio
 import inspect
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -45,8 +47,16 @@ Json = Annotated[Path | None, typer.Option(help="Write all of it to this file.")
 
 def main(arguments: "Sequence[str] | None" = None) -> NoReturn:
     """The `fastdistill` command; without `arguments`, those of the process."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores the latter
+            signal.signal(number, signal.default_int_handler)
     try:
-        app(arguments)
+        try:
+            app(arguments)
+        except SystemExit as ended:
+            if ended.code == ExitCode.INTERRUPTED:  # typer ends so on Ctrl-C, without a word
+                raise KeyboardInterrupt from ended
+            raise
     except FatalError as error:
         fail(str(error), error.exit_code)
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -60,7 +70,8 @@ def main(arguments: "Sequence[str] | None" = None) -> NoReturn:
 def fail(message: str, code: ExitCode) -> NoReturn:
     """Ends the command with one clear message and no traceback."""
     lines = message.splitlines()
-    print("\n".join([f"error: {lines[0]}", *(f"       {line}" for line in lines[1:])]), file=sys.stderr)
+    with suppress(OSError):  # the terminal may have gone, which is what ends the command
+        print("\n".join([f"error: {lines[0]}", *(f"       {line}" for line in lines[1:])]), file=sys.stderr)
     sys.exit(code)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import PrivateAttr
 
 from fastdistill.control.folder import RunFolder, artifacts_root
+from fastdistill.control.run import open_at
 from fastdistill.control.session import Pipeline, execute, run_in_loop, unwatched
 from fastdistill.core.bill import BILL, Bill
 from fastdistill.core.errors import InputError
@@ -59,7 +60,7 @@ class RandomSamples(StreamStep):
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Projections with 95% intervals, for all samples, or for those that a run with a target needs.
+    """Projections with 95% intervals, for all samples, or for those that a run with a target asks for.
 
     `seconds` supposes that requests go on to take as long, with `concurrency` in flight at the model that takes the
     longest, or as fast as its limits a minute allow; None if every answer was stored already. `cost_usd` is None
@@ -109,7 +110,12 @@ def estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> Estimate:
     bills = [few.bills[sample.index].values() for sample in drawn]
     accepted = sum(sample.status is Status.OPEN and bool(sample.accepted) for sample in drawn)
     target = pipeline.target.accepted if pipeline.target else few.seen
-    needed = astuple(project_needed(target, accepted, len(drawn), few.seen)) if pipeline.target else (few.seen,) * 3
+    needed: tuple[float, ...] = (few.seen,) * 3
+    if pipeline.target:
+        slots = sum(told["concurrency"] for told in timing["models"].values())
+        uncounted = slots, 0, open_at(slots)  # which are open when the target is met, and have been asked by then
+        counted = astuple(project_needed(target, accepted, len(drawn), few.seen))
+        needed = tuple(min(few.seen, part + more) for part, more in zip(counted, uncounted, strict=True))
 
     def total(of: Callable[[str, Usage], float], least: float = 0.0) -> Total:
         found = project_mean([sum(of(*asked) for asked in bill) for bill in bills], few.seen)

@@ -5,6 +5,7 @@ It can be computed again from the records and the response store, so a new start
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
 from itertools import accumulate, pairwise
 from operator import is_
 from pathlib import Path
@@ -133,10 +134,12 @@ def read_samples(path: Path, where: str = "1", parameters: Sequence[Any] = ()) -
 
 
 def _plain(value: object) -> object:
-    """What a gate may say in a type of its own, as NumPy's floats are."""
+    """What is said in a type of its own: NumPy's floats by a gate, pandas' times (of nanoseconds) in a record."""
     for kind in (str, float):
         if isinstance(value, kind):
             return kind(value)
+    if isinstance(value, datetime | timedelta):
+        return str(value)
     raise TypeError(f"{type(value).__name__} has no JSON")
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ from fastdistill.control.tally import Tally, interval
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import EnvironmentFault, ExitCode, FatalError
 from fastdistill.core.files import atomic, sha256_file
-from fastdistill.core.types import Status
+from fastdistill.core.step import SampleStep
+from fastdistill.core.types import Failure, Status
 
 if TYPE_CHECKING:
     from fastdistill.control.session import Pipeline, RunResult
@@ -90,7 +92,16 @@ class Proofs:
             if run is None:
                 write_json(self._folder.manifest, self._manifest(None, status, error.exit_code, str(error)))
             else:
+                self._count_the_rest(run, str(error))
                 self._write(run, [], status, error.exit_code, str(error))
+
+    def _count_the_rest(self, run: ActiveRun, why: str) -> None:
+        """Counts the samples that wait for the last sample steps, done with those that come before a stream step."""
+        ends = [
+            b.name for a, b in pairwise(self._pipeline.steps) if isinstance(a, SampleStep) > isinstance(b, SampleStep)
+        ]
+        for sample in self._folder.samples("status = 'open' AND idx > ?", (run.furthest,)):
+            self._tally.add(sample.left_out(Status.SKIPPED, Failure(ends[0], "stopped", why)))
 
     def _write(
         self, run: ActiveRun, floor: list[dict[str, Any]], status: str, code: ExitCode, message: str

@@ -14,6 +14,7 @@ from fastdistill.control.ledger import Ledger
 from fastdistill.control.seen import Seen
 from fastdistill.control.tally import Tally
 from fastdistill.core.errors import BudgetSpent, ExitCode, FatalError, NotAsked, TimeUp, TooManyErrors
+from fastdistill.core.run import AT_WORK
 from fastdistill.core.stats import Histogram
 from fastdistill.core.step import KeyIndex, Step
 from fastdistill.core.timing import StepTime
@@ -23,6 +24,11 @@ from fastdistill.model.client import ModelClient
 _KEYS_IN_MEMORY = 2_000  # of each index: to write more at once would hold the loop
 _SUMMED_UP_AT_ONCE = 200  # samples
 _ENOUGH_TO_JUDGE = 50  # samples before `max_error_rate` can stop a run midway
+
+
+def open_at(slots: int) -> int:
+    """How many samples are open at a time, with so many slots of all models together."""
+    return max(64, 2 * slots)
 
 
 class ActiveRun:
@@ -51,6 +57,7 @@ class ActiveRun:
         self._budget = budget
         self._progress = Progress(target.accepted if target else None)
         self._cutoff: int | None = None  # index of the sample that made the target full
+        self.furthest = -1  # highest index that went through the last sample step
         self._counted = False  # every sample that is still in the stream is in the tally
         self._stopped = asyncio.Event()
         self.enough: Enough | None = None
@@ -69,7 +76,7 @@ class ActiveRun:
 
     @property
     def open_samples(self) -> int:
-        return max(64, 2 * sum(model.router.capacity for model in self.models.values()))
+        return open_at(sum(model.router.capacity for model in self.models.values()))
 
     def discard(self, sample: Sample) -> None:
         self._ledger.submit(sample)
@@ -86,6 +93,8 @@ class ActiveRun:
 
     async def finished(self, sample: Sample, *, last: bool) -> None:
         await self._ledger.save(sample)
+        if last:
+            self.furthest = max(self.furthest, sample.index)
         # What fails early does not come again; all else counts once, when no more can happen to it.
         if last or sample.status is not Status.OPEN:
             self._count(sample)
@@ -123,6 +132,8 @@ class ActiveRun:
         """Whether a request of up to so many tokens and dollars must wait (`model.client.Brake`)."""
         if self.stopped_for is not None:
             raise self.stopped_for
+        if self._progress.beyond(AT_WORK.get()):
+            raise NotAsked("not_asked", "the target is met before this sample, whatever others bring")
         if self._budget.unlimited and self.enough is None:
             return False
         meters = [model.meter for model in self.models.values()]

@@ -225,7 +225,8 @@ async def execute(
 
     With a `lineage`, `steps` stand in for the pipeline's, which are those reported, and no server is asked.
     """
-    with folder.held():
+    brake = _Brake()
+    with folder.held(), stops_on_signals(brake, folder):
         tally = Tally(pipeline.steps)
         proofs = Proofs(pipeline, folder, tally, lineage)
         with atomic(folder.config) as file:
@@ -237,7 +238,6 @@ async def execute(
             async with AsyncExitStack() as stack:
                 store = await stack.enter_async_context(ResponseStore(folder.responses))
                 ledger = await stack.enter_async_context(Ledger(folder.ledger))
-                brake = _Brake()
                 models = {
                     name: ModelClient(name, config, () if lineage else _providers(config, folder, brake), store, brake)
                     for name, config in pipeline.models.items()
@@ -254,7 +254,7 @@ async def execute(
                     budget=pipeline.budget,
                 )
                 stack.callback(run.close)
-                with watch(run), stops_on_signals(run, folder):
+                with watch(run):
                     await run_pipeline(steps or pipeline.steps, run)
                 run.check_error_rate_at_end()
             proofs.finish_dist()
@@ -283,8 +283,8 @@ class _Brake:
 
 
 @contextmanager
-def stops_on_signals(run: ActiveRun, folder: RunFolder) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) lets answers in flight come home, the second ends at once."""
+def stops_on_signals(brake: _Brake, folder: RunFolder) -> Iterator[None]:
+    """The first Ctrl-C (SIGTERM, SIGHUP) lets answers in flight come home, the second ends at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -293,21 +293,26 @@ def stops_on_signals(run: ActiveRun, folder: RunFolder) -> Iterator[None]:
     assert task is not None
 
     def stop() -> None:
-        if run.stopped_for is not None:
+        run = brake.run
+        if run is None or run.stopped_for is not None:
             task.cancel()
+            return
         run.stop(
             Interrupted(
                 f"interrupted: answers so far are in {folder.responses}; run the same command again to go on from there"
             )
         )
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # as nohup has it
+    for number in handled:
         loop.add_signal_handler(number, stop)
     try:
         yield
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in handled:
             loop.remove_signal_handler(number)
+            signal.signal(number, before[number] or signal.SIG_DFL)  # None: it was not set from Python
 
 
 def run_in_loop(work: Coroutine[Any, Any, RunResult]) -> RunResult:

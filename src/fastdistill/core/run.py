@@ -1,12 +1,16 @@
 """What the main path needs of a run."""
 
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Protocol
 
 from fastdistill.core.errors import FatalError
 from fastdistill.core.step import Context, Step
 from fastdistill.core.timing import StepTime
 from fastdistill.core.types import Sample
+
+AT_WORK: ContextVar[int] = ContextVar("at_work", default=-1)
+"""The index of the sample that is worked on; -1: of none."""
 
 
 class Run(Context, Protocol):

@@ -17,7 +17,7 @@ from fastdistill.core.types import Sample
 
 _ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".parquet")
 _PARQUET_ROWS = 256  # rows decoded at a time
-_BOM = b"\xef\xbb\xbf"
+_BOM, _GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"
 
 
 class LoadJsonl(StreamStep):
@@ -109,11 +109,11 @@ def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _found(given: Path) -> Path:
     """The absolute path of a file, which is checked before anything is spent."""
     path = given.expanduser().absolute()
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file; a relative path starts at {Path.cwd()}")
-    if not path.is_file():
-        raise InputError(f"{path}: not a file; name the data set's files themselves")
     try:
+        if not path.exists():
+            raise InputError(f"{path}: there is no such file; a relative path starts at {Path.cwd()}")
+        if not path.is_file():
+            raise InputError(f"{path}: not a file; name the data set's files themselves")
         path.open("rb").close()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; make the file readable") from error
@@ -128,7 +128,7 @@ def _lines(path: Path, label: str) -> Iterator[_Entry]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if text := (line.removeprefix(_BOM) if number == 1 else line).strip():
+                if text := line.removeprefix(_BOM).strip():  # a file may be several, one after the other
                     source = f"{label}:{number}"
                     yield source, _parsed(text, source)
     except (EOFError, zlib.error, OSError) as error:
@@ -142,10 +142,24 @@ def _parquet(path: Path, label: str) -> Iterator[_Entry]:
     try:
         with ParquetFile(path) as file:
             batches = file.iter_batches(batch_size=_PARQUET_ROWS)
-            for number, record in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
-                yield f"{label}:{number}", record
+            for number, record in enumerate(chain.from_iterable(map(_rows, batches)), 1):
+                source = f"{label}:{number}"
+                if isinstance(record, Exception):
+                    message = f"{source}: a value can't be read ({record}); write its column as text"
+                    record = SampleError("bad_record", message)
+                yield source, record
     except (ArrowException, OSError) as error:
         raise InputError(f"{path}: can't be read as Parquet: {error}; fetch the file again") from error
+
+
+def _rows(batch: Any) -> list[Any]:
+    """The records of a batch; in place of one that has a value which Python has not, what is wrong with it."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError) as error:
+        if len(batch) == 1:
+            return [error]
+        return [*chain.from_iterable(_rows(batch.slice(at, 1)) for at in range(len(batch)))]
 
 
 def _count(path: Path) -> int:
@@ -181,6 +195,8 @@ def _parsed(text: bytes, source: str) -> dict[str, Any] | SampleError:
 
 
 def _problem(text: bytes, error: Exception) -> str:
+    if text.startswith(_GZIP):
+        return "compressed; let the file's name end in .jsonl.gz"
     try:
         text.decode()
     except UnicodeDecodeError as wrong:

@@ -18,12 +18,12 @@ from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError, Unreachable
 from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
-from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample
+from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample, Usage
 from fastdistill.model.budget import OwnBrake
 from fastdistill.model.hedge import Hedge
 from fastdistill.model.limits import AdaptiveLimit, Limit, Pace
 from fastdistill.model.meter import InFlight, Meter
-from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
+from fastdistill.model.provider import ATTEMPT, Capabilities, ErrorKind, ModelConfig, Provider, ProviderError
 from fastdistill.model.retry import GiveUp, Retry, Stop, decide
 from fastdistill.model.router import Endpoint, Router
 from fastdistill.model.transport import RESENDS
@@ -129,6 +129,7 @@ class ModelClient:
 
         Raises:
             TeacherError: none can be used, or one refuses for good; the message says what to do.
+            NotAsked: the run has enough.
         """
         if self._probed:
             return
@@ -149,7 +150,8 @@ class ModelClient:
         late = {*probes}
         try:
             while late and not any(endpoint.capabilities for endpoint in endpoints):
-                _, late = await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
+                self._brake.check(0, 0.0)
+                _, late = await asyncio.wait(late, timeout=_LOOKS_EVERY, return_when=asyncio.FIRST_COMPLETED)
             if late:
                 await asyncio.wait(late, timeout=_PROBED_WITHIN)
         finally:
@@ -204,6 +206,7 @@ class ModelClient:
                 failures.append(error.kind)
                 await asyncio.sleep(decision.delay)
             else:
+                self.meter.probed(Usage(*endpoint.capabilities.probe_tokens))
                 endpoint.asks_n = endpoint.capabilities.n is True
                 endpoint.answered()
                 return None
@@ -219,6 +222,8 @@ class ModelClient:
             if not self._probed:
                 await self.ready()
             answers = await (self._request(prompt, draws) if len(draws) == 1 else self._ask(prompt, draws))
+        except NotAsked as enough:  # at first contact
+            answers = [enough] * len(draws)
         finally:
             for key in draws:
                 del self._asking[key]
@@ -438,6 +443,7 @@ class ModelClient:
         begun = clock()
         busy = endpoint.free <= 0
         first = next(iter(draws.values()))
+        ATTEMPT.set(first.attempt)
         seed = first.attempt if self.config.recorded else first.seed
         try:
             completions = await endpoint.provider.complete(prompt, seed=seed, n=len(draws))

@@ -31,6 +31,7 @@ class Meter:
     queued: Histogram = field(default_factory=Histogram)
     hedged: int = 0  # requests asked a second time
     lost_tokens: int = 0  # that these may have cost where they were called off; in `usage` too
+    probe_tokens: int = 0  # that first contact cost; in `usage` too
     unknown_tokens: int = 0  # that requests of which nobody said it may have cost at most; not in `usage`
     in_flight: int = 0
     peak: int = 0
@@ -62,6 +63,12 @@ class Meter:
     def lost(self, usage: Usage) -> None:
         """A request was called off that may have cost so much."""
         self.lost_tokens += usage.prompt_tokens + usage.completion_tokens
+        self._lost_completion_tokens += usage.completion_tokens
+        self._count(usage)
+
+    def probed(self, usage: Usage) -> None:
+        """First contact with an endpoint cost so much."""
+        self.probe_tokens += usage.prompt_tokens + usage.completion_tokens
         self._lost_completion_tokens += usage.completion_tokens
         self._count(usage)
 
@@ -117,6 +124,7 @@ class Meter:
             "failed": {kind: took.summary() for kind, took in sorted(self.failed.items())},
             "hedged": self.hedged,
             "lost_tokens": self.lost_tokens,
+            "probe_tokens": self.probe_tokens,
             "unknown_tokens": self.unknown_tokens,
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,

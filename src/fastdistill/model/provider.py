@@ -5,6 +5,7 @@ It does not retry, limit, store or count: the client around it does. A provider 
 
 import os
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, Self
@@ -14,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, fi
 
 from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
 from fastdistill.model.budget import ModelBudget
+
+ATTEMPT: ContextVar[int] = ContextVar("attempt", default=0)
+"""Of the draw that is asked for, the first of several: without a seed, nothing in a request tells it from another."""
 
 
 class ErrorKind(StrEnum):
@@ -106,6 +110,7 @@ class Capabilities:
     has_token_ids: bool | None = None
     can_score_prompt: bool | None = None  # give the log-probabilities of tokens that it did not sample
     notes: tuple[str, ...] = ()
+    probe_tokens: tuple[int, int] = (0, 0)  # of the prompts and the answers that found it out, where it tells
 
 
 class Price(BaseModel):

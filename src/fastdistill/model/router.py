@@ -10,6 +10,7 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -297,7 +298,8 @@ class Router:
             self._wake.cancel()
             self._wake = None
         if self._wake is None:
-            self._wake = asyncio.get_running_loop().call_at(moment, self._woken)
+            # For all that wait, not for the sample at work: it may be at its end while the run is not.
+            self._wake = asyncio.get_running_loop().call_at(moment, self._woken, context=Context())
 
     def _woken(self) -> None:
         self._wake = None

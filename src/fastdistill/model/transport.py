@@ -6,6 +6,7 @@ It does not retry, but for a connection that had died in the pool.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -193,12 +194,13 @@ class Token(msgspec.Struct, gc=False):
 
     @property
     def text(self) -> str:
-        if not self.token.startswith("token_id:") or (told := _bytes(self.bytes)) is None:
-            return self.token
-        return bytes(told).decode(errors="replace")
+        if self.token.startswith("token_id:"):
+            with suppress(ValueError):  # null, or what some gateway takes for bytes
+                return bytes(_bytes(self.bytes)).decode(errors="replace")
+        return self.token
 
 
-_bytes = msgspec.json.Decoder(list[int] | None).decode
+_bytes = msgspec.json.Decoder(list[int]).decode
 
 
 @dataclass(frozen=True, slots=True)

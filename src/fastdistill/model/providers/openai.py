@@ -241,6 +241,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         two, scored, shaped, hot = (one.result() for one in tries)
         if isinstance(scored, ProviderError):
             scored = await self._try(logprobs=True)
+        spent = [one.usage for tried in (two, scored, shaped, hot) if isinstance(tried, list) for one in tried]
         failures = [tried for tried in (two, scored, shaped) if isinstance(tried, ProviderError)]
         if len(failures) == 3 and all(error.kind is ErrorKind.GARBLED for error in failures):
             raise failures[0]
@@ -267,6 +268,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             has_token_ids=token.id is not None if token else None,
             can_score_prompt=self._config.provider in _OWN,
             notes=(*notes, *self.notes),
+            probe_tokens=(sum(one.prompt_tokens for one in spent), sum(one.completion_tokens for one in spent)),
         )
 
     # --- the request ---

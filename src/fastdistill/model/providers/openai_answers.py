@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, ValidationError, convert
 from msgspec.json import Decoder
 
 from fastdistill.core.types import Completion, LogprobBasis, TokenLogprob, Usage
@@ -168,7 +168,20 @@ class ListedModels(Struct):
     data: list[ListedModel]
 
 
-decode_answer = Decoder(ChatAnswer).decode
+_decode_answer, _decode_anything = Decoder(ChatAnswer).decode, Decoder().decode
+
+
+def decode_answer(body: bytes) -> ChatAnswer:
+    """An answer. Log-probabilities that are none cost it only themselves, for the rest is paid for and of use."""
+    try:
+        return _decode_answer(body)
+    except ValidationError:
+        said = _decode_anything(body)
+        choices = said.get("choices") if isinstance(said, dict) else None
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                choice.pop("logprobs", None)
+        return convert(said, ChatAnswer)
 
 
 def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasis.UNKNOWN) -> list[Completion]:

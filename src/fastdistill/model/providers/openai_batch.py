@@ -8,6 +8,7 @@ with those batches, so none is paid for twice. Wire: https://platform.openai.com
 import asyncio
 import io
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -22,7 +23,7 @@ from fastdistill.core.canonical import digest
 from fastdistill.core.errors import EnvironmentFault, FatalError, NotAsked, TeacherError, TimeUp
 from fastdistill.core.files import atomic
 from fastdistill.model.client import Brake
-from fastdistill.model.provider import ErrorKind, ProviderError
+from fastdistill.model.provider import ATTEMPT, ErrorKind, ProviderError
 from fastdistill.model.providers.openai import BatchOptions, OpenAIConfig, OpenAIProvider
 from fastdistill.model.transport import Response, transport_for
 
@@ -42,7 +43,7 @@ T = TypeVar("T")
 _Answers: TypeAlias = dict[str, Response | str]
 """By custom id, each until it is asked for; words say why there is none."""
 _Lines: TypeAlias = "dict[str, list[tuple[_Batch, str]]]"
-"""Batches and custom ids, by the digest of the request's body, the oldest first."""
+"""Batches and custom ids, by the digest of what is asked for, the oldest first."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,9 +51,8 @@ class _Batch:
     """Requests that go out together. `path` is its record, and `path.stem` its name: the time when it was begun."""
 
     path: Path
-    requests: list[str] = field(default_factory=list)  # custom ids: the digest of a body, and a number
+    requests: list[str] = field(default_factory=list)  # custom ids: a digest of what is asked for, and a number
     id: str | None = None  # the server's; None: not known to have been made
-    was_read: bool = False  # by an earlier run, which may have stored any of its answers
     lines: list[bytes] = field(default_factory=list)  # what is to be uploaded
     size: int = 0  # bytes of them
     ended: "asyncio.Task[tuple[_State, _Answers]] | None" = None
@@ -86,15 +86,13 @@ class BatchProvider(OpenAIProvider):
         await super().aclose()
 
     async def _chat(self, body: Mapping[str, Any]) -> Response:
-        key = digest(body)[:32]
+        apart = self._config.parameters() | ({} if "seed" in body else {"attempt": ATTEMPT.get()})
+        key = digest({**body, **apart})[:32]
         if self._recalled is None:
             self._recalled = self._start(self._recall())
         earlier = (await asyncio.shield(self._recalled)).get(key, [])
         while earlier:
-            batch, custom_id = earlier.pop()
-            if batch.was_read and "seed" not in body:
-                continue  # without a seed, draws of one prompt look the same: this may be the answer to another
-            answer = await self._answer(batch, custom_id)
+            answer = await self._answer(*earlier.pop())
             if isinstance(answer, Response) and answer.status == 200:
                 return answer
         answer = await self._answer(*self._join(key, body))
@@ -136,7 +134,7 @@ class BatchProvider(OpenAIProvider):
                 await asyncio.sleep(0)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(work, context=Context())  # for many samples, not for the one at work
         self._tasks.append(task)
         return task
 
@@ -215,7 +213,6 @@ class BatchProvider(OpenAIProvider):
         for file_id in (state.error_file_id, state.output_file_id):  # of two lines for a request, the better one stays
             if file_id is not None:
                 answers |= await self._patiently(partial(self._lines, file_id))
-        await self._record(batch, read=True)  # only now, for without a seed nobody else is given what was read
         return answers
 
     async def _lines(self, file_id: str) -> _Answers:
@@ -248,10 +245,10 @@ class BatchProvider(OpenAIProvider):
 
     # --- the records ---
 
-    async def _record(self, batch: _Batch, *, read: bool = False) -> None:
+    async def _record(self, batch: _Batch) -> None:
         def write() -> None:
             with atomic(batch.path, "wb") as file:
-                file.write(msgspec.json.encode(_Record(self._config.url, batch.id, read, batch.requests)))
+                file.write(msgspec.json.encode(_Record(self._config.url, batch.id, batch.requests)))
 
         await asyncio.to_thread(write)
 
@@ -289,7 +286,7 @@ class BatchProvider(OpenAIProvider):
             if begun < time_ns() - KEPT:
                 path.unlink(missing_ok=True)
             elif record.url == self._config.url:
-                yield _Batch(path, record.requests, record.batch, record.read)
+                yield _Batch(path, record.requests, record.batch)
 
     async def _find(self, batch: _Batch) -> "_State | None":
         """The batch at the server that has this one's name, if it was made and has not failed."""
@@ -361,7 +358,6 @@ class BatchProvider(OpenAIProvider):
 class _Record(Struct):
     url: str
     batch: str | None
-    read: bool
     requests: list[str]
 
 
