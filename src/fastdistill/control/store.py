@@ -8,6 +8,7 @@ import zlib
 from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from msgspec.structs import replace
 
 from fastdistill.control.seen import Seen
 from fastdistill.control.writer import Writer, connect, fault, insert
+from fastdistill.core.turns import LARGE, beside
 from fastdistill.core.types import Answer, Completion, Prompt, PromptColumns, TokenLogprob
 
 SCHEMA = """
@@ -77,10 +79,9 @@ class ResponseStore:
         if self._alone:
             for answer in answers:
                 self._mine.add(answer.key)
-        rows = [
-            [bytearray.fromhex(a.key), 0, a.draw.seed, a.draw.attempt, write_completion(a.completion)] for a in answers
-        ]
-        # Made here, not in the writer's thread: what has no JSON costs its own sample.
+        # Made before, not in the writer's thread: what has no JSON costs its own sample.
+        large = sum([answer.completion.size for answer in answers]) > LARGE
+        rows = await beside(partial(_rows, answers)) if large else _rows(answers)
         await self._writer.write((f"{prompt.provider} {prompt.digest}", prompt.columns, rows))
 
     def _write_all(self, connection: sqlite3.Connection, entries: Sequence[_Entry]) -> None:
@@ -106,6 +107,10 @@ class ResponseStore:
         self._prompts.update(new)
         while len(self._prompts) > _PROMPTS_REMEMBERED:
             self._prompts.popitem(last=False)
+
+
+def _rows(answers: Sequence[Answer]) -> list[list[Any]]:
+    return [[bytearray.fromhex(a.key), 0, a.draw.seed, a.draw.attempt, write_completion(a.completion)] for a in answers]
 
 
 _encode = msgspec.json.Encoder().encode

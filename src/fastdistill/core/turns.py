@@ -1,9 +1,18 @@
 """Turns of the event loop: work that never waits gives them up, so that answers are taken in meanwhile."""
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
+from typing import TypeVar
+
+LARGE = 2**17
+"""Bytes, or characters: what is larger is worked on `beside` the loop, for it may take longer than a turn."""
+
+T = TypeVar("T")
 
 _TURN = 0.005  # seconds
+_thread = ThreadPoolExecutor(1, "beside")  # of several, each would make the loop wait for the interpreter's lock
 
 _begun = 0.0
 
@@ -14,3 +23,8 @@ async def give_turn() -> None:
     if perf_counter() - _begun > _TURN:
         await asyncio.sleep(0)
         _begun = perf_counter()
+
+
+async def beside(work: Callable[[], T]) -> T:
+    """What `work` brings: for what takes longer than a turn and can't be cut. One is done at a time."""
+    return await asyncio.get_running_loop().run_in_executor(_thread, work)
