@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import aiohttp  # noqa: F401  what a run imports once, at its first use, does not count
@@ -110,4 +111,43 @@ def test_nor_do_answers_with_many_log_probabilities(tmp_path: Path, watched: Wat
         generation["num_generations"] = 4  # half of them are stored
         result, held = watched(made, server)
     assert result.quality["candidates"]["pass"] == 48
+    assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]
+
+
+def test_nor_do_long_records(tmp_path: Path, watched: Watched) -> None:
+    """They are compared with each other, and with an evaluation file, while answers are on their way."""
+
+    def text(seed: int) -> str:
+        return " ".join(f"{number:x}" for number in Random(seed).choices(range(100_000), k=10_000))
+
+    records = [{**record, "context": text(at)} for at, record in enumerate(RECORDS[:12])]
+    held_out = write_records(tmp_path, [{"context": text(99)}, *RECORDS], "eval.jsonl")
+    with openai_server(latency=1.0) as server:
+        made = config(server.url, write_records(tmp_path, records), make_database(tmp_path))
+        fields = {"fields": ["context"]}
+        filters = [{"NearDuplicates": fields}, {"Decontaminate": {"against": [str(held_out)], **fields}}]
+        made["steps"] = [*made["steps"][:2], *filters, made["steps"][3], "ExportSFT"]
+        result, held = watched(made, server)
+    assert result.quality["samples"]["completed"] == 12
+    assert len(held) > 100, "so many turns at least were seen"
+    assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]
+
+
+def test_nor_do_long_answers(tmp_path: Path, watched: Watched) -> None:
+    def answer(call: Call, index: int) -> str:
+        said = f"### RATIONALE\n{'It is plain to see. ' * 1500}{'1 ' * 5000}\n### ANSWER\n"
+        terms = " OR ".join(f"(people > {at} AND country = {at})" for at in range(90))
+        return f"{said}SELECT name, {call.digest(index)} FROM city WHERE {terms}"
+
+    latency = {record["instruction"]: 0.3 * at for at, record in enumerate(RECORDS[:4])}
+    with openai_server(answer, latency=lambda call: latency.get(call.prompt, 0.0), context=100_000) as server:
+        made = config(server.url, write_records(tmp_path, RECORDS[:4]), make_database(tmp_path))
+        profile = {"max_tokens": 50_000}
+        generation = {"num_generations": 8, "template": "{{ instruction }}", "decode_profile": profile}
+        gates = ["SplitRationale", "CleanSqlOutput", {"RuleFilter": {"sql": True}}]
+        best = [{"SelectBest": {"distinct": distinct, "name": distinct}} for distinct in ("sql", "path")]
+        made["steps"] = [*made["steps"][:3], {"TextGeneration": generation}, *gates, *best, "ExportSFT"]
+        result, held = watched(made, server)
+    assert result.quality["candidates"]["pass"] == 4 * 8
+    assert len(held) > 100, "so many turns at least were seen"
     assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]

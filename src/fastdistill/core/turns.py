@@ -25,6 +25,6 @@ async def give_turn() -> None:
         _begun = perf_counter()
 
 
-async def beside(work: Callable[[], T]) -> T:
-    """What `work` brings: for what takes longer than a turn and can't be cut. One is done at a time."""
-    return await asyncio.get_running_loop().run_in_executor(_thread, work)
+def beside(work: Callable[[], T]) -> asyncio.Future[T]:
+    """What `work` will have brought: for what takes longer than a turn and can't be cut. One is done at a time."""
+    return asyncio.get_running_loop().run_in_executor(_thread, work)

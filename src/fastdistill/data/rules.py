@@ -1,21 +1,19 @@
 """Rule gate: pure checks of an answer's text. Never calls a model, never runs anything."""
 
-import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from enum import StrEnum
 from functools import cached_property, lru_cache
-from importlib import import_module
-from types import ModuleType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, Gate
 from fastdistill.core.turns import give_turn
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, Verdict
+from fastdistill.data.sql_parser import parsed, parser
 
 # It warns of every text that it takes for a command; the verdict says that.
 logging.getLogger("sqlglot").setLevel(logging.ERROR)
@@ -55,21 +53,12 @@ class RuleFilter(Gate):
             raise ValueError(f"max_chars {self.max_chars} is below min_chars {self.min_chars}")
         return self
 
-    _parser: "ClassVar[asyncio.Task[ModuleType] | None]" = None
-    """Its import; of a step that is open, in its own `__dict__`: pydantic's private ones are slow."""
-
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
-        if self.sql:
-            # A quarter of a second, in which answers could not be taken in nor the next be asked for.
-            self.__dict__["_parser"] = asyncio.create_task(asyncio.to_thread(import_module, "sqlglot"))
-        yield
-        if self._parser is not None:
-            await self._parser
+        async with parser() if self.sql else nullcontext():
+            yield
 
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
-        if self._parser is not None and not self._parser.done():
-            await asyncio.shield(self._parser)
         answer = candidate.answer
         return self._finish(candidate.completion) or self._length(answer) or await self._text(answer)
 
@@ -104,7 +93,7 @@ class RuleFilter(Gate):
                 return self._fail(
                     RuleReason.FORBIDDEN_FOUND, pattern=pattern.pattern, found=found[0][:200], at=found.start()
                 )
-        if self.sql and (problem := sql_problem(answer)):
+        if self.sql and (problem := await parsed(sql_problem, answer)):
             return self._fail(RuleReason.UNPARSABLE_SQL, problem=problem)
         return self._passed
 
