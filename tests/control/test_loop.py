@@ -98,19 +98,19 @@ def test_nor_do_many_candidates_of_a_sample(tmp_path: Path, watched: Watched) ->
 
 
 def test_nor_do_answers_with_many_log_probabilities(tmp_path: Path, watched: Watched) -> None:
-    latency = {record["instruction"]: 0.1 * at for at, record in enumerate(RECORDS[:12])}
+    latency = {record["instruction"]: 0.1 * at for at, record in enumerate(RECORDS[:6])}
     words = " ".join(f"w{at}" for at in range(600))
     with openai_server(lambda *_: words, latency=lambda call: latency.get(call.prompt, 0.0), context=10_000) as server:
-        made = config(server.url, write_records(tmp_path, RECORDS[:12]), make_database(tmp_path))
+        made = config(server.url, write_records(tmp_path, RECORDS[:6]), make_database(tmp_path))
         profile = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1000}
         generation = {"num_generations": 2, "template": "{{ instruction }}", "decode_profile": profile}
         made["steps"] = [*made["steps"][:3], {"TextGeneration": generation}, "ExportSFT"]
         result, held = watched(made, server)
-        assert result.quality["candidates"]["pass"] == 24
+        assert result.quality["candidates"]["pass"] == 12
         assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]
         generation["num_generations"] = 4  # half of them are stored
         result, held = watched(made, server)
-    assert result.quality["candidates"]["pass"] == 48
+    assert result.quality["candidates"]["pass"] == 24
     assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]
 
 
@@ -150,4 +150,17 @@ def test_nor_do_long_answers(tmp_path: Path, watched: Watched) -> None:
         result, held = watched(made, server)
     assert result.quality["candidates"]["pass"] == 4 * 8
     assert len(held) > 100, "so many turns at least were seen"
+    assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]
+
+
+def test_nor_does_a_slow_pattern(tmp_path: Path, watched: Watched) -> None:
+    latency = {record["instruction"]: 0.2 * at for at, record in enumerate(RECORDS[:6])}
+    answer = f"SELECT{' ' * 8_000}1"
+    with openai_server(lambda *_: answer, latency=lambda call: latency.get(call.prompt, 0.0), context=20_000) as server:
+        made = config(server.url, write_records(tmp_path, RECORDS[:6]), make_database(tmp_path))
+        generation = {"template": "{{ instruction }}", "decode_profile": {"max_tokens": 10_000}}
+        rules = {"forbidden": [r"\s+$"]}  # from each of the spaces to the last
+        made["steps"] = [*made["steps"][:3], {"TextGeneration": generation}, {"RuleFilter": rules}, "ExportSFT"]
+        result, held = watched(made, server)
+    assert result.quality["samples"]["accepted"] == 6
     assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]
