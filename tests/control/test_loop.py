@@ -164,3 +164,26 @@ def test_nor_does_a_slow_pattern(tmp_path: Path, watched: Watched) -> None:
         result, held = watched(made, server)
     assert result.quality["samples"]["accepted"] == 6
     assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]
+
+
+def test_nor_does_an_export_in_the_middle(tmp_path: Path, watched: Watched) -> None:
+    """It writes a row group, and the last one, while the answers of the steps after it are on their way."""
+    records = [{**RECORDS[at % 60], "task_id": f"{at}", "instruction": f"{at}"} for at in range(300)]
+
+    def answer(call: Call, index: int) -> str:
+        return " ".join(f"{number:x}" for number in Random(call.digest(index)).choices(range(10**6), k=4_000))
+
+    with openai_server(answer, latency=0.05, context=100_000) as server:
+        made = config(server.url, write_records(tmp_path, records), make_database(tmp_path))
+        made["models"]["teacher"]["max_concurrency"] = 40
+        profile = {"max_tokens": 10_000}
+        steps: list[Any] = []
+        for name, template in (("first", "{{ instruction }}"), ("second", "again {{ instruction }}")):
+            generation = {"name": name, "template": template, "decode_profile": profile}
+            steps += [{"TextGeneration": generation}, {"ExportSFT": {"name": f"{name}_sft", "formats": ["parquet"]}}]
+        steps[3] = {"ExportHardCases": {}}
+        made["steps"] = [*made["steps"][:3], *steps]
+        result, held = watched(made, server)
+    assert result.quality["samples"]["completed"] == 300
+    assert pyarrow.parquet.read_metadata(result.dataset / "sft" / "train.parquet").num_row_groups > 1
+    assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]
