@@ -5,6 +5,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ class _Index:
             if number % _RUNS_AT_ONCE == 0:
                 yield
         covered = {
-            item: len({at + step for at in found for step in range(self.ngram)}) / self._items[item][2]
+            item: (self.ngram + sum(min(self.ngram, after - at) for at, after in pairwise(sorted(found))))
+            / self._items[item][2]
             for item, found in starts.items()
         }
         best = min(covered, key=lambda item: (-covered[item], item), default=None)
