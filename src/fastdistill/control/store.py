@@ -3,6 +3,7 @@
 The key is made of what would change the answer (see `core.types.Draw.key`), so resuming is running again.
 """
 
+import asyncio
 import sqlite3
 import zlib
 from base64 import b64decode, b64encode
@@ -45,6 +46,7 @@ class ResponseStore:
         self._writer = Writer(path, SCHEMA, self._write_all, durable=True, every=0.008)
         self._prompts: OrderedDict[str, int] = OrderedDict()  # ids of the latest, by provider and digest
         self._mine = Seen()  # keys
+        self._writing: set[asyncio.Future[None]] = set()  # large answers
         self._last = 0  # id of the latest prompt, as this process left it
         self._alone = not path.exists()  # all answers are of this process, so that only its own keys can be found
 
@@ -57,6 +59,7 @@ class ResponseStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._reader.close()
+        await asyncio.gather(*self._writing, return_exceptions=True)
         await self._writer.__aexit__(kind, error, trace)
 
     def get(self, key: str) -> Completion | None:
@@ -79,10 +82,19 @@ class ResponseStore:
         if self._alone:
             for answer in answers:
                 self._mine.add(answer.key)
-        # Made before, not in the writer's thread: what has no JSON costs its own sample.
-        large = sum([answer.completion.size for answer in answers]) > LARGE
-        rows = await beside(partial(_rows, answers)) if large else _rows(answers)
-        await self._writer.write((f"{prompt.provider} {prompt.digest}", prompt.columns, rows))
+        asked = f"{prompt.provider} {prompt.digest}"
+        # Rows are not made in the writer's thread: what has no JSON costs its own sample.
+        if sum([answer.completion.size for answer in answers]) <= LARGE:
+            await self._writer.write((asked, prompt.columns, _rows(answers)))
+            return
+
+        async def write() -> None:
+            await self._writer.write((asked, prompt.columns, await beside(partial(_rows, answers))))
+
+        writing = asyncio.ensure_future(write())
+        self._writing.add(writing)
+        writing.add_done_callback(self._writing.discard)
+        await asyncio.shield(writing)  # it goes on even if who asked is called off: the answers were paid for
 
     def _write_all(self, connection: sqlite3.Connection, entries: Sequence[_Entry]) -> None:
         new: dict[str, int] = {}
