@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from enum import StrEnum
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,6 +13,7 @@ from fastdistill.core.step import Context, Gate
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, Verdict
 from fastdistill.data.execution.pattern_worker import Rule
 from fastdistill.data.execution.patterns import CPU_S, PatternPool
+from fastdistill.data.execution.reason import Reason
 from fastdistill.data.execution.worker_pool import Cause, Death
 from fastdistill.data.sql_parser import parsed, parser
 
@@ -24,8 +24,8 @@ LONGEST_SQL = 10_000
 """Characters. A longer answer does not parse: the parser would hold up every other sample for a second and more."""
 
 
-class RuleReason(StrEnum):
-    OK = "ok"
+class RuleReason(Reason):
+    OK = "ok", "pass"
     CONTENT_FILTERED = "content_filtered"
     TRUNCATED = "truncated"
     EMPTY = "empty"
@@ -34,9 +34,9 @@ class RuleReason(StrEnum):
     REQUIRED_MISSING = "required_missing"
     FORBIDDEN_FOUND = "forbidden_found"
     UNPARSABLE_SQL = "unparsable_sql"
-    PATTERN_TOO_SLOW = "pattern_too_slow"
-    INFRA_TIMEOUT = "infra_timeout"
-    SANDBOX_DIED = "sandbox_died"
+    PATTERN_TOO_SLOW = "pattern_too_slow", "error"
+    INFRA_TIMEOUT = "infra_timeout", "error"
+    SANDBOX_DIED = "sandbox_died", "error"
 
 
 class RuleFilter(Gate):
