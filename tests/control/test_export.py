@@ -361,6 +361,15 @@ def test_what_one_export_keeps_for_a_test_no_other_trains_on() -> None:
     parse_pipeline(made)
 
 
+def test_two_exports_that_would_write_the_same_file_are_found_before_anything_is_spent() -> None:
+    made = config("http://localhost:1", Path("train.jsonl"), Path("city.db"))
+    made["steps"].append({"ExportSFT": {"name": "again", "shapes": ["messages"]}})
+    with pytest.raises(ConfigError, match=r"two exports write sft/train.parquet, sft/train.jsonl; give one other"):
+        parse_pipeline(made)
+    made["steps"][-1]["ExportSFT"]["formats"] = ["mlx"]
+    parse_pipeline(made)
+
+
 @pytest.mark.parametrize(
     ("train", "valid", "batch", "iters"), [(1000, 50, 16, 124), (1000, 0, 16, 124), (40, 9, 9, 8), (5, 0, 5, 2)]
 )

@@ -339,10 +339,11 @@ def test_two_processes_fill_one_store(tmp_path: Path) -> None:
     assert count(path) == 200
 
 
-def test_an_answer_is_stored_though_who_put_it_is_cancelled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["paid", "paid" * 50_000], ids=len)
+def test_an_answer_is_stored_though_who_put_it_is_cancelled(tmp_path: Path, text: str) -> None:
     async def go() -> None:
         async with ResponseStore(tmp_path / "responses.sqlite") as store:
-            tasks = [asyncio.create_task(store.put(PROMPT, [answer("paid", n)])) for n in range(50)]
+            tasks = [asyncio.create_task(store.put(PROMPT, [answer(text, n)])) for n in range(50)]
             await asyncio.sleep(0)
             for task in tasks:
                 task.cancel()

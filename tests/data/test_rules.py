@@ -1,4 +1,6 @@
 import asyncio
+import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,15 @@ from tests.context import TestContext, candidate
 
 
 def judge(tmp_path: Path, answer: str, finish: FinishReason = FinishReason.STOP, **config: Any) -> Verdict:
-    ctx = TestContext(tmp_path)
+    gate = RuleFilter(name="rules", **config)
     sample = Sample(0, "t.jsonl:1", {}, candidates=(candidate(answer, finish=finish),))
-    judged = asyncio.run(RuleFilter(name="rules", **config).run(sample, ctx))
-    ctx.close()
-    return judged.candidates[0].verdicts[0]
+
+    async def judged(ctx: TestContext) -> Sample:
+        async with gate.opened(ctx):
+            return await gate.run(sample, ctx)
+
+    with closing(TestContext(tmp_path)) as ctx:
+        return asyncio.run(judged(ctx)).candidates[0].verdicts[0]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,38 @@ def test_sql_beyond_any_query_is_not_parsed(tmp_path: Path) -> None:
     verdict = judge(tmp_path, "SELECT " + "a," * 1_000_000 + "a", sql=True)
     assert verdict.reason == RuleReason.UNPARSABLE_SQL
     assert str(LONGEST_SQL) in verdict.detail["problem"]
+
+
+SLOW = r"^(a|aa)+$"
+
+
+@pytest.mark.parametrize(("kind", "at"), [("required", 0), ("forbidden", 1)])
+def test_a_pattern_that_takes_for_ever_is_error_and_is_named(tmp_path: Path, kind: str, at: int) -> None:
+    config: dict[str, Any] = {"required": ["a"], "forbidden": ["x"]}
+    config[kind].insert(at, SLOW)
+    verdict = judge(tmp_path, "a" * 100 + "b", **config)
+    assert (verdict.outcome, verdict.reason) == (Outcome.ERROR, RuleReason.PATTERN_TOO_SLOW)
+    assert verdict.detail == {"pattern": SLOW, "detail": "more than 1 s of CPU time"}
+
+
+@pytest.mark.parametrize(("end", "reason"), [("x", RuleReason.OK), ("", RuleReason.FORBIDDEN_FOUND)])
+def test_one_that_takes_a_while_judges_as_any_other(tmp_path: Path, end: str, reason: RuleReason) -> None:
+    assert judge(tmp_path, "\n" + " " * 8_000 + "y" + " " * 100 + end, forbidden=[r"\s+$"]).reason == reason
+
+
+def test_patterns_are_searched_in_any_thread(tmp_path: Path) -> None:
+    """As a notebook's run has one of its own: there nothing can be interrupted."""
+    found: list[Verdict] = []
+    for answer in ("abc", "a" * 100 + "b"):
+
+        def search(answer: str = answer) -> None:
+            found.append(judge(tmp_path, answer, forbidden=["(?i)C$", SLOW]))
+
+        thread = threading.Thread(target=search)
+        thread.start()
+        thread.join()
+    assert [verdict.reason for verdict in found] == [RuleReason.FORBIDDEN_FOUND, RuleReason.PATTERN_TOO_SLOW]
+    assert found[0].detail == {"pattern": "(?i)C$", "found": "c", "at": 2}
 
 
 @pytest.mark.parametrize("config", [{"required": ["a("]}, {"min_chars": 5, "max_chars": 4}, {"sql": "tsql"}, {"x": 1}])

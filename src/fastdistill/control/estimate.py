@@ -45,7 +45,7 @@ class RandomSamples(StreamStep):
     def bills(self) -> Mapping[int, Bill]:
         return self._bills
 
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample | None]:
         drawn: list[tuple[int, int, Sample]] = []
         for sample in samples:
             self._seen += 1
@@ -53,6 +53,7 @@ class RandomSamples(StreamStep):
             heapq.heappush(drawn, (lowest, sample.index, sample))
             if len(drawn) > self.n:
                 heapq.heappop(drawn)
+            yield None  # others, and Ctrl-C, have their turn
         for sample in sorted((sample for _, _, sample in drawn), key=lambda sample: sample.index):
             BILL.set(self._bills.setdefault(sample.index, {}))  # in the task that takes the sample
             yield sample

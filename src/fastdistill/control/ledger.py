@@ -6,6 +6,7 @@ It can be computed again from the records and the response store, so a new start
 import sqlite3
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import accumulate, pairwise
 from operator import is_
 from pathlib import Path
@@ -19,6 +20,7 @@ from msgspec.structs import replace
 from fastdistill.control.store import pack, unpack
 from fastdistill.control.writer import Writer, connect, fault, insert
 from fastdistill.core.errors import EnvironmentFault
+from fastdistill.core.turns import LARGE, beside
 from fastdistill.core.types import Prompt, Sample, Status
 
 _VERSION = 2
@@ -82,7 +84,8 @@ class Ledger:
     async def save(self, sample: Sample) -> None:
         """Writes a sample whole, in place of what was written of it before; soon, not at once."""
         await self.keep_up()
-        self._writer.submit(_row(sample))
+        large = sum([candidate.completion.size for candidate in sample.candidates]) > LARGE
+        self._writer.submit(await beside(partial(_row, sample)) if large else _row(sample))
 
     def submit(self, sample: Sample) -> None:
         """As `save`, for what can't wait."""
@@ -157,17 +160,16 @@ def _row(sample: Sample) -> _Row:
         others = [replace(c, prompt=_AS_BEFORE) if c.prompt is b.prompt else c for b, c in pairwise(candidates)]
         candidates = (candidates[0], *others)
     slim = replace(sample, sample_id="", task_id="", input=_ELSEWHERE, candidates=candidates)
-    text, logprobs = _encode(slim).decode(), ""
-    if '"logprobs":[' in text:
-        found = [c.completion.logprobs for c in candidates]
+    logprobs = ""
+    if any(found := [c.completion.logprobs for c in candidates]):
         logprobs = _encode([None if each is None else pack(each) for each in found]).decode()
         bare = [replace(c, completion=replace(c.completion, logprobs=None)) for c in candidates]
-        text = _encode(replace(slim, candidates=bare)).decode()
+        slim = replace(slim, candidates=bare)
     # An input that is fields of the record is written as their names.
     taken = all(map(is_, map(sample.record.get, content), content.values()))
     return (
         sample.index, sample.sample_id, sample.task_id, str(sample.status),
-        _encode(list(content) if taken else content).decode(), logprobs, text,
+        _encode(list(content) if taken else content).decode(), logprobs, _encode(slim).decode(),
     )  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 The key is made of what would change the answer (see `core.types.Draw.key`), so resuming is running again.
 """
 
+import asyncio
 import sqlite3
 import zlib
 from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -18,7 +20,7 @@ from msgspec.structs import replace
 from fastdistill.control.journal import Journal, left_behind, room_for
 from fastdistill.control.seen import Seen
 from fastdistill.control.writer import Writer, connect, fault, insert
-from fastdistill.core.turns import Queue
+from fastdistill.core.turns import LARGE, Queue, beside
 from fastdistill.core.types import Answer, Completion, Prompt, PromptColumns, TokenLogprob
 
 SCHEMA = """
@@ -57,6 +59,7 @@ class ResponseStore:
         self._queue = Queue(_GO_ON_AT_ONCE)
         self._prompts: OrderedDict[str, int] = OrderedDict()  # ids of the latest, by provider and digest
         self._mine = Seen()  # keys
+        self._writing: set[asyncio.Future[None]] = set()  # large answers
         self._last = 0  # id of the latest prompt, as this process left it
         self._alone = not path.exists()  # all answers are of this process, so that only its own keys can be found
 
@@ -78,6 +81,7 @@ class ResponseStore:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await asyncio.gather(*self._writing, return_exceptions=True)
         self._reader.close()
         try:
             await self._writer.__aexit__(kind, error, trace)
@@ -104,10 +108,21 @@ class ResponseStore:
         Raises:
             EnvironmentFault: the disk is full, or the file can't be written.
         """
-        # Made here, not in the writer's thread: what has no JSON costs its own sample.
-        rows = [
-            [bytearray.fromhex(a.key), 0, a.draw.seed, a.draw.attempt, write_completion(a.completion)] for a in answers
-        ]
+        if sum([answer.completion.size for answer in answers]) <= LARGE:
+            self._take(prompt, answers, _rows(answers))
+        else:
+            writing = asyncio.ensure_future(self._take_large(prompt, answers))
+            self._writing.add(writing)
+            writing.add_done_callback(self._writing.discard)
+            await asyncio.shield(writing)  # it goes on even if who asked is called off: the answers were paid for
+        if self._writer.crowded or self._given - self._committed > _MOST_UNCOMMITTED:
+            await self._writer.write(None)
+        await self._queue.turn()
+
+    async def _take_large(self, prompt: Prompt, answers: Sequence[Answer]) -> None:
+        self._take(prompt, answers, await beside(partial(_rows, answers)))
+
+    def _take(self, prompt: Prompt, answers: Sequence[Answer], rows: list[list[Any]]) -> None:
         entry = (f"{prompt.provider} {prompt.digest}", prompt.columns, rows)
         self._append(_encode_entry(entry))
         for answer in answers:
@@ -115,9 +130,6 @@ class ResponseStore:
             if self._alone:
                 self._mine.add(answer.key)
         self._submit(entry)
-        if self._writer.crowded or self._given - self._committed > _MOST_UNCOMMITTED:
-            await self._writer.write(None)
-        await self._queue.turn()
 
     def _submit(self, entry: _Entry) -> None:
         self._given += _size(entry[2])
@@ -181,6 +193,11 @@ class ResponseStore:
         self._prompts.update(new)
         while len(self._prompts) > _PROMPTS_REMEMBERED:
             self._prompts.popitem(last=False)
+
+
+def _rows(answers: Sequence[Answer]) -> list[list[Any]]:
+    """Not made in the writer's thread: what has no JSON costs its own sample."""
+    return [[bytearray.fromhex(a.key), 0, a.draw.seed, a.draw.attempt, write_completion(a.completion)] for a in answers]
 
 
 def _size(rows: list[list[Any]]) -> int:

@@ -5,20 +5,20 @@ coroutine over one sample (generate, parse, gate, select). Consecutive sample st
 """
 
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import isfinite
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fastdistill.core.canonical import digest
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import SampleError
-from fastdistill.core.turns import give_turn
+from fastdistill.core.turns import beside, give_turn
 from fastdistill.core.types import Answer, Candidate, Draw, Message, Outcome, Prompt, Sample, Status, Verdict
 
 
@@ -156,14 +156,18 @@ class StreamStep(Step):
         """
 
 
+Look: TypeAlias = Generator[None, None, Sample]
+"""Gives others their turn at each `yield`, and returns the sample."""
+
+
 class StreamFilter(StreamStep):
     """A stream step that looks at one sample at a time."""
 
     @abstractmethod
-    def looking(self, ctx: Context) -> Callable[[Sample], Sample]:
+    def looking(self, ctx: Context) -> "Callable[[Sample], Sample | Look]":
         """A function that gives a sample as it goes on, or as it is left out (`Sample.left_out`).
 
-        It may raise SampleError: that sample fails.
+        It may raise SampleError: that sample fails. One that takes long for a large record is a generator.
 
         Raises:
             FatalError: no sample can be looked at.
@@ -177,6 +181,8 @@ class StreamFilter(StreamStep):
                 continue
             try:
                 seen = look(sample)
+                if isinstance(seen, Generator):
+                    seen = yield from seen
             except SampleError as error:
                 seen = sample.failed(self.name, error)
             if seen.status is Status.OPEN:
@@ -266,6 +272,20 @@ class Gate(SampleStep):
         if score is not None and not isfinite(score):
             raise ValueError(f"the score {score} has no place in JSON; give a finite one, or None")
         return Verdict(self.name, self.fingerprint, outcome, reason, score, detail)
+
+
+async def rewritten(sample: Sample, change: Callable[[Candidate], Candidate]) -> Sample:
+    """The sample with each of its candidates changed, and turns between them."""
+    candidates: list[Candidate] = []
+    for candidate in sample.candidates:
+        if candidates:
+            await give_turn()
+        large = len(candidate.answer) > _LARGE
+        candidates.append(await beside(partial(change, candidate)) if large else change(candidate))
+    return sample.with_candidates(candidates)
+
+
+_LARGE = 2**15  # characters, which some parsers read in some milliseconds
 
 
 def is_generation(step: Step) -> bool:

@@ -2,9 +2,18 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
+from typing import TypeVar
+
+LARGE = 2**17
+"""Bytes, or characters: what is larger is worked on `beside` the loop, for it may take longer than a turn."""
+
+T = TypeVar("T")
 
 _TURN = 0.005  # seconds
+_thread = ThreadPoolExecutor(1, "beside")  # of several, each would make the loop wait for the interpreter's lock
 
 _begun = 0.0
 
@@ -15,6 +24,11 @@ async def give_turn() -> None:
     if perf_counter() - _begun > _TURN:
         await asyncio.sleep(0)
         _begun = perf_counter()
+
+
+def beside(work: Callable[[], T]) -> asyncio.Future[T]:
+    """What `work` will have brought: for what takes longer than a turn and can't be cut. One is done at a time."""
+    return asyncio.get_running_loop().run_in_executor(_thread, work)
 
 
 class Queue:

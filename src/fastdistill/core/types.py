@@ -97,6 +97,13 @@ class Completion(Struct, frozen=True, gc=False):
     logprobs: tuple[TokenLogprob, ...] | None = None
     logprob_basis: LogprobBasis | None = None
 
+    @property
+    def size(self) -> int:
+        """About how many characters its JSON has."""
+        tokens = self.logprobs
+        scored = 25 * len(tokens) * (1 + len(tokens[0].top)) if tokens else 0
+        return len(self.text) + len(self.thinking or "") + scored
+
 
 class Prompt(Struct, frozen=True, dict=True):
     """What is asked: all that would change the answer but the draw itself.

@@ -3,20 +3,23 @@
 import re
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, PrivateAttr, field_validator
 
 from fastdistill.core.errors import InputError, SampleError
-from fastdistill.core.step import Context, StreamFilter
+from fastdistill.core.step import Context, Look, StreamFilter
 from fastdistill.core.types import Failure, Sample, Status
 from fastdistill.data.load import LoadJsonl, records
 
 # A word; a Chinese or Japanese character is one of its own, for nothing is between them.
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
+
+_RUNS_AT_ONCE = 1_000  # between two turns of the event loop
 
 
 class Decontaminate(StreamFilter):
@@ -49,7 +52,7 @@ class Decontaminate(StreamFilter):
     def findings(self) -> Mapping[str, Any]:
         return {"against": [asdict(file) for file in self._index.files]} if self._index else {}
 
-    def looking(self, ctx: Context) -> Callable[[Sample], Sample]:
+    def looking(self, ctx: Context) -> Callable[[Sample], Look]:
         """Raises:
         InputError: an evaluation file can't be read, or none of its items has the fields.
         """
@@ -57,8 +60,11 @@ class Decontaminate(StreamFilter):
         for path in self.against:
             index.read(path, self.against_fields or self.fields)
 
-        def look(sample: Sample) -> Sample:
-            found = index.find(words(sample.record, self.fields, sample.source), self.max_coverage)
+        def look(sample: Sample) -> Look:
+            text = words(sample.record, self.fields, sample.source)
+            if len(text) > _RUNS_AT_ONCE:
+                yield
+            found = yield from index.find(text, self.max_coverage)
             if found is None:
                 return sample
             failure = Failure(self.name, "contaminated", f"{sample.source}: {found}")
@@ -113,21 +119,29 @@ class _Index:
         if file.items == file.without_text:
             raise InputError(f"{path}: no item has {', '.join(fields)}; name its fields in against_fields")
 
-    def find(self, text: tuple[str, ...], max_coverage: float) -> str | None:
+    def find(self, text: tuple[str, ...], max_coverage: float) -> Generator[None, None, str | None]:
         """Which item a text holds, in words for people, or None. The most covered one; of several the first."""
-        for place in set().union(*(self._reported.get(run, ()) for run in _runs(text, self.report_ngram))):
+        places: set[int] = set()
+        for number, run in enumerate(_runs(text, self.report_ngram), 1):
+            places.update(self._reported.get(run, ()))
+            if number % _RUNS_AT_ONCE == 0:
+                yield
+        for place in places:
             self.files[place].report_ngram += 1
         if (same := self._texts.get(hash(text))) is not None:
             place, source, _ = self._items[same]
             self.files[place].exact += 1
             return f"the same words as {source}"
         starts: dict[int, set[int]] = {}
-        for run in _runs(text, self.ngram):
+        for number, run in enumerate(_runs(text, self.ngram), 1):
             postings = self._runs.get(run, ())
             for item, at in zip(postings[::2], postings[1::2], strict=True):
                 starts.setdefault(item, set()).add(at)
+            if number % _RUNS_AT_ONCE == 0:
+                yield
         covered = {
-            item: len({at + step for at in found for step in range(self.ngram)}) / self._items[item][2]
+            item: (self.ngram + sum(min(self.ngram, after - at) for at, after in pairwise(sorted(found))))
+            / self._items[item][2]
             for item, found in starts.items()
         }
         best = min(covered, key=lambda item: (-covered[item], item), default=None)

@@ -8,12 +8,12 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from fastdistill.core.step import Context, StreamFilter
+from fastdistill.core.step import Context, Look, StreamFilter
 from fastdistill.core.types import Failure, Sample, Status
 from fastdistill.data.decontaminate import words
 
 _PERMUTATIONS = 128  # an estimate of 0.8 is then off by 0.035, one standard deviation
-_RUNS_AT_ONCE = 1000  # each takes some kilobytes for as long
+_RUNS_AT_ONCE = 1000  # between two turns of the event loop; each takes some kilobytes for as long
 _LONGEST = 10_000
 """Characters of code that is parsed; what is longer stays as it is."""
 
@@ -23,7 +23,7 @@ class NearDuplicates(StreamFilter):
 
     Near means that the Jaccard similarity of their runs of `shingle` characters (words in lower case, without
     punctuation) is at least `threshold`, as estimated by MinHash with 128 permutations; pairs are found by
-    locality-sensitive hashing, which may miss one close to the threshold. Memory grows by about 5 kB a sample.
+    locality-sensitive hashing, which may miss one close to the threshold. Memory grows by about 2.5 kB a sample.
     """
 
     fields: tuple[str, ...] = Field(min_length=1, description="the fields of the record that are compared, joined")
@@ -36,24 +36,38 @@ class NearDuplicates(StreamFilter):
             raise ValueError("needs datasketch; run `pip install 'fastdistill[dedup]'`")
         return self
 
-    def looking(self, ctx: Context) -> Callable[[Sample], Sample]:
-        from datasketch import LeanMinHash, MinHash, MinHashLSH
+    def looking(self, ctx: Context) -> Callable[[Sample], Look]:
+        import numpy as np
+        from datasketch import MinHash, MinHashLSH
 
-        nearby = MinHashLSH(self.threshold, _PERMUTATIONS)
-        kept: dict[int, tuple[str, LeanMinHash]] = {}
+        best = MinHashLSH(self.threshold, _PERMUTATIONS)  # whose own tables take several times as much
+        bands = [slice(at * best.r, (at + 1) * best.r) for at in range(best.b)]
+        kept: list[tuple[str, bytes]] = []
+        nearby: dict[int, int] = {}  # the first of those kept, by the hash of what a band of theirs is
+        others: dict[int, list[int]] = {}
 
-        def look(sample: Sample) -> Sample:
+        def look(sample: Sample) -> Look:
             text = " ".join(words(sample.record, self.fields, sample.source))
             sketch = MinHash(_PERMUTATIONS)
-            runs = [*{text[at : at + self.shingle].encode() for at in range(max(1, len(text) - self.shingle + 1))}]
-            for at in range(0, len(runs), _RUNS_AT_ONCE):
-                sketch.update_batch(runs[at : at + _RUNS_AT_ONCE])
-            lean = LeanMinHash(sketch)
-            similar = ((kept[at][0], kept[at][1].jaccard(lean)) for at in sorted(nearby.query(sketch)))
-            first = next(((name, share) for name, share in similar if share >= self.threshold), None)
+            seen: set[str] = set()
+            starts = range(max(1, len(text) - self.shingle + 1))
+            for some in (starts[at : at + _RUNS_AT_ONCE] for at in range(0, len(starts), _RUNS_AT_ONCE)):
+                if len(starts) > _RUNS_AT_ONCE:
+                    yield
+                new = {text[at : at + self.shingle] for at in some} - seen
+                sketch.update_batch([run.encode() for run in new])
+                seen |= new
+            values = sketch.hashvalues
+            buckets = [hash((at, values[band].tobytes())) for at, band in enumerate(bands)]
+            known = [bucket for bucket in buckets if bucket in nearby]
+            similar = (kept[at] for at in sorted({at for b in known for at in (nearby[b], *others.get(b, ()))}))
+            shares = ((name, float(np.mean(np.frombuffer(other, values.dtype) == values))) for name, other in similar)
+            first = next(((name, share) for name, share in shares if share >= self.threshold), None)
             if first is None:
-                kept[sample.index] = (f"{sample.source} ({sample.sample_id or 'no id'})", lean)
-                nearby.insert(sample.index, sketch)
+                for bucket in buckets:
+                    if nearby.setdefault(bucket, len(kept)) != len(kept):
+                        others.setdefault(bucket, []).append(len(kept))
+                kept.append((f"{sample.source} ({sample.sample_id or 'no id'})", values.tobytes()))
                 return sample
             message = f"{sample.source}: {first[1]:.0%} the same as {first[0]}"
             return sample.left_out(Status.DUPLICATE, Failure(self.name, "near_duplicate", message))
@@ -86,6 +100,3 @@ def canonical_python(text: str) -> str:
     with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
         return ast.dump(ast.parse(text))
     return text
-
-
-CANONICAL: dict[str, Callable[[str], str]] = {"sql": canonical_sql, "python": canonical_python}

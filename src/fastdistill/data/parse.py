@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from fastdistill.core.step import Context, SampleStep
+from fastdistill.core.step import Context, SampleStep, rewritten
 from fastdistill.core.types import Candidate, Cut, Sample
 
 LONGEST = 200_000
@@ -24,7 +24,7 @@ class CleanSqlOutput(SampleStep):
     """
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        return sample.with_candidates(map(_cleaned, sample.candidates))
+        return await rewritten(sample, _cleaned)
 
 
 def _cleaned(candidate: Candidate) -> Candidate:

@@ -6,7 +6,7 @@ It never repairs and never runs anything: what is not code stays as it is, for t
 import keyword
 import re
 
-from fastdistill.core.step import Context, SampleStep
+from fastdistill.core.step import Context, SampleStep, rewritten
 from fastdistill.core.types import Cut, Sample
 
 LONGEST = 200_000
@@ -22,7 +22,7 @@ class CleanPythonOutput(SampleStep):
     """
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        return sample.with_candidates(c.parsed(*clean_python(c.answer)) for c in sample.candidates)
+        return await rewritten(sample, lambda candidate: candidate.parsed(*clean_python(candidate.answer)))
 
 
 def clean_python(text: str) -> tuple[str, tuple[Cut, ...]]:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from msgspec.structs import replace
 from pydantic import Field
 
-from fastdistill.core.step import Context, Gate
+from fastdistill.core.step import Context, Gate, rewritten
 from fastdistill.core.types import Candidate, Cut, Outcome, Sample
 
 RATIONALE = "rationale"
@@ -38,11 +38,13 @@ class SplitRationale(Gate):
     require: Literal["any", "ok"] = "any"
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
+        gold = _squeezed(sample.record.get(self.gold_field or ""))
+
         def split(candidate: Candidate) -> Candidate:
             seen = candidate.outcome is Outcome.FAIL or candidate.verdict(self.name) is not None
-            return candidate if seen else self._split(candidate, _squeezed(sample.record.get(self.gold_field or "")))
+            return candidate if seen else self._split(candidate, gold)
 
-        return replace(sample, candidates=tuple(map(split, sample.candidates)))
+        return await rewritten(sample, split)
 
     def _split(self, candidate: Candidate, gold: str) -> Candidate:
         status, rationale, answer, rest = split_rationale(

@@ -1,21 +1,21 @@
 """Rule gate: pure checks of an answer's text. Never calls a model, never runs anything."""
 
-import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from enum import StrEnum
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import cached_property, lru_cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, Gate
-from fastdistill.core.turns import give_turn
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, Verdict
+from fastdistill.data.execution.pattern_worker import Rule
+from fastdistill.data.execution.patterns import CPU_S, PatternPool
+from fastdistill.data.execution.reason import Reason
+from fastdistill.data.execution.worker_pool import Cause, Death
+from fastdistill.data.sql_parser import parsed, parser
 
 # It warns of every text that it takes for a command; the verdict says that.
 logging.getLogger("sqlglot").setLevel(logging.ERROR)
@@ -24,8 +24,8 @@ LONGEST_SQL = 10_000
 """Characters. A longer answer does not parse: the parser would hold up every other sample for a second and more."""
 
 
-class RuleReason(StrEnum):
-    OK = "ok"
+class RuleReason(Reason):
+    OK = "ok", "pass"
     CONTENT_FILTERED = "content_filtered"
     TRUNCATED = "truncated"
     EMPTY = "empty"
@@ -34,12 +34,16 @@ class RuleReason(StrEnum):
     REQUIRED_MISSING = "required_missing"
     FORBIDDEN_FOUND = "forbidden_found"
     UNPARSABLE_SQL = "unparsable_sql"
+    PATTERN_TOO_SLOW = "pattern_too_slow", "error"
+    INFRA_TIMEOUT = "infra_timeout", "error"
+    SANDBOX_DIED = "sandbox_died", "error"
 
 
 class RuleFilter(Gate):
     """Fails a candidate at the first rule that it breaks, cheapest first. Lengths are in characters.
 
     Regular expressions are Python's, searched anywhere in the answer (`(?i)` ignores case, `^` and `$` are the ends).
+    One that takes more than a second of CPU time is an `error`, and costs no other answer anything.
     """
 
     min_chars: int = Field(1, ge=0)
@@ -55,21 +59,19 @@ class RuleFilter(Gate):
             raise ValueError(f"max_chars {self.max_chars} is below min_chars {self.min_chars}")
         return self
 
-    _parser: "ClassVar[asyncio.Task[ModuleType] | None]" = None
-    """Its import; of a step that is open, in its own `__dict__`: pydantic's private ones are slow."""
+    _pool: ClassVar[PatternPool | None] = None
+    """Of a step that is open, in its own `__dict__`: pydantic's private ones are slow."""
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
-        if self.sql:
-            # A quarter of a second, in which answers could not be taken in nor the next be asked for.
-            self.__dict__["_parser"] = asyncio.create_task(asyncio.to_thread(import_module, "sqlglot"))
-        yield
-        if self._parser is not None:
-            await self._parser
+        async with AsyncExitStack() as stack:
+            if self.sql:
+                await stack.enter_async_context(parser())
+            if self._rules:
+                self.__dict__["_pool"] = await stack.enter_async_context(PatternPool(self._rules))
+            yield
 
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
-        if self._parser is not None and not self._parser.done():
-            await asyncio.shield(self._parser)
         answer = candidate.answer
         return self._finish(candidate.completion) or self._length(answer) or await self._text(answer)
 
@@ -92,25 +94,37 @@ class RuleFilter(Gate):
         return None
 
     async def _text(self, answer: str) -> Verdict:
-        for at, pattern in enumerate(self.required):
-            if at:
-                await give_turn()
-            if not pattern.search(answer):
-                return self._fail(RuleReason.REQUIRED_MISSING, pattern=pattern.pattern)
-        for at, pattern in enumerate(self.forbidden):
-            if at:
-                await give_turn()
-            if found := pattern.search(answer):
-                return self._fail(
-                    RuleReason.FORBIDDEN_FOUND, pattern=pattern.pattern, found=found[0][:200], at=found.start()
-                )
-        if self.sql and (problem := sql_problem(answer)):
+        if self._rules:
+            assert self._pool is not None, "the gate is used inside `opened`"
+            broken = await self._pool.first_broken(answer)
+            if isinstance(broken, Death):
+                return self._not_searched(broken)
+            if broken is not None:
+                rule, found, at = broken
+                pattern = self._rules[rule][0].pattern
+                if found is None:
+                    return self._fail(RuleReason.REQUIRED_MISSING, pattern=pattern)
+                return self._fail(RuleReason.FORBIDDEN_FOUND, pattern=pattern, found=found, at=at)
+        if self.sql and (problem := await parsed(sql_problem, answer)):
             return self._fail(RuleReason.UNPARSABLE_SQL, problem=problem)
         return self._passed
 
     @cached_property
     def _passed(self) -> Verdict:
         return self.verdict(Outcome.PASS, RuleReason.OK)
+
+    @cached_property
+    def _rules(self) -> list[Rule]:
+        return [*((pattern, True) for pattern in self.required), *((pattern, False) for pattern in self.forbidden)]
+
+    def _not_searched(self, death: Death) -> Verdict:
+        pattern = self._rules[int(death.phase)][0].pattern if death.phase.isdigit() else None
+        reason, why = {
+            Cause.CPU: (RuleReason.PATTERN_TOO_SLOW, f"more than {CPU_S:g} s of CPU time"),
+            Cause.WALL: (RuleReason.INFRA_TIMEOUT, "no answer in time"),
+            Cause.OTHER: (RuleReason.SANDBOX_DIED, f"worker {death.status}"),
+        }[death.cause]
+        return self.verdict(Outcome.ERROR, reason, pattern=pattern, detail=why)
 
     def _fail(self, reason: RuleReason, **detail: Any) -> Verdict:
         return self.verdict(Outcome.FAIL, reason, **detail)

@@ -1,7 +1,8 @@
 """Scores candidates from what the gates found, and picks the best. Judges nothing itself."""
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from typing import ClassVar, Literal
 
 from msgspec.structs import replace
@@ -10,8 +11,9 @@ from pydantic import Field, model_validator
 from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.turns import give_turn
 from fastdistill.core.types import Candidate, Outcome, Sample
-from fastdistill.data.near_duplicates import CANONICAL
+from fastdistill.data.near_duplicates import canonical_python, canonical_sql
 from fastdistill.data.rationale import rationale_of
+from fastdistill.data.sql_parser import parsed, parser
 
 
 class ScoreFromExecEval(SampleStep):
@@ -65,23 +67,34 @@ class SelectBest(SampleStep):
         " equal ways to the answer",
     )
 
+    @asynccontextmanager
+    async def opened(self, ctx: Context) -> AsyncIterator[None]:
+        async with parser() if self.distinct == "sql" else nullcontext():
+            yield
+
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         ranked = sorted(sample.accepted, key=best_first)
         if self.distinct and len(ranked) > 1:
             first: dict[Hashable, Candidate] = {}
             for candidate in ranked:
-                first.setdefault(self._key(candidate), candidate)
+                first.setdefault(await self._key(candidate), candidate)
                 await give_turn()
             ranked = list(first.values())
         return sample.selected(tuple([candidate.candidate_id for candidate in ranked[: self.k]]))
 
-    def _key(self, candidate: Candidate) -> Hashable:
-        if self.distinct == "path":
-            return _path(candidate)
-        return CANONICAL[self.distinct](candidate.answer) if isinstance(self.distinct, str) else candidate.answer
+    async def _key(self, candidate: Candidate) -> Hashable:
+        match self.distinct:
+            case "path":
+                return _path(candidate)
+            case "sql":
+                return await parsed(canonical_sql, candidate.answer)
+            case "python":
+                return canonical_python(candidate.answer)
+        return candidate.answer
 
 
-_EQUATION = re.compile(r"\d[\d.,\s+*/×÷()%$-]*=\s*\$?\d[\d.,]*")
+# Digits without an equation go in one piece, for each of them would be read to the last one otherwise.
+_EQUATION = re.compile(r"\d[\d.,\s+*/×÷()%$-]*+(?:=\s*\$?\d[\d.,]*)?")
 
 
 def _path(candidate: Candidate) -> Hashable:
@@ -90,7 +103,7 @@ def _path(candidate: Candidate) -> Hashable:
     Without a rationale the answer itself is looked at.
     """
     text = rationale_of(candidate) or candidate.answer
-    equations = tuple(re.sub(r"[\s$]|[.,]$", "", found) for found in _EQUATION.findall(text))
+    equations = tuple(re.sub(r"[\s$]|[.,]$", "", found) for found in _EQUATION.findall(text) if "=" in found)
     return equations or " ".join(text.split()).casefold()
 
 

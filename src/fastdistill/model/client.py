@@ -18,6 +18,7 @@ from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError, Unreachable
 from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
+from fastdistill.core.turns import give_turn
 from fastdistill.core.types import Answer, Completion, Draw, Message, Prompt, Sample, Usage
 from fastdistill.model.budget import OwnBrake
 from fastdistill.model.hedge import Hedge
@@ -108,6 +109,8 @@ class ModelClient:
                 if completion := self._store.get(key):
                     self.meter.stored += 1
                     results[key] = Answer(draw, key, completion, stored=True)
+                    if not mine:  # else others might begin to ask for the same meanwhile
+                        await give_turn()
                 elif key not in self._asking:
                     mine[key] = draw
             if mine:

@@ -6,11 +6,12 @@ It has no TLS, no proxies, no HEAD and no redirects, and calls garbled what it d
 import asyncio
 import math
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TypeVar, cast
 from urllib.parse import quote, urlsplit
 
+from fastdistill.core.turns import LARGE
 from fastdistill.model.provider import ErrorKind, ProviderError
 from fastdistill.model.transport import CONNECTS, RESENDS, Response, StaleConnection
 
@@ -34,7 +35,12 @@ class Http1Transport:
     ) -> Response:
         deadline = asyncio.get_running_loop().time() + timeout
         address, head = _head(method, url, tuple(headers.items()))
-        sent = head + (b"\r\n" if body is None else b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        if body is None:
+            sent: tuple[bytes, ...] = (head + b"\r\n",)
+        elif len(body) < LARGE:
+            sent = (head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body),)
+        else:  # a copy would take long
+            sent = (head + b"Content-Length: %d\r\n\r\n" % len(body), body)
         try:
             if idle := self._idle.get(address):
                 try:
@@ -87,14 +93,15 @@ class _Connection(asyncio.Protocol):
         self._rings = math.inf  # when the timer looks whether it is due
         self._used = False
 
-    async def exchange(self, sent: bytes, deadline: float) -> Response:
+    async def exchange(self, sent: Sequence[bytes], deadline: float) -> Response:
         """The answer to one request. Raises what `end` was told, or StaleConnection."""
         if self._transport.is_closing():
             raise ConnectionResetError("closed at once by the server")
         self._end_at(deadline)
         answer: asyncio.Future[Response] = self._loop.create_future()
         self._answer = answer
-        self._transport.write(sent)
+        for part in sent:
+            self._transport.write(part)
         try:
             return await answer
         finally:

@@ -6,8 +6,9 @@ columns, a prefix that no trainer gives a meaning. Knows no gate and runs no tra
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from enum import StrEnum
 from functools import partial
 from hashlib import sha256
@@ -22,6 +23,7 @@ from fastdistill.core.canonical import NotCanonical, digest
 from fastdistill.core.errors import SampleError
 from fastdistill.core.files import atomic
 from fastdistill.core.step import Context, StreamStep
+from fastdistill.core.turns import beside
 from fastdistill.core.types import Candidate, Sample, Status
 from fastdistill.data.template import compile_template, render
 
@@ -144,6 +146,17 @@ class Splits(StreamStep):
             raise ValueError("validation and test: together less than 1, or nothing is left to train on")
         return self
 
+    _files: ClassVar[ExitStack | None] = None
+    """Those being written, of a step that is open, in its own `__dict__`."""
+
+    @asynccontextmanager
+    async def opened(self, ctx: Context) -> AsyncIterator[None]:
+        with ExitStack() as files:
+            self.__dict__["_files"] = files
+            files.callback(self.__dict__.pop, "_files")
+            yield
+            await beside(files.pop_all().close)  # to write what is left takes a tenth of a second, to sync as much
+
     @property
     def splits(self) -> Sequence[str]:
         return ["train"] + ["validation"] * bool(self.validation) + ["test"] * bool(self.test)
@@ -166,7 +179,7 @@ class Export(Splits):
     """Writes files of the data set, and passes every sample on. A subclass says what examples a sample gives.
 
     A row's prompt is what the model was asked, unless `template` or `system_prompt` says what the student will be
-    asked. The files appear when the last sample has passed, whole, or not at all.
+    asked. The files appear when the run ends well, whole, or not at all.
     """
 
     writes: ClassVar[frozenset[Shape]]
@@ -247,8 +260,9 @@ class Export(Splits):
 
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
         seen: Counter[str] = Counter()
-        with ExitStack() as stack:
-            writers = {split: self._writers(split, ctx.dist, stack) for split in self.splits}
+        with ExitStack() as own_files:
+            files = self._files or own_files
+            writers = {split: self._writers(split, ctx.dist, files) for split in self.splits}
             wanted = [(shape, SHAPES[shape]) for shape in dict.fromkeys(self.files("train").values())]
             divided = len(writers) > 1
             own = writers["train"]
@@ -419,18 +433,27 @@ def parquet_file(path: Path, schema: Any, read_as: Any = None, **options: Any) -
     from pyarrow.json import ParseOptions, ReadOptions, read_json
     from pyarrow.parquet import ParquetWriter
 
+    if read_as:
+        import pyarrow.compute  # `cast` would, once answers are on their way
+
     parsing = ParseOptions(explicit_schema=read_as or schema, unexpected_field_behavior="error")
     group: list[Any] = []
     size = 0
+    writing: Future[None] | None = None
     # Rows are in no order by which statistics could tell where one is.
     options = {"compression": "zstd", "write_statistics": False} | options
     with atomic(path, "wb") as file, ParquetWriter(file, schema, **options) as writer:
 
         def flush() -> None:
-            nonlocal size
-            writer.write_table(pa.concat_tables(group))
+            nonlocal size, writing
+            if writing is not None:
+                writing.result()
+            writing = _compressing.submit(write_group, pa.concat_tables(group))
             group.clear()
             size = 0
+
+        def write_group(rows: Any) -> None:
+            writer.write_table(rows)
             # By itself mimalloc keeps what is free for the next group: how much, depends on the time.
             pa.default_memory_pool().release_unused()
 
@@ -445,9 +468,16 @@ def parquet_file(path: Path, schema: Any, read_as: Any = None, **options: Any) -
             if size >= BYTES_PER_GROUP:
                 flush()
 
-        yield write
-        if group:
-            flush()
+        try:
+            yield write
+            if group:
+                flush()
+        finally:
+            if writing is not None:
+                writing.result()
+
+
+_compressing = ThreadPoolExecutor(1, "parquet")
 
 
 def _text(value: Any) -> str | None:

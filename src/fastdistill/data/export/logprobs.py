@@ -65,7 +65,8 @@ class ExportLogprobs(Splits):
 
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
         seen: Counter[str] = Counter()
-        with ExitStack() as stack:
+        with ExitStack() as own_files:
+            files = self._files or own_files
             halves = ["token_logprobs.list.element", "top_logprobs.list.element"]
             plain = {"read_as": _schema("parquet", half="float64"), "use_dictionary": False}
             options = plain | {"use_byte_stream_split": halves}
@@ -73,7 +74,7 @@ class ExportLogprobs(Splits):
             for form, split in product(self.formats, self.splits):
                 more = options if form == "parquet" else {}
                 file = parquet_file(ctx.dist / FOLDERS[form] / f"{split}.parquet", _schema(form), **more)
-                writers[form, split] = stack.enter_context(in_blocks(stack.enter_context(file)))
+                writers[form, split] = files.enter_context(in_blocks(files.enter_context(file)))
             for sample in samples:
                 try:
                     rows = [] if sample.status is not Status.OPEN else list(self._rows(sample, seen))

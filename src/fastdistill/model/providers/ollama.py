@@ -7,6 +7,7 @@ the model is not loaded anew between two requests. There is no `n`: one request 
 import os
 import re
 from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
@@ -14,6 +15,7 @@ from msgspec import Struct
 from msgspec.json import Decoder
 from pydantic import Field, model_validator
 
+from fastdistill.core.turns import LARGE, beside
 from fastdistill.core.types import Completion, LogprobBasis, Prompt
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, ProviderError, ServedConfig, check_wires
 from fastdistill.model.transport import (
@@ -176,7 +178,9 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         return body
 
     async def _chat(self, body: dict[str, Any]) -> Completion:
-        return self._completion(await self._whole("/api/chat", body), body["options"]["num_ctx"])
+        response = await self._whole("/api/chat", body)
+        read = partial(self._completion, response, body["options"]["num_ctx"])
+        return await beside(read) if len(response.body) > LARGE else read()
 
     async def _models(self, path: str) -> "dict[str, _Listed]":
         return {_tagged(model.name): model for model in (await self._ask(path, _List)).models}

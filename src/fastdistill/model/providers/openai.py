@@ -11,6 +11,7 @@ from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from msgspec.json import Decoder
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
+from fastdistill.core.turns import LARGE, beside
 from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, Usage
 from fastdistill.model.client import Brake
 from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, ServedConfig, lacks
@@ -200,7 +202,9 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         while True:
             body = self._body(prompt, seed, n)
             try:
-                return self._completions(await self._chat(body), body, n)
+                response = await self._chat(body)
+                read = partial(self._completions, response, body, n)
+                return await beside(read) if len(response.body) > LARGE else read()
             except ProviderError as error:
                 # Each turn takes one more parameter out of the body, so this ends.
                 if self._learn(error, body):
@@ -367,7 +371,8 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             body = {"input_ids": whole, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": k}
             body |= {"logprob_start_len": len(begin) - 1, "return_text_in_logprobs": True}
         response = await self._asked(url, body, "scored")
-        scores = tuple(self._decode(response, answer.decode).of(ids, k))
+        read = partial(self._decode, response, lambda text: tuple(answer.decode(text).of(ids, k)))
+        scores = await beside(read) if len(response.body) > LARGE else read()
         if len(scores) != len(ids) or any(len(score.top) < k for score in scores):
             raise self._garbled("its log-probabilities are not one for each token, with the alternatives", response)
         how: dict[str, Any] = {"logprobs": scores, "logprob_basis": basis}
@@ -397,7 +402,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         answer = self._decode(response, decode_answer)
         if answer.error is not None:
             raise self._error(None, response, body)
-        completions = completions_of(answer, n, self._basis)
+        completions = self._decode(response, lambda _: completions_of(answer, n, self._basis))
         if not completions:
             fault = next((choice.error for choice in answer.choices or () if choice.error is not None), None)
             if fault is None:

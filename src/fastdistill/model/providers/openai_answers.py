@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
-from msgspec import Struct, ValidationError, convert
+from msgspec import Raw, Struct, ValidationError, convert
 from msgspec.json import Decoder
 
 from fastdistill.core.types import Completion, LogprobBasis, TokenLogprob, Usage
@@ -36,7 +36,7 @@ class _Usage(Struct):
 
 
 class _Logprobs(Struct):
-    content: list[Token] | None = None
+    content: list[Raw] | None = None  # tokens: all at once, they would be read in one go, and long
 
 
 class _Part(Struct):
@@ -80,7 +80,7 @@ class _Choice(Struct):
     error: Any = None
 
     @property
-    def tokens(self) -> list[Token] | None:
+    def tokens(self) -> list[Raw] | None:
         return self.logprobs.content if self.logprobs else None
 
 
@@ -110,7 +110,7 @@ class _Score(Struct):
 
 
 class _Scored(Struct):
-    prompt_logprobs: list[dict[str, _Score] | None] | None = None
+    prompt_logprobs: list[Raw] | None = None
 
 
 _Told = tuple[float | None, int, str | None]
@@ -122,9 +122,9 @@ class VLLMScores(Struct):
 
     def of(self, ids: Sequence[int], k: int) -> list[TokenLogprob]:
         """The tokens that end the prompt, with `k` alternatives each; those of which nothing is told are left out."""
-        rows = (self.choices[0].prompt_logprobs if self.choices else None) or []
+        rows = map(_decode_scores, ((self.choices[0].prompt_logprobs if self.choices else None) or [])[-len(ids) :])
         told = [{int(at): (s.logprob, int(at), s.decoded_token) for at, s in (row or {}).items()} for row in rows]
-        return [_token(row[at], row.values(), k) for at, row in zip(ids, told[-len(ids) :], strict=False) if at in row]
+        return [_token(row[at], row.values(), k) for at, row in zip(ids, told, strict=False) if at in row]
 
 
 class _MetaInfo(Struct):
@@ -169,6 +169,8 @@ class ListedModels(Struct):
 
 
 _decode_answer, _decode_anything = Decoder(ChatAnswer).decode, Decoder().decode
+_decode_token = Decoder(Token).decode
+_decode_scores = Decoder(dict[str, _Score] | None).decode
 
 
 def decode_answer(body: bytes) -> ChatAnswer:
@@ -196,7 +198,8 @@ def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasi
 def _completion(answer: ChatAnswer, choice: _Choice, usage: Usage, basis: LogprobBasis) -> Completion:
     message = choice.message or _Message()
     finish = "content_filter" if message.refusal and not message.text else choice.finish_reason
-    tokens, ids = choice.tokens, choice.token_ids or choice.response_token_ids or ()
+    ids = choice.token_ids or choice.response_token_ids or ()
+    tokens = _tokens(choice.tokens)
     if tokens is not None and len(tokens) == len(ids):
         for token, number in zip(tokens, ids, strict=True):
             token.id = number
@@ -204,6 +207,13 @@ def _completion(answer: ChatAnswer, choice: _Choice, usage: Usage, basis: Logpro
     told: dict[str, Any] = {"model": answer.model, "build": answer.system_fingerprint}
     told["logprob_basis"] = basis if tokens is not None else None
     return completion(*said, finish=finish, usage=usage, **told)
+
+
+def _tokens(told: list[Raw] | None) -> list[Token] | None:
+    try:
+        return None if told is None else [*map(_decode_token, told)]
+    except ValidationError:  # as in `decode_answer`
+        return None
 
 
 def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:

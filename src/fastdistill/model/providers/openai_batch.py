@@ -53,8 +53,7 @@ class _Batch:
     path: Path
     requests: list[str] = field(default_factory=list)  # custom ids: a digest of what is asked for, and a number
     id: str | None = None  # the server's; None: not known to have been made
-    lines: list[bytes] = field(default_factory=list)  # what is to be uploaded
-    size: int = 0  # bytes of them
+    form: bytearray = field(default_factory=bytearray)  # what is to be uploaded; put together at once it takes long
     ended: "asyncio.Task[tuple[_State, _Answers]] | None" = None
     waiting: list[asyncio.Future[None]] = field(default_factory=list)  # until there are answers
 
@@ -104,13 +103,13 @@ class BatchProvider(OpenAIProvider):
         """Adds a request to the batch that is being gathered, or to a new one where it does not fit."""
         request = msgspec.json.encode(body)
         batch = self._gathering
-        if batch is None or len(batch.requests) >= self._options.size or batch.size + len(request) > LARGEST:
+        if batch is None or len(batch.requests) >= self._options.size or len(batch.form) + len(request) > LARGEST:
             batch = self._gathering = _Batch(self._records / f"{time_ns()}.json")
+            batch.form += _HEAD.format(name=batch.path.stem).encode()
         custom_id = f"{key}-{len(batch.requests)}"
         line = {"custom_id": custom_id, "method": "POST", "url": _ENDPOINT, "body": msgspec.Raw(request)}
         batch.requests.append(custom_id)
-        batch.lines.append(msgspec.json.encode(line) + b"\n")
-        batch.size += len(batch.lines[-1])
+        batch.form += msgspec.json.encode(line) + b"\n"
         return batch, custom_id
 
     async def _answer(self, batch: _Batch, custom_id: str) -> Response | Exception:
@@ -165,16 +164,10 @@ class BatchProvider(OpenAIProvider):
         self._has_enough()  # or not: these requests were let through
 
     async def _upload(self, batch: _Batch) -> str:
-        """The id of its file. The form is RFC 7578's; JSON has no bare line ends, so the boundary is unique."""
-        boundary = f"fastdistill-{batch.path.stem}"
-        head = (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
-            f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{batch.path.stem}.jsonl"\r\n'
-            "Content-Type: application/jsonl\r\n\r\n"
-        )
-        form = b"".join([head.encode(), *batch.lines, f"\r\n--{boundary}--\r\n".encode()])
-        batch.lines.clear()
-        sent = (form, f"multipart/form-data; boundary={boundary}")
+        """The id of its file."""
+        form, batch.form = batch.form, bytearray()
+        form += f"\r\n--fastdistill-{batch.path.stem}--\r\n".encode()
+        sent = (form, f"multipart/form-data; boundary=fastdistill-{batch.path.stem}")
         return (await self._patiently(partial(self._call, _decode_file, "POST", "/files", *sent))).id
 
     async def _create(self, batch: _Batch, file_id: str) -> None:
@@ -406,6 +399,13 @@ class _Line(Struct):
     response: _Reply | None = None
     error: _Problem | None = None
 
+
+# The beginning of a form as RFC 7578 has it. JSON has no bare line ends, so the boundary is unique.
+_HEAD = (
+    '--fastdistill-{name}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    '--fastdistill-{name}\r\nContent-Disposition: form-data; name="file"; filename="{name}.jsonl"\r\n'
+    "Content-Type: application/jsonl\r\n\r\n"
+)
 
 _decode_file = msgspec.json.Decoder(_File).decode
 _decode_state = msgspec.json.Decoder(_State).decode

@@ -1,0 +1,88 @@
+"""Searches texts for regular expressions, of which one may take for ever: here for 5 ms, and then in a worker.
+
+Python keeps its lock for as long as a search takes, so that nothing else goes on; but in the main thread it looks for
+signals meanwhile. Elsewhere (a notebook's run has a thread of its own) all is searched in workers.
+"""
+
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self, TypeAlias
+
+from fastdistill.data.execution.pattern_worker import Broken, Rule, first_broken
+from fastdistill.data.execution.worker_pool import Death, WorkerPool
+
+CPU_S = 1.0
+"""For one pattern in one text. A pattern that takes so long takes exponentially long, or the text is enormous."""
+_LIMITS = {"cpu_s": CPU_S, "memory_bytes": 1 << 30}
+_WALL_S = 30.0
+_TURN_S = 0.005
+
+_Job: TypeAlias = tuple[list[tuple[str, int, bool]], str]
+
+
+class PatternPool(WorkerPool[_Job, Broken | Death | None]):
+    module = "fastdistill.data.execution.pattern_worker"
+    what = "pattern"
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        super().__init__(None, _LIMITS, _WALL_S, batch=1)  # alone, a job says which pattern it is at
+        self._rules = rules
+        self._sent = [(pattern.pattern, pattern.flags, wanted) for pattern, wanted in rules]
+        self._here = threading.current_thread() is threading.main_thread()
+
+    async def __aenter__(self) -> Self:
+        if self._here:
+            self._before = signal.signal(signal.SIGVTALRM, _ring)
+        return await super().__aenter__()
+
+    async def __aexit__(self, *error: object) -> None:
+        await super().__aexit__(*error)
+        if self._here:
+            signal.signal(signal.SIGVTALRM, self._before)
+
+    async def first_broken(self, text: str) -> Broken | Death | None:
+        """As the function of this name, or how a worker died of it; the place of the pattern is its phase."""
+        if self._here:
+            try:
+                with _interrupted():
+                    return first_broken(self._rules, text)
+            except _Interrupted:
+                pass
+        return await self.evaluate((self._sent, text))
+
+    def from_wire(self, message: Any) -> Broken | None:
+        return message and tuple(message)
+
+    async def died(
+        self, job: _Job, death: Death, judge: Callable[[_Job], Awaitable[Broken | Death | None]]
+    ) -> Broken | Death | None:
+        return death
+
+
+class _Interrupted(Exception):
+    pass
+
+
+_armed = False
+
+
+@contextmanager
+def _interrupted() -> Iterator[None]:
+    """Raises _Interrupted once this process has worked for 5 ms."""
+    global _armed
+    _armed = True
+    signal.setitimer(signal.ITIMER_VIRTUAL, _TURN_S)
+    try:
+        yield
+    finally:
+        _armed = False  # the signal may have come, and not have been looked at
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _ring(*_: object) -> None:
+    global _armed
+    if _armed:
+        _armed = False
+        raise _Interrupted
