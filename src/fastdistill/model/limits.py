@@ -36,6 +36,7 @@ JUST_BELOW = 0.95  # the first cut; squared with each one that follows without a
 NEAR = 0.98
 PROBE_EVERY = 16  # windows
 OLD = 1.002  # the best latency is forgotten by this much a window, in case the work has changed
+MOST = 0.7
 GROWTH = 1.02  # beyond a capacity where a 429 came, with the first trial after it
 
 
@@ -178,8 +179,13 @@ class AdaptiveLimit(Limit):
             self._window.broken += 1
 
     def measured(self, load: Load, *, busy: bool) -> None:
-        """The server says itself how many it works on and how many wait: that beats any inference."""
-        self._measured = True
+        """The server says itself how many it works on and how many wait: that beats any inference.
+
+        But not one that has not most of what is in flight: a gateway queues it, or spreads it over several servers.
+        """
+        self._measured = not busy or load.running + load.waiting > MOST * self.capacity
+        if not self._measured:
+            return
         if load.waiting > (HEADROOM - 1) * load.running > 0:
             self._ramping = False
             self._move(load.running * HEADROOM)
