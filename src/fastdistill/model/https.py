@@ -1,10 +1,12 @@
 """HTTP through aiohttp: for `https://`, and for proxies."""
 
 import asyncio
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -26,6 +28,9 @@ class AiohttpTransport:
     ) -> Response:
         if self._session is None:
             self._session = _session(keep=self._keep)
+        through = self._proxy(url)
+        if through is not None and not through.startswith("http"):
+            raise _refused(url, through, ValueError(f"a {urlsplit(through).scheme} proxy can't be used"))
         try:
             async with asyncio.timeout(timeout):
                 try:
@@ -38,11 +43,11 @@ class AiohttpTransport:
                         return await self._send(fresh, method, url, headers, body)
         # A connection that does not come about in time is nobody listening, though aiohttp has it as a timeout too.
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
-            raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({error})") from error
+            raise _refused(url, through, error) from error
+        except aiohttp.ClientHttpProxyError as error:
+            raise _refused(url, through, error) from error
         except TimeoutError as error:
             raise ProviderError(ErrorKind.TIMEOUT, f"{url}: no answer within {timeout:g} s") from error
-        except aiohttp.ClientHttpProxyError as error:
-            raise ProviderError(ErrorKind.REFUSED, f"{url}: the proxy refuses ({error})") from error
         except aiohttp.ClientResponseError as error:
             raise ProviderError(ErrorKind.GARBLED, f"{url}: the answer is not HTTP ({error.message})") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -74,6 +79,28 @@ class AiohttpTransport:
                     raise ProviderError(ErrorKind.GARBLED, words)
         lines = {name.lower(): value for name, value in response.headers.items()}
         return Response(response.status, lines, bytes(chunks))
+
+
+def _refused(url: str, through: str | None, error: Exception) -> ProviderError:
+    """No connection came about, by `through` if that is a proxy. What to do, but for starting the server."""
+    why, remedy, variable = f"nobody answers ({error})", None, f"{urlsplit(url).scheme.upper()}_PROXY"
+    if through is not None:
+        remedy = f"correct {variable}, or name the host in NO_PROXY"
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        why = f"the proxy refuses ({error.status} {error.message})"  # in aiohttp's own words is its password
+        if error.status == 407:
+            remedy = f"give its user and password in {variable}, as http://user:password@host:port"
+    elif isinstance(error, aiohttp.ClientConnectorCertificateError):
+        code, found = (getattr(error.certificate_error, f"verify_{name}", "") for name in ("code", "message"))
+        why, now = f"its certificate is not trusted ({found.rstrip('.')})", os.environ.get("SSL_CERT_FILE", "not set")
+        signer = f"set SSL_CERT_FILE to a PEM file with the certificate of the CA that signed it (now {now})"
+        remedy = signer if code in _UNKNOWN_SIGNERS else "have it renewed, or correct `base_url`"
+    elif isinstance(error, aiohttp.ClientSSLError):
+        remedy = "correct `base_url`: http:// where the server has no TLS"
+    return ProviderError(ErrorKind.REFUSED, f"{url}: {why}", remedy=remedy)
+
+
+_UNKNOWN_SIGNERS = range(18, 22)  # OpenSSL's codes: self-signed, or by nobody who is known here
 
 
 def _session(*, keep: float) -> aiohttp.ClientSession:
