@@ -1,7 +1,6 @@
-"""HTTP through aiohttp: for `https://`, and for proxies."""
+"""HTTP through aiohttp: for proxies."""
 
 import asyncio
-import os
 from collections.abc import Mapping
 from functools import lru_cache
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from fastdistill.model.provider import ErrorKind, ProviderError
-from fastdistill.model.transport import CONNECTS, RESENDS, Response, StaleConnection, proxy
+from fastdistill.model.transport import CONNECTS, RESENDS, Response, StaleConnection, proxy, refused
 
 
 class AiohttpTransport:
@@ -82,25 +81,17 @@ class AiohttpTransport:
 
 
 def _refused(url: str, through: str | None, error: Exception) -> ProviderError:
-    """No connection came about, by `through` if that is a proxy. What to do, but for starting the server."""
-    why, remedy, variable = f"nobody answers ({error})", None, f"{urlsplit(url).scheme.upper()}_PROXY"
-    if through is not None:
-        remedy = f"correct {variable}, or name the host in NO_PROXY"
+    """No connection came about, by `through` if that is a proxy."""
+    variable = f"{urlsplit(url).scheme.upper()}_PROXY"
+    remedy = None if through is None else f"correct {variable}, or name the host in NO_PROXY"
     if isinstance(error, aiohttp.ClientHttpProxyError):
-        why = f"the proxy refuses ({error.status} {error.message})"  # in aiohttp's own words is its password
         if error.status == 407:
             remedy = f"give its user and password in {variable}, as http://user:password@host:port"
-    elif isinstance(error, aiohttp.ClientConnectorCertificateError):
-        code, found = (getattr(error.certificate_error, f"verify_{name}", "") for name in ("code", "message"))
-        why, now = f"its certificate is not trusted ({found.rstrip('.')})", os.environ.get("SSL_CERT_FILE", "not set")
-        signer = f"set SSL_CERT_FILE to a PEM file with the certificate of the CA that signed it (now {now})"
-        remedy = signer if code in _UNKNOWN_SIGNERS else "have it renewed, or correct `base_url`"
-    elif isinstance(error, aiohttp.ClientSSLError):
-        remedy = "correct `base_url`: http:// where the server has no TLS"
-    return ProviderError(ErrorKind.REFUSED, f"{url}: {why}", remedy=remedy)
-
-
-_UNKNOWN_SIGNERS = range(18, 22)  # OpenSSL's codes: self-signed, or by nobody who is known here
+        why = f"the proxy refuses ({error.status} {error.message})"  # in aiohttp's own words is its password
+        return ProviderError(ErrorKind.REFUSED, f"{url}: {why}", remedy=remedy)
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        error = error.certificate_error
+    return refused(url, error, remedy)
 
 
 def _session(*, keep: float) -> aiohttp.ClientSession:

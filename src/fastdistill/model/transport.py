@@ -4,7 +4,9 @@ It does not retry, but for a connection that had died in the pool.
 """
 
 import math
+import os
 import re
+import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -74,13 +76,30 @@ def transport_for(url: str, *, max_body: int = 64 * 2**20, keep: float = IDLE) -
         keep: seconds for which an idle connection waits to be used again; 0: none is. One that turns out to be dead
             by then has its request sent again, once.
     """
-    if urlsplit(url).scheme == "http" and proxy(url) is None:
+    if proxy(url) is None:
         from fastdistill.model.http1 import Http1Transport
 
         return Http1Transport(max_body=max_body, keep=keep)
     from fastdistill.model.https import AiohttpTransport  # which takes a quarter of a second to import
 
     return AiohttpTransport(max_body=max_body, keep=keep)
+
+
+def refused(url: str, error: Exception, remedy: str | None = None) -> ProviderError:
+    """No connection came about. `remedy` is for what starting the server would not help with."""
+    why = f"nobody answers ({error})"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = f"its certificate is not trusted ({error.verify_message.rstrip('.')})"
+        remedy = "have it renewed, or correct `base_url`"
+        if error.verify_code in _UNKNOWN_SIGNERS:
+            now = os.environ.get("SSL_CERT_FILE", "not set")
+            remedy = f"set SSL_CERT_FILE to a PEM file with the certificate of the CA that signed it (now {now})"
+    elif isinstance(error, ssl.SSLError):
+        remedy = "correct `base_url`: http:// where the server has no TLS"
+    return ProviderError(ErrorKind.REFUSED, f"{url}: {why}", remedy=remedy)
+
+
+_UNKNOWN_SIGNERS = range(18, 22)  # OpenSSL's codes: self-signed, or by nobody who is known here
 
 
 def proxy(url: str) -> str | None:
