@@ -470,7 +470,10 @@ class ModelClient:
                 if several:
                     endpoint.cool(begun, now)
             case ErrorKind.RESET | ErrorKind.OVERLOADED | ErrorKind.TIMEOUT:
-                endpoint.limit.broke()
+                if error.kind is ErrorKind.TIMEOUT:
+                    endpoint.limit.timed_out(begun, now)
+                else:
+                    endpoint.limit.broke()
                 if several:
                     endpoint.broke(begun, now, error.retry_after)
             case ErrorKind.SERVER | ErrorKind.GARBLED:

@@ -8,7 +8,8 @@ keeps what the throughput says: a batch that slows every answer down and still a
 more in flight brought clearly less, it goes down for as long as that brings more.
 
 A 429 cuts the limit once for each burst: by a little, and deeper with each burst that follows at once. From there it
-halves the way to where the 429 came, and tries more with care.
+halves the way to where the 429 came, and tries more with care. Where more requests time out than
+are answered, half remain.
 
 Latency is per token, so that longer answers are not taken for a longer queue.
 """
@@ -55,6 +56,8 @@ class Limit:
 
     def broke(self) -> None:
         """A 5xx or a broken connection: says nothing about how many requests are right."""
+
+    def timed_out(self, begun: float, now: float) -> None: ...
 
     def measured(self, load: Load, *, busy: bool) -> None: ...
 
@@ -119,9 +122,11 @@ class AdaptiveLimit(Limit):
         self._care = GROWTH  # how far beyond it the next trial may go
         self._cut = JUST_BELOW  # with the next 429
         self._measured = False  # the server's metrics rule
+        self._late = 0  # timeouts since the last cut, beyond the answers
 
     def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None:
         tokens = max(tokens, 1)
+        self._late = max(0, self._late - 1)
         self._first = min(self._first, now)
         if begun < self._first:
             self._early.tokens += tokens
@@ -177,6 +182,17 @@ class AdaptiveLimit(Limit):
     def broke(self) -> None:
         if self._window is not None:
             self._window.broken += 1
+
+    def timed_out(self, begun: float, now: float) -> None:
+        """Where more do than are answered, too many queue for a time limit, ours or a gateway's: half of them remain.
+
+        Fewer are the fault of long answers.
+        """
+        self.broke()
+        self._late += begun >= self._last_cut
+        if self._late > self.capacity / 4:
+            self._cut, self._late = 0.5, 0
+            self.rate_limited(begun, now)
 
     def measured(self, load: Load, *, busy: bool) -> None:
         """The server says itself how many it works on and how many wait: that beats any inference.
