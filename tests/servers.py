@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -178,6 +179,7 @@ class Options:
     context: int = 4096  # tokens (words) of a prompt beyond which it is refused
     api_key: str | None = None
     port: int = 0
+    tls: ssl.SSLContext | None = None  # speaks HTTPS with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -787,8 +789,9 @@ def _running(server: S, suffix: str) -> Iterator[S]:
 async def _listening(server: Server, suffix: str) -> AsyncIterator[None]:
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1, keepalive_timeout=3600)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", server.options.port, backlog=4096, reuse_address=True).start()
-    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}{suffix}"
+    port, tls = server.options.port, server.options.tls
+    await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls, backlog=4096, reuse_address=True).start()
+    server.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{runner.addresses[0][1]}{suffix}"
     try:
         yield
     finally:

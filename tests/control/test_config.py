@@ -298,6 +298,13 @@ def test_a_key_that_is_a_number_is_not_repeated_in_the_message() -> None:
     assert "123456789" not in "\n".join(problems(config))
 
 
+def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
+    config = {**BASE, "models": {"teacher": {**BASE["models"]["teacher"], "base_url": "https://bob:hunter2@llm/v1"}}}
+    said = "\n".join(problems(config))
+    assert "no user, password or query here" in said
+    assert "hunter2" not in said
+
+
 # --- secrets ---
 
 SECRET = "sk-0123456789-never-on-disk"

@@ -332,6 +332,21 @@ def test_a_draw_that_breaks_the_server_is_given_up_and_its_siblings_live(tmp_pat
         assert tries.count(2) == 2, "tried once more, and no more"
 
 
+def test_an_answer_that_always_takes_too_long_is_given_up_after_its_retries_while_others_are_answered(
+    tmp_path: Path,
+) -> None:
+    async def go() -> list[Any]:
+        async with asking(server, tmp_path, max_retries=2) as asker:
+            long = asyncio.create_task(asker.ask("long"))
+            while not long.done():
+                await asker.ask(f"Q{asker.paid}")
+            return await long
+
+    with openai_server(faults={"long": status(504, times=None)}, latency=0.01) as server:
+        assert run(go())[0].reason == "timeout"
+        assert [body["messages"][-1]["content"] for body in server.counters.bodies].count("long") == 3
+
+
 def test_a_server_that_breaks_for_all_for_some_seconds_costs_no_sample(tmp_path: Path) -> None:
     async def go() -> list[list[Any]]:
         async with asking(server, tmp_path) as asker:

@@ -1,6 +1,7 @@
 """The own HTTP/1.1 client against a server that listens and answers exactly the bytes it is told, however odd."""
 
 import asyncio
+import gzip
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -124,6 +125,9 @@ async def failure(asking: Awaitable[object]) -> ProviderError:
 
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
+PACKED = HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+GZIP = gzip.compress(b"ok")
+BOMB = gzip.compress(bytes(2**22))
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 KEPT: dict[str, tuple[Answer, bytes]] = {
@@ -146,6 +150,7 @@ KEPT: dict[str, tuple[Answer, bytes]] = {
     "304": ([b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n"], b""),
     "a folded header": ([HEAD + b"X-Long: a\r\n b\r\n\tc\r\nContent-Length: 2\r\n\r\nok"], b"ok"),
     "a body of the very cap": ([HEAD + b"Content-Length: %d\r\n\r\n" % MAX_BODY, b"x" * MAX_BODY], b"x" * MAX_BODY),
+    "compressed unasked": ([PACKED % len(GZIP) + GZIP], b"ok"),
     "identity": ([HEAD + b"Content-Encoding: identity\r\nContent-Length: 2\r\n\r\nok"], b"ok"),
 }  # fmt: skip
 
@@ -199,7 +204,9 @@ BAD: dict[str, tuple[Answer, ErrorKind]] = {
     "a length of 5000 digits": ([HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\nok"], ErrorKind.GARBLED),
     "a length beyond the cap": ([HEAD + b"Content-Length: %d\r\n\r\n" % (MAX_BODY + 1)], ErrorKind.GARBLED),
     "an unknown coding": ([HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n"], ErrorKind.GARBLED),
-    "compressed unasked": ([HEAD + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\nok"], ErrorKind.GARBLED),
+    "compressed, or so it says": ([PACKED % 2 + b"ok"], ErrorKind.GARBLED),
+    "compressed and cut": ([PACKED % 20 + GZIP[:20]], ErrorKind.GARBLED),
+    "compressed and too large": ([PACKED % len(BOMB) + BOMB], ErrorKind.GARBLED),
     "another protocol": ([b"HTTP/1.1 101 Switching\r\nUpgrade: h2c\r\n\r\n"], ErrorKind.GARBLED),
     "a chunk's size that is none": ([CHUNKED + b"two\r\nok\r\n0\r\n\r\n"], ErrorKind.GARBLED),
     "a chunk's size with a sign": ([CHUNKED + b"+2\r\nok\r\n0\r\n\r\n"], ErrorKind.GARBLED),

@@ -189,6 +189,27 @@ def test_a_moment_in_which_nothing_is_worked_on_says_nothing() -> None:
     assert limit.capacity == 50
 
 
+def test_where_most_requests_time_out_fewer_are_sent_and_where_some_do_as_many() -> None:
+    limit = AdaptiveLimit(64)
+    for at in range(64):
+        limit.timed_out(0, 60 + at / 100)
+    assert limit.capacity == 32, "one cut for all that were sent together"
+    for at in range(1, 200):
+        limit.answered(100, 100 + at, 10, busy=True)
+        limit.timed_out(100, 100 + at)
+    assert limit.capacity == 32
+
+
+def test_a_server_that_has_only_some_of_what_is_in_flight_is_not_believed() -> None:
+    # A gateway answers with the metrics of one of its servers; and what it queues itself no server tells of.
+    limit = AdaptiveLimit(48)
+    limit.measured(Load(16, 0), busy=True)
+    limit.measured(Load(16, 8), busy=True)
+    assert limit.capacity == 48
+    limit.measured(Load(48, 0), busy=True)
+    assert limit.capacity == 96
+
+
 @given(st.lists(st.sampled_from(["answered", "rate_limited", "broke", "measured"]), max_size=50))
 def test_a_fixed_limit_never_moves(events: list[str]) -> None:
     limit = Limit(7)

@@ -160,9 +160,10 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
     with raw_server([OK]) as (url, _), openai_server() as server:
         monkeypatch.setenv("http_proxy", url.removeprefix("http://").rstrip("/"))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert type(transport_for("http://teacher.invalid/")) is AiohttpTransport
         assert post(partial(transport_for, "http://teacher.invalid/"), "http://teacher.invalid/").body == b"ok"
         assert type(transport_for(server.url)) is Http1Transport
-        assert type(transport_for("https://teacher.invalid/")) is AiohttpTransport
+        assert type(transport_for("https://teacher.invalid/")) is Http1Transport
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,7 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
         (b'{"error": {"message": "no", "metadata": {"raw": "upstream"}}}', "no: upstream", None),
         (b"Internal Server Error", "Internal Server Error", None),
         (b"", "(empty body)", None),
+        (b"<html>\n<head><title>502</title></head><body><h1>Bad Gateway</h1><!-- pad --></body>", "Bad Gateway", None),
         (b"\xff\xfe", "\ufffd\ufffd", None),
         (b"null", "None", None),
         (b"{}", "{}", None),
@@ -237,10 +239,11 @@ def test_retry_after_is_seconds_a_date_or_milliseconds() -> None:
 
 
 def test_a_status_says_what_failed() -> None:
-    assert {error_kind(status) for status in (408, 502, 503, 504, 529, 524)} == {ErrorKind.OVERLOADED}
-    assert {error_kind(status) for status in (401, 402, 403)} == {ErrorKind.AUTH}
+    assert {error_kind(status) for status in (408, 502, 503, 529, 523)} == {ErrorKind.OVERLOADED}
+    assert {error_kind(status) for status in (504, 524)} == {ErrorKind.TIMEOUT}
+    assert {error_kind(status) for status in (301, 307, 401, 402, 403, 407)} == {ErrorKind.AUTH}
     assert (error_kind(500), error_kind(501)) == (ErrorKind.SERVER, ErrorKind.SERVER)
-    assert (error_kind(400), error_kind(422), error_kind(301)) == (ErrorKind.BAD_REQUEST,) * 3
+    assert (error_kind(400), error_kind(422)) == (ErrorKind.BAD_REQUEST,) * 2
 
 
 def test_only_a_leading_think_block_is_thinking() -> None:

@@ -25,7 +25,7 @@ Parsed = TypeVar("Parsed", bound=BaseModel)
 
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
 _NAME_AND_DEFAULT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-([^{]*))?")
-_SECRET = {"api_key", "headers"}
+_SECRET = {"api_key", "headers", "base_url"}  # a URL may have a password in it
 
 
 def load_pipeline(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Pipeline:

@@ -300,7 +300,9 @@ class ModelClient:
                         # A short wait is no full try, lest a moment in which all endpoints are gone takes all of them;
                         # but a prompt that breaks a healthy server must come to an end.
                         endless = tries > 3 * self.config.max_retries * len(self.router.endpoints)
-                        if (waited and now >= waits_until) or (endless and error.kind in _OVER_WHEN_ANSWERED):
+                        # One that ran into a time limit has waited for long already.
+                        full = (waited and now >= waits_until) or error.kind is ErrorKind.TIMEOUT
+                        if full or (endless and error.kind in _OVER_WHEN_ANSWERED):
                             failures.append(error.kind)
                             waits_until = now + delay
                         begun = perf_counter()
@@ -477,7 +479,10 @@ class ModelClient:
                 if several:
                     endpoint.cool(begun, now)
             case ErrorKind.RESET | ErrorKind.OVERLOADED | ErrorKind.TIMEOUT:
-                endpoint.limit.broke()
+                if error.kind is ErrorKind.TIMEOUT:
+                    endpoint.limit.timed_out(begun, now)
+                else:
+                    endpoint.limit.broke()
                 if several:
                     endpoint.broke(begun, now, error.retry_after)
             case ErrorKind.SERVER | ErrorKind.GARBLED:

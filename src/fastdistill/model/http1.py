@@ -1,11 +1,13 @@
-"""HTTP/1.1 (RFC 9112) over kept connections, for `http://` without a proxy, at a fraction of what aiohttp costs.
+"""HTTP/1.1 (RFC 9112) over kept connections, with TLS or without, at a fraction of what aiohttp costs.
 
-It has no TLS, no proxies, no HEAD and no redirects, and calls garbled what it does not know.
+It has no proxies, no HEAD and no redirects, and calls garbled what it does not know.
 """
 
 import asyncio
 import math
 import re
+import ssl
+import zlib
 from collections.abc import Generator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TypeVar, cast
@@ -13,12 +15,12 @@ from urllib.parse import quote, urlsplit
 
 from fastdistill.core.turns import LARGE
 from fastdistill.model.provider import ErrorKind, ProviderError
-from fastdistill.model.transport import CONNECTS, RESENDS, Response, StaleConnection
+from fastdistill.model.transport import CONNECTS, RESENDS, Response, StaleConnection, refused
 
 MAX_HEAD = 2**16  # bytes of a status line with its headers, and of a line between two chunks
 
 T = TypeVar("T")
-_Address = tuple[str, int]
+_Address = tuple[str, int, bool]  # host, port, whether over TLS
 
 
 class Http1Transport:
@@ -68,12 +70,12 @@ class Http1Transport:
         patience = loop.time() + CONNECTS
         try:
             async with asyncio.timeout_at(min(deadline, patience)):
-                return (await loop.create_connection(make, *address))[1]
+                host, port, tls = address
+                return (await loop.create_connection(make, host, port, ssl=_trust() if tls else None))[1]
         except (OSError, ValueError) as error:  # ValueError: no name that could be looked up
             if isinstance(error, TimeoutError) and deadline <= patience:  # the clock may be a little behind its timer
                 raise
-            why = str(error) or f"no connection within {CONNECTS:g} s"
-            raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({why})") from error
+            raise refused(url, error if str(error) else OSError(f"no connection within {CONNECTS:g} s")) from error
 
 
 class _Garbled(Exception):
@@ -172,12 +174,20 @@ class _Connection(asyncio.Protocol):
             self.end(TimeoutError())
 
 
+@lru_cache
+def _trust() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
 @lru_cache(maxsize=256)
 def _head(method: str, url: str, headers: tuple[tuple[str, str], ...]) -> tuple[_Address, bytes]:
     """Where a request goes, and how it begins, but for its length."""
     parts = urlsplit(url)
     try:
-        address, host = (parts.hostname or "", parts.port or 80), parts.netloc.encode("idna").decode()
+        tls, host = parts.scheme == "https", parts.netloc.encode("idna").decode()
+        address = (parts.hostname or "", parts.port or (443 if tls else 80), tls)
     except ValueError as error:
         raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({error})") from error
     target = quote(parts.path or "/", safe=_SAFE) + (f"?{quote(parts.query, safe=_SAFE)}" if parts.query else "")
@@ -231,9 +241,22 @@ def _read(max_body: int) -> _Reading[tuple[Response, bool]]:
                 break
             buffer += come
         body = bytes(buffer)
-    if body and (packed := headers.get("content-encoding", "identity")) != "identity":
-        raise _not_http(f"Content-Encoding: {packed}, which was not asked for")
+    if body and (packing := headers.get("content-encoding", "identity")) != "identity":
+        body = _unpacked(packing, body, max_body)
     return Response(status, headers, body), keep and not come
+
+
+def _unpacked(packing: str, body: bytes, max_body: int) -> bytes:
+    """It was not asked for: some gateways compress all the same."""
+    unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, whichever it is
+    try:
+        whole = unpacker.decompress(body, max_body)
+    except zlib.error as error:
+        raise _not_http(f"Content-Encoding: {packing}: {error}") from error
+    _within(max_body, len(whole) + len(unpacker.unconsumed_tail))
+    if not unpacker.eof:
+        raise _not_http(f"Content-Encoding: {packing}: it ends early")
+    return whole
 
 
 _LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # a proxy may say the same twice

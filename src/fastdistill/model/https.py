@@ -1,15 +1,16 @@
-"""HTTP through aiohttp: for `https://`, and for proxies."""
+"""HTTP through aiohttp: for proxies."""
 
 import asyncio
 from collections.abc import Mapping
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from fastdistill.model.provider import ErrorKind, ProviderError
-from fastdistill.model.transport import CONNECTS, RESENDS, Response, StaleConnection, proxy
+from fastdistill.model.transport import CONNECTS, RESENDS, Response, StaleConnection, proxy, refused
 
 
 class AiohttpTransport:
@@ -26,6 +27,9 @@ class AiohttpTransport:
     ) -> Response:
         if self._session is None:
             self._session = _session(keep=self._keep)
+        through = self._proxy(url)
+        if through is not None and not through.startswith("http"):
+            raise _refused(url, through, ValueError(f"a {urlsplit(through).scheme} proxy can't be used"))
         try:
             async with asyncio.timeout(timeout):
                 try:
@@ -38,11 +42,11 @@ class AiohttpTransport:
                         return await self._send(fresh, method, url, headers, body)
         # A connection that does not come about in time is nobody listening, though aiohttp has it as a timeout too.
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
-            raise ProviderError(ErrorKind.REFUSED, f"{url}: nobody answers ({error})") from error
+            raise _refused(url, through, error) from error
+        except aiohttp.ClientHttpProxyError as error:
+            raise _refused(url, through, error) from error
         except TimeoutError as error:
             raise ProviderError(ErrorKind.TIMEOUT, f"{url}: no answer within {timeout:g} s") from error
-        except aiohttp.ClientHttpProxyError as error:
-            raise ProviderError(ErrorKind.REFUSED, f"{url}: the proxy refuses ({error})") from error
         except aiohttp.ClientResponseError as error:
             raise ProviderError(ErrorKind.GARBLED, f"{url}: the answer is not HTTP ({error.message})") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -74,6 +78,20 @@ class AiohttpTransport:
                     raise ProviderError(ErrorKind.GARBLED, words)
         lines = {name.lower(): value for name, value in response.headers.items()}
         return Response(response.status, lines, bytes(chunks))
+
+
+def _refused(url: str, through: str | None, error: Exception) -> ProviderError:
+    """No connection came about, by `through` if that is a proxy."""
+    variable = f"{urlsplit(url).scheme.upper()}_PROXY"
+    remedy = None if through is None else f"correct {variable}, or name the host in NO_PROXY"
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        if error.status == 407:
+            remedy = f"give its user and password in {variable}, as http://user:password@host:port"
+        why = f"the proxy refuses ({error.status} {error.message})"  # in aiohttp's own words is its password
+        return ProviderError(ErrorKind.REFUSED, f"{url}: {why}", remedy=remedy)
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        error = error.certificate_error
+    return refused(url, error, remedy)
 
 
 def _session(*, keep: float) -> aiohttp.ClientSession:

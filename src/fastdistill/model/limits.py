@@ -8,7 +8,8 @@ keeps what the throughput says: a batch that slows every answer down and still a
 more in flight brought clearly less, it goes down for as long as that brings more.
 
 A 429 cuts the limit once for each burst: by a little, and deeper with each burst that follows at once. From there it
-halves the way to where the 429 came, and tries more with care.
+halves the way to where the 429 came, and tries more with care. Where more requests time out than
+are answered, half remain.
 
 Latency is per token, so that longer answers are not taken for a longer queue.
 """
@@ -36,6 +37,7 @@ JUST_BELOW = 0.95  # the first cut; squared with each one that follows without a
 NEAR = 0.98
 PROBE_EVERY = 16  # windows
 OLD = 1.002  # the best latency is forgotten by this much a window, in case the work has changed
+MOST = 0.7
 GROWTH = 1.02  # beyond a capacity where a 429 came, with the first trial after it
 
 
@@ -54,6 +56,8 @@ class Limit:
 
     def broke(self) -> None:
         """A 5xx or a broken connection: says nothing about how many requests are right."""
+
+    def timed_out(self, begun: float, now: float) -> None: ...
 
     def measured(self, load: Load, *, busy: bool) -> None: ...
 
@@ -118,9 +122,11 @@ class AdaptiveLimit(Limit):
         self._care = GROWTH  # how far beyond it the next trial may go
         self._cut = JUST_BELOW  # with the next 429
         self._measured = False  # the server's metrics rule
+        self._late = 0  # timeouts since the last cut, beyond the answers
 
     def answered(self, begun: float, now: float, tokens: int, *, busy: bool) -> None:
         tokens = max(tokens, 1)
+        self._late = max(0, self._late - 1)
         self._first = min(self._first, now)
         if begun < self._first:
             self._early.tokens += tokens
@@ -177,9 +183,25 @@ class AdaptiveLimit(Limit):
         if self._window is not None:
             self._window.broken += 1
 
+    def timed_out(self, begun: float, now: float) -> None:
+        """Where more do than are answered, too many queue for a time limit, ours or a gateway's: half of them remain.
+
+        Fewer are the fault of long answers.
+        """
+        self.broke()
+        self._late += begun >= self._last_cut
+        if self._late > self.capacity / 4:
+            self._cut, self._late = 0.5, 0
+            self.rate_limited(begun, now)
+
     def measured(self, load: Load, *, busy: bool) -> None:
-        """The server says itself how many it works on and how many wait: that beats any inference."""
-        self._measured = True
+        """The server says itself how many it works on and how many wait: that beats any inference.
+
+        But not one that has not most of what is in flight: a gateway queues it, or spreads it over several servers.
+        """
+        self._measured = not busy or load.running + load.waiting > MOST * self.capacity
+        if not self._measured:
+            return
         if load.waiting > (HEADROOM - 1) * load.running > 0:
             self._ramping = False
             self._move(load.running * HEADROOM)

@@ -25,12 +25,12 @@ class ErrorKind(StrEnum):
 
     REFUSED = "refused"  # nobody listens, or the name does not resolve
     RESET = "reset"  # the connection broke after it stood
-    TIMEOUT = "timeout"
+    TIMEOUT = "timeout"  # ours, or a gateway's: 504
     GARBLED = "garbled"  # 200, but not what the protocol says
     RATE_LIMITED = "rate_limited"  # 429
-    OVERLOADED = "overloaded"  # 408, 502, 503, 504
+    OVERLOADED = "overloaded"  # 408, 502, 503
     SERVER = "server_error"  # 500 and any other 5xx
-    AUTH = "auth"  # 401, 403
+    AUTH = "auth"  # 401, 403, and what else asks for a log-in: 407, redirects
     NO_MODEL = "no_model"
     TOO_LONG = "context_too_long"
     UNSUPPORTED = "unsupported"  # the server names a parameter it does not take: `parameter`
@@ -49,11 +49,13 @@ class ProviderError(Exception):
         status: int | None = None,
         retry_after: float | None = None,
         parameter: str | None = None,
+        remedy: str | None = None,
     ) -> None:
         self.kind = kind
         self.status = status
         self.retry_after = retry_after  # seconds
         self.parameter = parameter
+        self.remedy = remedy  # where the transport knows better than the provider
         self.elsewhere = False  # the endpoint cools for it: what failed may go to the next one at once
         self.others_answered = True  # since the request was first sent: it may be the request's own fault
         super().__init__(message)

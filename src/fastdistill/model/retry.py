@@ -4,14 +4,15 @@
 |---|---|
 | refused, reset, timeout, garbled | again, after half to all of a backoff: 0.5 s, doubled each time up to 30 s; |
 | | the default of 8 retries waits out an outage of 45 seconds |
-| 408, 502, 503, 504, 429 | again, after half to all of that backoff and no less than Retry-After (up to 120 s) |
+| 408, 502, 503, 429 | again, after half to all of that backoff and no less than Retry-After (up to 120 s) |
 | 500 and other 5xx | again once, or four times while the server answers nobody else; then the sample is given up: |
 | | a poisoned prompt can break a server. Where other endpoints answer: again, as above |
 | context too long, any other 4xx, not recorded | the sample is given up |
-| wrong key, unknown model, unsupported parameter | the run stops: every request would end like this |
+| wrong key, redirect, unknown model, unsupported parameter | the run stops: every request would end like this |
 | retries used up | the sample is given up; but the run stops if nobody listens any more |
 
-A 408, 429, 502, 503 or 504 costs half a retry: with the default of 8 retries an outage of 2 minutes is waited out.
+A 504 is a timeout. A 408, 429, 502 or 503 costs half a retry: with the default of 8 retries an outage of 2 minutes is
+waited out.
 """
 
 from collections.abc import Sequence

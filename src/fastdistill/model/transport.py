@@ -4,13 +4,16 @@ It does not retry, but for a connection that had died in the pool.
 """
 
 import math
+import os
 import re
+import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address, ip_network
 from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -73,7 +76,7 @@ def transport_for(url: str, *, max_body: int = 64 * 2**20, keep: float = IDLE) -
         keep: seconds for which an idle connection waits to be used again; 0: none is. One that turns out to be dead
             by then has its request sent again, once.
     """
-    if urlsplit(url).scheme == "http" and proxy(url) is None:
+    if proxy(url) is None:
         from fastdistill.model.http1 import Http1Transport
 
         return Http1Transport(max_body=max_body, keep=keep)
@@ -82,13 +85,39 @@ def transport_for(url: str, *, max_body: int = 64 * 2**20, keep: float = IDLE) -
     return AiohttpTransport(max_body=max_body, keep=keep)
 
 
+def refused(url: str, error: Exception, remedy: str | None = None) -> ProviderError:
+    """No connection came about. `remedy` is for what starting the server would not help with."""
+    why = f"nobody answers ({error})"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = f"its certificate is not trusted ({error.verify_message.rstrip('.')})"
+        remedy = "have it renewed, or correct `base_url`"
+        if error.verify_code in _UNKNOWN_SIGNERS:
+            now = os.environ.get("SSL_CERT_FILE", "not set")
+            remedy = f"set SSL_CERT_FILE to a PEM file with the certificate of the CA that signed it (now {now})"
+    elif isinstance(error, ssl.SSLError):
+        remedy = "correct `base_url`: http:// where the server has no TLS"
+    return ProviderError(ErrorKind.REFUSED, f"{url}: {why}", remedy=remedy)
+
+
+_UNKNOWN_SIGNERS = range(18, 22)  # OpenSSL's codes: self-signed, or by nobody who is known here
+
+
 def proxy(url: str) -> str | None:
-    """The proxy for a URL, from the environment (`HTTPS_PROXY`, `NO_PROXY` ...)."""
-    parts = urlsplit(url)
-    if proxy_bypass(parts.netloc):
+    """The proxy for a URL, from the environment (`HTTPS_PROXY`, `NO_PROXY` ...), where blocks may be named too."""
+    parts, proxies = urlsplit(url), getproxies()
+    if proxy_bypass(parts.netloc) or _within(parts.hostname or "", proxies.get("no", "").split(",")):
         return None
-    found = getproxies().get(parts.scheme)
+    found = proxies.get(parts.scheme)
     return found if found is None or "://" in found else f"http://{found}"
+
+
+def _within(host: str, blocks: Iterable[str]) -> bool:
+    """Whether a host is an address of one of the blocks, like `10.0.0.0/8`, as curl and Go have them in `NO_PROXY`."""
+    for block in blocks:
+        with suppress(ValueError):
+            if ip_address(host) in ip_network(block.strip(), strict=False):
+                return True
+    return False
 
 
 C = TypeVar("C", bound=ServedConfig)
@@ -138,7 +167,7 @@ class HttpProvider(Provider, Generic[C]):
             response = await self._transport.request(method, url, headers=headers, body=body, timeout=timeout)
         except ProviderError as error:
             remedies = {
-                ErrorKind.REFUSED: f"; {self._remedy}",
+                ErrorKind.REFUSED: f"; {error.remedy or self._remedy}",
                 ErrorKind.TIMEOUT: f"; raise `timeout`, or lower `max_concurrency`{self._crowded}",
             }
             message = f"{self._config.provider}: {error}{remedies.get(error.kind, '')}"
@@ -163,7 +192,10 @@ class HttpProvider(Provider, Generic[C]):
     def _failed(
         self, kind: ErrorKind, status: int, message: str, response: Response, parameter: str | None = None
     ) -> ProviderError:
+        if 300 <= status < 400:
+            message = f"redirected to {response.headers.get('location')}; set `base_url` to where it leads"
         wait, message = retry_after(response.headers, datetime.now(UTC)), f"{self._where}: {status}: {message}"
+        message += _GATEWAYS_REMEDIES.get(status, "")
         return ProviderError(kind, message, status=status, retry_after=wait, parameter=parameter)
 
 
@@ -222,7 +254,8 @@ class Fault:
         try:
             value = msgspec.json.decode(body)
         except (msgspec.DecodeError, RecursionError):
-            return cls(_brief(body.decode(errors="replace")) or "(empty body)")
+            text = body[:8192].decode(errors="replace")  # a gateway's pages are HTML
+            return cls(_brief(_MARKUP.sub(" ", text) if text.lstrip().startswith("<") else text) or "(empty body)")
         if isinstance(value, list) and value:
             value = value[0]
         if not isinstance(value, dict):
@@ -316,13 +349,25 @@ def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]
 
 
 _KINDS = {
-    **dict.fromkeys((401, 402, 403), ErrorKind.AUTH),  # 402: the account is empty; it ends every request too
+    # What ends every request: 402 is an empty account, 407 a proxy's, 3xx another address or a log-in.
+    **dict.fromkeys((*range(300, 400), 401, 402, 403, 407), ErrorKind.AUTH),
     404: ErrorKind.NO_MODEL,
     413: ErrorKind.TOO_LONG,
     429: ErrorKind.RATE_LIMITED,
     # Cloudflare says 52x where others say 502 to 504, and 529 is Anthropic's "overloaded".
-    **dict.fromkeys((408, 502, 503, 504, *range(520, 525), 529), ErrorKind.OVERLOADED),
+    **dict.fromkeys((408, 502, 503, *range(520, 524), 529), ErrorKind.OVERLOADED),
+    **dict.fromkeys((504, 524), ErrorKind.TIMEOUT),  # the model has worked on it, and may charge for it
 }
+
+_TOO_LATE = "; a gateway waited no longer: raise its limit (nginx: `proxy_read_timeout`), or lower `max_tokens`"
+_GATEWAYS_REMEDIES = {
+    407: "; give the proxy's user and password in HTTP_PROXY, as http://user:password@host:port",
+    413: "; shorten the prompt, or raise the gateway's limit (nginx: `client_max_body_size`)",
+    504: _TOO_LATE,
+    524: _TOO_LATE,
+}
+
+_MARKUP = re.compile(r"<(head|style|script)\b.*?</\1>|<!--.*?-->|<[^>]*>", re.IGNORECASE | re.DOTALL)
 
 _TOO_LONG = re.compile(
     r"context.?(length|size|window|limit)|too long|too many (input )?tokens|maximum (prompt|input|model) length"

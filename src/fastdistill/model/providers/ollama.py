@@ -243,7 +243,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         if kind is ErrorKind.NO_MODEL:
             pull = f"get it with `ollama pull {self._config.model}`"
             message += f"; {pull}" if "model" in message else "; correct `base_url`"
-        elif kind is ErrorKind.AUTH:
+        elif status in (401, 403):
             message += "; set OLLAMA_API_KEY" if self._config.api_key is None else "; the key is refused"
         elif status in (400, 500) and fault.says_too_long:
             kind = ErrorKind.TOO_LONG

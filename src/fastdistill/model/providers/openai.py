@@ -221,17 +221,16 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         ids: dict[str, Any] = {"token_ids": True} if self._config.provider in _ASKS_FOR_IDS else {}
         scores = {"logprobs": True, "top_logprobs": 20, **ids}
         # Side by side, for until they are answered no other request goes out.
-        asked: list[Coroutine[Any, Any, list[Completion] | ProviderError]] = []
+        asked: list[Coroutine[Any, Any, Any]] = [self._list_models(), self._identify()]
         if self._config.batch is None:
             shape = self._try(max_tokens=4, response_format=_PROBE_SCHEMA)  # the first token may be blank
-            asked = [self._try(n=2), self._try(**scores), shape, self._try(**scores, temperature=2.0)]
-        try:
-            async with asyncio.TaskGroup() as group:
-                listing, identity = group.create_task(self._list_models()), group.create_task(self._identify())
-                tries = [group.create_task(one) for one in asked]
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        models, (server, notes) = listing.result(), identity.result()
+            asked += [self._try(n=2), self._try(**scores), shape, self._try(**scores, temperature=2.0)]
+        # None is called off for another's error: uvloop would complain of a handshake that fails just then.
+        found: list[Any] = await asyncio.gather(*asked, return_exceptions=True)
+        for error in (error for error in found if isinstance(error, BaseException)):
+            if error in found[:2] or not isinstance(error, ProviderError) or error.kind in _CONCERNS_ALL:
+                raise error
+        models, (server, notes), *tries = found
         # llama.cpp answers to any name, and lists one model under its own.
         entry = next((model for model in models if model.id == self._config.model or len(models) == 1), None)
         listed = Capabilities(
@@ -242,7 +241,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         )
         if not tries:
             return replace(listed, notes=tuple(notes))
-        two, scored, shaped, hot = (one.result() for one in tries)
+        two, scored, shaped, hot = tries
         if isinstance(scored, ProviderError):
             scored = await self._try(logprobs=True)
         spent = [one.usage for tried in (two, scored, shaped, hot) if isinstance(tried, list) for one in tried]
@@ -436,10 +435,8 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             message += f"; set {variable}" if self._config.api_key is None else f"; the key in {variable} is refused"
         elif kind is ErrorKind.AUTH and status in (402, 429):
             message += "; the account has no credit left"
-        elif kind is ErrorKind.TOO_LONG:
+        elif kind is ErrorKind.TOO_LONG and status != 413:
             message += _numbers(fault) + "; shorten the prompt, or serve the model with a larger context"
-        elif 300 <= status < 400:
-            message = f"redirected to {response.headers.get('location')}; set `base_url` to where it leads"
         return self._failed(kind, status, message, response)
 
     def _unsupported(self, name: str, value: object, why: str, *, status: int | None = None) -> ProviderError:
