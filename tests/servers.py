@@ -188,6 +188,7 @@ class Batch:
     """
 
     seconds: float = 0.0
+    held: Callable[[], object] = bool  # once they have passed, it goes on while this is true
     ends: Literal["completed", "failed", "expired", "cancelled"] = "completed"
     answered: int | None = None
     code: str = "invalid_request"  # of a failure
@@ -551,6 +552,9 @@ class OpenAIServer(Server):
         return web.json_response(self.batches[number - 1])
 
     def _end_batch(self, batch: dict[str, Any], script: Batch, lines: Sequence[Mapping[str, Any]]) -> None:
+        if script.held():
+            asyncio.get_running_loop().call_later(0.01, self._end_batch, batch, script, lines)
+            return
         if script.ends == "failed":
             problems = {"data": [{"code": script.code, "message": f"scripted: {script.code}", "line": 1}]}
             batch.update(status="failed", errors=problems)

@@ -206,7 +206,7 @@ def rows(result: RunResult) -> list[dict[str, Any]]:
 def test_one_prompt_that_breaks_the_server_is_counted_apart(world: World) -> None:
     poison = {RECORDS[5]["instruction"]: status(500, times=None)}
     with openai_server(teacher, faults=poison) as server:
-        result = world.run(server, "artifacts")
+        result = world.run(server, "artifacts", max_retries=1)
     assert result.exit_code == 5
     samples = result.quality["samples"]
     assert (samples["read"], samples["failed"], samples["completed"]) == (61, 1, 59)
@@ -282,14 +282,17 @@ def test_ctrl_c_while_a_run_winds_down_lets_the_answers_come_home(world: World, 
     write_records(world.folder, RECORDS[:8])
     first = RECORDS[0]["instruction"]
 
+    ended: list[bool] = []
+
     def latency(call: Call) -> float:
-        return 2.5 if "Question:" in call.prompt and first not in call.prompt else 0.0
+        return 2.5 if "Question:" in call.prompt and first not in call.prompt and not ended else 0.0
 
     with openai_server(teacher, latency=latency) as server:
         with pytest.raises(Interrupted):
             quick(server, world.records, InterruptingTheEnd(), **end).run(output_dir=world.folder / "artifacts")
         (in_flight,) = InterruptingTheEnd.in_flight
         assert in_flight.result() > 1
+        ended.append(True)
         assert asked(server) == 1 + in_flight.result()
         quick(server, world.records).run(output_dir=world.folder / "artifacts")
     assert asked(server) == len({record["instruction"] for record in RECORDS[:8]}), "what came home is not asked again"

@@ -156,7 +156,7 @@ def test_a_judge_that_can_not_be_read_is_an_error_and_never_a_rejection(tmp_path
 
 def test_a_judge_that_breaks_is_an_error(tmp_path: Path) -> None:
     broken = {"<answer>": status(500, times=None)}
-    _, samples, _ = judged(tmp_path, knows, records=4, faults=broken)
+    _, samples, _ = judged(tmp_path, knows, records=4, model={"max_retries": 1}, faults=broken)
     assert {(v.outcome, v.reason) for _, v in verdicts(samples)} == {(Outcome.ERROR, "judge_unavailable")}
 
 

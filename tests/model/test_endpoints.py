@@ -330,12 +330,12 @@ def test_who_waits_for_endpoints_that_are_down_does_not_hold_up_the_end(tmp_path
         run(go())
 
 
-@pytest.mark.parametrize("endpoints", [2, 10])
-def test_a_short_outage_of_all_costs_no_request_however_many_endpoints_refuse_it(
-    tmp_path: Path, endpoints: int
-) -> None:
-    async def go() -> None:
-        async with asking([server.url for server in servers], tmp_path) as asker:
+def test_a_short_outage_of_all_costs_no_request_however_many_endpoints_refuse_it(tmp_path: Path) -> None:
+    async def go(endpoints: int) -> None:
+        (folder := tmp_path / str(endpoints)).mkdir()
+        servers = [alive.enter_context(restartable(latency=quick)) for _ in range(endpoints)]
+        await asyncio.gather(*(server.start() for server in servers))
+        async with asking([server.url for server in servers], folder) as asker:
             await asker.ask_all(20)
             await asyncio.gather(*(server.stop() for server in servers))
             late = asyncio.create_task(asker.ask("late"))
@@ -344,35 +344,33 @@ def test_a_short_outage_of_all_costs_no_request_however_many_endpoints_refuse_it
             await servers[0].start()
             assert complete(await late, 1)
 
+    async def all_at_once() -> None:
+        await asyncio.gather(go(2), go(10))
+
     with ExitStack() as alive:
-        servers = [alive.enter_context(restartable(latency=quick)) for _ in range(endpoints)]
-
-        async def started() -> None:
-            await asyncio.gather(*(server.start() for server in servers))
-            await go()
-
-        run(started())
+        run(all_at_once())
 
 
 # --- endpoints that refuse ---
 
 
-@pytest.mark.parametrize("asked", ["0", "-1", "Wed, 21 Oct 2015 07:28:00 GMT", "0.01"])
-@pytest.mark.parametrize("requests", [1, 20])
-def test_while_all_endpoints_refuse_everybody_waits_however_short_they_say_it_takes(
-    tmp_path: Path, asked: str, requests: int
-) -> None:
-    async def go() -> None:
-        async with asking([one.url, other.url], tmp_path) as asker:
-            assert complete(await asker.ask_all(requests), requests)
+def test_while_all_endpoints_refuse_everybody_waits_however_short_they_say_it_takes(tmp_path: Path) -> None:
+    async def go(asked: str, requests: int) -> None:
+        (folder := tmp_path / f"{asked} {requests}").mkdir()
+        begun = monotonic()
 
-    begun = monotonic()
+        def refuses(call: Call) -> Fault | None:
+            return None if call.prompt == PROBE or monotonic() > begun + 2 else rate_limited(asked, times=None)
 
-    def refuses(call: Call) -> Fault | None:
-        return None if call.prompt == PROBE or monotonic() > begun + 2 else rate_limited(asked, times=None)
+        with openai_server(faults=refuses) as one, openai_server(faults=refuses) as other:
+            async with asking([one.url, other.url], folder) as asker:
+                assert complete(await asker.ask_all(requests), requests), (asked, requests)
 
-    with openai_server(faults=refuses) as one, openai_server(faults=refuses) as other:
-        run(go())
+    async def all_at_once() -> None:
+        said = ("0", "-1", "Wed, 21 Oct 2015 07:28:00 GMT", "0.01")
+        await asyncio.gather(*(go(asked, requests) for asked in said for requests in (1, 20)))
+
+    run(all_at_once())
 
 
 def one_endpoint() -> Endpoint:
