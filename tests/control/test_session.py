@@ -16,13 +16,13 @@ import yaml
 from pydantic import ValidationError
 
 from fastdistill import CanonicalizeFields, Deduplicate, LoadJsonl, Pipeline, RuleFilter, RunResult, TextGeneration
-from fastdistill.control.cli import main
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.session import Interrupted
 from fastdistill.core.step import Context, SampleStep
 from fastdistill.core.types import Sample
+from tests.command import Command
 from tests.servers import Call, Server, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
@@ -469,36 +469,14 @@ def test_a_third_party_step_comes_by_entry_point(world: World, monkeypatch: pyte
 # --- the command line ---
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments)])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Ended(int(ended.value.code or 0), out, err)
-
-    return run
-
-
-def test_validate_says_what_would_run(finished: Finished, command: Callable[..., Ended]) -> None:
+def test_validate_says_what_would_run(finished: Finished, command: Command) -> None:
     ended = command("pipeline", "validate", "-c", finished.config_file)
     assert (ended.code, ended.out) == (
         0, f"{finished.config_file}: valid; 10 steps, run id {finished.result.run_id}\n",
     )  # fmt: skip
 
 
-def test_info_shows_the_resolved_pipeline_and_its_folder(finished: Finished, command: Callable[..., Ended]) -> None:
+def test_info_shows_the_resolved_pipeline_and_its_folder(finished: Finished, command: Command) -> None:
     ended = command("pipeline", "info", "-c", finished.config_file, "-o", finished.artifacts)
     assert ended.code == 0
     shown = yaml.safe_load(ended.out.split("max_error_rate: ")[0])
@@ -511,9 +489,7 @@ def test_info_shows_the_resolved_pipeline_and_its_folder(finished: Finished, com
     assert "does not exist yet" in elsewhere.out
 
 
-def test_a_preview_stores_its_answers_and_leaves_no_run(
-    finished: Finished, tmp_path: Path, command: Callable[..., Ended]
-) -> None:
+def test_a_preview_stores_its_answers_and_leaves_no_run(finished: Finished, tmp_path: Path, command: Command) -> None:
     before = asked(finished.server)
     ended = command("pipeline", "preview", "-c", finished.config_file, "-o", tmp_path, "-n", 2)
     assert ended.code == 0
@@ -527,7 +503,7 @@ def test_a_preview_stores_its_answers_and_leaves_no_run(
     assert again.out == ended.out
 
 
-def test_runs_are_listed_and_shown(finished: Finished, command: Callable[..., Ended]) -> None:
+def test_runs_are_listed_and_shown(finished: Finished, command: Command) -> None:
     listed = command("runs", "list", "-o", finished.artifacts)
     assert listed.code == 0
     (line,) = [line for line in listed.out.splitlines() if finished.result.run_id in line]
@@ -541,7 +517,7 @@ def test_runs_are_listed_and_shown(finished: Finished, command: Callable[..., En
         assert word in shown.out
 
 
-def test_a_row_is_explained_from_any_of_its_names(finished: Finished, command: Callable[..., Ended]) -> None:
+def test_a_row_is_explained_from_any_of_its_names(finished: Finished, command: Command) -> None:
     row = rows(finished.result)[0]
     names = [row["fd_id"], row["fd_sample_id"], row["fd_sample_id"][:12], row["fd_task_id"]]
     outputs = [command("explain", finished.result.run_id, name, "-o", finished.artifacts) for name in names]
@@ -555,7 +531,7 @@ def test_a_row_is_explained_from_any_of_its_names(finished: Finished, command: C
     assert "train.jsonl:" in told
 
 
-def test_the_candidates_of_a_sample_are_told_apart(finished: Finished, command: Callable[..., Ended]) -> None:
+def test_the_candidates_of_a_sample_are_told_apart(finished: Finished, command: Command) -> None:
     told = command("explain", finished.result.run_id, "city-0000", "-o", finished.artifacts).out
     assert [f"attempt {n} (seed " in told for n in range(3)] == [True] * 3
 
@@ -570,7 +546,7 @@ def test_the_candidates_of_a_sample_are_told_apart(finished: Finished, command: 
     ],
 )
 def test_what_is_not_there_is_told(
-    finished: Finished, command: Callable[..., Ended], arguments: tuple[str, ...], code: int, message: str
+    finished: Finished, command: Command, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     given = [finished.result.run_id if argument == "RUN" else argument for argument in arguments]
     ended = command(*given, "-o", finished.artifacts)
@@ -578,15 +554,13 @@ def test_what_is_not_there_is_told(
     assert message in ended.err
 
 
-def test_no_runs_at_all(tmp_path: Path, command: Callable[..., Ended]) -> None:
+def test_no_runs_at_all(tmp_path: Path, command: Command) -> None:
     ended = command("runs", "list", "-o", tmp_path)
     assert (ended.code, ended.out) == (3, "")
     assert "no runs here; is --output-dir right?" in ended.err
 
 
-def test_doctor_looks_at_each_server_of_a_model(
-    finished: Finished, tmp_path: Path, command: Callable[..., Ended]
-) -> None:
+def test_doctor_looks_at_each_server_of_a_model(finished: Finished, tmp_path: Path, command: Command) -> None:
     with openai_server(teacher) as server:
         several = f"models.teacher.base_url=[{server.url}, http://127.0.0.1:1/v1]"
         found = command("doctor", "-c", finished.config_file, "--set", several, "-o", tmp_path)
@@ -595,9 +569,7 @@ def test_doctor_looks_at_each_server_of_a_model(
     assert "can't be used" in found.out and "127.0.0.1:1" in found.out
 
 
-def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(
-    finished: Finished, tmp_path: Path, command: Callable[..., Ended]
-) -> None:
+def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(finished: Finished, tmp_path: Path, command: Command) -> None:
     healthy = command("doctor", "-c", finished.config_file, "-o", tmp_path)
     assert healthy.code == 0
     assert "teacher: teacher: ready" in healthy.out
@@ -607,7 +579,7 @@ def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(
     assert "can't be used" in sick.out and "teacher" in sick.out
 
 
-def test_the_command_ends_like_the_run(finished: Finished, tmp_path: Path, command: Callable[..., Ended]) -> None:
+def test_the_command_ends_like_the_run(finished: Finished, tmp_path: Path, command: Command) -> None:
     shutil.copy(finished.artifacts / "responses.sqlite", tmp_path)
     run = ["pipeline", "run", "-c", finished.config_file, "-o", tmp_path]
     good = command(*run)
