@@ -20,7 +20,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -747,6 +747,19 @@ class OllamaServer(Server):
 
     def _has(self, model: str) -> bool:
         return _tagged(model) in map(_tagged, self.options.models)
+
+
+NOWHERE = "http://127.0.0.1:9/v1"
+"""Where nobody listens."""
+
+
+def free_port() -> int:
+    """For a server that goes away and comes back: below the ports that a system hands out, lest another is given it."""
+    while True:
+        port = random.SystemRandom().randrange(16_384, 32_768)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 S = TypeVar("S", bound=Server)

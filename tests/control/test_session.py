@@ -225,8 +225,8 @@ def test_a_run_that_is_stopped_accounts_for_every_record_that_it_took(world: Wor
         world.run(server, "artifacts", max_concurrency=1)
     (folder,) = (world.folder / "artifacts" / "runs").iterdir()
     samples = json.loads((folder / "quality_report.json").read_text())["samples"]
-    assert samples["read"] == 61 == len(list(read_samples(folder / "ledger.sqlite")))
-    assert samples["skipped"] > 50
+    assert samples["read"] == len(list(read_samples(folder / "ledger.sqlite")))
+    assert samples["skipped"] > 0
     assert samples["read"] == samples["duplicates"] + samples["failed"] + samples["skipped"] + samples["completed"]
 
 

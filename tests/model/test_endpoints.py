@@ -1,7 +1,6 @@
 """Several servers of one model: they die, come back, refuse and hang, and no answer is lost or stored twice."""
 
 import asyncio
-import socket
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -23,7 +22,19 @@ from fastdistill.model.limits import Limit
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
 from fastdistill.model.retry import RETRY_AFTER_CAP
 from fastdistill.model.router import Endpoint
-from tests.servers import Call, Fault, Server, garbled, hang, mixed, openai_server, rate_limited, status
+from tests.servers import (
+    NOWHERE,
+    Call,
+    Fault,
+    Server,
+    free_port,
+    garbled,
+    hang,
+    mixed,
+    openai_server,
+    rate_limited,
+    status,
+)
 
 T = TypeVar("T")
 PROBE = "Name three colours."
@@ -89,9 +100,7 @@ class Restartable:
     """A server that can go away and come back at the same port; `answered` counts over all its lives."""
 
     def __init__(self, **options: Any) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._options = options | {"port": free.getsockname()[1]}
+        self._options = options | {"port": free_port()}
         self.url = f"http://127.0.0.1:{self._options['port']}/v1"
         self._lives: list[Server] = []
         self._alive = ExitStack()
@@ -131,13 +140,6 @@ def quick(call: Call) -> float:
     return 0.0 if call.prompt == PROBE else Random(call.prompt).uniform(0.002, 0.01)
 
 
-def nowhere() -> str:
-    """An address where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-
-
 def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(asyncio.wait_for(work, 50))
 
@@ -172,7 +174,7 @@ def test_several_servers_share_the_work(tmp_path: Path) -> None:
 
 def test_an_endpoint_that_is_dead_from_the_start_costs_nothing_but_a_note(tmp_path: Path) -> None:
     async def go() -> None:
-        async with asking([nowhere(), server.url], tmp_path) as asker:
+        async with asking([NOWHERE, server.url], tmp_path) as asker:
             assert complete(await asker.ask_all(100, n=2), 200)
             assert asker.store.count() == 200
 
@@ -183,7 +185,7 @@ def test_an_endpoint_that_is_dead_from_the_start_costs_nothing_but_a_note(tmp_pa
 
 def test_the_slots_of_an_endpoint_that_is_down_are_not_counted(tmp_path: Path) -> None:
     async def go() -> None:
-        async with asking([nowhere(), server.url], tmp_path) as asker:
+        async with asking([NOWHERE, server.url], tmp_path) as asker:
             await asker.ask_all(50)
             assert asker.client.router.capacity == 8
 
@@ -212,7 +214,7 @@ def test_an_endpoint_that_hangs_at_first_contact_holds_nobody_up_for_long_and_is
 
 def test_with_no_endpoint_at_all_the_run_stops_at_once(tmp_path: Path) -> None:
     async def go() -> None:
-        async with asking([nowhere(), nowhere()], tmp_path) as asker:
+        async with asking([NOWHERE, NOWHERE.replace(":9", ":7")], tmp_path) as asker:
             with pytest.raises(TeacherError, match="teacher: "):
                 await asker.ask("Q")
 
@@ -374,7 +376,7 @@ def test_while_all_endpoints_refuse_everybody_waits_however_short_they_say_it_ta
 
 
 def one_endpoint() -> Endpoint:
-    return Endpoint(OpenAIProvider(OpenAIConfig(model="teacher", base_url=nowhere())), Limit(1))
+    return Endpoint(OpenAIProvider(OpenAIConfig(model="teacher", base_url=NOWHERE)), Limit(1))
 
 
 def test_no_endpoint_is_left_out_for_longer_than_a_request_would_wait() -> None:
