@@ -13,8 +13,10 @@ demo: $(VENV)/.core
 	$(BIN)/python -m lab.grammar --samples 200 --seed 13 --output demo/data
 	$(BIN)/fastdistill pipeline run --config examples/fastdistill/demo.yaml --output-dir demo/artifacts
 
+# Two tests at a time, for half of the time one waits. Files go out as they are sorted: by themselves, those of few tests, which
+# may be the longest, would come last.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # An environment of its own: it takes over a minute to install, and needs an older python-dateutil than constraints.txt has.
 test-litellm: $(VENV)-litellm/.ready

@@ -3,7 +3,6 @@
 `python -m tests.llamacpp MODEL.gguf PORT SLOTS` serves until its standard input closes.
 """
 
-import socket
 import subprocess
 import sys
 import time
@@ -12,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.servers import free_port
+
 
 @contextmanager
 def llamacpp_server(model: Path, *, slots: int = 4) -> Iterator[str]:
     """The server's base URL, once it answers."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "tests.llamacpp", str(model), str(port), str(slots)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -21,7 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -190,6 +190,7 @@ class Batch:
     """
 
     seconds: float = 0.0
+    held: Callable[[], object] = bool  # once they have passed, it goes on while this is true
     ends: Literal["completed", "failed", "expired", "cancelled"] = "completed"
     answered: int | None = None
     code: str = "invalid_request"  # of a failure
@@ -553,6 +554,9 @@ class OpenAIServer(Server):
         return web.json_response(self.batches[number - 1])
 
     def _end_batch(self, batch: dict[str, Any], script: Batch, lines: Sequence[Mapping[str, Any]]) -> None:
+        if script.held():
+            asyncio.get_running_loop().call_later(0.01, self._end_batch, batch, script, lines)
+            return
         if script.ends == "failed":
             problems = {"data": [{"code": script.code, "message": f"scripted: {script.code}", "line": 1}]}
             batch.update(status="failed", errors=problems)
@@ -745,6 +749,19 @@ class OllamaServer(Server):
 
     def _has(self, model: str) -> bool:
         return _tagged(model) in map(_tagged, self.options.models)
+
+
+NOWHERE = "http://127.0.0.1:9/v1"
+"""Where nobody listens."""
+
+
+def free_port() -> int:
+    """For a server that goes away and comes back: below the ports that a system hands out, lest another is given it."""
+    while True:
+        port = random.SystemRandom().randrange(16_384, 32_768)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 S = TypeVar("S", bound=Server)

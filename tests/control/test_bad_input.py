@@ -14,14 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.command import Command, Ended
 from tests.servers import Server, choose, openai_server
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    message: str
 
 
 @dataclass(frozen=True)
@@ -32,22 +27,28 @@ class World:
     server: Server
     records: Path
     database: Path
+    command: Command
 
     @property
     def config(self) -> dict[str, Any]:
         return config(self.server.url, self.records, self.database)
 
-    def run(self, config: object = None, *, verb: str = "run", limit_blocks: int | None = None) -> Ended:
+    def arguments(self, config: object = None, *, verb: str = "run") -> list[str]:
         path = self.folder / "pipeline.yaml"
         path.write_text(config if isinstance(config, str) else yaml.safe_dump(config or self.config))
-        output = [] if verb == "validate" else ["--output-dir", str(self.folder / "artifacts")]
-        quiet = ["--quiet"] if verb == "run" else []
-        command = [sys.executable, "-m", "fastdistill.control.cli", "pipeline", verb, *quiet, "-c", str(path), *output]
+        output = [] if verb == "validate" else ["--quiet", "--output-dir", str(self.folder / "artifacts")]
+        return ["pipeline", verb, "-c", str(path), *output]
+
+    def run(self, config: object = None, *, verb: str = "run") -> Ended:
+        return self.command(*self.arguments(config, verb=verb))
+
+    def run_as_process(self, limit_blocks: int | None = None) -> Ended:
+        command = [sys.executable, "-m", "fastdistill.control.cli", *self.arguments()]
         if limit_blocks is not None:  # 512 or 1024 bytes each: no file may grow beyond
             command = ["sh", "-c", f"ulimit -f {limit_blocks}; exec {shlex.join(command)}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert "Traceback" not in done.stderr, done.stderr
-        return Ended(done.returncode, done.stderr)
+        return Ended(done.returncode, done.stdout, done.stderr)
 
     @property
     def paid(self) -> int:
@@ -55,16 +56,16 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path, command: Command) -> Iterator[World]:
     with openai_server(choose(ANSWERS), context=5000) as server:
-        yield World(tmp_path, server, write_records(tmp_path), make_database(tmp_path))
+        yield World(tmp_path, server, write_records(tmp_path), make_database(tmp_path), command)
 
 
 def test_a_missing_file(world: World) -> None:
     world.records.unlink()
     ended = world.run()
     assert ended.code == 3
-    assert str(world.records) in ended.message
+    assert str(world.records) in ended.err
     assert world.paid == 0
 
 
@@ -77,11 +78,11 @@ def test_every_config_error_at_once_with_its_path(world: World) -> None:
     bad["requires"] = {}
     ended = world.run(bad, verb="validate")
     assert ended.code == 2
-    assert "steps[3].TextGeneration.num_generation: unknown key; did you mean num_generations?" in ended.message
-    assert "steps[5].RuleFilter.max_chars: " in ended.message
-    assert "steps[10]: ExportSTF is not known; did you mean ExportSFT?" in ended.message
-    assert "models.teacher.num_ctx: the environment variable NO_SUCH_VARIABLE is not set" in ended.message
-    assert "requires: unknown key; did you mean require?" in ended.message
+    assert "steps[3].TextGeneration.num_generation: unknown key; did you mean num_generations?" in ended.err
+    assert "steps[5].RuleFilter.max_chars: " in ended.err
+    assert "steps[10]: ExportSTF is not known; did you mean ExportSFT?" in ended.err
+    assert "models.teacher.num_ctx: the environment variable NO_SUCH_VARIABLE is not set" in ended.err
+    assert "requires: unknown key; did you mean require?" in ended.err
     assert world.paid == 0
 
 
@@ -92,7 +93,7 @@ def test_every_config_error_at_once_with_its_path(world: World) -> None:
 def test_a_config_that_is_not_one(world: World, text: str, place: str) -> None:
     ended = world.run(text, verb="validate")
     assert ended.code == 2
-    assert place in ended.message
+    assert place in ended.err
 
 
 def test_a_record_without_a_field_that_the_template_needs(world: World) -> None:
@@ -101,8 +102,8 @@ def test_a_record_without_a_field_that_the_template_needs(world: World) -> None:
     needs_note["steps"][3]["TextGeneration"]["template"] = "Question: {{ note }}"
     ended = world.run(needs_note)
     assert ended.code == 5
-    assert "train.jsonl:" in ended.message
-    assert "'note' is undefined; the record has: task_id, schema, instruction" in ended.message
+    assert "train.jsonl:" in ended.err
+    assert "'note' is undefined; the record has: task_id, schema, instruction" in ended.err
     assert world.paid <= 3
 
 
@@ -112,11 +113,11 @@ def test_one_bad_record_costs_no_other(world: World) -> None:
     lines[5] = b'{"task_id": "y", "schema": 1'
     lines[7] = b'{"task_id": "z", "instruction": "no schema"}'
     world.records.write_bytes(b"\n".join(lines) + b"\n")
-    ended = world.run()
+    ended = world.run_as_process()
     assert ended.code == 5
-    assert "3 of 60 samples ended in an error" in ended.message
-    assert "train.jsonl:4: not valid UTF-8 (byte 0xe9" in ended.message
-    assert "train.jsonl:8: no field schema" in ended.message
+    assert "3 of 60 samples ended in an error" in ended.err
+    assert "train.jsonl:4: not valid UTF-8 (byte 0xe9" in ended.err
+    assert "train.jsonl:8: no field schema" in ended.err
     assert world.paid == 57 * 3
 
 
@@ -124,7 +125,7 @@ def test_the_same_task_id_with_other_content(world: World) -> None:
     write_records(world.folder, [*RECORDS, {**RECORDS[1], "task_id": RECORDS[0]["task_id"]}])
     ended = world.run()
     assert ended.code == 5
-    assert "train.jsonl:61: task id 'city-0000' belongs to other content at train.jsonl:1" in ended.message
+    assert "train.jsonl:61: task id 'city-0000' belongs to other content at train.jsonl:1" in ended.err
     assert world.paid == 60 * 3
 
 
@@ -132,7 +133,7 @@ def test_a_database_that_is_none(world: World) -> None:
     world.database.write_text("hello")
     ended = world.run()
     assert ended.code == 3
-    assert f"{world.database}: not a SQLite database" in ended.message
+    assert f"{world.database}: not a SQLite database" in ended.err
     assert world.paid == 0
 
 
@@ -141,8 +142,8 @@ def test_a_record_of_ten_megabytes(world: World) -> None:
     write_records(world.folder, [*RECORDS, huge])
     ended = world.run()
     assert ended.code == 5
-    assert "1 of 61 samples ended in an error" in ended.message
-    assert "context_too_long" in ended.message
+    assert "1 of 61 samples ended in an error" in ended.err
+    assert "context_too_long" in ended.err
     assert world.paid == 60 * 3
 
 
@@ -150,13 +151,13 @@ def test_an_empty_data_set(world: World) -> None:
     world.records.write_text("\n\n")
     ended = world.run()
     assert ended.code == 3
-    assert f"{world.records}: no records" in ended.message
+    assert f"{world.records}: no records" in ended.err
 
 
 def test_a_full_disk_loses_nothing_that_was_stored(world: World) -> None:
-    ended = world.run(limit_blocks=400)
+    ended = world.run_as_process(limit_blocks=400)
     assert ended.code == 8
-    assert "free some space and run" in ended.message
+    assert "free some space and run" in ended.err
     paid = world.paid
     assert world.run().code == 0
     # The requests in flight when the disk was full could not be stored; all before were, and none was sent after.
@@ -168,22 +169,22 @@ def test_too_many_failures_stop_the_run(world: World) -> None:
     write_records(world.folder, [{"task_id": str(n), "schema": "x"} for n in range(200)])
     ended = world.run()
     assert ended.code == 5
-    assert "more than max_error_rate 0.1 allows" in ended.message
-    assert "no field instruction" in ended.message
+    assert "more than max_error_rate 0.1 allows" in ended.err
+    assert "no field instruction" in ended.err
 
 
-def test_a_wrong_key_and_an_unknown_model(tmp_path: Path) -> None:
+def test_a_wrong_key_and_an_unknown_model(tmp_path: Path, command: Command) -> None:
     records, database = write_records(tmp_path), make_database(tmp_path)
     with openai_server(choose(ANSWERS), api_key="secret") as server:
-        world = World(tmp_path, server, records, database)
+        world = World(tmp_path, server, records, database, command)
         ended = world.run()
         assert ended.code == 4
-        assert "401" in ended.message and "VLLM_API_KEY" in ended.message
+        assert "401" in ended.err and "VLLM_API_KEY" in ended.err
     with openai_server(choose(ANSWERS), models=["other"]) as server:
-        world = World(tmp_path, server, records, database)
+        world = World(tmp_path, server, records, database, command)
         ended = world.run()
         assert ended.code == 4
-        assert "other" in ended.message
+        assert "other" in ended.err
 
 
 GOLD = RECORDS[0]["gold_sql"]
@@ -213,7 +214,10 @@ BAD_MATH = [
 
 
 @pytest.mark.parametrize("kind", ["sql", "math"])
-def test_an_answer_or_a_gold_of_any_kind_ends_as_what_it_is_and_the_run_goes_on(tmp_path: Path, kind: str) -> None:
+def test_an_answer_or_a_gold_of_any_kind_ends_as_what_it_is_and_the_run_goes_on(
+    tmp_path: Path, kind: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     make_database(tmp_path)
     gate = {"SQLiteExecEval": {"db_path": "city.db"}} if kind == "sql" else {"MathExecEval": {"limits": {"cpu_s": 0.3}}}
     cases = BAD_SQL if kind == "sql" else BAD_MATH
@@ -228,11 +232,8 @@ def test_an_answer_or_a_gold_of_any_kind_ends_as_what_it_is_and_the_run_goes_on(
     steps += [{"TextGeneration": {"template": "{{ q }}"}}, gate, {"ExportSFT": {}}]
     models = {"teacher": {"provider": "replay", "path": "recorded.jsonl"}}
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump({"name": "bad", "models": models, "steps": steps}))
-    command = [sys.executable, "-m", "fastdistill.control.cli", "pipeline", "run", "-c", "pipeline.yaml", "--quiet"]
-    done = subprocess.run(
-        [*command, "--output-dir", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    done = command("pipeline", "run", "-c", "pipeline.yaml", "--quiet", "--output-dir", "out")
+    assert (done.code, done.err) == (0, "")
     (ledger,) = (tmp_path / "out").glob("runs/*/ledger.sqlite")
     with closing(sqlite3.connect(ledger)) as database:
         found = database.execute("SELECT reason, outcome FROM verdicts ORDER BY idx").fetchall()
@@ -247,13 +248,13 @@ def test_nobody_listens(world: World) -> None:
     nobody["models"]["teacher"]["base_url"] = "http://127.0.0.1:9"
     ended = world.run(nobody)
     assert ended.code == 4
-    assert "vllm serve" in ended.message
+    assert "vllm serve" in ended.err
 
 
 def test_the_floor_has_an_exit_code_of_its_own(world: World) -> None:
     demanding = world.config | {"require": {"exec_pass_rate": 0.99}}
     ended = world.run(demanding)
     assert ended.code == 6
-    assert "below the floor: exec_pass_rate" in ended.message
+    assert "below the floor: exec_pass_rate" in ended.err
     (manifest,) = (world.folder / "artifacts").glob("runs/*/manifest.json")
     assert json.loads(manifest.read_text())["status"] == "below_floor"

@@ -699,7 +699,8 @@ def test_a_draw_that_breaks_the_server_does_not_keep_the_waves_going(tmp_path: P
 
     teacher = Teacher(right=lambda prompt, seed: prompt != question(3))
     with openai_server(teacher.script, faults=poisoned, honours_n=False) as server:
-        result = run(pipeline(server.url, tmp_path, 20, n=6, until={"wave": wave}), tmp_path / "a")
+        made = pipeline(server.url, tmp_path, 20, n=6, until={"wave": wave}, teacher={"max_retries": 1})
+        result = run(made, tmp_path / "a")
     assert [row["fd_task_id"] for row in rows(result)] == [f"q{at}" for at in range(20) if at != 3]
     answered = {seed for prompt, seed in teacher.draws if prompt == question(3)}
     assert len(answered) <= 4

@@ -1,8 +1,6 @@
 """Students evaluated under the pipeline's gates, models side by side, and chains of generations."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +16,7 @@ from fastdistill.control.folder import RunFolder
 from fastdistill.control.lineage import advice, chain
 from fastdistill.control.session import Pipeline, RunResult
 from fastdistill.core.errors import ConfigError, InputError
+from tests.command import Command
 from tests.servers import Call, openai_server
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
@@ -45,6 +44,10 @@ class World:
         return made | {"require": {"min_total": 1}, "target": {"accepted": 3}}
 
     @property
+    def root(self) -> tuple[str, Path]:
+        return "--output-dir", self.folder / "artifacts"
+
+    @property
     def pipeline(self) -> Pipeline:
         return parse_pipeline(self.config)
 
@@ -52,11 +55,6 @@ class World:
         changes = {} if role == "teacher" else {"model": role}
         plan = evaluation(self.pipeline, self.folder / "eval.jsonl", role=role, changes=changes, draws=draws)
         return plan.run(output_dir=self.folder / "artifacts")
-
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fastdistill.control.cli", *arguments]
-        root = ["--output-dir", str(self.folder / "artifacts")]
-        return subprocess.run([*command, *root], capture_output=True, text=True, timeout=60, check=False)
 
     def found(self, result: RunResult) -> RunFolder:
         return RunFolder(self.folder / "artifacts", result.run_id)
@@ -115,14 +113,14 @@ def test_a_better_student_is_told_apart_and_a_model_from_itself_is_not(world: Wo
     assert floor["mae"].estimate > 0  # at temperature 1 it does not even agree with itself
 
 
-def test_compare_prints_and_writes_what_it_found(world: World) -> None:
+def test_compare_prints_and_writes_what_it_found(world: World, command: Command) -> None:
     ids = [world.evaluate(role).run_id for role in ("teacher", "before", "student")]
     out = world.folder / "compared.json"
-    done = world.command("compare", *ids, "--json", str(out), "--group-by", "db_id")
-    assert done.returncode == 0, done.stderr
-    assert "student: student" in done.stdout
-    assert "McNemar p" in done.stdout
-    assert "noise floor, teacher against itself" in done.stdout
+    done = command("compare", *ids, "--json", out, "--group-by", "db_id", *world.root)
+    assert done.code == 0, done.err
+    assert "student: student" in done.out
+    assert "McNemar p" in done.out
+    assert "noise floor, teacher against itself" in done.out
     written = json.loads(out.read_bytes())
     assert [run["role"] for run in written["runs"]] == ["teacher", "before", "student"]
     assert written["runs"][2]["accuracy"]["rate"] > written["runs"][1]["accuracy"]["rate"]
@@ -133,25 +131,25 @@ def test_compare_prints_and_writes_what_it_found(world: World) -> None:
         measure(RunFolder(world.folder / "artifacts", ids[0]), "table")
 
 
-def test_runs_of_other_records_can_not_be_compared(world: World) -> None:
+def test_runs_of_other_records_can_not_be_compared(world: World, command: Command) -> None:
     first = world.evaluate("student").run_id
     write_records(world.folder, RECORDS[:5], "eval.jsonl")
     plan = evaluation(world.pipeline, world.folder / "eval.jsonl", role="student", changes={"model": "before"}, draws=1)
     second = plan.run(output_dir=world.folder / "artifacts", run_id="other").run_id
-    done = world.command("compare", first, second)
-    assert done.returncode == 3
-    assert "no sample in common" in done.stderr
+    done = command("compare", first, second, *world.root)
+    assert done.code == 3
+    assert "no sample in common" in done.err
 
 
-def test_runs_of_one_role_are_told_apart_by_their_ids(world: World) -> None:
+def test_runs_of_one_role_are_told_apart_by_their_ids(world: World, command: Command) -> None:
     for run_id in ("first", "second"):
         plan = evaluation(world.pipeline, world.folder / "eval.jsonl", role="teacher", changes={}, draws=1)
         plan.run(output_dir=world.folder / "artifacts", run_id=run_id)
-    head = world.command("compare", "first", "second").stdout.splitlines()[0]
+    head = command("compare", "first", "second", *world.root).out.splitlines()[0]
     assert head.split() == ["first:", "teacher", "second:", "teacher"]
 
 
-def test_generations_are_chained_and_the_chain_is_tested(world: World) -> None:
+def test_generations_are_chained_and_the_chain_is_tested(world: World, command: Command) -> None:
     first = world.pipeline.run(output_dir=world.folder / "artifacts", run_id="born-0")
     second = parse_pipeline(
         world.config | {"models": {"teacher": world.config["models"]["teacher"] | {"model": "student"}},
@@ -160,10 +158,10 @@ def test_generations_are_chained_and_the_chain_is_tested(world: World) -> None:
     assert (first.manifest["generation"], first.manifest["parent_run_id"]) == (0, None)
     assert (second.manifest["generation"], second.manifest["parent_run_id"]) == (1, "born-0")
     assert [folder.run_id for folder in chain(world.folder / "artifacts", "born-1")] == ["born-0", "born-1"]
-    done = world.command("lineage", "born-1")
-    assert done.returncode == 0, done.stderr
-    assert "against generation 0" in done.stdout
-    assert "the candidates of" not in world.command("runs", "show", "born-1").stdout  # it has asked for its own
+    done = command("lineage", "born-1", *world.root)
+    assert done.code == 0, done.err
+    assert "against generation 0" in done.out
+    assert "the candidates of" not in command("runs", "show", "born-1", *world.root).out  # it has asked for its own
     runs = [measure(world.found(first)), *[measure(world.found(second))] * 3]
     stop = advice(runs, [pair(after, before) for before, after in pairwise(runs[1:])])
     assert stop == ["stop: the last two generations can't be told from their parents"]

@@ -22,6 +22,8 @@ from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
 assert pyarrow.parquet
 
+pytestmark = pytest.mark.alone
+
 Watched = Callable[[dict[str, Any], Server], tuple[RunResult, list[tuple[float, str]]]]
 
 

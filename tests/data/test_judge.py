@@ -15,7 +15,7 @@ from fastdistill.control.session import RunResult
 from fastdistill.core.errors import SampleError, TeacherError
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, TokenLogprob
 from fastdistill.data.judge import CRITERIA, LLMJudge, PairwiseJudge
-from tests.servers import Call, Reply, Script, choose, openai_server, status
+from tests.servers import NOWHERE, Call, Reply, Script, choose, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
 GOLD = {record["instruction"]: record["gold_sql"] for record in RECORDS}
@@ -156,7 +156,7 @@ def test_a_judge_that_can_not_be_read_is_an_error_and_never_a_rejection(tmp_path
 
 def test_a_judge_that_breaks_is_an_error(tmp_path: Path) -> None:
     broken = {"<answer>": status(500, times=None)}
-    _, samples, _ = judged(tmp_path, knows, records=4, faults=broken)
+    _, samples, _ = judged(tmp_path, knows, records=4, model={"max_retries": 1}, faults=broken)
     assert {(v.outcome, v.reason) for _, v in verdicts(samples)} == {(Outcome.ERROR, "judge_unavailable")}
 
 
@@ -172,17 +172,11 @@ def test_several_judges_decide_by_the_mean_and_their_agreement_is_reported(tmp_p
     assert {v.score for v in split} == {0.5}
 
 
-def closed_port() -> str:
-    with openai_server() as server:
-        pass
-    return server.url
-
-
 @pytest.mark.parametrize("step", ["LLMJudge", "PairwiseJudge"])
 def test_a_judge_that_nobody_can_reach_says_nothing_and_ends_no_run(tmp_path: Path, step: str) -> None:
     with openai_server(choose(ANSWERS)) as teacher:
         made = config(teacher.url, write_records(tmp_path, RECORDS[:20]), make_database(tmp_path), num_generations=6)
-        made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": closed_port()}
+        made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": NOWHERE}
         made["steps"][6]["SQLiteExecEval"]["require"] = "exec_pass"
         made["steps"][7:8] = [{step: {"task": "{{ instruction }}"}}]
         result = parse_pipeline(made).run(output_dir=tmp_path / "artifacts")

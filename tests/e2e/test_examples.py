@@ -132,7 +132,7 @@ def test_the_code_config_goes_on_past_answers_and_problems_of_every_kind(tmp_pat
         "noise": "\x00\x7f\x1b\ufffd" * 500,
         "rust": "fn f(x: i64) -> i64 { x + 1 }",
         "empty": "",
-        "huge": "x = 1\n" * 8_500_000,
+        "huge": "x = 1\n" * 3_400_000,
         "hangs": "def f(x):\n    while True: pass",
         "forged": "import os\nprint('passed')\nos._exit(0)",
         "broken_gold": right,

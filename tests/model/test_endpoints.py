@@ -1,7 +1,6 @@
 """Several servers of one model: they die, come back, refuse and hang, and no answer is lost or stored twice."""
 
 import asyncio
-import socket
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -23,7 +22,19 @@ from fastdistill.model.limits import Limit
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
 from fastdistill.model.retry import RETRY_AFTER_CAP
 from fastdistill.model.router import Endpoint
-from tests.servers import Call, Fault, Server, garbled, hang, mixed, openai_server, rate_limited, status
+from tests.servers import (
+    NOWHERE,
+    Call,
+    Fault,
+    Server,
+    free_port,
+    garbled,
+    hang,
+    mixed,
+    openai_server,
+    rate_limited,
+    status,
+)
 from tests.world import holds
 
 T = TypeVar("T")
@@ -90,9 +101,7 @@ class Restartable:
     """A server that can go away and come back at the same port; `answered` counts over all its lives."""
 
     def __init__(self, **options: Any) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._options = options | {"port": free.getsockname()[1]}
+        self._options = options | {"port": free_port()}
         self.url = f"http://127.0.0.1:{self._options['port']}/v1"
         self._lives: list[Server] = []
         self._alive = ExitStack()
@@ -132,13 +141,6 @@ def quick(call: Call) -> float:
     return 0.0 if call.prompt == PROBE else Random(call.prompt).uniform(0.002, 0.01)
 
 
-def nowhere() -> str:
-    """An address where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-
-
 def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(asyncio.wait_for(work, 50))
 
@@ -173,7 +175,7 @@ def test_several_servers_share_the_work(tmp_path: Path) -> None:
 
 def test_an_endpoint_that_is_dead_from_the_start_costs_nothing_but_a_note(tmp_path: Path) -> None:
     async def go() -> None:
-        async with asking([nowhere(), server.url], tmp_path) as asker:
+        async with asking([NOWHERE, server.url], tmp_path) as asker:
             assert complete(await asker.ask_all(100, n=2), 200)
             assert await holds(asker.store, 200)
 
@@ -184,7 +186,7 @@ def test_an_endpoint_that_is_dead_from_the_start_costs_nothing_but_a_note(tmp_pa
 
 def test_the_slots_of_an_endpoint_that_is_down_are_not_counted(tmp_path: Path) -> None:
     async def go() -> None:
-        async with asking([nowhere(), server.url], tmp_path) as asker:
+        async with asking([NOWHERE, server.url], tmp_path) as asker:
             await asker.ask_all(50)
             assert asker.client.router.capacity == 8
 
@@ -213,7 +215,7 @@ def test_an_endpoint_that_hangs_at_first_contact_holds_nobody_up_for_long_and_is
 
 def test_with_no_endpoint_at_all_the_run_stops_at_once(tmp_path: Path) -> None:
     async def go() -> None:
-        async with asking([nowhere(), nowhere()], tmp_path) as asker:
+        async with asking([NOWHERE, NOWHERE.replace(":9", ":7")], tmp_path) as asker:
             with pytest.raises(TeacherError, match="teacher: "):
                 await asker.ask("Q")
 
@@ -331,12 +333,12 @@ def test_who_waits_for_endpoints_that_are_down_does_not_hold_up_the_end(tmp_path
         run(go())
 
 
-@pytest.mark.parametrize("endpoints", [2, 10])
-def test_a_short_outage_of_all_costs_no_request_however_many_endpoints_refuse_it(
-    tmp_path: Path, endpoints: int
-) -> None:
-    async def go() -> None:
-        async with asking([server.url for server in servers], tmp_path) as asker:
+def test_a_short_outage_of_all_costs_no_request_however_many_endpoints_refuse_it(tmp_path: Path) -> None:
+    async def go(endpoints: int) -> None:
+        (folder := tmp_path / str(endpoints)).mkdir()
+        servers = [alive.enter_context(restartable(latency=quick)) for _ in range(endpoints)]
+        await asyncio.gather(*(server.start() for server in servers))
+        async with asking([server.url for server in servers], folder) as asker:
             await asker.ask_all(20)
             await asyncio.gather(*(server.stop() for server in servers))
             late = asyncio.create_task(asker.ask("late"))
@@ -345,39 +347,37 @@ def test_a_short_outage_of_all_costs_no_request_however_many_endpoints_refuse_it
             await servers[0].start()
             assert complete(await late, 1)
 
+    async def all_at_once() -> None:
+        await asyncio.gather(go(2), go(10))
+
     with ExitStack() as alive:
-        servers = [alive.enter_context(restartable(latency=quick)) for _ in range(endpoints)]
-
-        async def started() -> None:
-            await asyncio.gather(*(server.start() for server in servers))
-            await go()
-
-        run(started())
+        run(all_at_once())
 
 
 # --- endpoints that refuse ---
 
 
-@pytest.mark.parametrize("asked", ["0", "-1", "Wed, 21 Oct 2015 07:28:00 GMT", "0.01"])
-@pytest.mark.parametrize("requests", [1, 20])
-def test_while_all_endpoints_refuse_everybody_waits_however_short_they_say_it_takes(
-    tmp_path: Path, asked: str, requests: int
-) -> None:
-    async def go() -> None:
-        async with asking([one.url, other.url], tmp_path) as asker:
-            assert complete(await asker.ask_all(requests), requests)
+def test_while_all_endpoints_refuse_everybody_waits_however_short_they_say_it_takes(tmp_path: Path) -> None:
+    async def go(asked: str, requests: int) -> None:
+        (folder := tmp_path / f"{asked} {requests}").mkdir()
+        begun = monotonic()
 
-    begun = monotonic()
+        def refuses(call: Call) -> Fault | None:
+            return None if call.prompt == PROBE or monotonic() > begun + 2 else rate_limited(asked, times=None)
 
-    def refuses(call: Call) -> Fault | None:
-        return None if call.prompt == PROBE or monotonic() > begun + 2 else rate_limited(asked, times=None)
+        with openai_server(faults=refuses) as one, openai_server(faults=refuses) as other:
+            async with asking([one.url, other.url], folder) as asker:
+                assert complete(await asker.ask_all(requests), requests), (asked, requests)
 
-    with openai_server(faults=refuses) as one, openai_server(faults=refuses) as other:
-        run(go())
+    async def all_at_once() -> None:
+        said = ("0", "-1", "Wed, 21 Oct 2015 07:28:00 GMT", "0.01")
+        await asyncio.gather(*(go(asked, requests) for asked in said for requests in (1, 20)))
+
+    run(all_at_once())
 
 
 def one_endpoint() -> Endpoint:
-    return Endpoint(OpenAIProvider(OpenAIConfig(model="teacher", base_url=nowhere())), Limit(1))
+    return Endpoint(OpenAIProvider(OpenAIConfig(model="teacher", base_url=NOWHERE)), Limit(1))
 
 
 def test_no_endpoint_is_left_out_for_longer_than_a_request_would_wait() -> None:

@@ -364,12 +364,17 @@ def test_a_record_that_can_not_be_read_is_named(tmp_path: Path) -> None:
     assert "17.json is no record of a batch" in str(error) and "remove it" in str(error)
 
 
+async def looked_at(server: Server) -> None:
+    while not server.counters.paths["/v1/batches/batch_1"]:  # noqa: ASYNC110 - of another loop
+        await asyncio.sleep(0.01)
+
+
 def leave(server: Server, folder: Path, prompts: Sequence[Prompt] = PROMPTS, seed: int | None = 7) -> None:
     """Asks, and is gone while the batch is at the server."""
 
     async def start(provider: BatchProvider, brake: Brake) -> list[Result]:
         asking = asyncio.ensure_future(together(provider, prompts, seed))
-        await asyncio.wait([asking], timeout=2 * QUIET)
+        await looked_at(server)
         assert not asking.done()
         asking.cancel()
         await asyncio.wait([asking])
@@ -427,8 +432,10 @@ def test_records_are_dropped_when_the_server_has_deleted_the_answers(tmp_path: P
 
 def test_a_run_that_must_stop_leaves_its_batch_at_the_server_and_says_so(tmp_path: Path) -> None:
     async def interrupted(provider: BatchProvider, brake: Brake) -> list[Result]:
-        asyncio.get_running_loop().call_later(2 * QUIET, brake.stop, FatalError("interrupted"))
-        return await together(provider, PROMPTS)
+        asking = asyncio.ensure_future(together(provider, PROMPTS))
+        await looked_at(server)
+        brake.stop(FatalError("interrupted"))
+        return await asking
 
     with openai_server(batches={1: Batch(seconds=60)}) as server:
         results = talk(server, tmp_path, interrupted)
@@ -511,18 +518,25 @@ def test_a_run_with_failed_lines_and_an_expired_batch_ends_in_the_same_bytes(
 
 
 def test_a_run_that_is_killed_and_interrupted_pays_for_one_batch(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    with openai_server(teacher, batches={1: Batch(seconds=6)}) as server:
+    def looks() -> int:
+        return server.counters.paths["/v1/batches/batch_1"]
+
+    released: list[bool] = []
+    with openai_server(teacher, batches={1: Batch(held=lambda: not released)}) as server:
         made = pipeline(tmp_path, server)
         with started(tmp_path, made):
-            wait_until(lambda: server.counters.paths["/v1/batches/batch_1"])  # and is killed with -9
-        looks = server.counters.paths["/v1/batches/batch_1"]
+            wait_until(looks)  # and is killed with -9
+        before = looks()
         with started(tmp_path, made) as process:
-            wait_until(lambda: server.counters.paths["/v1/batches/batch_1"] > looks + 5)
+            wait_until(lambda: looks() > before + 5)
             process.send_signal(signal.SIGINT)
-            _, message = process.communicate(timeout=3)
+            _, message = process.communicate(timeout=30)
             assert process.returncode == 130
             assert "for the next run to read: batch_1" in message
+        before = looks()
         with started(tmp_path, made) as process:
+            wait_until(lambda: looks() > before)
+            released.append(True)
             _, message = process.communicate()
             assert process.returncode == 0, message
     assert data_set(tmp_path / "out") == undisturbed
@@ -531,11 +545,13 @@ def test_a_run_that_is_killed_and_interrupted_pays_for_one_batch(tmp_path: Path,
 
 
 def test_a_run_whose_time_is_up_leaves_its_batch_to_the_next(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    with openai_server(teacher, batches={1: Batch(seconds=6)}) as server:
+    released: list[bool] = []
+    with openai_server(teacher, batches={1: Batch(held=lambda: not released)}) as server:
         made = pipeline(tmp_path, server)
         late = parse_pipeline(made | {"budget": {"max_wall_s": 2}}).run(output_dir=tmp_path / "out")
         assert late.exit_code == ExitCode.BUDGET
         assert server.batches[0]["status"] == "in_progress"
+        released.append(True)
         parse_pipeline(made).run(output_dir=tmp_path / "out")
     assert data_set(tmp_path / "out") == undisturbed
     assert lines(server) == [3 * len(RECORDS)]

@@ -23,7 +23,7 @@ from fastdistill.model.transport import (
     split_thinking,
     transport_for,
 )
-from tests.servers import cut, garbled, hang, openai_server, reset
+from tests.servers import NOWHERE, cut, garbled, hang, openai_server, reset
 
 BODY = b'{"model": "teacher", "messages": [{"role": "user", "content": "hi"}]}'
 
@@ -96,9 +96,7 @@ def test_connections_are_kept(kind: Transports) -> None:
 
 
 def test_nobody_listening_is_refused(kind: Transports) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    assert failure(kind, f"http://127.0.0.1:{port}/").kind is ErrorKind.REFUSED
+    assert failure(kind, NOWHERE).kind is ErrorKind.REFUSED
 
 
 def test_an_unknown_host_is_refused(kind: Transports) -> None:

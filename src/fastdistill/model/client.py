@@ -397,7 +397,7 @@ class ModelClient:
         async with self._pacing:
             while delay := self._pace.delay(perf_counter(), worst):
                 self._brake.check(worst, dollars)
-                await self._brake.pause(min(delay, 1.0))  # answers in flight may turn out shorter meanwhile
+                await self._brake.pause(min(delay, 0.05))  # answers in flight may turn out shorter meanwhile
             while self._brake.check(worst, dollars):
                 await self._brake.pause(0.05)  # what is in flight may cost less than it could
             return self._pace.take(perf_counter(), worst)
