@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -668,6 +670,25 @@ def test_doctor_looks_at_each_server_of_a_model(
     assert found.code == 4
     assert "teacher: teacher: ready" in found.out
     assert "can't be used" in found.out and "127.0.0.1:1" in found.out
+
+
+def test_source_that_is_not_installed_runs_to_its_end(finished: Finished, tmp_path: Path) -> None:
+    shutil.copy(finished.artifacts / "responses.sqlite", tmp_path)
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(pytest.__file__).parent.parent.iterdir():
+        if not entry.name.lower().strip("_").startswith("fastdistill"):
+            (packages / entry.name).symlink_to(entry)
+    run = ["pipeline", "run", "-c", str(finished.config_file), "-o", str(tmp_path), "--quiet"]
+    source = os.pathsep.join([str(Path(main.__code__.co_filename).parents[2]), str(packages)])
+    for arguments in (["--version"], run):
+        code = f"from fastdistill.control.cli import main; main({arguments!r})"
+        ended = subprocess.run(  # `-S`: without the packages of this interpreter
+            [sys.executable, "-S", "-c", code], env={**os.environ, "PYTHONPATH": source}, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+    manifest = json.loads((tmp_path / "runs" / finished.result.run_id / "manifest.json").read_bytes())
+    assert manifest["versions"]["fastdistill"] == "not installed"
 
 
 def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(
