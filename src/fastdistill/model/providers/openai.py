@@ -69,6 +69,13 @@ NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "top_k": (0, -1),
 }
 
+_NO_MODEL = re.compile(
+    r"\bmodel\b.{0,200}(not found|not exist|not available)|(invalid|unknown|no such) model|not a valid model"
+    # Hugging Face's router, transformers serve, DeepSeek, Zhipu
+    r"|model_not_(found|supported)|server is pinned to|supported (api )?model names|模型不存在",
+    re.IGNORECASE,
+)
+
 _ASKS_FOR_IDS = {"vllm": "return_tokens_as_token_ids", "sglang": "return_token_ids"}
 
 _LOADS = (  # requests running and waiting
@@ -523,9 +530,7 @@ def _may_be_left_out(name: str, value: object) -> bool:
 
 
 def _says_no_model(fault: Fault) -> bool:
-    words = r"\bmodel\b.{0,200}(not found|not exist|not available)|(invalid|unknown|no such) model|not a valid model"
-    named = fault.parameter == "model" or "model_not_found" in fault.code
-    return named or re.search(words, fault.message, re.IGNORECASE) is not None
+    return fault.parameter == "model" or any(map(_NO_MODEL.search, (fault.code, fault.message)))
 
 
 def _numbers(fault: Fault) -> str:
