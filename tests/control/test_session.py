@@ -691,6 +691,13 @@ def test_source_that_is_not_installed_runs_to_its_end(finished: Finished, tmp_pa
     assert manifest["versions"]["fastdistill"] == "not installed"
 
 
+def test_doctor_asks_first_as_the_run_will(finished: Finished, tmp_path: Path, command: Callable[..., Ended]) -> None:
+    with openai_server(teacher) as server:
+        here, hot = (f"models.teacher.base_url={server.url}", "steps.TextGeneration.decode_profile.temperature=0.7")
+        command("doctor", "-c", finished.config_file, "--set", here, "--set", hot, "-o", tmp_path)
+    assert server.counters.bodies[0]["temperature"] == 0.7
+
+
 def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(
     finished: Finished, tmp_path: Path, command: Callable[..., Ended]
 ) -> None:

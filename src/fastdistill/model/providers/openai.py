@@ -7,7 +7,7 @@ refuses by name is left out from then on if it was neutral, and an error if it w
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
@@ -87,6 +87,12 @@ _METRIC = re.compile(
     rb"^(%b)(\{[^}]*\})? (\d{1,15}(?:\.\d*)?(?:e\+\d\d)?)\s*$" % b"|".join(map(b"|".join, _LOADS)), re.M
 )
 _RANKS = re.compile(rb'[tp]p_rank="\d+",?')  # SGLang: those of one engine each tell of the same requests
+
+_OF_THE_FIRST = ("temperature", "top_p", "frequency_penalty")
+_TRANSFORMERS = (
+    "this is transformers serve: with --continuous-batching, the temperature and top_p of the first request since its"
+    " start hold for all later ones"
+)
 
 _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT}
 """Errors of a probe's request that say something about the endpoint, not about what the request tried."""
@@ -216,22 +222,23 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
                     raise await self._with_models(error) from error
                 raise
 
-    async def probe(self) -> Capabilities:
-        """Lists the models, and asks for a token with n=2, for two with logprobs, and for four with a JSON schema.
+    async def probe(self, like: Prompt | None = None) -> Capabilities:
+        """Lists the models, and asks for four tokens with a JSON schema, then for one with n=2 and two with logprobs.
 
         With `batch` it asks for none: that would take a batch.
         """
         ids: dict[str, Any] = {"token_ids": True} if self._config.provider in _ASKS_FOR_IDS else {}
         scores = {"logprobs": True, "top_logprobs": 20, **ids}
-        # Side by side, for until they are answered no other request goes out.
-        asked: list[Coroutine[Any, Any, list[Completion] | ProviderError]] = []
-        if self._config.batch is None:
-            shape = self._try(max_tokens=4, response_format=_PROBE_SCHEMA)  # the first token may be blank
-            asked = [self._try(n=2), self._try(**scores), shape, self._try(**scores, temperature=2.0)]
+        first = {name: value for name, value in like.parameters.items() if name in _OF_THE_FIRST} if like else {}
         try:
             async with asyncio.TaskGroup() as group:
                 listing, identity = group.create_task(self._list_models()), group.create_task(self._identify())
-                tries = [group.create_task(one) for one in asked]
+                if self._config.batch is None:
+                    # Alone, for `transformers serve` with continuous batching samples all others as its first request
+                    # asks. Of several tokens, for the first may be blank.
+                    shaped = await self._try(max_tokens=4, response_format=_PROBE_SCHEMA, **first)
+                    asked = self._try(n=2), self._try(**scores), self._try(**scores, temperature=2.0)
+                    tries = [group.create_task(one) for one in asked]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         models, (server, notes) = listing.result(), identity.result()
@@ -243,9 +250,9 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             models=tuple(model.id for model in models),
             context_length=entry.context if entry else None,
         )
-        if not tries:
+        if self._config.batch is not None:
             return replace(listed, notes=tuple(notes))
-        two, scored, shaped, hot = (one.result() for one in tries)
+        two, scored, hot = (one.result() for one in tries)
         if isinstance(scored, ProviderError):
             scored = await self._try(logprobs=True)
         spent = [one.usage for tried in (two, scored, shaped, hot) if isinstance(tried, list) for one in tried]
@@ -257,7 +264,9 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             if isinstance(answers, ProviderError):
                 notes.append(f"{feature} failed: {answers}")
         if answer and answer.model and answer.model != self._config.model:
-            notes.append(f"asked for {self._config.model!r}, answers come from {answer.model!r}")
+            revised = answer.model.startswith(f"{self._config.model}@")
+            other = f"asked for {self._config.model!r}, answers come from {answer.model!r}"
+            notes.append(_TRANSFORMERS if revised else other)
         token = scored[0].logprobs[0] if isinstance(scored, list) and scored[0].logprobs else None
         if token and len(token.top) > 1:
             self._basis = basis_of(token, hot[0].logprobs[0] if isinstance(hot, list) and hot[0].logprobs else None)
@@ -496,8 +505,8 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
     async def _try(self, *, n: int = 1, max_tokens: int = 1, **parameters: Any) -> list[Completion] | ProviderError:
         """The completions of a tiny request, or why there are none; raises if the endpoint can't be used at all."""
-        decode = DecodeProfile(max_tokens=max_tokens, **parameters)
-        prompt = Prompt(self._config.provider, self._config.model, _PROBE_MESSAGES, decode.parameters())
+        sent = DecodeProfile(max_tokens=max_tokens).parameters() | parameters
+        prompt = Prompt(self._config.provider, self._config.model, _PROBE_MESSAGES, sent)
         try:
             return await self.complete(prompt, seed=1, n=n)
         except ProviderError as error:
