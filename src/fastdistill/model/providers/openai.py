@@ -90,8 +90,8 @@ _RANKS = re.compile(rb'[tp]p_rank="\d+",?')  # SGLang: those of one engine each 
 
 _OF_THE_FIRST = ("temperature", "top_p", "frequency_penalty")
 _TRANSFORMERS = (
-    "this is transformers serve: with --continuous-batching, the temperature and top_p of the first request since its"
-    " start hold for all later ones"
+    "this is transformers serve: where its generation_config.json has no top_k, it is 50; with --continuous-batching,"
+    " instead, the temperature and top_p of the first request since its start hold for all"
 )
 
 _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT}
