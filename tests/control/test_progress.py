@@ -64,7 +64,7 @@ class ScriptedTeacher:
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         return [COMPLETION] * n
 
-    async def probe(self) -> Capabilities:
+    async def probe(self, like: Prompt | None = None) -> Capabilities:
         return Capabilities("http://127.0.0.1:1/v1", server=HOSTILE, served_model="served-7b", notes=("a note",))
 
     async def load(self) -> Load | None:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+import fastdistill
 from fastdistill import CanonicalizeFields, Deduplicate, LoadJsonl, Pipeline, RuleFilter, RunResult, TextGeneration
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
@@ -645,6 +648,32 @@ def test_doctor_looks_at_each_server_of_a_model(finished: Finished, tmp_path: Pa
     assert found.code == 4
     assert "teacher: teacher: ready" in found.out
     assert "can't be used" in found.out and "127.0.0.1:1" in found.out
+
+
+def test_source_that_is_not_installed_runs_to_its_end(finished: Finished, tmp_path: Path) -> None:
+    shutil.copy(finished.artifacts / "responses.sqlite", tmp_path)
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(pytest.__file__).parent.parent.iterdir():
+        if not entry.name.lower().strip("_").startswith("fastdistill"):
+            (packages / entry.name).symlink_to(entry)
+    run = ["pipeline", "run", "-c", str(finished.config_file), "-o", str(tmp_path), "--quiet"]
+    source = os.pathsep.join([str(Path(fastdistill.__file__).parents[1]), str(packages)])
+    for arguments in (["--version"], run):
+        code = f"from fastdistill.control.cli import main; main({arguments!r})"
+        ended = subprocess.run(  # `-S`: without the packages of this interpreter
+            [sys.executable, "-S", "-c", code], env={**os.environ, "PYTHONPATH": source}, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+    manifest = json.loads((tmp_path / "runs" / finished.result.run_id / "manifest.json").read_bytes())
+    assert manifest["versions"]["fastdistill"] == "not installed"
+
+
+def test_doctor_asks_first_as_the_run_will(finished: Finished, tmp_path: Path, command: Command) -> None:
+    with openai_server(teacher) as server:
+        here, hot = (f"models.teacher.base_url={server.url}", "steps.TextGeneration.decode_profile.temperature=0.7")
+        command("doctor", "-c", finished.config_file, "--set", here, "--set", hot, "-o", tmp_path)
+    assert server.counters.bodies[0]["temperature"] == 0.7
 
 
 def test_doctor_knows_a_healthy_endpoint_from_a_sick_one(finished: Finished, tmp_path: Path, command: Command) -> None:

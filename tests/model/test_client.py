@@ -16,6 +16,7 @@ from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import BudgetSpent, EnvironmentFault, FatalError, SampleError, TeacherError, Unreachable
 from fastdistill.core.types import Answer, Draw, Prompt
 from fastdistill.model.client import ModelClient
+from fastdistill.model.provider import Capabilities
 from fastdistill.model.providers.ollama import OllamaProvider
 from fastdistill.model.providers.openai import OpenAIProvider
 from tests.servers import (
@@ -107,6 +108,31 @@ async def until(happens: Callable[[], bool]) -> None:
 
 def texts(answers: Sequence[Any]) -> list[str]:
     return [answer.completion.text for answer in answers]
+
+
+# --- the first contact ---
+
+
+def test_a_server_that_samples_all_as_its_first_request_asks_samples_as_the_run_asks(tmp_path: Path) -> None:
+    asked: list[float] = []
+
+    def transformers(call: Call) -> Fault:
+        """With --continuous-batching."""
+        asked.append(call.body["temperature"])
+        message = {"content": f"sampled at {asked[0]}", "role": "assistant"}
+        choices = [{"finish_reason": "stop", "index": 0, "message": message}]
+        usage = {"completion_tokens": 3, "prompt_tokens": 6, "total_tokens": 9}
+        more = {"id": "eeca93c4", "created": 1795753567, "object": "chat.completion"}
+        return status(200, {**more, "choices": choices, "model": "teacher@main", "usage": usage})
+
+    async def go() -> tuple[list[Any], list[Capabilities]]:
+        async with asking(server, tmp_path, kind="openai") as asker:
+            return await asker.ask(temperature=0.7), asker.client.endpoints
+
+    with openai_server(faults=transformers) as server:
+        answers, [endpoint] = run(go())
+    assert texts(answers) == ["sampled at 0.7"]
+    assert len(endpoint.notes) == 1 and "the first request" in endpoint.notes[0]
 
 
 # --- the store ---

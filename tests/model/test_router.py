@@ -35,7 +35,7 @@ class Nobody:
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         raise AssertionError
 
-    async def probe(self) -> Capabilities:
+    async def probe(self, like: Prompt | None = None) -> Capabilities:
         raise AssertionError
 
     async def load(self) -> Load | None:

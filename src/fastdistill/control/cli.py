@@ -78,9 +78,9 @@ def fail(message: str, code: ExitCode) -> NoReturn:
 @app.callback(invoke_without_command=True)
 def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if show:
-        from importlib.metadata import version
+        from fastdistill.control.reports import version_of
 
-        print(f"fastdistill {version('fastdistill')}")
+        print(f"fastdistill {version_of('fastdistill')}")
 
 
 def with_pipeline(command: "Callable[..., None]") -> "Callable[..., None]":

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import fields
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastdistill.control.folder import artifacts_root
 from fastdistill.control.registry import provider_class
 from fastdistill.control.session import Pipeline
 from fastdistill.control.terminal import say
+from fastdistill.core.types import Prompt
 from fastdistill.data.execution.python import PythonExecEval
 from fastdistill.data.execution.sandbox import available_isolation
 from fastdistill.model.provider import Capabilities, ModelConfig, Provider, ProviderError
@@ -28,7 +30,11 @@ def examine(pipeline: Pipeline, output_dir: Path | None) -> bool:
     if any(isinstance(step, PythonExecEval) for step in pipeline.steps):
         say(f"python sandbox: {available_isolation()}")
     endpoints = [(name, config) for name, model in pipeline.models.items() for config in model.endpoints()]
-    found = asyncio.run(_probe_all(config for _, config in endpoints))
+    profiles = (
+        (name, getattr(step, "decode_profile", None)) for step in reversed(pipeline.steps) for name in step.models()
+    )
+    like = {name: Prompt("", "", (), profile.each[0].parameters()) for name, profile in profiles if profile}
+    found = asyncio.run(_probe_all((config, like.get(name)) for name, config in endpoints))
     for (name, config), result in zip(endpoints, found, strict=True):
         if isinstance(result, ProviderError):
             say(f"{name}: {config.model}: can't be used: {result}", "red")
@@ -39,14 +45,14 @@ def examine(pipeline: Pipeline, output_dir: Path | None) -> bool:
     return not any(isinstance(result, ProviderError) for result in found)
 
 
-async def _probe_all(models: Iterable[ModelConfig]) -> list[Capabilities | ProviderError]:
-    return await asyncio.gather(*map(_probe, models))
+async def _probe_all(models: Iterable[tuple[ModelConfig, Prompt | None]]) -> list[Capabilities | ProviderError]:
+    return await asyncio.gather(*starmap(_probe, models))
 
 
-async def _probe(config: ModelConfig) -> Capabilities | ProviderError:
+async def _probe(config: ModelConfig, like: Prompt | None) -> Capabilities | ProviderError:
     provider: Provider = provider_class(config.provider)(config)
     try:
-        return await provider.probe()
+        return await provider.probe(like)
     except ProviderError as error:
         return error
     finally:

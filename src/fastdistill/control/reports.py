@@ -241,15 +241,23 @@ class Proofs:
 
 def versions() -> dict[str, str]:
     """What this run was made with: ours, the interpreter's, the libraries'."""
-    from importlib.metadata import version
-
     return {
-        "fastdistill": version("fastdistill"),
+        "fastdistill": version_of("fastdistill"),
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
         "platform": f"{sys.platform}-{platform.machine()}",
-        **{name: version(name) for name in DEPENDENCIES},
+        **{name: version_of(name) for name in DEPENDENCIES},
     }
+
+
+def version_of(package: str) -> str:
+    """Where only its source is there, that is said: a run whose answers are paid for must not fail for a version."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def failures_message(tally: Tally) -> str:

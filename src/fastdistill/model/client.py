@@ -127,8 +127,8 @@ class ModelClient:
             bill.update({each.key: (self.name, each.completion.usage) for each in answers})
         return [*map(results.__getitem__, keys)]
 
-    async def ready(self) -> None:
-        """Contacts the endpoints, once, and learns what they honour.
+    async def ready(self, like: Prompt | None = None) -> None:
+        """Contacts the endpoints, once, and learns what they honour; `like` as for `Provider.probe`.
 
         Raises:
             TeacherError: none can be used, or one refuses for good; the message says what to do.
@@ -140,16 +140,16 @@ class ModelClient:
             if self._refusal is not None:
                 raise self._refusal
             if not self._probed:
-                errors = await self._probe_all()
+                errors = await self._probe_all(like)
                 hopeless = [error for error in errors if error.kind in (ErrorKind.AUTH, ErrorKind.NO_MODEL)]
                 if hopeless or len(errors) == len(self.router.endpoints):
                     raise self._refused((hopeless or errors)[0])
                 self._probed = True
 
-    async def _probe_all(self) -> list[ProviderError]:
+    async def _probe_all(self, like: Prompt | None) -> list[ProviderError]:
         """What is wrong with endpoints. One that says nothing is not waited for long once another is there."""
         endpoints = self.router.endpoints
-        probes = [asyncio.create_task(self._probe(endpoint)) for endpoint in endpoints]
+        probes = [asyncio.create_task(self._probe(endpoint, like)) for endpoint in endpoints]
         late = {*probes}
         try:
             while late and not any(endpoint.capabilities for endpoint in endpoints):
@@ -188,14 +188,16 @@ class ModelClient:
                 await asyncio.gather(endpoint.measuring, return_exceptions=True)
             await endpoint.provider.aclose()
 
-    async def _probe(self, endpoint: Endpoint, within: float | None = None) -> ProviderError | None:
+    async def _probe(
+        self, endpoint: Endpoint, like: Prompt | None, within: float | None = None
+    ) -> ProviderError | None:
         failures: list[ErrorKind] = []
         clock = asyncio.get_running_loop().time
         begun = clock()
         while True:
             try:
                 async with asyncio.timeout(within):
-                    endpoint.capabilities = await endpoint.provider.probe()
+                    endpoint.capabilities = await endpoint.provider.probe(like)
             except (ProviderError, TimeoutError) as failed:
                 late = ProviderError(ErrorKind.TIMEOUT, f"first contact took more than {_PROBED_WITHIN:g} s")
                 error = failed if isinstance(failed, ProviderError) else late
@@ -223,7 +225,7 @@ class ModelClient:
             self._asking[key] = waiting
         try:
             if not self._probed:
-                await self.ready()
+                await self.ready(prompt)
             answers = await (self._request(prompt, draws) if len(draws) == 1 else self._ask(prompt, draws))
         except NotAsked as enough:  # at first contact
             answers = [enough] * len(draws)
@@ -348,7 +350,8 @@ class ModelClient:
         async with self.router.slot(prompt) as endpoint:
             if endpoint.capabilities is None:  # it was not there at first contact
                 self._brake.check(worst, self.meter.worst_cost(worst))
-                if error := await self._probe(endpoint, _PROBED_WITHIN if self._others_are_well(endpoint) else None):
+                within = _PROBED_WITHIN if self._others_are_well(endpoint) else None
+                if error := await self._probe(endpoint, prompt, within):
                     raise error
             if len(draws) > 1 and not endpoint.asks_n:
                 return []
@@ -424,7 +427,7 @@ class ModelClient:
         async with self.router.slot(prompt, besides=first) as endpoint:
             if not self._affords(flight):
                 raise NotAsked("not_asked", "no second request")  # the first comes home all the same
-            if endpoint.capabilities is None and (error := await self._probe(endpoint, _PROBED_WITHIN)):
+            if endpoint.capabilities is None and (error := await self._probe(endpoint, prompt, _PROBED_WITHIN)):
                 raise error
             RESENDS.set(partial(self._resends, flight))
             flight.again()

@@ -258,8 +258,10 @@ class Provider(Protocol):
         """
         ...
 
-    async def probe(self) -> Capabilities:
+    async def probe(self, like: Prompt | None = None) -> Capabilities:
         """Asks the endpoint what it is and, with a few one-token requests, what it honours.
+
+        `like` is a prompt of the run, where there is one: a server may sample all requests as its first one asks for.
 
         Raises:
             ProviderError: it can't be used at all (nobody there, wrong key, unknown model).

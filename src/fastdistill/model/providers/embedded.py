@@ -85,7 +85,7 @@ class EmbeddedProvider(Provider):
             for at, choice in enumerate(result.choices)
         ]
 
-    async def probe(self) -> Capabilities:
+    async def probe(self, like: Prompt | None = None) -> Capabilities:
         await self._started()
         return Capabilities(
             endpoint="embedded",

@@ -65,7 +65,7 @@ class LiteLLMProvider:
             return completions
         raise ProviderError(ErrorKind.GARBLED, "litellm: the answer has no choices")
 
-    async def probe(self) -> Capabilities:
+    async def probe(self, like: Prompt | None = None) -> Capabilities:
         parameters = DecodeProfile(max_tokens=1).parameters()
         hello = Prompt("litellm", self._config.model, ({"role": "user", "content": "Name three colours."},), parameters)
         (answer,) = await self.complete(hello, seed=None, n=1)

@@ -117,7 +117,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         self._takes_think = False
         return [await self._chat(self._body(prompt, seed))]
 
-    async def probe(self) -> Capabilities:
+    async def probe(self, like: Prompt | None = None) -> Capabilities:
         """Looks the model up, and loads it. From then on completions carry its digest as their build."""
         num_ctx = self._config.num_ctx
         version = (await self._ask("/api/version", Version)).version

@@ -71,6 +71,13 @@ NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "top_k": (0, -1),
 }
 
+_NO_MODEL = re.compile(
+    r"\bmodel\b.{0,200}(not found|not exist|not available)|(invalid|unknown|no such) model|not a valid model"
+    # Hugging Face's router, transformers serve, DeepSeek, Zhipu
+    r"|model_not_(found|supported)|server is pinned to|supported (api )?model names|模型不存在",
+    re.IGNORECASE,
+)
+
 _ASKS_FOR_IDS = {"vllm": "return_tokens_as_token_ids", "sglang": "return_token_ids"}
 
 _LOADS = (  # requests running and waiting
@@ -82,6 +89,12 @@ _METRIC = re.compile(
     rb"^(%b)(\{[^}]*\})? (\d{1,15}(?:\.\d*)?(?:e\+\d\d)?)\s*$" % b"|".join(map(b"|".join, _LOADS)), re.M
 )
 _RANKS = re.compile(rb'[tp]p_rank="\d+",?')  # SGLang: those of one engine each tell of the same requests
+
+_OF_THE_FIRST = ("temperature", "top_p", "frequency_penalty")
+_TRANSFORMERS = (
+    "this is transformers serve: where its generation_config.json has no top_k, it is 50; with --continuous-batching,"
+    " instead, the temperature and top_p of the first request since its start hold for all"
+)
 
 _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT}
 """Errors of a probe's request that say something about the endpoint, not about what the request tried."""
@@ -213,24 +226,25 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
                     raise await self._with_models(error) from error
                 raise
 
-    async def probe(self) -> Capabilities:
-        """Lists the models, and asks for a token with n=2, for two with logprobs, and for four with a JSON schema.
+    async def probe(self, like: Prompt | None = None) -> Capabilities:
+        """Lists the models, and asks for four tokens with a JSON schema, then for one with n=2 and two with logprobs.
 
         With `batch` it asks for none: that would take a batch.
         """
         ids: dict[str, Any] = {"token_ids": True} if self._config.provider in _ASKS_FOR_IDS else {}
         scores = {"logprobs": True, "top_logprobs": 20, **ids}
-        # Side by side, for until they are answered no other request goes out.
-        asked: list[Coroutine[Any, Any, Any]] = [self._list_models(), self._identify()]
-        if self._config.batch is None:
-            shape = self._try(max_tokens=4, response_format=_PROBE_SCHEMA)  # the first token may be blank
-            asked += [self._try(n=2), self._try(**scores), shape, self._try(**scores, temperature=2.0)]
-        # None is called off for another's error: uvloop would complain of a handshake that fails just then.
-        found: list[Any] = await asyncio.gather(*asked, return_exceptions=True)
-        for error in (error for error in found if isinstance(error, BaseException)):
-            if error in found[:2] or not isinstance(error, ProviderError) or error.kind in _CONCERNS_ALL:
-                raise error
-        models, (server, notes), *tries = found
+        first = {name: value for name, value in like.parameters.items() if name in _OF_THE_FIRST} if like else {}
+
+        async def tries_of_it() -> list[Any]:
+            # The first alone, for `transformers serve` with continuous batching samples all others as its first request
+            # asks. Of several tokens, for the first may be blank.
+            if self._config.batch is not None:
+                return []
+            shaped = await self._try(max_tokens=4, response_format=_PROBE_SCHEMA, **first)
+            asked = self._try(n=2), self._try(**scores), self._try(**scores, temperature=2.0)
+            return [shaped, *await _all(*asked)]
+
+        models, (server, notes), tries = await _all(self._list_models(), self._identify(), tries_of_it())
         # llama.cpp answers to any name, and lists one model under its own.
         entry = next((model for model in models if model.id == self._config.model or len(models) == 1), None)
         listed = Capabilities(
@@ -239,9 +253,9 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             models=tuple(model.id for model in models),
             context_length=entry.context if entry else None,
         )
-        if not tries:
+        if self._config.batch is not None:
             return replace(listed, notes=tuple(notes))
-        two, scored, shaped, hot = tries
+        shaped, two, scored, hot = tries
         if isinstance(scored, ProviderError):
             scored = await self._try(logprobs=True)
         spent = [one.usage for tried in (two, scored, shaped, hot) if isinstance(tried, list) for one in tried]
@@ -253,7 +267,9 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             if isinstance(answers, ProviderError):
                 notes.append(f"{feature} failed: {answers}")
         if answer and answer.model and answer.model != self._config.model:
-            notes.append(f"asked for {self._config.model!r}, answers come from {answer.model!r}")
+            revised = answer.model.startswith(f"{self._config.model}@")
+            other = f"asked for {self._config.model!r}, answers come from {answer.model!r}"
+            notes.append(_TRANSFORMERS if revised else other)
         token = scored[0].logprobs[0] if isinstance(scored, list) and scored[0].logprobs else None
         if token and len(token.top) > 1:
             self._basis = basis_of(token, hot[0].logprobs[0] if isinstance(hot, list) and hot[0].logprobs else None)
@@ -491,14 +507,26 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
     async def _try(self, *, n: int = 1, max_tokens: int = 1, **parameters: Any) -> list[Completion] | ProviderError:
         """The completions of a tiny request, or why there are none; raises if the endpoint can't be used at all."""
-        decode = DecodeProfile(max_tokens=max_tokens, **parameters)
-        prompt = Prompt(self._config.provider, self._config.model, _PROBE_MESSAGES, decode.parameters())
+        sent = DecodeProfile(max_tokens=max_tokens).parameters() | parameters
+        prompt = Prompt(self._config.provider, self._config.model, _PROBE_MESSAGES, sent)
         try:
             return await self.complete(prompt, seed=1, n=n)
         except ProviderError as error:
             if error.kind in _CONCERNS_ALL:
                 raise
             return error
+
+
+async def _all(*asked: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Side by side, for until they are answered no other request goes out.
+
+    None is called off for another's error: uvloop would complain of a handshake that fails just then.
+    """
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    for error in found:
+        if isinstance(error, BaseException):
+            raise error
+    return found
 
 
 _PROBE_MESSAGES = ({"role": "user", "content": "Name three colours."},)
@@ -525,9 +553,7 @@ def _may_be_left_out(name: str, value: object) -> bool:
 
 
 def _says_no_model(fault: Fault) -> bool:
-    words = r"\bmodel\b.{0,200}(not found|not exist|not available)|(invalid|unknown|no such) model|not a valid model"
-    named = fault.parameter == "model" or "model_not_found" in fault.code
-    return named or re.search(words, fault.message, re.IGNORECASE) is not None
+    return fault.parameter == "model" or any(map(_NO_MODEL.search, (fault.code, fault.message)))
 
 
 def _numbers(fault: Fault) -> str:

@@ -93,7 +93,7 @@ class ReplayProvider(Provider):
             message = f"nothing is recorded for the sample, nor for its messages, which end in {asked!r}"
         raise ProviderError(ErrorKind.NOT_RECORDED, message)
 
-    async def probe(self) -> Capabilities:
+    async def probe(self, like: Prompt | None = None) -> Capabilities:
         """Raises InputError, with the file and the line, for what is no recording."""
         if self._fault is not None:
             raise self._fault
