@@ -522,11 +522,9 @@ async def _all(*asked: Coroutine[Any, Any, Any]) -> list[Any]:
 
     None is called off for another's error: uvloop would complain of a handshake that fails just then.
     """
-    found = await asyncio.gather(*asked, return_exceptions=True)
-    for error in found:
-        if isinstance(error, BaseException):
-            raise error
-    return found
+    tasks = [*map(asyncio.ensure_future, asked)]
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return [task.result() for task in tasks]
 
 
 _PROBE_MESSAGES = ({"role": "user", "content": "Name three colours."},)
