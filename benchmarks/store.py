@@ -93,7 +93,7 @@ def _look_up(store: ResponseStore, keys: list[str], *, found: bool) -> float:
 
 
 def _size_mb(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    return sum(file.stat().st_size for file in folder.glob("responses.sqlite*") if file.suffix != ".journal") / 2**20
 
 
 def _entry(number: int) -> tuple[Prompt, Answer]:
