@@ -6,8 +6,7 @@ signals meanwhile. Elsewhere (a notebook's run has a thread of its own) all is s
 
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Self, TypeAlias
 
 from fastdistill.data.execution.pattern_worker import Broken, Rule, first_broken
@@ -17,7 +16,7 @@ CPU_S = 1.0
 """For one pattern in one text. A pattern that takes so long takes exponentially long, or the text is enormous."""
 _LIMITS = {"cpu_s": CPU_S, "memory_bytes": 1 << 30}
 _WALL_S = 30.0
-_TURN_S = 0.005
+_TURN_S = 0.005  # of the CPU
 
 _Job: TypeAlias = tuple[list[tuple[str, int, bool]], str]
 
@@ -44,10 +43,16 @@ class PatternPool(WorkerPool[_Job, Broken | Death | None]):
 
     async def first_broken(self, text: str) -> Broken | Death | None:
         """As the function of this name, or how a worker died of it; the place of the pattern is its phase."""
+        global _armed
         if self._here:
             try:
-                with _interrupted():
+                _armed = True
+                signal.setitimer(signal.ITIMER_VIRTUAL, _TURN_S)
+                try:
                     return first_broken(self._rules, text)
+                finally:
+                    _armed = False  # the signal may have come, and not have been looked at
+                    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             except _Interrupted:
                 pass
         return await self.evaluate((self._sent, text))
@@ -65,20 +70,7 @@ class _Interrupted(Exception):
     pass
 
 
-_armed = False
-
-
-@contextmanager
-def _interrupted() -> Iterator[None]:
-    """Raises _Interrupted once this process has worked for 5 ms."""
-    global _armed
-    _armed = True
-    signal.setitimer(signal.ITIMER_VIRTUAL, _TURN_S)
-    try:
-        yield
-    finally:
-        _armed = False  # the signal may have come, and not have been looked at
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+_armed = False  # the main thread searches, and is to be interrupted
 
 
 def _ring(*_: object) -> None:
