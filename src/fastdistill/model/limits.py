@@ -8,8 +8,8 @@ keeps what the throughput says: a batch that slows every answer down and still a
 more in flight brought clearly less, it goes down for as long as that brings more.
 
 A 429 cuts the limit once for each burst: by a little, and deeper with each burst that follows at once. From there it
-halves the way to where the 429 came, and tries more with care. Where more requests time out than
-are answered, half remain.
+halves the way to where the 429 came, and tries more with care. Where more requests time out than are answered, half
+remain.
 
 Latency is per token, so that longer answers are not taken for a longer queue.
 """
@@ -37,7 +37,7 @@ JUST_BELOW = 0.95  # the first cut; squared with each one that follows without a
 NEAR = 0.98
 PROBE_EVERY = 16  # windows
 OLD = 1.002  # the best latency is forgotten by this much a window, in case the work has changed
-MOST = 0.7
+MOST = 0.7  # of what is in flight: a server that tells of less has not all of it
 GROWTH = 1.02  # beyond a capacity where a 429 came, with the first trial after it
 
 
