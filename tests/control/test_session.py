@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 import fastdistill
@@ -26,6 +27,7 @@ from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.session import Interrupted
+from fastdistill.core.errors import EnvironmentFault
 from fastdistill.core.step import Context, SampleStep, StreamStep
 from fastdistill.core.types import Sample
 from tests.command import Command
@@ -327,6 +329,20 @@ def test_what_stands_between_two_groups_of_sample_steps_is_counted_where_a_run_i
     kept = {stage["step"]: stage["samples_kept"] for stage in quality["stages"]}
     assert kept[first.name or type(first).__name__] == samples["read"]
     assert kept["Deduplicate"] == samples["completed"]
+
+
+class WrongType(SampleStep):
+    async def run(self, sample: Sample, ctx: Context) -> Sample:
+        return replace(sample, source=cast(Any, 5))
+
+
+def test_a_ledger_that_can_not_be_read_back_leaves_reports_that_say_so(tmp_path: Path) -> None:
+    load = LoadJsonl(rows=({"question": "1"}, {"question": "2"}))
+    steps = (load, CanonicalizeFields(fields=("question",)), WrongType(), Deduplicate(), Idle())
+    with pytest.raises(EnvironmentFault, match="mend that step"):
+        Pipeline(name="wrong", steps=steps).run(output_dir=tmp_path)
+    (manifest,) = tmp_path.glob("runs/*/manifest.json")
+    assert json.loads(manifest.read_text())["status"] == "failed"
 
 
 class Killing(SampleStep):

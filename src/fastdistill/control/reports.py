@@ -100,8 +100,9 @@ class Proofs:
         ends = [
             b.name for a, b in pairwise(self._pipeline.steps) if isinstance(a, SampleStep) > isinstance(b, SampleStep)
         ]
-        for sample in self._folder.samples("status = 'open' AND idx > ?", (run.furthest,)):
-            self._tally.add(sample.left_out(Status.SKIPPED, Failure(ends[0], "stopped", why)))
+        with suppress(EnvironmentFault):  # it may be the ledger that can't be read
+            for sample in self._folder.samples("status = 'open' AND idx > ?", (run.furthest,)):
+                self._tally.add(sample.left_out(Status.SKIPPED, Failure(ends[0], "stopped", why)))
 
     def _write(
         self, run: ActiveRun, floor: list[dict[str, Any]], status: str, code: ExitCode, message: str
