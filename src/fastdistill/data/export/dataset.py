@@ -439,25 +439,11 @@ def parquet_file(path: Path, schema: Any, read_as: Any = None, **options: Any) -
     parsing = ParseOptions(explicit_schema=read_as or schema, unexpected_field_behavior="error")
     group: list[Any] = []
     size = 0
-    writing: Future[None] | None = None
     # Rows are in no order by which statistics could tell where one is.
     options = {"compression": "zstd", "write_statistics": False} | options
     with atomic(path, "wb") as file, ParquetWriter(file, schema, **options) as writer:
 
-        def flush() -> None:
-            nonlocal size, writing
-            if writing is not None:
-                writing.result()
-            writing = _compressing.submit(write_group, pa.concat_tables(group))
-            group.clear()
-            size = 0
-
-        def write_group(rows: Any) -> None:
-            writer.write_table(rows)
-            # By itself mimalloc keeps what is free for the next group: how much, depends on the time.
-            pa.default_memory_pool().release_unused()
-
-        def write(text: bytes) -> None:
+        def take(text: bytes) -> None:
             nonlocal size
             # Read as JSON, for at the first Python object that it converts pyarrow imports pandas, if it is there.
             reading = ReadOptions(use_threads=False, block_size=len(text))
@@ -466,18 +452,41 @@ def parquet_file(path: Path, schema: Any, read_as: Any = None, **options: Any) -
             size += len(text)
             # The writer keeps some kilobytes for each group until the file's end.
             if size >= BYTES_PER_GROUP:
-                flush()
+                write_group()
 
-        try:
+        def write_group() -> None:
+            nonlocal size
+            writer.write_table(pa.concat_tables(group))
+            group.clear()
+            size = 0
+            # By itself mimalloc keeps what is free for the next group: how much, depends on the time.
+            pa.default_memory_pool().release_unused()
+
+        with _at_a_time_beside(take) as write:
             yield write
-            if group:
-                flush()
-        finally:
-            if writing is not None:
-                writing.result()
+        if group:
+            write_group()
 
 
-_compressing = ThreadPoolExecutor(1, "parquet")
+@contextmanager
+def _at_a_time_beside(take: Write) -> Iterator[Write]:
+    """Has what is written taken in a thread, which takes one piece while the next is being made."""
+    taken: Future[object] | None = None
+
+    def write(text: bytes) -> None:
+        nonlocal taken
+        if taken is not None:
+            taken.result()
+        taken = _columnar.submit(take, text)
+
+    try:
+        yield write
+    finally:
+        if taken is not None:
+            taken.result()
+
+
+_columnar = ThreadPoolExecutor(1, "parquet")
 
 
 def _text(value: Any) -> str | None:
