@@ -181,7 +181,7 @@ class StreamFilter(StreamStep):
                 continue
             try:
                 seen = look(sample)
-                if isinstance(seen, Generator):
+                if not isinstance(seen, Sample):  # asking `Generator`, an abstract class, takes long
                     seen = yield from seen
             except SampleError as error:
                 seen = sample.failed(self.name, error)
