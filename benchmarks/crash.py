@@ -1,7 +1,8 @@
 """kill -9 in the middle of a run, and the same run again: what is asked twice, and whether the data set is the same.
 
-An answer that is on its way to the client, or waits for its commit, when the process dies can't be known to it: some
-few may be asked for again.
+An answer that is on its way to the client when the process dies can't be known to it: some few may be asked for again.
+`oldest ms` says how long before the kill the first of these had been sent; `too late` are those sent after it, while
+the system still took the process apart, with its sockets last.
 """
 
 import argparse
@@ -22,6 +23,8 @@ COLUMNS = {
     "kill": "d",
     "answered before": ",d",
     "resent": "d",
+    "too late": "d",
+    "oldest ms": ".1f",
     "answered in all": ",d",
     "exit": "d",
     "completed": ",d",
@@ -38,16 +41,20 @@ def run(number: int, kill_at: int, config: Path, artifacts: Path, teacher: Any, 
         if process.poll() is not None:
             raise SystemExit("crash: the run ended before it could be killed")
         time.sleep(0.005)
+    killed = time.monotonic()  # the clock of the teacher's loop, too
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = teacher.quiet().stats()["answered"]
+    teacher.reset(everything=False)  # a straggler may have been asked twice before
     said = measured("client", config, artifacts, timeout=600)
     seen = teacher.stats()
     return {
         "kill": number,
         "answered before": before,
         "resent": seen["resent_completed"],
-        "answered in all": seen["answered"],
+        "too late": sum(at > killed for at in seen["resent_after"]),
+        "oldest ms": 1000 * max([killed - at for at in seen["resent_after"]], default=0.0),
+        "answered in all": before + seen["answered"],
         "exit": said["exit_code"],
         "completed": said["quality"]["samples"]["completed"] if "quality" in said else 0,
         "same data set": "yes" if said.get("dist") == wanted else "NO",

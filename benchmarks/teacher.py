@@ -204,6 +204,7 @@ class Counters:
     abandoned: int = 0  # the client went away first
     faults: Counter[str] = field(default_factory=Counter)
     resent_completed: int = 0  # choices that were answered before and were asked for again
+    resent_after: list[float] = field(default_factory=list)  # when each of these had been answered
     peak_in_flight: int = 0
     peak_waiting: int = 0
     connections: int = 0
@@ -250,7 +251,7 @@ class Teacher:
         self._waiting_gone = 0
         self._in_flight = 0
         self._attempts: dict[int, int] = {}
-        self._completed: set[int] = set()
+        self._completed: dict[int, float] = {}  # when
         self._answers_at = array("d")
         self._blocks: OrderedDict[bytes, None] = OrderedDict()
         self._buckets = [_Bucket(rate / 60) for rate in (options.rpm, options.tpm)]
@@ -307,7 +308,9 @@ class Teacher:
             self._capacity = [(now, self.slots)]
             self._plan(now)
         counters.requests += 1
-        counters.resent_completed += sum(draw.key in self._completed for draw in draws)
+        again = [at for draw in draws if (at := self._completed.get(draw.key)) is not None]
+        counters.resent_completed += len(again)
+        counters.resent_after += again
         refusal = self._refusal(body, content, n, now)
         fault = self._fault(draws[0])
         if refusal is not None or fault == "429":
@@ -437,7 +440,7 @@ class Teacher:
         counters.completion_tokens += completion_tokens
         counters.last_answer = self.loop.time()
         self._answers_at.append(counters.last_answer)
-        self._completed.update(draw.key for draw in request.draws)
+        self._completed.update({draw.key: counters.last_answer for draw in request.draws})
 
     def _cached(self, request: _Request) -> int:
         """Tokens of the prompt that the prefix cache holds; takes the whole prompt into it."""
