@@ -1,21 +1,21 @@
 """Perturbed copies of a SQLite database: the same schema, fewer rows, other numbers. Judges nothing.
 
-Two queries that agree on one database by luck hardly agree on its copies too. As a program (`python -m`) it makes them
-in a process of its own: `SOURCE COPY...`, the n-th copy with seed n.
+Two queries that agree on one database by luck hardly agree on its copies too. As a program, the worker of
+`sqlite.CopyPool`: a job is the path of a database and those of its copies, the n-th with seed n.
 """
 
 import random
 import shutil
 import sqlite3
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
 from fastdistill.data.execution.sqlite_guard import quoted
+from fastdistill.data.execution.worker_process import Channel
 
 DROPPED = 0.35
 """Share of each table's rows that go; those that refer to them go too."""
@@ -177,15 +177,18 @@ def _other(values: list[Number], least: Number, greatest: Number, chance: random
 
 
 def main() -> None:
-    source, *copies = map(Path, sys.argv[1:])
-    try:
-        for seed, copy in enumerate(copies):
-            perturb(source, seed, copy)
-    except (sqlite3.Error, OSError) as error:
-        for copy in copies:
-            with suppress(OSError):
+    def make(places: list[str]) -> list[str]:
+        source, *copies = map(Path, places)
+        try:
+            for seed, copy in enumerate(copies):
+                perturb(source, seed, copy)
+        except (sqlite3.Error, OSError) as error:
+            for copy in copies:
                 copy.unlink(missing_ok=True)
-        sys.exit(str(error))
+            return [str(error)]
+        return [""]
+
+    Channel().serve(make)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Channel:
                         self._answers.flush()
                         flushed = monotonic()
                 self._answers.flush()
-        except BrokenPipeError:  # the parent is gone
+        except ConnectionError:  # the parent is gone
             os._exit(1)
 
     def _send(self, message: object) -> None:
