@@ -21,7 +21,7 @@ from fastdistill.core.files import sha256_file
 from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
-from fastdistill.data.execution.sqlite_worker import Evaluation, Phase, SqlJob
+from fastdistill.data.execution.sqlite_worker import Evaluation, SqlJob
 from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool
 from fastdistill.data.template import compile_template, render
 
@@ -51,7 +51,7 @@ class SqlitePool(WorkerPool[SqlJob, Evaluation]):
         if death.cause is Cause.OTHER:
             return Evaluation(SqlReason.SANDBOX_DIED, detail=f"{death.phase}: worker {death.status}")
         spent = f"more than {self._limits.cpu_s} s of CPU time"
-        if death.phase == Phase.GOLD:
+        if death.phase == "gold":
             candidate = await judge(job._replace(gold_sql=None))
             return candidate._replace(reason=SqlReason.GOLD_INVALID, detail=f"gold: {SqlReason.LIMIT_CPU}: {spent}")
         verdict = Evaluation(SqlReason.LIMIT_CPU, exec_pass=False, exec_error=spent)

@@ -11,17 +11,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from fastdistill.data.execution.sql_equality import (
     Columns,
     break_ties,
+    clause,
     compare,
     signature,
     tie_cuts,
-    top_level_limit,
-    top_level_order_by,
 )
 from fastdistill.data.execution.sqlite_guard import (
     DatabaseUnreadableError,
@@ -30,7 +28,6 @@ from fastdistill.data.execution.sqlite_guard import (
     QueryResult,
     SqlLimits,
     SqlReason,
-    file_identity,
     limit_process_heap,
 )
 from fastdistill.data.execution.worker_process import Channel, confine_process
@@ -38,9 +35,12 @@ from fastdistill.data.execution.worker_process import Channel, confine_process
 Order = Literal["auto", "ignore", "strict"]
 """`auto`: rows count in order, modulo ties, if gold has a top-level ORDER BY. `strict`: in gold's very order."""
 
+Phase = Literal["gold", "candidate"]
+"""The untrusted SQL that an evaluator is about to run."""
+
 _MAX_CONNECTIONS = 16
-_MAX_GOLD_ENTRIES = 4096
 _MAX_GOLD_BYTES = 32_000_000
+_GOLD_BYTES = 8_000  # at least, for each
 _NEAR_LIMIT = 0.8
 
 
@@ -82,13 +82,6 @@ class Evaluation(NamedTuple):
         return self.reason.outcome
 
 
-class Phase(StrEnum):
-    """The untrusted SQL that an evaluator is about to run."""
-
-    GOLD = "gold"
-    CANDIDATE = "candidate"
-
-
 @dataclass(frozen=True, slots=True)
 class _Gold:
     """Everything that judging needs to know of a gold query on one database."""
@@ -97,9 +90,8 @@ class _Gold:
     """Why it cannot judge anything."""
     detail: str | None = None
     result: QueryResult | None = None
-    ordered: QueryResult | None = None
-    """Under a top-level ORDER BY: the result with its ties in a fixed order, to which `cuts` belong."""
-    cuts: tuple[int, ...] = ()
+    cuts: Sequence[int] | None = None
+    """As `compare` takes them."""
 
 
 class Evaluator:
@@ -118,7 +110,6 @@ class Evaluator:
         self._connections: OrderedDict[str, GuardedConnection] = OrderedDict()
         self._golds: dict[tuple[object, ...], _Gold] = {}
         self._gold_bytes = 0
-        self._fresh = False
 
     def close(self) -> None:
         """Closes all connections and forgets all gold results."""
@@ -128,31 +119,27 @@ class Evaluator:
 
     def evaluate(self, job: SqlJob) -> Evaluation:
         """Never raises for anything wrong with the database or either query: that is a reason."""
-        try:
-            return self._evaluate(job)
-        except MemoryError:
+        while True:
             # Memory is shared with what earlier jobs left open: only a fresh start tells whose fault it is.
-            self.close()
-            self._fresh = True
+            self._fresh = not self._connections
             try:
                 return self._evaluate(job)
-            finally:
-                self._fresh = False
-        finally:
-            self._enter(None)
+            except MemoryError:
+                if self._fresh:
+                    raise
+                self.close()
 
     def _evaluate(self, job: SqlJob) -> Evaluation:
         candidate: QueryResult | QueryError
         try:
             connection = self._connect(job.db_path)
-            gold = None if job.gold_sql is None else self._gold(connection, job.gold_sql)
-            candidate = self._run(connection, job.sql, Phase.CANDIDATE)
+            gold = None if job.gold_sql is None else self._gold(connection, job.gold_sql, job.order)
+            candidate = self._run(connection, job.sql, "candidate")
         except QueryError as error:
             candidate = error
         except DatabaseUnreadableError as error:
             return Evaluation(SqlReason.DATABASE_UNREADABLE, detail=str(error))
-        self._enter(None)
-        reason = _reason(candidate, gold, job)
+        reason = _reason(candidate, gold, job.columns)
         judged = gold is not None and reason.outcome != "error"
         verdict = Evaluation(
             reason,
@@ -174,7 +161,7 @@ class Evaluator:
 
     def _connect(self, db_path: str) -> GuardedConnection:
         connection = self._connections.pop(db_path, None)
-        if connection is not None and connection.identity != file_identity(connection.path):
+        if connection is not None and connection.is_stale():
             connection.close()
             connection = None
         connection = connection or GuardedConnection(db_path, self._limits)
@@ -183,54 +170,55 @@ class Evaluator:
             self._connections.popitem(last=False)[1].close()
         return connection
 
-    def _gold(self, connection: GuardedConnection, sql: str) -> _Gold:
-        key = (connection.path, connection.identity, sql)
+    def _gold(self, connection: GuardedConnection, sql: str, order: Order) -> _Gold:
+        key = (connection.path, connection.identity, sql, order)
         gold = self._golds.get(key)
         if gold is None:
-            if len(self._golds) >= _MAX_GOLD_ENTRIES or self._gold_bytes > _MAX_GOLD_BYTES:
+            if self._gold_bytes > _MAX_GOLD_BYTES:
                 self._forget_golds()  # all at once: a sample's candidates come one after the other
-            gold = self._golds[key] = self._settle(connection, sql)
-            self._gold_bytes += sum(result.size for result in (gold.result, gold.ordered) if result is not None)
+            gold = self._golds[key] = self._settle(connection, sql, order)
+            self._gold_bytes += _GOLD_BYTES + (gold.result.size if gold.result else 0)
         return gold
 
     def _forget_golds(self) -> None:
         self._golds.clear()
         self._gold_bytes = 0
 
-    def _settle(self, connection: GuardedConnection, sql: str) -> _Gold:
+    def _settle(self, connection: GuardedConnection, sql: str, order: Order) -> _Gold:
         """Runs gold, and where rows could come in several orders, twice more to see which of them are tied."""
         said = "gold"
         try:
-            result = self._run(connection, sql, Phase.GOLD)
-            ordered = top_level_order_by(sql)
-            if not ordered and not top_level_limit(sql):
-                return _Gold(result=result)
+            result = self._run(connection, sql, "gold")
+            whole = _Gold(result=result, cuts=range(1, len(result.rows) + 1) if order == "strict" else None)
+            ordered = clause(sql, "ORDER", "BY") is not None
+            if not ordered and clause(sql, "LIMIT") is None:
+                return whole
             said = "gold, with its ties broken"
-            ascending = self._run(connection, break_ties(sql, result.width, "ASC"), Phase.GOLD)
-            descending = self._run(connection, break_ties(sql, result.width, "DESC"), Phase.GOLD)
+            ascending = self._run(connection, break_ties(sql, result.width, "ASC"), "gold")
+            descending = self._run(connection, break_ties(sql, result.width, "DESC"), "gold")
         except QueryError as error:
             return _Gold(SqlReason.GOLD_INVALID, f"{said}: {error.reason}: {error}")
         cuts = tie_cuts(ascending, descending)
         if cuts is None:
             return _Gold(SqlReason.GOLD_AMBIGUOUS, "gold: its LIMIT cuts through tied rows")
-        return _Gold(result=result, ordered=ascending, cuts=cuts) if ordered else _Gold(result=result)
+        return _Gold(result=ascending, cuts=cuts) if ordered and order == "auto" else whole
 
     def _run(self, connection: GuardedConnection, sql: str, phase: Phase) -> QueryResult:
-        self._enter(phase)
-        try:
-            return connection.query(sql)
-        except QueryError as error:
-            if error.reason is SqlReason.LIMIT_MEMORY and not self._fresh:
-                raise MemoryError from error
-            if error.reason is not SqlReason.LIMIT_BYTES:
-                raise
-            self._enter(None)
-            if not connection.allow_stored_values():
-                raise
-        return self._run(connection, sql, phase)
+        while True:
+            self._enter(phase)
+            try:
+                return connection.query(sql)
+            except QueryError as error:
+                self._enter(None)
+                if error.reason is SqlReason.LIMIT_MEMORY and not self._fresh:
+                    raise MemoryError from error
+                if error.reason is not SqlReason.LIMIT_BYTES or not connection.allow_stored_values():
+                    raise
+            finally:
+                self._enter(None)
 
 
-def _reason(candidate: QueryResult | QueryError, gold: _Gold | None, job: SqlJob) -> SqlReason:
+def _reason(candidate: QueryResult | QueryError, gold: _Gold | None, columns: Columns) -> SqlReason:
     if gold is not None and gold.reason is not None:
         return gold.reason
     if isinstance(candidate, QueryError):
@@ -239,13 +227,7 @@ def _reason(candidate: QueryResult | QueryError, gold: _Gold | None, job: SqlJob
         return SqlReason.EXECUTED
     if gold.result.tables and not candidate.tables:
         return SqlReason.CONSTANT
-    expected = gold.result
-    cuts: Sequence[int] | None = None
-    if job.order == "strict":
-        cuts = range(1, len(gold.result.rows) + 1)
-    elif job.order == "auto" and gold.ordered is not None:
-        expected, cuts = gold.ordered, gold.cuts
-    return SqlReason(compare(expected, candidate, cuts=cuts, columns=job.columns))
+    return SqlReason(compare(gold.result, candidate, cuts=gold.cuts, columns=columns))
 
 
 def main() -> None:
