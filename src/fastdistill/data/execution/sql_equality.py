@@ -26,7 +26,6 @@ DEFINITION = "sql-eq/1"
 Cell = int | float | str | bytes | None
 Row = tuple[Cell, ...]
 Columns = Literal["any", "strict"]
-Direction = Literal["ASC", "DESC"]
 
 RELATIVE_TOLERANCE = 1e-9
 ABSOLUTE_TOLERANCE = 1e-12
@@ -159,7 +158,7 @@ def clause(sql: str, *words: str) -> int | None:
     return None
 
 
-def break_ties(sql: str, width: int, direction: Direction) -> str:
+def break_ties(sql: str, width: int, direction: Literal["ASC", "DESC"]) -> str:
     """`sql` with every result column, in `direction`, as its last sort keys: a total order of its rows.
 
     `COLLATE BINARY` keeps rows apart that a column's own collation would leave tied.

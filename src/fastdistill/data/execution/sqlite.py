@@ -160,9 +160,10 @@ class SQLiteExecEval(Gate):
         path = self._path(sample)
         if path not in self._databases:
             self._databases[path] = asyncio.ensure_future(asyncio.to_thread(_sha256, path))
-        gold = self._gold(sample)
-        if isinstance(gold, Verdict):
-            return [gold] * len(candidates)
+        gold = self.gold(sample)
+        if gold is None and self.require == "gold_match":
+            missing = f"{sample.source}: no query in field {self.gold_field!r}"
+            return [self.verdict(Outcome.ERROR, SqlReason.GOLD_INVALID, detail=missing)] * len(candidates)
         assert self._pool is not None, "the gate is used inside `opened`"
         jobs = [SqlJob(path, c.answer, gold, self.columns, self.order) for c in candidates]
         verdicts = [self._verdict(seen) for seen in await self._pool.judge(jobs)]
@@ -192,8 +193,8 @@ class SQLiteExecEval(Gate):
         return [_agreement(seen[at : at + len(places)]) for at in range(0, len(seen), len(places))]
 
     def gold(self, sample: Sample) -> str | None:
-        gold = self._gold(sample)
-        return gold if isinstance(gold, str) else None
+        gold = None if self.gold_field is None else sample.record.get(self.gold_field)
+        return gold if isinstance(gold, str) and gold.strip() else None
 
     def mutations(self, gold: str, sample: Sample) -> Sequence[Mutation]:
         from fastdistill.data.mutate_sql import mutate_sql
@@ -208,18 +209,6 @@ class SQLiteExecEval(Gate):
     def _path(self, sample: Sample) -> str:
         path = self.db_path
         return _expanded(render(compile_template(path), sample) if "{{" in path else path)
-
-    def _gold(self, sample: Sample) -> str | Verdict | None:
-        """The gold query, None where none is wanted, or the verdict on a record that should have one."""
-        if self.gold_field is None:
-            return None
-        gold = sample.record.get(self.gold_field)
-        if isinstance(gold, str) and gold.strip():
-            return gold
-        if self.require == "exec_pass":
-            return None
-        detail = f"{sample.source}: no query in field {self.gold_field!r}"
-        return self.verdict(Outcome.ERROR, SqlReason.GOLD_INVALID, detail=detail)
 
     def _verdict(self, seen: Evaluation) -> Verdict:
         reason = seen.reason
