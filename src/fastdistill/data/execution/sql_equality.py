@@ -225,20 +225,17 @@ def _permuted(gold: tuple[Row, ...], other: tuple[Row, ...], ends: Sequence[int]
     order = sorted(range(len(mine)), key=lambda column: len(options[column]))
     first_alike = [others.index(column) for column in others]  # columns that look alike are tried once
     tied = [group for group, (start, end) in enumerate(pairwise([0, *ends])) for _ in range(end - start)]
-    levels: list[tuple[dict[Hashable, int], list[int], Counter[int]]] = []
     left = min(MAX_SEARCH_NODES, MAX_SEARCH_ROWS // len(gold))
 
-    def assign(depth: int, groups: list[int], used: frozenset[int]) -> bool:
+    def assign(depth: int, reference: list[int], groups: list[int], used: frozenset[int]) -> bool:
+        """Whether the columns from this depth on find their places, given the class of each row on both sides."""
         nonlocal left
         if depth == len(order):
             return True
-        if depth == len(levels):  # gold's classes once its columns up to this depth are assigned, and their sizes
-            classes: dict[Hashable, int] = {}
-            reference = levels[-1][1] if levels else tied
-            keys = zip(reference, mine[order[depth]], strict=True)
-            numbers = [classes.setdefault(key, len(classes)) for key in keys]  # by first appearance
-            levels.append((classes, numbers, Counter(numbers)))
-        classes, _, sizes = levels[depth]
+        classes: dict[Hashable, int] = {}  # numbered by first appearance
+        keys = zip(reference, mine[order[depth]], strict=True)
+        numbers = [classes.setdefault(key, len(classes)) for key in keys]
+        sizes = Counter(numbers)
         tried = set()
         for column in options[order[depth]]:
             if column in used or first_alike[column] in tried:
@@ -249,12 +246,12 @@ def _permuted(gold: tuple[Row, ...], other: tuple[Row, ...], ends: Sequence[int]
                 if left < 0:
                     raise _BudgetSpentError
             refined = [classes.get(key, -1) for key in zip(groups, others[column], strict=True)]
-            if Counter(refined) == sizes and assign(depth + 1, refined, used | {column}):
+            if Counter(refined) == sizes and assign(depth + 1, numbers, refined, used | {column}):
                 return True
         return False
 
     try:
-        return "match" if assign(0, tied, frozenset()) else "mismatch"
+        return "match" if assign(0, tied, tied, frozenset()) else "mismatch"
     except _BudgetSpentError:
         return "compare_budget"
 
