@@ -122,6 +122,8 @@ def _swap(other: str, node: Any) -> "Expr":
     from sqlglot import expressions as exp
 
     new = getattr(exp, other)(**node.copy().args)
+    if other == "Intersect":
+        new.set("distinct", True)  # SQLite has no INTERSECT ALL
     # Within another connective, `a OR b` needs the parentheses that `a AND b` did not.
     return exp.paren(new, copy=False) if isinstance(node, exp.Connector) else new
 
