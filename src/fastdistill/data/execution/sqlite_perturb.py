@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 
@@ -42,8 +42,7 @@ def perturb(path: Path, seed: int, out: Path) -> None:
     shutil.copyfile(path, out)
     chance = random.Random(seed)
     with closing(sqlite3.connect(out, isolation_level=None)) as database:
-        for pragma in ("journal_mode=MEMORY", "synchronous=OFF", "foreign_keys=OFF"):
-            database.execute(f"PRAGMA {pragma}").close()
+        database.executescript("PRAGMA journal_mode=MEMORY; PRAGMA synchronous=OFF; PRAGMA foreign_keys=OFF")
         database.create_function("chance", 0, chance.random)
         database.execute("BEGIN")
         for (trigger,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
@@ -55,7 +54,7 @@ def perturb(path: Path, seed: int, out: Path) -> None:
         while any(reference.drop_dangling(database) for reference in references):
             pass
         for table in tables:
-            keys = table.keys.union(*(r.columns_of(table.name) for r in references))
+            keys = set(chain(*table.unique, *(r.columns_of(table.name) for r in references)))
             for column in (column for column in table.columns if column not in keys):
                 _change_numbers(database, table.name, column, chance)
         database.execute("COMMIT")
@@ -67,10 +66,6 @@ class _Table:
     columns: tuple[str, ...]
     unique: tuple[tuple[str, ...], ...]
     """The columns of the primary key, if there is one, and of each unique index."""
-
-    @property
-    def keys(self) -> frozenset[str]:
-        return frozenset(column for columns in self.unique for column in columns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 from fastdistill.data.execution.worker_process import FIRST_PHASE, line
 
@@ -130,8 +130,7 @@ class WorkerPool(ABC, Generic[Job, Result]):
             await lane.stop()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Ticket(Generic[Job, Result]):
+class _Ticket(NamedTuple, Generic[Job, Result]):
     job: Job
     future: asyncio.Future[Result]
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
-from typing import Any, BinaryIO
+from typing import Any
 
 READY = "ready"
 FIRST_PHASE = "candidate"
@@ -34,8 +34,7 @@ class Channel:
     """Answers on standard output what comes in on standard input, until that ends or whoever reads is gone."""
 
     def __init__(self, cpu_s: float = 0) -> None:
-        self._requests: BinaryIO = sys.stdin.buffer
-        self._answers: BinaryIO = sys.stdout.buffer
+        self._answers = sys.stdout.buffer
         self._cpu_s = cpu_s
         self._phase = FIRST_PHASE
         self._alone = True
@@ -53,7 +52,7 @@ class Channel:
     def serve(self, judge: Callable[[Any], object]) -> None:
         try:
             self._send(READY)
-            for request in self._requests:
+            for request in sys.stdin.buffer:
                 jobs = json.loads(request)
                 self._alone = len(jobs) == 1
                 flushed = monotonic()
