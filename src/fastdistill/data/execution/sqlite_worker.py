@@ -84,7 +84,7 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Gold:
-    """Everything that judging needs to know of a gold query on one database."""
+    """Everything that judging needs to know of a gold query on one database; nothing where there is none."""
 
     reason: SqlReason | None = None
     """Why it cannot judge anything."""
@@ -102,10 +102,8 @@ class Evaluator:
     Deterministic budgets bind here as everywhere; for limits on CPU time and memory use `sqlite.SqlitePool`.
     """
 
-    def __init__(
-        self, limits: SqlLimits | None = None, *, enter: Callable[[Phase | None], object] = lambda phase: None
-    ) -> None:
-        self._limits = limits or SqlLimits()
+    def __init__(self, limits: SqlLimits, enter: Callable[[Phase | None], object]) -> None:
+        self._limits = limits
         self._enter = enter
         self._connections: OrderedDict[str, GuardedConnection] = OrderedDict()
         self._golds: dict[tuple[object, ...], _Gold] = {}
@@ -133,20 +131,20 @@ class Evaluator:
         candidate: QueryResult | QueryError
         try:
             connection = self._connect(job.db_path)
-            gold = None if job.gold_sql is None else self._gold(connection, job.gold_sql, job.order)
+            gold = _Gold() if job.gold_sql is None else self._gold(connection, job.gold_sql, job.order)
             candidate = self._run(connection, job.sql, "candidate")
         except QueryError as error:
             candidate = error
         except DatabaseUnreadableError as error:
             return Evaluation(SqlReason.DATABASE_UNREADABLE, detail=str(error))
         reason = _reason(candidate, gold, job.columns)
-        judged = gold is not None and reason.outcome != "error"
+        judged = gold.result is not None and reason.outcome != "error"
         verdict = Evaluation(
             reason,
             gold_match=reason.outcome == "pass" if judged else None,
-            detail=None if gold is None else gold.detail,
+            detail=gold.detail,
             ops=candidate.ops,
-            weak_gold=gold is not None and gold.result is not None and not gold.result.rows,
+            weak_gold=gold.result is not None and not gold.result.rows,
         )
         if isinstance(candidate, QueryError):
             return verdict._replace(exec_pass=False, exec_error=str(candidate))
@@ -218,12 +216,12 @@ class Evaluator:
                 self._enter(None)
 
 
-def _reason(candidate: QueryResult | QueryError, gold: _Gold | None, columns: Columns) -> SqlReason:
-    if gold is not None and gold.reason is not None:
+def _reason(candidate: QueryResult | QueryError, gold: _Gold, columns: Columns) -> SqlReason:
+    if gold.reason is not None:
         return gold.reason
     if isinstance(candidate, QueryError):
         return candidate.reason
-    if gold is None or gold.result is None:
+    if gold.result is None:
         return SqlReason.EXECUTED
     if gold.result.tables and not candidate.tables:
         return SqlReason.CONSTANT
@@ -235,7 +233,7 @@ def main() -> None:
     confine_process(limits.memory_bytes)
     limit_process_heap(limits)
     channel = Channel(limits.cpu_s)
-    with closing(Evaluator(limits, enter=channel.enter)) as evaluator:
+    with closing(Evaluator(limits, channel.enter)) as evaluator:
         channel.serve(lambda job: evaluator.evaluate(SqlJob(*job)))
 
 
