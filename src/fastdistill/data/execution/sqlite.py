@@ -45,23 +45,12 @@ class SqlitePool(WorkerPool[SqlJob, Evaluation]):
         return Evaluation(SqlReason(reason), *others)
 
     async def died(self, job: SqlJob, death: Death, judge: Callable[[SqlJob], Awaitable[Evaluation]]) -> Evaluation:
+        if death.cause is Cause.CPU:  # the other query may have something to say
+            return await judge(job._replace(spent=(*job.spent, death.phase)))
         if death.cause is Cause.WALL:
             late = f"{death.phase}: no answer within {self._limits.wall_s} s"
             return Evaluation(SqlReason.INFRA_TIMEOUT, detail=late)
-        if death.cause is Cause.OTHER:
-            return Evaluation(SqlReason.SANDBOX_DIED, detail=f"{death.phase}: worker {death.status}")
-        spent = f"more than {self._limits.cpu_s} s of CPU time"
-        if death.phase == "gold":
-            candidate = await judge(job._replace(gold_sql=None))
-            return candidate._replace(reason=SqlReason.GOLD_INVALID, detail=f"gold: {SqlReason.LIMIT_CPU}: {spent}")
-        verdict = Evaluation(SqlReason.LIMIT_CPU, exec_pass=False, exec_error=spent)
-        if job.gold_sql is None or job.gold_sql == job.sql:
-            return verdict
-        # What was known of gold died with the worker, and a broken gold comes first.
-        gold = await judge(job._replace(sql=job.gold_sql))
-        if gold.outcome == "error":
-            return verdict._replace(reason=gold.reason, detail=gold.detail)
-        return verdict._replace(gold_match=False, weak_gold=gold.weak_gold)
+        return Evaluation(SqlReason.SANDBOX_DIED, detail=f"{death.phase}: worker {death.status}")
 
 
 class CopyPool(WorkerPool[list[str], str]):

@@ -93,7 +93,7 @@ class QueryResult(Relation):
 class QueryError(Exception):
     """The query was refused or failed. `reason` is one of the failing reasons, the text is stable across runs."""
 
-    def __init__(self, reason: SqlReason, message: str, ops: int = 0) -> None:
+    def __init__(self, reason: SqlReason, message: str, ops: int | None = 0) -> None:
         super().__init__(message)
         self.reason = reason
         self.ops = ops

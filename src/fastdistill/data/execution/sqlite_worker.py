@@ -52,6 +52,8 @@ class SqlJob(NamedTuple):
     gold_sql: str | None = None
     columns: Columns = "any"
     order: Order = "auto"
+    spent: Sequence[str] = ()
+    """Phases whose query has used up its CPU time before, and is not run again."""
 
 
 class Evaluation(NamedTuple):
@@ -131,8 +133,8 @@ class Evaluator:
         candidate: QueryResult | QueryError
         try:
             connection = self._connect(job.db_path)
-            gold = _Gold() if job.gold_sql is None else self._gold(connection, job.gold_sql, job.order)
-            candidate = self._run(connection, job.sql, "candidate")
+            gold = _Gold() if job.gold_sql is None else self._gold(connection, job.gold_sql, job)
+            candidate = self._run(connection, job.sql, "candidate", job.spent)
         except QueryError as error:
             candidate = error
         except DatabaseUnreadableError as error:
@@ -168,13 +170,13 @@ class Evaluator:
             self._connections.popitem(last=False)[1].close()
         return connection
 
-    def _gold(self, connection: GuardedConnection, sql: str, order: Order) -> _Gold:
-        key = (connection.path, connection.identity, sql, order)
+    def _gold(self, connection: GuardedConnection, sql: str, job: SqlJob) -> _Gold:
+        key = (connection.path, connection.identity, sql, job.order)
         gold = self._golds.get(key)
         if gold is None:
             if self._gold_bytes > _MAX_GOLD_BYTES:
                 self._forget_golds()  # all at once: a sample's candidates come one after the other
-            gold = self._golds[key] = self._settle(connection, sql, order)
+            gold = self._golds[key] = self._settle(connection, sql, job)
             self._gold_bytes += _GOLD_BYTES + (gold.result.size if gold.result else 0)
         return gold
 
@@ -182,26 +184,28 @@ class Evaluator:
         self._golds.clear()
         self._gold_bytes = 0
 
-    def _settle(self, connection: GuardedConnection, sql: str, order: Order) -> _Gold:
+    def _settle(self, connection: GuardedConnection, sql: str, job: SqlJob) -> _Gold:
         """Runs gold, and where rows could come in several orders, twice more to see which of them are tied."""
         said = "gold"
         try:
-            result = self._run(connection, sql, "gold")
-            whole = _Gold(result=result, cuts=range(1, len(result.rows) + 1) if order == "strict" else None)
+            result = self._run(connection, sql, "gold", job.spent)
+            whole = _Gold(result=result, cuts=range(1, len(result.rows) + 1) if job.order == "strict" else None)
             ordered = clause(sql, "ORDER", "BY") is not None
             if not ordered and clause(sql, "LIMIT") is None:
                 return whole
             said = "gold, with its ties broken"
-            ascending = self._run(connection, break_ties(sql, result.width, "ASC"), "gold")
-            descending = self._run(connection, break_ties(sql, result.width, "DESC"), "gold")
+            ascending = self._run(connection, break_ties(sql, result.width, "ASC"), "gold", job.spent)
+            descending = self._run(connection, break_ties(sql, result.width, "DESC"), "gold", job.spent)
         except QueryError as error:
             return _Gold(SqlReason.GOLD_INVALID, f"{said}: {error.reason}: {error}")
         cuts = tie_cuts(ascending, descending)
         if cuts is None:
             return _Gold(SqlReason.GOLD_AMBIGUOUS, "gold: its LIMIT cuts through tied rows")
-        return _Gold(result=ascending, cuts=cuts) if ordered and order == "auto" else whole
+        return _Gold(result=ascending, cuts=cuts) if ordered and job.order == "auto" else whole
 
-    def _run(self, connection: GuardedConnection, sql: str, phase: Phase) -> QueryResult:
+    def _run(self, connection: GuardedConnection, sql: str, phase: Phase, spent: Sequence[str]) -> QueryResult:
+        if phase in spent:
+            raise QueryError(SqlReason.LIMIT_CPU, f"more than {self._limits.cpu_s} s of CPU time", ops=None)
         while True:
             self._enter(phase)
             try:
