@@ -311,7 +311,7 @@ def _blamed(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, sqlite3.Error) as error:
-        text = error.strerror if isinstance(error, OSError) else error
+        text = getattr(error, "strerror", None) or error
         raise DatabaseUnreadableError(f"database {path}: {text}") from error
 
 
