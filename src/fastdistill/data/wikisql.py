@@ -78,7 +78,8 @@ def prepare_wikisql(
         InputError: the release can't be fetched or read, or has no usable question.
         EnvironmentFault: the files can't be written.
     """
-    output = output or cache_folder() / "datasets" / "wikisql" / f"wikisql_{_short(samples)}"
+    size = f"{samples // 1000}k" if samples % 1000 == 0 else samples
+    output = output or cache_folder() / "datasets" / "wikisql" / f"wikisql_{size}"
     sizes = {"train": samples, "eval": max(1, samples // 5)}
     with _release(source) as release, TemporaryDirectory(prefix="fastdistill-") as scratch:
         prepared = {}
@@ -327,7 +328,3 @@ def _literal(value: str | float) -> str:
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(value)
-
-
-def _short(samples: int) -> str:
-    return f"{samples // 1000}k" if samples % 1000 == 0 else str(samples)

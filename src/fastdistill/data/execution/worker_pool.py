@@ -177,7 +177,6 @@ class _Lane(Generic[Job, Result]):
     async def _run(self, tickets: deque[_Ticket[Job, Result]]) -> Death | None:
         """Answers the tickets in order, removing each; how that ended, if it did not end well."""
         await self._start()
-        cause = Cause.OTHER
         try:
             async with asyncio.timeout(self._pool.wall_s):
                 jobs = line([ticket.job for ticket in tickets])
@@ -188,12 +187,11 @@ class _Lane(Generic[Job, Result]):
                         self._phase = message
                     else:
                         tickets.popleft().answer(self._pool.from_wire(message))
+            return None
         except TimeoutError:
             cause = Cause.WALL
         except ConnectionError:
-            pass
-        else:
-            return None
+            cause = Cause.OTHER
         status = await self.stop()
         if status == -signal.SIGPROF:
             cause = Cause.CPU
