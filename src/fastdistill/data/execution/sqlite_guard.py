@@ -112,7 +112,7 @@ class GuardedConnection:
     def __init__(self, path: str | Path, limits: SqlLimits) -> None:
         self.path = Path(path).absolute()
         self._limits = limits
-        self._longest_value: int | None = None
+        self._measured = False
         self._forget()
         with _blamed(self.path):
             self.identity = _identity(self.path)
@@ -163,17 +163,15 @@ class GuardedConnection:
 
         Worth calling when a query failed with `LIMIT_BYTES`: a database may hold longer values than a query may build.
         """
-        if self._longest_value is not None or self.identity[0] <= self._limits.value_bytes:
+        if self._measured or self.identity[0] <= self._limits.value_bytes:
             return False
-        try:
-            with _blamed(self.path), closing(_connect(self.path)) as unrestricted:
-                self._longest_value = max(_longest_values(unrestricted), default=0)
-        except MemoryError:
-            self._longest_value = 0
-        if self._longest_value <= self._limits.value_bytes:
-            return False
-        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, self._longest_value)
-        return True
+        self._measured = True
+        with suppress(MemoryError), _blamed(self.path), closing(_connect(self.path)) as unrestricted:
+            longest = max(_longest_values(unrestricted), default=0)
+            if longest > self._limits.value_bytes:
+                self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, longest)
+                return True
+        return False
 
     def _guard(self) -> None:
         connection = self._connection
