@@ -239,7 +239,7 @@ def test_a_database_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
 def test_gold_is_judged_before_the_candidate(database: Path) -> None:
     with closing(evaluating()) as evaluator:
         verdict = ask(evaluator, str(database), "SELECT name FROM t", "SELECT nope FROM t")
-        assert (verdict.reason, verdict.outcome) == (SqlReason.GOLD_INVALID, "error")
+        assert (verdict.reason, verdict.reason.outcome) == (SqlReason.GOLD_INVALID, "error")
         assert verdict.detail == "gold: sql_error: no such column: nope"
         assert (verdict.exec_pass, verdict.gold_match, verdict.row_count) == (True, None, 2)
         for gold in ("SELECT random()", "DROP TABLE t", "", "SELECT date('now') FROM t"):
@@ -251,7 +251,7 @@ def test_without_gold_the_question_is_whether_it_executes(database: Path) -> Non
         passed = ask(evaluator, str(database), "SELECT 5")
         assert (passed.reason, passed.exec_pass, passed.gold_match) == (SqlReason.EXECUTED, True, None)
         failed = ask(evaluator, str(database), "SELEC 5")
-        assert (failed.reason, failed.exec_pass, failed.outcome) == (SqlReason.SQL_ERROR, False, "fail")
+        assert (failed.reason, failed.exec_pass, failed.reason.outcome) == (SqlReason.SQL_ERROR, False, "fail")
 
 
 def test_a_gold_without_rows_is_weak(database: Path) -> None:

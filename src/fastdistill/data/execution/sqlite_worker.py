@@ -79,10 +79,6 @@ class Evaluation(NamedTuple):
     near_limit: Literal[True] | None = None
     """It took 80% or more of the budget of operations: another version of SQLite may judge it differently."""
 
-    @property
-    def outcome(self) -> Literal["pass", "fail", "error"]:
-        return self.reason.outcome
-
 
 @dataclass(frozen=True, slots=True)
 class _Gold:

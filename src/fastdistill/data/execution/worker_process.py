@@ -15,7 +15,6 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any
 
-READY = "ready"
 FIRST_PHASE = "candidate"
 """What a worker is in before it says anything else."""
 _HELD_BACK_S = 0.02
@@ -51,7 +50,7 @@ class Channel:
 
     def serve(self, judge: Callable[[Any], object]) -> None:
         try:
-            self._send(READY)
+            self._send("ready")
             for request in sys.stdin.buffer:
                 jobs = json.loads(request)
                 self._alone = len(jobs) == 1
