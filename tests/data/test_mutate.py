@@ -46,6 +46,7 @@ def python(code: str, operator: str, setup: str = "") -> list[str]:
         ("constant", "SELECT id FROM city WHERE name = 'x'", ["name = 'xx'"]),
         ("constant", 'SELECT id FROM city WHERE name = "x"', ['name = "xx"']),
         ("set_operation", "SELECT id FROM city UNION SELECT id FROM land", ["id FROM city INTERSECT SELECT id"]),
+        ("set_operation", "SELECT id FROM city UNION ALL SELECT id FROM land", ["id FROM city INTERSECT SELECT id"]),
         ("arithmetic", "SELECT id + 1 FROM city", ["SELECT id - 1 FROM city"]),
     ],
 )

@@ -5,7 +5,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,13 @@ class _Index:
     def find(self, text: tuple[str, ...], max_coverage: float) -> Generator[None, None, str | None]:
         """Which item a text holds, in words for people, or None. The most covered one; of several the first."""
         places: set[int] = set()
-        for number, run in enumerate(_runs(text, self.report_ngram), 1):
-            places.update(self._reported.get(run, ()))
+        starts: dict[int, set[int]] = {}
+        runs = zip_longest(_runs(text, self.ngram), _runs(text, self.report_ngram), fillvalue=-1)  # no hash is -1
+        for number, (run, reported) in enumerate(runs, 1):
+            places.update(self._reported.get(reported, ()))
+            postings = self._runs.get(run, ())
+            for item, at in zip(postings[::2], postings[1::2], strict=True):
+                starts.setdefault(item, set()).add(at)
             if number % _RUNS_AT_ONCE == 0:
                 yield
         for place in places:
@@ -132,13 +137,6 @@ class _Index:
             place, source, _ = self._items[same]
             self.files[place].exact += 1
             return f"the same words as {source}"
-        starts: dict[int, set[int]] = {}
-        for number, run in enumerate(_runs(text, self.ngram), 1):
-            postings = self._runs.get(run, ())
-            for item, at in zip(postings[::2], postings[1::2], strict=True):
-                starts.setdefault(item, set()).add(at)
-            if number % _RUNS_AT_ONCE == 0:
-                yield
         covered = {
             item: (self.ngram + sum(min(self.ngram, after - at) for at, after in pairwise(sorted(found))))
             / self._items[item][2]

@@ -83,11 +83,11 @@ def _edits(node: "Expr", columns: Mapping[str, Sequence[str]]) -> Iterator[tuple
         case exp.In() | exp.Like() | exp.Between() | exp.Is() | exp.Exists() if not isinstance(node.parent, exp.Not):
             yield "negation", lambda n: exp.Not(this=exp.paren(n.copy(), copy=False))
         case exp.Select() if node.args.get("distinct"):
-            yield "distinct", partial(_set, "distinct", None)
+            yield "distinct", lambda n: n.set("distinct", None)
         case exp.Select() if not any(isinstance(e.unalias(), exp.AggFunc) for e in node.expressions):
-            yield "distinct", partial(_set, "distinct", exp.Distinct())
+            yield "distinct", lambda n: n.set("distinct", exp.Distinct())
         case exp.Union():
-            yield "distinct", partial(_set, "distinct", not node.args.get("distinct"))
+            yield "distinct", lambda n: n.set("distinct", not n.args.get("distinct"))
         case exp.Limit():
             yield "limit", _drop
         case exp.Ordered():
@@ -97,7 +97,7 @@ def _edits(node: "Expr", columns: Mapping[str, Sequence[str]]) -> Iterator[tuple
         case exp.Group():
             yield "group", _drop
         case exp.Join() if node.args.get("on") is not None:
-            yield "join", partial(_set, "side", "" if node.args.get("side") else "LEFT")
+            yield "join", lambda n: n.set("side", "" if n.args.get("side") else "LEFT")
         case exp.Literal() if node.is_string:
             yield "constant", lambda n: exp.Literal.string(n.this + "x")
         case exp.Literal():
@@ -112,26 +112,20 @@ def _column_edits(node: Any, columns: Mapping[str, Sequence[str]]) -> Iterator[t
     known = columns.get(table.lower(), ()) if table else [each for of_one in columns.values() for each in of_one]
     places = [at for at, column in enumerate(known) if column.lower() == name.lower()]
     if places and len(known) > 1:
-        yield "column", partial(_rename, known[(places[0] + 1) % len(known)])
+        yield "column", lambda n: n.this.set("this", known[(places[0] + 1) % len(known)])
     elif not places and known and not table and node.this.quoted:
         # SQLite takes a name in double quotes that is no column for a string.
-        yield "constant", partial(_rename, name + "x")
+        yield "constant", lambda n: n.this.set("this", name + "x")
 
 
 def _swap(other: str, node: Any) -> "Expr":
     from sqlglot import expressions as exp
 
-    new = getattr(exp, other)(**{name: value for name, value in node.copy().args.items()})
+    new = getattr(exp, other)(**node.copy().args)
+    if other == "Intersect":
+        new.set("distinct", True)  # SQLite has no INTERSECT ALL
     # Within another connective, `a OR b` needs the parentheses that `a AND b` did not.
     return exp.paren(new, copy=False) if isinstance(node, exp.Connector) else new
-
-
-def _set(name: str, value: object, node: Any) -> None:
-    node.set(name, value)
-
-
-def _rename(name: str, node: Any) -> None:
-    node.this.set("this", name)
 
 
 def _turn(node: Any) -> None:

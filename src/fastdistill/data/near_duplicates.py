@@ -51,10 +51,10 @@ class NearDuplicates(StreamFilter):
             sketch = MinHash(_PERMUTATIONS)
             seen: set[str] = set()
             starts = range(max(1, len(text) - self.shingle + 1))
-            for some in (starts[at : at + _RUNS_AT_ONCE] for at in range(0, len(starts), _RUNS_AT_ONCE)):
-                if len(starts) > _RUNS_AT_ONCE:
+            for begin in range(0, len(starts), _RUNS_AT_ONCE):
+                if begin:
                     yield
-                new = {text[at : at + self.shingle] for at in some} - seen
+                new = {text[at : at + self.shingle] for at in starts[begin : begin + _RUNS_AT_ONCE]} - seen
                 sketch.update_batch([run.encode() for run in new])
                 seen |= new
             values = sketch.hashvalues

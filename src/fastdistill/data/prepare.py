@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fastdistill.core.canonical import NotCanonical, canonical_json, sample_id
 from fastdistill.core.errors import ConfigError, SampleError
-from fastdistill.core.step import Context, KeyIndex, StreamFilter
+from fastdistill.core.step import Context, StreamFilter
 from fastdistill.core.types import Failure, Sample, Status
 
 
@@ -27,11 +27,20 @@ class CanonicalizeFields(StreamFilter):
         seen = ctx.index(self.name)
 
         def look(sample: Sample) -> Sample:
-            identified = self._identified(sample)
-            first = _first(seen, identified)
+            sample = self._identified(sample)
+            # With a task id, one lookup tells both a repeated task and a conflict; without, the content is the id.
+            key = f"task {sample.task_id}" if sample.task_id else f"sample {sample.sample_id}"
+            first = seen.first(key, f"{sample.sample_id} {sample.source}")
             if first is None:
-                return identified
-            return _duplicate(identified, self.name, f"{sample.source}: the same task as {first}")
+                return sample
+            first_id, source = first.split(" ", 1)
+            if first_id == sample.sample_id:
+                return _duplicate(sample, self.name, f"{sample.source}: the same task as {source}")
+            raise SampleError(
+                "task_id_conflict",
+                f"{sample.source}: task id {sample.task_id!r} belongs to other content at {source}; "
+                "give each task an id of its own, or none",
+            )
 
         return look
 
@@ -102,23 +111,6 @@ def _pick(sample: Sample, fields: Sequence[str]) -> Mapping[str, Any]:
         there = ", ".join(record) or "none"
         message = f"{sample.source}: no field {missing}; the record has: {there}"
         raise SampleError("missing_field", message) from error
-
-
-def _first(seen: KeyIndex, sample: Sample) -> str | None:
-    """The source of the first sample that is the same task, if there was one before."""
-    # With a task id, one lookup tells both a repeated task and a conflict; without, the content is the id.
-    key = f"task {sample.task_id}" if sample.task_id else f"sample {sample.sample_id}"
-    first = seen.first(key, f"{sample.sample_id} {sample.source}")
-    if first is None:
-        return None
-    first_id, source = first.split(" ", 1)
-    if first_id == sample.sample_id:
-        return source
-    raise SampleError(
-        "task_id_conflict",
-        f"{sample.source}: task id {sample.task_id!r} belongs to other content at {source}; "
-        "give each task an id of its own, or none",
-    )
 
 
 def _duplicate(sample: Sample, step: str, message: str) -> Sample:

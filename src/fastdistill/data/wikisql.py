@@ -29,15 +29,11 @@ from fastdistill.data.prepared import cache_folder
 URL = "https://github.com/salesforce/WikiSQL/raw/master/data.tar.bz2"
 
 _SPLITS = {"train": "train", "eval": "dev"}  # what is written, and the split of the release that it comes from
-_ENDINGS = ("jsonl", "tables.jsonl", "db")
-_MEMBERS = [f"{split}.{ending}" for split in _SPLITS.values() for ending in _ENDINGS]
+_MEMBERS = [f"{split}.{ending}" for split in _SPLITS.values() for ending in ("jsonl", "tables.jsonl", "db")]
 _AGGREGATES = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
 _OPERATORS = ("=", ">", "<")
 _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
 _LONGEST_NAME = 60  # characters; some headers are sentences
-
-Value = str | float | None
-_Condition = tuple[int, str, str | float]  # column, operator, value
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,8 @@ def prepare_wikisql(
         InputError: the release can't be fetched or read, or has no usable question.
         EnvironmentFault: the files can't be written.
     """
-    output = output or cache_folder() / "datasets" / "wikisql" / f"wikisql_{_short(samples)}"
+    size = f"{samples // 1000}k" if samples % 1000 == 0 else samples
+    output = output or cache_folder() / "datasets" / "wikisql" / f"wikisql_{size}"
     sizes = {"train": samples, "eval": max(1, samples // 5)}
     with _release(source) as release, TemporaryDirectory(prefix="fastdistill-") as scratch:
         prepared = {}
@@ -91,11 +88,9 @@ def prepare_wikisql(
                 prepared[name] = _prepare_split(release, split, sizes[name], seed, Path(scratch) / name)
             except sqlite3.DatabaseError as error:
                 raise InputError(f"{release / split}.db: can't be copied ({error}); fetch {URL} again") from error
-        for name in _SPLITS:
-            for ending in ("db", "jsonl"):
-                file_name = f"{name}.{ending}"
-                with Path(scratch, file_name).open("rb") as draft, atomic(output / file_name, "wb") as file:
-                    shutil.copyfileobj(draft, file)
+        for draft in sorted(Path(scratch).iterdir()):
+            with draft.open("rb") as written, atomic(output / draft.name, "wb") as file:
+                shutil.copyfileobj(written, file)
     return Prepared(output, **prepared)
 
 
@@ -125,18 +120,16 @@ class _Header(msgspec.Struct, frozen=True):
 def _release(source: str | Path | None) -> Iterator[Path]:
     """A folder with the release's files."""
     path = _downloaded() if source is None else Path(source).expanduser().absolute()
-    if path.is_dir():
+    with TemporaryDirectory(prefix="fastdistill-") as unpacked:
         folder = path / "data" if (path / "data").is_dir() else path
-        missing = [name for name in _MEMBERS if not (folder / name).is_file()]
-        if missing:
-            raise InputError(f"{folder}: lacks {', '.join(missing)}; give the unpacked data.tar.bz2 of {URL}")
+        if path.is_file():
+            folder = Path(unpacked)
+            _unpack(path, folder)
+        elif not path.is_dir():
+            raise InputError(f"{path}: there is no such file or folder; leave --source out to download the release")
+        if missing := [name for name in _MEMBERS if not (folder / name).is_file()]:
+            raise InputError(f"{path}: lacks {', '.join(missing)}; give data.tar.bz2 of {URL}, or what is in it")
         yield folder
-    elif path.is_file():
-        with TemporaryDirectory(prefix="fastdistill-") as unpacked:
-            _unpack(path, Path(unpacked))
-            yield Path(unpacked)
-    else:
-        raise InputError(f"{path}: there is no such file or folder; leave --source out to download the release")
 
 
 def _downloaded() -> Path:
@@ -157,20 +150,16 @@ def _downloaded() -> Path:
 
 def _unpack(archive: Path, folder: Path) -> None:
     """Writes the expected members, if plain files, by names of ours: no path or link of the archive is followed."""
-    missing = set(_MEMBERS)
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
-                wanted = member.isreg() and path.parent.name == "data" and path.name in missing
+                wanted = member.isreg() and path.parent.name == "data" and path.name in _MEMBERS
                 if wanted and (content := tar.extractfile(member)):
                     with (folder / path.name).open("wb") as file:
                         shutil.copyfileobj(content, file)
-                    missing.remove(path.name)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{archive}: can't be unpacked ({error}); fetch {URL} again") from error
-    if missing:
-        raise InputError(f"{archive}: lacks {', '.join(sorted(missing))}; fetch {URL} again")
 
 
 _Line = TypeVar("_Line")
@@ -216,7 +205,7 @@ def _prepare_split(release: Path, split: str, samples: int, seed: int, draft: Pa
                 file.write(msgspec.json.encode(record) + b"\n")
                 records += 1
         database.execute("COMMIT")
-    if samples and not records:
+    if not records:
         raise InputError(f"{release}: no usable question in {split}.jsonl ({dict(left_out)}); fetch {URL} again")
     return PreparedSplit(records, len(tables.written), dict(left_out))
 
@@ -259,8 +248,8 @@ class _Table:
         kinds = (f"TEXT{collation}" if kind == "text" else "REAL" for kind in self.types)
         return f"CREATE TABLE {self.name} ({', '.join(map(' '.join, zip(self.columns, kinds, strict=True)))});"
 
-    def conditions(self, query: _Query) -> list[_Condition]:
-        """The query's conditions with their values as the evaluator compares them."""
+    def conditions(self, query: _Query) -> list[tuple[int, str, str | float]]:
+        """The query's columns, operators, and values as the evaluator compares them."""
         return [
             (column, _OPERATORS[operator], str(value).lower() if self.types[column] == "text" else _real(value))
             for column, operator, value in query.conds
@@ -296,7 +285,7 @@ class _Tables:
             self._database.execute(f"INSERT INTO main.{table.name} SELECT * FROM release.{table.name} ORDER BY rowid")
             self.written.add(table.name)
 
-    def answer(self, query: str, values: Sequence[str | float] = ()) -> list[Value]:
+    def answer(self, query: str, values: Sequence[str | float] = ()) -> list[str | float | None]:
         try:
             return [value for (value,) in self._database.execute(query, values)]
         except sqlite3.Error as error:
@@ -339,7 +328,3 @@ def _literal(value: str | float) -> str:
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(value)
-
-
-def _short(samples: int) -> str:
-    return f"{samples // 1000}k" if samples and samples % 1000 == 0 else str(samples)

@@ -43,6 +43,10 @@ def guarded(database: Path) -> Iterator[GuardedConnection]:
         yield connection
 
 
+def evaluating() -> Evaluator:
+    return Evaluator(SqlLimits(), lambda phase: None)
+
+
 def ask(evaluator: Evaluator, *job: Any, **options: Any) -> Evaluation:
     return evaluator.evaluate(SqlJob(*job, **options))
 
@@ -162,13 +166,13 @@ def test_a_database_may_hold_longer_values_than_a_query_may_build(tmp_path: Path
         assert connection.query("SELECT length(x) FROM t").rows == ((200_000,), (1,))
         assert refusal(connection, "SELECT x || x FROM t").reason is SqlReason.LIMIT_BYTES
         assert not connection.allow_stored_values()
-    with closing(Evaluator()) as evaluator:
+    with closing(evaluating()) as evaluator:
         assert ask(evaluator, str(path), "SELECT x FROM t", "SELECT x FROM t").reason is SqlReason.MATCH
 
 
 def test_text_that_is_not_utf8_can_be_read(tmp_path: Path) -> None:
     path = build(tmp_path / "latin.db", "CREATE TABLE t(x TEXT); INSERT INTO t VALUES (CAST(x'e9' AS TEXT))")
-    with closing(Evaluator()) as evaluator:
+    with closing(evaluating()) as evaluator:
         verdict = ask(evaluator, str(path), "SELECT x FROM t", "SELECT x FROM t")
     assert verdict.reason is SqlReason.MATCH
     assert verdict.result_signature
@@ -225,7 +229,7 @@ def test_changes_in_a_write_ahead_log_are_not_overlooked(tmp_path: Path) -> None
 
 def test_a_database_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
     path = build(tmp_path / "a.db", "CREATE TABLE t(x); INSERT INTO t VALUES (1)")
-    with closing(Evaluator()) as evaluator:
+    with closing(evaluating()) as evaluator:
         assert ask(evaluator, str(path), "SELECT x FROM t", "SELECT max(x) FROM t").reason is SqlReason.MATCH
         build(tmp_path / "b.db", "CREATE TABLE t(x); INSERT INTO t VALUES (1), (2)").replace(path)
         verdict = ask(evaluator, str(path), "SELECT x FROM t", "SELECT max(x) FROM t")
@@ -233,9 +237,9 @@ def test_a_database_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_gold_is_judged_before_the_candidate(database: Path) -> None:
-    with closing(Evaluator()) as evaluator:
+    with closing(evaluating()) as evaluator:
         verdict = ask(evaluator, str(database), "SELECT name FROM t", "SELECT nope FROM t")
-        assert (verdict.reason, verdict.outcome) == (SqlReason.GOLD_INVALID, "error")
+        assert (verdict.reason, verdict.reason.outcome) == (SqlReason.GOLD_INVALID, "error")
         assert verdict.detail == "gold: sql_error: no such column: nope"
         assert (verdict.exec_pass, verdict.gold_match, verdict.row_count) == (True, None, 2)
         for gold in ("SELECT random()", "DROP TABLE t", "", "SELECT date('now') FROM t"):
@@ -243,21 +247,21 @@ def test_gold_is_judged_before_the_candidate(database: Path) -> None:
 
 
 def test_without_gold_the_question_is_whether_it_executes(database: Path) -> None:
-    with closing(Evaluator()) as evaluator:
+    with closing(evaluating()) as evaluator:
         passed = ask(evaluator, str(database), "SELECT 5")
         assert (passed.reason, passed.exec_pass, passed.gold_match) == (SqlReason.EXECUTED, True, None)
         failed = ask(evaluator, str(database), "SELEC 5")
-        assert (failed.reason, failed.exec_pass, failed.outcome) == (SqlReason.SQL_ERROR, False, "fail")
+        assert (failed.reason, failed.exec_pass, failed.reason.outcome) == (SqlReason.SQL_ERROR, False, "fail")
 
 
 def test_a_gold_without_rows_is_weak(database: Path) -> None:
-    with closing(Evaluator()) as evaluator:
+    with closing(evaluating()) as evaluator:
         assert ask(evaluator, str(database), "SELECT x FROM 'Mixed Case'", "SELECT id FROM t WHERE 0").weak_gold
         assert not ask(evaluator, str(database), "SELECT id FROM t", "SELECT id FROM t").weak_gold
 
 
 def test_a_limit_without_an_order_is_ambiguous_unless_it_cuts_nothing(database: Path) -> None:
-    with closing(Evaluator()) as evaluator:
+    with closing(evaluating()) as evaluator:
         cut = ask(evaluator, str(database), "SELECT name FROM t LIMIT 1", "SELECT name FROM t LIMIT 1")
         whole = ask(evaluator, str(database), "SELECT name FROM t", "SELECT name FROM t LIMIT 9")
     assert (cut.reason, whole.reason) == (SqlReason.GOLD_AMBIGUOUS, SqlReason.MATCH)
@@ -268,7 +272,7 @@ def test_ties_are_broken_whatever_the_collation(tmp_path: Path) -> None:
         tmp_path / "case.db",
         "CREATE TABLE t(a TEXT COLLATE NOCASE, b INT); INSERT INTO t VALUES ('x', 1), ('X', 1), ('y', 2)",
     )
-    with closing(Evaluator()) as evaluator:
+    with closing(evaluating()) as evaluator:
         for gold in ("SELECT a FROM t ORDER BY b", "SELECT a FROM t UNION ALL SELECT b FROM t WHERE 0 ORDER BY a"):
             verdict = ask(evaluator, str(path), "SELECT a FROM t ORDER BY b, a COLLATE BINARY", gold)
             assert verdict.reason is SqlReason.MATCH, verdict
@@ -277,7 +281,7 @@ def test_ties_are_broken_whatever_the_collation(tmp_path: Path) -> None:
 def test_order_and_columns_can_be_chosen(database: Path) -> None:
     gold, reverse = "SELECT id, name FROM t ORDER BY id", "SELECT name, id FROM t ORDER BY id DESC"
     path = str(database)
-    with closing(Evaluator()) as evaluator:
+    with closing(evaluating()) as evaluator:
         assert ask(evaluator, path, reverse, gold).reason is SqlReason.MISMATCH
         assert ask(evaluator, path, reverse, gold, order="ignore").reason is SqlReason.MATCH
         assert ask(evaluator, path, reverse, gold, "strict", "ignore").reason is SqlReason.MISMATCH

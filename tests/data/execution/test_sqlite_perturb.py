@@ -1,14 +1,14 @@
 """Copies that differ in content and keep what the schema promises."""
 
+import asyncio
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastdistill.data.execution.sqlite import CopyPool
 from fastdistill.data.execution.sqlite_perturb import perturb
 
 SCHEMA = """
@@ -116,17 +116,17 @@ def test_tables_that_refer_to_each_other_shrink_together(tmp_path: Path) -> None
     assert 100 < len(places) < 350
 
 
-def run(*arguments: Path) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "fastdistill.data.execution.sqlite_perturb"]
-    return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True)
-
-
-def test_the_program_writes_all_copies_or_none(database: Path, copy: Path, tmp_path: Path) -> None:
-    first, second = tmp_path / "0.sqlite", tmp_path / "1.sqlite"
-    assert run(database, first, second).returncode == 0
-    assert second.read_bytes() == copy.read_bytes() != first.read_bytes()
+def test_the_worker_writes_all_copies_or_none(database: Path, copy: Path, tmp_path: Path) -> None:
+    first, second, third = (tmp_path / f"{seed}.sqlite" for seed in range(3))
     text = tmp_path / "notes.txt"
     text.write_text("not a database, though long enough to look like one at first sight")
-    failed = run(text, tmp_path / "2.sqlite")
-    assert (failed.returncode, failed.stderr) == (1, "file is not a database\n")
-    assert not (tmp_path / "2.sqlite").exists()
+
+    async def run() -> list[str]:
+        async with CopyPool() as pool:
+            return await pool.judge(
+                [[str(place) for place in job] for job in ((database, first, second), (text, third))]
+            )
+
+    assert asyncio.run(run()) == ["", "file is not a database"]
+    assert second.read_bytes() == copy.read_bytes() != first.read_bytes()
+    assert not third.exists()

@@ -138,8 +138,8 @@ def test_edge_case(edge_verdicts: list[Evaluation], index: int) -> None:
     verdict = edge_verdicts[index]
     letter = EDGE_CASES[index][0]
     assert verdict.reason in WANTED[letter]
-    assert verdict.outcome == {"T": "pass", "G": "error", "A": "error"}.get(letter, "fail")
-    assert verdict.gold_match == {"pass": True, "fail": False, "error": None}[verdict.outcome]
+    assert verdict.reason.outcome == {"T": "pass", "G": "error", "A": "error"}.get(letter, "fail")
+    assert verdict.gold_match == {"pass": True, "fail": False, "error": None}[verdict.reason.outcome]
 
 
 DOUBLING = ", ".join(
@@ -250,7 +250,7 @@ def attacked(database: Path, tmp_path_factory: pytest.TempPathFactory) -> Attack
 def test_attack(attacked: Attacked, index: int) -> None:
     verdict = attacked.verdicts[index]
     assert verdict.reason is ATTACKS[index][0]
-    assert (verdict.outcome, verdict.gold_match) == ("fail", False)
+    assert (verdict.reason.outcome, verdict.gold_match) == ("fail", False)
     assert attacked.afterwards[index].reason is SqlReason.MATCH
 
 
@@ -279,7 +279,7 @@ def test_a_database_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     jobs = [SqlJob(path, "SELECT 1", "SELECT 1") for path in (str(text), str(tmp_path / "gone.db"), "nul\0.db")]
     verdicts = judge(*jobs)
     assert {verdict.reason for verdict in verdicts} == {SqlReason.DATABASE_UNREADABLE}
-    assert {(verdict.outcome, verdict.exec_pass) for verdict in verdicts} == {("error", None)}
+    assert {(verdict.reason.outcome, verdict.exec_pass) for verdict in verdicts} == {("error", None)}
     assert "not a SQLite database" in str(verdicts[0].detail)
     assert "No such file" in str(verdicts[1].detail)
 
@@ -314,7 +314,7 @@ def test_a_wall_clock_that_runs_out_blames_nobody(database: Path) -> None:
         workers=1,
         limits=SqlLimits(cpu_s=60, wall_s=1),
     )
-    assert (slow.reason, slow.outcome, slow.exec_pass, slow.gold_match) == (
+    assert (slow.reason, slow.reason.outcome, slow.exec_pass, slow.gold_match) == (
         SqlReason.INFRA_TIMEOUT,
         "error",
         None,
@@ -333,7 +333,7 @@ def test_columns_too_alike_to_tell_apart_are_an_error(database: Path) -> None:
         "VALUES " + ", ".join(f"({', '.join(map(str, row))})" for row in matrix) for matrix in (paley, sylvester)
     )
     (verdict,) = judge(SqlJob(str(database), candidate, gold))
-    assert (verdict.reason, verdict.outcome, verdict.gold_match) == (SqlReason.COMPARE_BUDGET, "error", None)
+    assert (verdict.reason, verdict.reason.outcome, verdict.gold_match) == (SqlReason.COMPARE_BUDGET, "error", None)
 
 
 def test_every_caller_gets_its_own_answer(database: Path) -> None:
@@ -417,7 +417,7 @@ def test_a_worker_killed_twice_from_outside_is_an_error(database: Path, run: Run
                 os.kill(worker, signal.SIGKILL)
                 killed.add(worker)
             (verdict,) = await pending
-        assert (verdict.reason, verdict.outcome, verdict.gold_match) == (SqlReason.SANDBOX_DIED, "error", None)
+        assert (verdict.reason, verdict.reason.outcome, verdict.gold_match) == (SqlReason.SANDBOX_DIED, "error", None)
         assert verdict.detail == "candidate: worker killed by SIGKILL"
 
     run(scenario())

@@ -17,7 +17,6 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Literal, NamedTuple
@@ -27,7 +26,6 @@ DEFINITION = "sql-eq/1"
 Cell = int | float | str | bytes | None
 Row = tuple[Cell, ...]
 Columns = Literal["any", "strict"]
-Direction = Literal["ASC", "DESC"]
 
 RELATIVE_TOLERANCE = 1e-9
 ABSOLUTE_TOLERANCE = 1e-12
@@ -45,14 +43,8 @@ class Relation:
     rows: tuple[Row, ...]
 
 
-class Comparison(StrEnum):
-    """The words are those of `sqlite_guard.SqlReason`."""
-
-    EQUAL = "match"
-    DIFFERENT = "mismatch"
-    WIDTH = "column_count"
-    UNDECIDED = "compare_budget"
-    """The search for a column permutation ran out of its budget."""
+Comparison = Literal["match", "mismatch", "column_count", "compare_budget"]
+"""The words are those of `sqlite_guard.SqlReason`. `compare_budget`: the search for an order of columns gave up."""
 
 
 def compare(
@@ -64,17 +56,17 @@ def compare(
     the rows a multiset, `range(1, n + 1)` an exact sequence, `tie_cuts` a sequence modulo ties.
     """
     if gold.width != other.width:
-        return Comparison.WIDTH
+        return "column_count"
     if len(gold.rows) != len(other.rows):
-        return Comparison.DIFFERENT
+        return "mismatch"
     if gold.rows == other.rows:
-        return Comparison.EQUAL
+        return "match"
     left, right = _snapped(gold.rows, other.rows)
     ends = [len(left)] if cuts is None else cuts
     if all(_same_multiset(left[start:end], right[start:end]) for start, end in pairwise([0, *ends])):
-        return Comparison.EQUAL
+        return "match"
     if columns == "strict" or gold.width == 1:
-        return Comparison.DIFFERENT
+        return "mismatch"
     return _permuted(left, right, ends)
 
 
@@ -156,38 +148,27 @@ def tokenize(sql: str) -> tuple[Token, ...]:
     return tuple(tokens)
 
 
-def top_level_order_by(sql: str) -> bool:
-    """Whether the outermost query, rather than a subquery or a window, has an ORDER BY."""
-    return _clause(tokenize(sql), "ORDER", "BY") is not None
+def clause(sql: str, *words: str) -> int | None:
+    """The place, in its tokens, of the last such keywords in a row that are of no subquery and no window."""
+    tokens = tokenize(sql)
+    for index in range(len(tokens) - len(words), -1, -1):
+        found = tokens[index : index + len(words)]
+        if all(token.depth == 0 and token.word == word for token, word in zip(found, words, strict=True)):
+            return index
+    return None
 
 
-def top_level_limit(sql: str) -> bool:
-    """Whether the outermost query has a LIMIT."""
-    return _clause(tokenize(sql), "LIMIT") is not None
-
-
-def break_ties(sql: str, width: int, direction: Direction) -> str:
+def break_ties(sql: str, width: int, direction: Literal["ASC", "DESC"]) -> str:
     """`sql` with every result column, in `direction`, as its last sort keys: a total order of its rows.
 
     `COLLATE BINARY` keeps rows apart that a column's own collation would leave tied.
     """
     tokens = tokenize(sql)
     keys = ", ".join(f"{column} COLLATE BINARY {direction}" for column in range(1, width + 1))
-    limit = _clause(tokens, "LIMIT")
+    limit = clause(sql, "LIMIT")
     end = next((token.end for token in reversed(tokens[:limit]) if token.text != ";"), 0)
-    joint = "," if _clause(tokens, "ORDER", "BY") is not None else " ORDER BY"
+    joint = "," if clause(sql, "ORDER", "BY") is not None else " ORDER BY"
     return f"{sql[:end]}{joint} {keys}{sql[end:]}"
-
-
-def _clause(tokens: Sequence[Token], *words: str) -> int | None:
-    """Index of the last top-level occurrence of these consecutive keywords."""
-    for index in range(len(tokens) - len(words), -1, -1):
-        if all(
-            token.depth == 0 and token.word == word
-            for token, word in zip(tokens[index : index + len(words)], words, strict=True)
-        ):
-            return index
-    return None
 
 
 def _canonical(cell: Cell) -> Cell:
@@ -239,25 +220,22 @@ def _permuted(gold: tuple[Row, ...], other: tuple[Row, ...], ends: Sequence[int]
     mine, others = list(zip(*gold, strict=True)), list(zip(*other, strict=True))
     wanted, shapes = list(map(_shape, mine)), list(map(_shape, others))
     if Counter(wanted) != Counter(shapes):
-        return Comparison.DIFFERENT
+        return "mismatch"
     options = [[i for i, shape in enumerate(shapes) if shape == column] for column in wanted]
     order = sorted(range(len(mine)), key=lambda column: len(options[column]))
     first_alike = [others.index(column) for column in others]  # columns that look alike are tried once
     tied = [group for group, (start, end) in enumerate(pairwise([0, *ends])) for _ in range(end - start)]
-    levels: list[tuple[dict[Hashable, int], list[int], Counter[int]]] = []
     left = min(MAX_SEARCH_NODES, MAX_SEARCH_ROWS // len(gold))
 
-    def assign(depth: int, groups: list[int], used: frozenset[int]) -> bool:
+    def assign(depth: int, reference: list[int], groups: list[int], used: frozenset[int]) -> bool:
+        """Whether the columns from this depth on find their places, given the class of each row on both sides."""
         nonlocal left
         if depth == len(order):
             return True
-        if depth == len(levels):  # gold's classes once its columns up to this depth are assigned, and their sizes
-            classes: dict[Hashable, int] = {}
-            reference = levels[-1][1] if levels else tied
-            keys = zip(reference, mine[order[depth]], strict=True)
-            numbers = [classes.setdefault(key, len(classes)) for key in keys]  # by first appearance
-            levels.append((classes, numbers, Counter(numbers)))
-        classes, _, sizes = levels[depth]
+        classes: dict[Hashable, int] = {}  # numbered by first appearance
+        keys = zip(reference, mine[order[depth]], strict=True)
+        numbers = [classes.setdefault(key, len(classes)) for key in keys]
+        sizes = Counter(numbers)
         tried = set()
         for column in options[order[depth]]:
             if column in used or first_alike[column] in tried:
@@ -268,14 +246,14 @@ def _permuted(gold: tuple[Row, ...], other: tuple[Row, ...], ends: Sequence[int]
                 if left < 0:
                     raise _BudgetSpentError
             refined = [classes.get(key, -1) for key in zip(groups, others[column], strict=True)]
-            if Counter(refined) == sizes and assign(depth + 1, refined, used | {column}):
+            if Counter(refined) == sizes and assign(depth + 1, numbers, refined, used | {column}):
                 return True
         return False
 
     try:
-        return Comparison.EQUAL if assign(0, tied, frozenset()) else Comparison.DIFFERENT
+        return "match" if assign(0, tied, tied, frozenset()) else "mismatch"
     except _BudgetSpentError:
-        return Comparison.UNDECIDED
+        return "compare_budget"
 
 
 def _shape(column: Row) -> int:

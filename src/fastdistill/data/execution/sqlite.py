@@ -6,7 +6,6 @@ record gives is taken as it is: records are the user's own, and of a database on
 
 import asyncio
 import sqlite3
-from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import asdict
@@ -22,8 +21,8 @@ from fastdistill.core.files import sha256_file
 from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
-from fastdistill.data.execution.sqlite_worker import Evaluation, Phase, SqlJob
-from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool, start_module
+from fastdistill.data.execution.sqlite_worker import Evaluation, SqlJob
+from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool
 from fastdistill.data.template import compile_template, render
 
 
@@ -41,82 +40,36 @@ class SqlitePool(WorkerPool[SqlJob, Evaluation]):
         self._limits = limits or SqlLimits()
         super().__init__(workers, asdict(self._limits), self._limits.wall_s, batch)
 
-    def fitted(self, job: SqlJob) -> SqlJob:
-        """The job with a full path, and with a text beyond the limit cut one character past it: the verdict stays."""
-        longest = self._limits.sql_bytes + 1
-        path = job.db_path if job.db_path.startswith("/") else str(Path(job.db_path).absolute())
-        return SqlJob(path, job.sql[:longest], job.gold_sql and job.gold_sql[:longest], job.columns, job.order)
-
     def from_wire(self, message: list[Any]) -> Evaluation:
         reason, *others = message
         return Evaluation(SqlReason(reason), *others)
 
     async def died(self, job: SqlJob, death: Death, judge: Callable[[SqlJob], Awaitable[Evaluation]]) -> Evaluation:
+        if death.cause is Cause.CPU:  # the other query may have something to say
+            return await judge(job._replace(spent=(*job.spent, death.phase)))
         if death.cause is Cause.WALL:
             late = f"{death.phase}: no answer within {self._limits.wall_s} s"
             return Evaluation(SqlReason.INFRA_TIMEOUT, detail=late)
-        if death.cause is Cause.OTHER:
-            return Evaluation(SqlReason.SANDBOX_DIED, detail=f"{death.phase}: worker {death.status}")
-        spent = f"more than {self._limits.cpu_s} s of CPU time"
-        if death.phase == Phase.GOLD:
-            candidate = await judge(job._replace(gold_sql=None))
-            return candidate._replace(reason=SqlReason.GOLD_INVALID, detail=f"gold: {SqlReason.LIMIT_CPU}: {spent}")
-        verdict = Evaluation(SqlReason.LIMIT_CPU, exec_pass=False, exec_error=spent)
-        if job.gold_sql is None or job.gold_sql == job.sql:
-            return verdict
-        # What was known of gold died with the worker, and a broken gold comes first.
-        gold = await judge(job._replace(sql=job.gold_sql))
-        if gold.outcome == "error":
-            return verdict._replace(reason=gold.reason, detail=gold.detail)
-        return verdict._replace(gold_match=False, weak_gold=gold.weak_gold)
+        return Evaluation(SqlReason.SANDBOX_DIED, detail=f"{death.phase}: worker {death.status}")
 
 
-class CopyError(Exception):
-    """A database can't be copied; the message names it and says why."""
+class CopyPool(WorkerPool[list[str], str]):
+    """Writes perturbed copies of a database: a job is its path and theirs, the result why that can't be done.
 
+    Its process runs no query of a model.
+    """
 
-class PerturbedCopies:
-    """An async context manager over a temporary folder with `number` copies of each database that is asked for."""
+    module = "fastdistill.data.execution.sqlite_perturb"
+    what = "sqlite copy"
 
-    def __init__(self, number: int) -> None:
-        self._number = number
-        self._made: dict[str, asyncio.Task[list[str]]] = {}
-        self._turn = asyncio.Semaphore(1)  # the cores are for the workers
+    def __init__(self) -> None:
+        super().__init__(1, {}, wall_s=None, batch=1)  # one: the cores are for the queries
 
-    async def __aenter__(self) -> Self:
-        self._folder = TemporaryDirectory(prefix="fastdistill-")
-        return self
+    def from_wire(self, message: list[str]) -> str:
+        return message[0]
 
-    async def __aexit__(self, *_: object) -> None:
-        for task in self._made.values():
-            task.cancel()
-        await asyncio.gather(*self._made.values(), return_exceptions=True)
-        self._folder.cleanup()
-
-    async def of(self, path: str, sha256: str) -> list[str]:
-        """The copies of the database at `path`, by their seeds 0, 1, 2 ...; one content is copied once.
-
-        Raises:
-            CopyError: it can't be copied.
-        """
-        if sha256 not in self._made:
-            self._made[sha256] = asyncio.create_task(self._make(path, len(self._made)))
-        return await asyncio.shield(self._made[sha256])  # it is not for the one who was the first to ask
-
-    async def _make(self, path: str, number: int) -> list[str]:
-        copies = [str(Path(self._folder.name, f"{number}-{seed}.sqlite")) for seed in range(self._number)]
-        async with self._turn:
-            # A process that runs no query of a model.
-            process = await start_module(_PERTURB, path, *copies, stdin=DEVNULL, stderr=PIPE)
-            try:
-                _, said = await process.communicate()
-            finally:
-                if process.returncode is None:
-                    process.kill()
-                    await process.wait()
-        if process.returncode:
-            raise CopyError(f"database {path}: no perturbed copy: {said.decode(errors='replace').strip()[-500:]}")
-        return copies
+    async def died(self, job: list[str], death: Death, judge: Callable[[list[str]], Awaitable[str]]) -> str:
+        return f"worker {death.status}"
 
 
 class SQLiteExecEval(Gate):
@@ -140,7 +93,9 @@ class SQLiteExecEval(Gate):
 
     # Of a step that is open, in its own `__dict__`: pydantic's private ones are slow.
     _pool: ClassVar[SqlitePool | None] = None
-    _copies: ClassVar[PerturbedCopies | None] = None
+    _copier: ClassVar[CopyPool | None] = None
+    _folder: ClassVar[str] = ""
+    _copies: ClassVar[dict[str, tuple[list[str], asyncio.Future[str]]]] = {}  # their paths by that of a database
     _databases: ClassVar[dict[str, asyncio.Future[str | None]]] = {}  # sha256 by path, once read
 
     @field_validator("db_path")
@@ -179,49 +134,56 @@ class SQLiteExecEval(Gate):
                 if trial.reason is SqlReason.DATABASE_UNREADABLE:
                     raise InputError(f"{self.name}.db_path: {trial.detail}")
             if self.perturbations:
-                held["_copies"] = await stack.enter_async_context(PerturbedCopies(self.perturbations))
-            held["_databases"] = databases = dict[str, asyncio.Future[str | None]]()
+                held["_folder"] = stack.enter_context(TemporaryDirectory(prefix="fastdistill-"))
+                held["_copier"] = await stack.enter_async_context(CopyPool())
+            held["_databases"], held["_copies"] = {}, {}
             try:
                 yield
             finally:
-                await asyncio.gather(*databases.values())
+                copying = [made for _, made in self._copies.values()]
+                for made in copying:
+                    made.cancel()
+                await asyncio.gather(*self._databases.values(), *copying, return_exceptions=True)
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         path = self._path(sample)
         if path not in self._databases:
             self._databases[path] = asyncio.ensure_future(asyncio.to_thread(_sha256, path))
-        gold = self._gold(sample)
-        if isinstance(gold, Verdict):
-            return [gold] * len(candidates)
+        gold = self.gold(sample)
+        if gold is None and self.require == "gold_match":
+            missing = f"{sample.source}: no query in field {self.gold_field!r}"
+            return [self.verdict(Outcome.ERROR, SqlReason.GOLD_INVALID, detail=missing)] * len(candidates)
         assert self._pool is not None, "the gate is used inside `opened`"
         jobs = [SqlJob(path, c.answer, gold, self.columns, self.order) for c in candidates]
         verdicts = [self._verdict(seen) for seen in await self._pool.judge(jobs)]
-        if self._copies is not None:
+        if self._copier is not None:
             matching = [at for at, verdict in enumerate(verdicts) if verdict.reason == SqlReason.MATCH]
-            again = await self._on_copies([jobs[at] for at in matching], self._copies, self._pool)
+            again = await self._on_copies([jobs[at] for at in matching], self._copier, self._pool)
             for at, (reason, found) in zip(matching, again, strict=True):
                 detail = {k: value for k, value in {**verdicts[at].detail, **found}.items() if value is not None}
                 verdicts[at] = self.verdict(Outcome(reason.outcome), reason, **detail)
         return verdicts
 
     async def _on_copies(
-        self, jobs: Sequence[SqlJob], copies: PerturbedCopies, pool: SqlitePool
+        self, jobs: Sequence[SqlJob], copier: CopyPool, pool: SqlitePool
     ) -> list[tuple[SqlReason, dict[str, Any]]]:
         """What queries that match gold on their database, the same one, come to on its copies."""
         if not jobs:
             return []
         path = jobs[0].db_path
-        try:
-            content = await asyncio.shield(self._databases[path])  # others wait for it too
-            places = await copies.of(path, content or path)
-        except CopyError as error:
-            return [(SqlReason.DATABASE_UNREADABLE, {"gold_match": None, "detail": str(error)})] * len(jobs)
+        if path not in self._copies:
+            places = [f"{self._folder}/{len(self._copies)}-{seed}.sqlite" for seed in range(self.perturbations)]
+            self._copies[path] = places, asyncio.ensure_future(copier.evaluate([path, *places]))
+        places, made = self._copies[path]
+        if problem := await asyncio.shield(made):  # others wait for it too
+            detail = f"database {path}: no perturbed copy: {problem}"
+            return [(SqlReason.DATABASE_UNREADABLE, {"gold_match": None, "detail": detail})] * len(jobs)
         seen = await pool.judge([job._replace(db_path=place) for job in jobs for place in places])
         return [_agreement(seen[at : at + len(places)]) for at in range(0, len(seen), len(places))]
 
     def gold(self, sample: Sample) -> str | None:
-        gold = self._gold(sample)
-        return gold if isinstance(gold, str) else None
+        gold = None if self.gold_field is None else sample.record.get(self.gold_field)
+        return gold if isinstance(gold, str) and gold.strip() else None
 
     def mutations(self, gold: str, sample: Sample) -> Sequence[Mutation]:
         from fastdistill.data.mutate_sql import mutate_sql
@@ -237,18 +199,6 @@ class SQLiteExecEval(Gate):
         path = self.db_path
         return _expanded(render(compile_template(path), sample) if "{{" in path else path)
 
-    def _gold(self, sample: Sample) -> str | Verdict | None:
-        """The gold query, None where none is wanted, or the verdict on a record that should have one."""
-        if self.gold_field is None:
-            return None
-        gold = sample.record.get(self.gold_field)
-        if isinstance(gold, str) and gold.strip():
-            return gold
-        if self.require == "exec_pass":
-            return None
-        detail = f"{sample.source}: no query in field {self.gold_field!r}"
-        return self.verdict(Outcome.ERROR, SqlReason.GOLD_INVALID, detail=detail)
-
     def _verdict(self, seen: Evaluation) -> Verdict:
         reason = seen.reason
         if self.require == "exec_pass" and seen.exec_pass:
@@ -259,7 +209,6 @@ class SQLiteExecEval(Gate):
         return self.verdict(_OUTCOMES[reason], reason, **shown)
 
 
-_PERTURB = "fastdistill.data.execution.sqlite_perturb"
 _SHOWN = Evaluation._fields[1:]  # all but the reason
 _OUTCOMES = {reason: Outcome(reason.outcome) for reason in SqlReason}
 

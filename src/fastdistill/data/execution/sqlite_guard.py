@@ -9,7 +9,7 @@ limits on CPU time and memory.
 import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -90,14 +90,10 @@ class QueryResult(Relation):
     """Tables and views of the database that the query refers to, sorted."""
 
 
-FileIdentity = tuple[int, int, int, int]
-"""Size, time of change, inode, device: whether a path still names the file that was opened."""
-
-
 class QueryError(Exception):
     """The query was refused or failed. `reason` is one of the failing reasons, the text is stable across runs."""
 
-    def __init__(self, reason: SqlReason, message: str, ops: int = 0) -> None:
+    def __init__(self, reason: SqlReason, message: str, ops: int | None = 0) -> None:
         super().__init__(message)
         self.reason = reason
         self.ops = ops
@@ -110,24 +106,30 @@ class DatabaseUnreadableError(Exception):
 class GuardedConnection:
     """A read-only connection whose every query is authorized and bounded; raises `DatabaseUnreadableError`.
 
-    The file must not change while it is open (it is opened as immutable, without locks); see `identity`.
+    The file must not change while it is open (it is opened as immutable, without locks); see `is_stale`.
     """
 
     def __init__(self, path: str | Path, limits: SqlLimits) -> None:
         self.path = Path(path).absolute()
-        self.identity = file_identity(self.path)
         self._limits = limits
-        self._longest_value: int | None = None
+        self._measured = False
         self._forget()
-        _check_header(self.path)
-        self._connection = _connect(self.path)
-        try:
-            self._guard()
-        except (sqlite3.Error, MemoryError) as error:
-            self._connection.close()
-            if isinstance(error, MemoryError):
+        with _blamed(self.path):
+            self.identity = _identity(self.path)
+            _check_header(self.path)
+            self._connection = _connect(self.path)
+            try:
+                self._guard()
+            except BaseException:
+                self.close()
                 raise
-            raise DatabaseUnreadableError(f"database {self.path}: {error}") from error
+
+    def is_stale(self) -> bool:
+        """Whether its path no longer names the file that was opened."""
+        try:
+            return _identity(self.path) != self.identity
+        except OSError:
+            return True
 
     def close(self) -> None:
         self._connection.close()
@@ -161,34 +163,26 @@ class GuardedConnection:
 
         Worth calling when a query failed with `LIMIT_BYTES`: a database may hold longer values than a query may build.
         """
-        if self._longest_value is not None or self.identity[0] <= self._limits.value_bytes:
+        if self._measured or self.identity[0] <= self._limits.value_bytes:
             return False
-        try:
-            with closing(_connect(self.path)) as unrestricted:
-                self._longest_value = max(_longest_values(unrestricted), default=0)
-        except MemoryError:
-            self._longest_value = 0
-        except sqlite3.Error as error:
-            raise DatabaseUnreadableError(f"database {self.path}: {error}") from error
-        if self._longest_value <= self._limits.value_bytes:
-            return False
-        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, self._longest_value)
-        return True
+        self._measured = True
+        with suppress(MemoryError), _blamed(self.path), closing(_connect(self.path)) as unrestricted:
+            longest = max(_longest_values(unrestricted), default=0)
+            if longest > self._limits.value_bytes:
+                self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, longest)
+                return True
+        return False
 
     def _guard(self) -> None:
         connection = self._connection
         if sys.version_info >= (3, 12):  # real queries say = "san francisco", which some builds refuse
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, True)
-        for pragma in ("query_only=1", "temp_store=2", "cache_size=-8000"):
-            connection.execute(f"PRAGMA {pragma}").close()
+        connection.executescript("PRAGMA query_only=1; PRAGMA temp_store=2; PRAGMA cache_size=-8000")
         names = connection.execute("SELECT CAST(name AS BLOB) FROM sqlite_master WHERE type IN ('table', 'view')")
         self._schema = {(shown := name.decode(*_TEXT)).lower(): shown for (name,) in names}
-        for function in _TABLE_FUNCTIONS:
-            # Setting one up looks like a write to sqlite_master, so it must come before the authorizer.
-            try:
-                connection.execute(f"SELECT 1 FROM {function}('[]')").close()
-            except sqlite3.OperationalError:  # a build without JSON
-                break
+        with suppress(sqlite3.OperationalError):  # a build without JSON
+            # Setting these up looks like a write to sqlite_master, so it must come before the authorizer.
+            connection.executescript("SELECT 1 FROM json_each('[]'); SELECT 1 FROM json_tree('[]')")
         for category, value in _STATIC_LIMITS.items():
             connection.setlimit(category, value)
         connection.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, self._limits.sql_bytes)
@@ -253,15 +247,6 @@ class GuardedConnection:
         return QueryError(reason, str(error)[:_MESSAGE_CHARS], self._ops)
 
 
-def file_identity(path: Path) -> FileIdentity:
-    """Raises `DatabaseUnreadableError` if there is no such file."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise DatabaseUnreadableError(f"database {path}: {_os_text(error)}") from error
-    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
-
-
 def check_statement(sql: str, limits: SqlLimits) -> tuple[Token, ...]:
     """The tokens of the one query in `sql`, without semicolons; `QueryError` for what its text alone rules out."""
     try:
@@ -304,9 +289,9 @@ def limit_process_heap(limits: SqlLimits) -> None:
 
     Page caches stop growing at half of it, so that idle connections leave room for the query that runs.
     """
+    soft = f"PRAGMA soft_heap_limit={limits.heap_bytes // 2}"
     with closing(sqlite3.connect(":memory:")) as connection:
-        connection.execute(f"PRAGMA soft_heap_limit={limits.heap_bytes // 2}").close()
-        connection.execute(f"PRAGMA hard_heap_limit={limits.heap_bytes}").close()
+        connection.executescript(f"{soft}; PRAGMA hard_heap_limit={limits.heap_bytes}")
 
 
 def _arguments(tokens: Sequence[Token], index: int) -> int | None:
@@ -318,19 +303,29 @@ def _arguments(tokens: Sequence[Token], index: int) -> int | None:
     return 1 + sum(token.text == "," and token.depth == depth for token in inside) if inside else 0
 
 
-def _check_header(path: Path) -> None:
+@contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """Whatever the system or SQLite says of it within is the fault of the database."""
     try:
-        with path.open("rb") as file:
-            header = file.read(16)
-    except OSError as error:
-        raise DatabaseUnreadableError(f"database {path}: {_os_text(error)}") from error
-    if header != b"SQLite format 3\0":
-        raise DatabaseUnreadableError(f"database {path}: not a SQLite database")
+        yield
+    except (OSError, ValueError, sqlite3.Error) as error:
+        text = getattr(error, "strerror", None) or error
+        raise DatabaseUnreadableError(f"database {path}: {text}") from error
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    """Size, time of change, inode, device."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+
+
+def _check_header(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(16) != b"SQLite format 3\0":
+            raise ValueError("not a SQLite database")
     log = path.with_name(f"{path.name}-wal")
     if log.exists() and log.stat().st_size:
-        raise DatabaseUnreadableError(
-            f"database {path}: changes wait in its write-ahead log; run `PRAGMA wal_checkpoint(TRUNCATE)` on it"
-        )
+        raise ValueError("changes wait in its write-ahead log; run `PRAGMA wal_checkpoint(TRUNCATE)` on it")
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -357,10 +352,6 @@ def _length(cell: str | bytes) -> int:
 def quoted(name: str) -> str:
     """An identifier as SQL takes it, whatever is in it."""
     return '"' + name.replace('"', '""') + '"'
-
-
-def _os_text(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -399,7 +390,6 @@ _STATEMENTS = _words(
     """ALTER ANALYZE ATTACH BEGIN COMMIT CREATE DELETE DETACH DROP END EXPLAIN INSERT PRAGMA REINDEX RELEASE REPLACE
     ROLLBACK SAVEPOINT UPDATE VACUUM"""
 )
-_TABLE_FUNCTIONS = ("json_each", "json_tree")
 _DATE_FUNCTIONS = _words("date time datetime julianday unixepoch strftime timediff")
 _VOLATILE_FUNCTIONS = _words(
     """random randomblob current_date current_time current_timestamp changes total_changes last_insert_rowid

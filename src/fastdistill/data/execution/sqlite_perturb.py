@@ -1,21 +1,21 @@
 """Perturbed copies of a SQLite database: the same schema, fewer rows, other numbers. Judges nothing.
 
-Two queries that agree on one database by luck hardly agree on its copies too. As a program (`python -m`) it makes them
-in a process of its own: `SOURCE COPY...`, the n-th copy with seed n.
+Two queries that agree on one database by luck hardly agree on its copies too. As a program, the worker of
+`sqlite.CopyPool`: a job is the path of a database and those of its copies, the n-th with seed n.
 """
 
 import random
 import shutil
 import sqlite3
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 
 from fastdistill.data.execution.sqlite_guard import quoted
+from fastdistill.data.execution.worker_process import Channel
 
 DROPPED = 0.35
 """Share of each table's rows that go; those that refer to them go too."""
@@ -42,8 +42,7 @@ def perturb(path: Path, seed: int, out: Path) -> None:
     shutil.copyfile(path, out)
     chance = random.Random(seed)
     with closing(sqlite3.connect(out, isolation_level=None)) as database:
-        for pragma in ("journal_mode=MEMORY", "synchronous=OFF", "foreign_keys=OFF"):
-            database.execute(f"PRAGMA {pragma}").close()
+        database.executescript("PRAGMA journal_mode=MEMORY; PRAGMA synchronous=OFF; PRAGMA foreign_keys=OFF")
         database.create_function("chance", 0, chance.random)
         database.execute("BEGIN")
         for (trigger,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
@@ -55,7 +54,7 @@ def perturb(path: Path, seed: int, out: Path) -> None:
         while any(reference.drop_dangling(database) for reference in references):
             pass
         for table in tables:
-            keys = table.keys.union(*(r.columns_of(table.name) for r in references))
+            keys = set(chain(*table.unique, *(r.columns_of(table.name) for r in references)))
             for column in (column for column in table.columns if column not in keys):
                 _change_numbers(database, table.name, column, chance)
         database.execute("COMMIT")
@@ -67,10 +66,6 @@ class _Table:
     columns: tuple[str, ...]
     unique: tuple[tuple[str, ...], ...]
     """The columns of the primary key, if there is one, and of each unique index."""
-
-    @property
-    def keys(self) -> frozenset[str]:
-        return frozenset(column for columns in self.unique for column in columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,15 +172,18 @@ def _other(values: list[Number], least: Number, greatest: Number, chance: random
 
 
 def main() -> None:
-    source, *copies = map(Path, sys.argv[1:])
-    try:
-        for seed, copy in enumerate(copies):
-            perturb(source, seed, copy)
-    except (sqlite3.Error, OSError) as error:
-        for copy in copies:
-            with suppress(OSError):
+    def make(places: list[str]) -> list[str]:
+        source, *copies = map(Path, places)
+        try:
+            for seed, copy in enumerate(copies):
+                perturb(source, seed, copy)
+        except (sqlite3.Error, OSError) as error:
+            for copy in copies:
                 copy.unlink(missing_ok=True)
-        sys.exit(str(error))
+            return [str(error)]
+        return [""]
+
+    Channel().serve(make)
 
 
 if __name__ == "__main__":

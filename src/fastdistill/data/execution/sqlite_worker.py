@@ -11,17 +11,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from fastdistill.data.execution.sql_equality import (
     Columns,
     break_ties,
+    clause,
     compare,
     signature,
     tie_cuts,
-    top_level_limit,
-    top_level_order_by,
 )
 from fastdistill.data.execution.sqlite_guard import (
     DatabaseUnreadableError,
@@ -30,7 +28,6 @@ from fastdistill.data.execution.sqlite_guard import (
     QueryResult,
     SqlLimits,
     SqlReason,
-    file_identity,
     limit_process_heap,
 )
 from fastdistill.data.execution.worker_process import Channel, confine_process
@@ -38,9 +35,12 @@ from fastdistill.data.execution.worker_process import Channel, confine_process
 Order = Literal["auto", "ignore", "strict"]
 """`auto`: rows count in order, modulo ties, if gold has a top-level ORDER BY. `strict`: in gold's very order."""
 
+Phase = Literal["gold", "candidate"]
+"""The untrusted SQL that an evaluator is about to run."""
+
 _MAX_CONNECTIONS = 16
-_MAX_GOLD_ENTRIES = 4096
 _MAX_GOLD_BYTES = 32_000_000
+_GOLD_BYTES = 8_000  # at least, for each
 _NEAR_LIMIT = 0.8
 
 
@@ -52,6 +52,8 @@ class SqlJob(NamedTuple):
     gold_sql: str | None = None
     columns: Columns = "any"
     order: Order = "auto"
+    spent: Sequence[str] = ()
+    """Phases whose query has used up its CPU time before, and is not run again."""
 
 
 class Evaluation(NamedTuple):
@@ -77,29 +79,17 @@ class Evaluation(NamedTuple):
     near_limit: Literal[True] | None = None
     """It took 80% or more of the budget of operations: another version of SQLite may judge it differently."""
 
-    @property
-    def outcome(self) -> Literal["pass", "fail", "error"]:
-        return self.reason.outcome
-
-
-class Phase(StrEnum):
-    """The untrusted SQL that an evaluator is about to run."""
-
-    GOLD = "gold"
-    CANDIDATE = "candidate"
-
 
 @dataclass(frozen=True, slots=True)
 class _Gold:
-    """Everything that judging needs to know of a gold query on one database."""
+    """Everything that judging needs to know of a gold query on one database; nothing where there is none."""
 
     reason: SqlReason | None = None
     """Why it cannot judge anything."""
     detail: str | None = None
     result: QueryResult | None = None
-    ordered: QueryResult | None = None
-    """Under a top-level ORDER BY: the result with its ties in a fixed order, to which `cuts` belong."""
-    cuts: tuple[int, ...] = ()
+    cuts: Sequence[int] | None = None
+    """As `compare` takes them."""
 
 
 class Evaluator:
@@ -110,15 +100,12 @@ class Evaluator:
     Deterministic budgets bind here as everywhere; for limits on CPU time and memory use `sqlite.SqlitePool`.
     """
 
-    def __init__(
-        self, limits: SqlLimits | None = None, *, enter: Callable[[Phase | None], object] = lambda phase: None
-    ) -> None:
-        self._limits = limits or SqlLimits()
+    def __init__(self, limits: SqlLimits, enter: Callable[[Phase | None], object]) -> None:
+        self._limits = limits
         self._enter = enter
         self._connections: OrderedDict[str, GuardedConnection] = OrderedDict()
         self._golds: dict[tuple[object, ...], _Gold] = {}
         self._gold_bytes = 0
-        self._fresh = False
 
     def close(self) -> None:
         """Closes all connections and forgets all gold results."""
@@ -128,38 +115,34 @@ class Evaluator:
 
     def evaluate(self, job: SqlJob) -> Evaluation:
         """Never raises for anything wrong with the database or either query: that is a reason."""
-        try:
-            return self._evaluate(job)
-        except MemoryError:
+        while True:
             # Memory is shared with what earlier jobs left open: only a fresh start tells whose fault it is.
-            self.close()
-            self._fresh = True
+            self._fresh = not self._connections
             try:
                 return self._evaluate(job)
-            finally:
-                self._fresh = False
-        finally:
-            self._enter(None)
+            except MemoryError:
+                if self._fresh:
+                    raise
+                self.close()
 
     def _evaluate(self, job: SqlJob) -> Evaluation:
         candidate: QueryResult | QueryError
         try:
             connection = self._connect(job.db_path)
-            gold = None if job.gold_sql is None else self._gold(connection, job.gold_sql)
-            candidate = self._run(connection, job.sql, Phase.CANDIDATE)
+            gold = _Gold() if job.gold_sql is None else self._gold(connection, job.gold_sql, job)
+            candidate = self._run(connection, job.sql, "candidate", job.spent)
         except QueryError as error:
             candidate = error
         except DatabaseUnreadableError as error:
             return Evaluation(SqlReason.DATABASE_UNREADABLE, detail=str(error))
-        self._enter(None)
-        reason = _reason(candidate, gold, job)
-        judged = gold is not None and reason.outcome != "error"
+        reason = _reason(candidate, gold, job.columns)
+        judged = gold.result is not None and reason.outcome != "error"
         verdict = Evaluation(
             reason,
             gold_match=reason.outcome == "pass" if judged else None,
-            detail=None if gold is None else gold.detail,
+            detail=gold.detail,
             ops=candidate.ops,
-            weak_gold=gold is not None and gold.result is not None and not gold.result.rows,
+            weak_gold=gold.result is not None and not gold.result.rows,
         )
         if isinstance(candidate, QueryError):
             return verdict._replace(exec_pass=False, exec_error=str(candidate))
@@ -174,7 +157,7 @@ class Evaluator:
 
     def _connect(self, db_path: str) -> GuardedConnection:
         connection = self._connections.pop(db_path, None)
-        if connection is not None and connection.identity != file_identity(connection.path):
+        if connection is not None and connection.is_stale():
             connection.close()
             connection = None
         connection = connection or GuardedConnection(db_path, self._limits)
@@ -183,69 +166,66 @@ class Evaluator:
             self._connections.popitem(last=False)[1].close()
         return connection
 
-    def _gold(self, connection: GuardedConnection, sql: str) -> _Gold:
-        key = (connection.path, connection.identity, sql)
+    def _gold(self, connection: GuardedConnection, sql: str, job: SqlJob) -> _Gold:
+        key = (connection.path, connection.identity, sql, job.order)
         gold = self._golds.get(key)
         if gold is None:
-            if len(self._golds) >= _MAX_GOLD_ENTRIES or self._gold_bytes > _MAX_GOLD_BYTES:
+            if self._gold_bytes > _MAX_GOLD_BYTES:
                 self._forget_golds()  # all at once: a sample's candidates come one after the other
-            gold = self._golds[key] = self._settle(connection, sql)
-            self._gold_bytes += sum(result.size for result in (gold.result, gold.ordered) if result is not None)
+            gold = self._golds[key] = self._settle(connection, sql, job)
+            self._gold_bytes += _GOLD_BYTES + (gold.result.size if gold.result else 0)
         return gold
 
     def _forget_golds(self) -> None:
         self._golds.clear()
         self._gold_bytes = 0
 
-    def _settle(self, connection: GuardedConnection, sql: str) -> _Gold:
+    def _settle(self, connection: GuardedConnection, sql: str, job: SqlJob) -> _Gold:
         """Runs gold, and where rows could come in several orders, twice more to see which of them are tied."""
         said = "gold"
         try:
-            result = self._run(connection, sql, Phase.GOLD)
-            ordered = top_level_order_by(sql)
-            if not ordered and not top_level_limit(sql):
-                return _Gold(result=result)
+            result = self._run(connection, sql, "gold", job.spent)
+            whole = _Gold(result=result, cuts=range(1, len(result.rows) + 1) if job.order == "strict" else None)
+            ordered = clause(sql, "ORDER", "BY") is not None
+            if not ordered and clause(sql, "LIMIT") is None:
+                return whole
             said = "gold, with its ties broken"
-            ascending = self._run(connection, break_ties(sql, result.width, "ASC"), Phase.GOLD)
-            descending = self._run(connection, break_ties(sql, result.width, "DESC"), Phase.GOLD)
+            ascending = self._run(connection, break_ties(sql, result.width, "ASC"), "gold", job.spent)
+            descending = self._run(connection, break_ties(sql, result.width, "DESC"), "gold", job.spent)
         except QueryError as error:
             return _Gold(SqlReason.GOLD_INVALID, f"{said}: {error.reason}: {error}")
         cuts = tie_cuts(ascending, descending)
         if cuts is None:
             return _Gold(SqlReason.GOLD_AMBIGUOUS, "gold: its LIMIT cuts through tied rows")
-        return _Gold(result=result, ordered=ascending, cuts=cuts) if ordered else _Gold(result=result)
+        return _Gold(result=ascending, cuts=cuts) if ordered and job.order == "auto" else whole
 
-    def _run(self, connection: GuardedConnection, sql: str, phase: Phase) -> QueryResult:
-        self._enter(phase)
-        try:
-            return connection.query(sql)
-        except QueryError as error:
-            if error.reason is SqlReason.LIMIT_MEMORY and not self._fresh:
-                raise MemoryError from error
-            if error.reason is not SqlReason.LIMIT_BYTES:
-                raise
-            self._enter(None)
-            if not connection.allow_stored_values():
-                raise
-        return self._run(connection, sql, phase)
+    def _run(self, connection: GuardedConnection, sql: str, phase: Phase, spent: Sequence[str]) -> QueryResult:
+        if phase in spent:
+            raise QueryError(SqlReason.LIMIT_CPU, f"more than {self._limits.cpu_s} s of CPU time", ops=None)
+        while True:
+            self._enter(phase)
+            try:
+                return connection.query(sql)
+            except QueryError as error:
+                self._enter(None)
+                if error.reason is SqlReason.LIMIT_MEMORY and not self._fresh:
+                    raise MemoryError from error
+                if error.reason is not SqlReason.LIMIT_BYTES or not connection.allow_stored_values():
+                    raise
+            finally:
+                self._enter(None)
 
 
-def _reason(candidate: QueryResult | QueryError, gold: _Gold | None, job: SqlJob) -> SqlReason:
-    if gold is not None and gold.reason is not None:
+def _reason(candidate: QueryResult | QueryError, gold: _Gold, columns: Columns) -> SqlReason:
+    if gold.reason is not None:
         return gold.reason
     if isinstance(candidate, QueryError):
         return candidate.reason
-    if gold is None or gold.result is None:
+    if gold.result is None:
         return SqlReason.EXECUTED
     if gold.result.tables and not candidate.tables:
         return SqlReason.CONSTANT
-    expected = gold.result
-    cuts: Sequence[int] | None = None
-    if job.order == "strict":
-        cuts = range(1, len(gold.result.rows) + 1)
-    elif job.order == "auto" and gold.ordered is not None:
-        expected, cuts = gold.ordered, gold.cuts
-    return SqlReason(compare(expected, candidate, cuts=cuts, columns=job.columns))
+    return SqlReason(compare(gold.result, candidate, cuts=gold.cuts, columns=columns))
 
 
 def main() -> None:
@@ -253,7 +233,7 @@ def main() -> None:
     confine_process(limits.memory_bytes)
     limit_process_heap(limits)
     channel = Channel(limits.cpu_s)
-    with closing(Evaluator(limits, enter=channel.enter)) as evaluator:
+    with closing(Evaluator(limits, channel.enter)) as evaluator:
         channel.serve(lambda job: evaluator.evaluate(SqlJob(*job)))
 
 

@@ -10,17 +10,18 @@ import asyncio
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from abc import ABC, abstractmethod
-from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
-from fastdistill.data.execution.worker_process import FIRST_PHASE, READY, line
+from fastdistill.data.execution.worker_process import FIRST_PHASE, line
 
 _START_S = 30.0
 """Wall seconds for a worker to start; one that imports little needs about 0.1 on an idle core."""
@@ -66,7 +67,7 @@ class WorkerPool(ABC, Generic[Job, Result]):
     what: ClassVar[str]
     """What errors call it."""
 
-    def __init__(self, workers: int | None, limits: dict[str, Any], wall_s: float, batch: int) -> None:
+    def __init__(self, workers: int | None, limits: dict[str, Any], wall_s: float | None, batch: int) -> None:
         self._workers = workers or min(2, os.cpu_count() or 1)
         self._batch = batch
         self._closed = True
@@ -75,17 +76,13 @@ class WorkerPool(ABC, Generic[Job, Result]):
 
     async def __aenter__(self) -> Self:
         self._queue: asyncio.Queue[_Ticket[Job, Result]] = asyncio.Queue()
-        self._unanswered: set[_Ticket[Job, Result]] = set()
-        self._lanes = asyncio.TaskGroup()
-        await self._lanes.__aenter__()
+        self._lanes = await asyncio.TaskGroup().__aenter__()
         self._tasks = [self._lanes.create_task(self._serve_lane()) for _ in range(self._workers)]
         self._closed = False
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._closed = True
-        for ticket in self._unanswered:
-            ticket.fail(PoolClosedError(f"{self.what} pool: closed before it could answer"))
         for task in self._tasks:
             task.cancel()
         await self._lanes.__aexit__(None, None, None)
@@ -98,20 +95,12 @@ class WorkerPool(ABC, Generic[Job, Result]):
         if self._closed:
             raise PoolClosedError(f"{self.what} pool: not open")
         loop = asyncio.get_running_loop()
-        tickets: list[_Ticket[Job, Result]] = [_Ticket(self.fitted(job), loop.create_future()) for job in jobs]
-        self._unanswered.update(tickets)
-        try:
-            for ticket in tickets:
-                self._queue.put_nowait(ticket)
-            if len(tickets) == 1:  # as a rule
-                return [await tickets[0].future]
-            return await asyncio.gather(*(ticket.future for ticket in tickets))
-        finally:
-            self._unanswered.difference_update(tickets)
-
-    def fitted(self, job: Job) -> Job:
-        """The job as it is sent, as JSON: no larger than its verdict needs."""
-        return job
+        tickets: list[_Ticket[Job, Result]] = [_Ticket(job, loop.create_future()) for job in jobs]
+        for ticket in tickets:
+            self._queue.put_nowait(ticket)
+        if len(tickets) == 1:  # as a rule
+            return [await tickets[0].future]
+        return await asyncio.gather(*(ticket.future for ticket in tickets))
 
     @abstractmethod
     def from_wire(self, message: Any) -> Result: ...
@@ -121,31 +110,32 @@ class WorkerPool(ABC, Generic[Job, Result]):
         """The verdict on a job that ended its worker twice. `judge` runs a job alone."""
 
     async def _serve_lane(self) -> None:
-        lane = _Lane(self)
+        lane, tickets = _Lane(self), deque[_Ticket[Job, Result]]()
         try:
             while True:
-                tickets = deque([await self._queue.get()])
+                tickets.append(await self._queue.get())
                 # A fair share, so that a burst spreads over all workers.
-                share = min(self._batch, 1 + self._queue.qsize() // self._workers)
-                while len(tickets) < share:
+                for _ in range(min(self._batch - 1, self._queue.qsize() // self._workers)):
                     tickets.append(self._queue.get_nowait())
-                tickets = deque(ticket for ticket in tickets if not ticket.future.done())  # its caller was cancelled
                 try:
                     await lane.judge(tickets)
                 except WorkerStartError as error:
-                    for ticket in tickets:
-                        ticket.fail(error)
+                    while tickets:
+                        tickets.popleft().fail(error)
         finally:
+            while not self._queue.empty():
+                tickets.append(self._queue.get_nowait())
+            for ticket in tickets:
+                ticket.fail(PoolClosedError(f"{self.what} pool: closed before it could answer"))
             await lane.stop()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Ticket(Generic[Job, Result]):
+class _Ticket(NamedTuple, Generic[Job, Result]):
     job: Job
     future: asyncio.Future[Result]
 
     def answer(self, result: Result) -> None:
-        if not self.future.done():
+        if not self.future.done():  # else its caller was cancelled
             self.future.set_result(result)
 
     def fail(self, error: Exception) -> None:
@@ -158,13 +148,13 @@ class _Lane(Generic[Job, Result]):
 
     def __init__(self, pool: WorkerPool[Job, Result]) -> None:
         self._pool = pool
-        self._process: Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._phase = FIRST_PHASE
         self._rest = b""  # of a message that has not come whole
 
     async def judge(self, tickets: deque[_Ticket[Job, Result]]) -> None:
         """Answers all tickets, removing each; raises `WorkerStartError`, leaving those it did not answer."""
-        if not tickets or await self._run(tickets) is None:
+        if await self._run(tickets) is None:
             return
         runs = 1 if len(tickets) == 1 else 2  # the only one that is left is the one that was running
         while tickets:
@@ -173,41 +163,39 @@ class _Lane(Generic[Job, Result]):
             runs = 2
 
     async def stop(self) -> int:
-        """Kills the worker, if there is one, and waits until it is gone; its exit status, negative for a signal."""
+        """Kills the worker, if there is one, and waits until it is gone; its exit status, negative for a signal.
+
+        One that has closed its end is on its way out with a status of its own, which this does not change.
+        """
         process, self._process = self._process, None
         if process is None:
             return 0
-        with suppress(ProcessLookupError):
-            process.kill()
-        _pipe(process.stdin).close()
-        await process.communicate()
-        return await process.wait()
+        self._socket.close()
+        process.kill()
+        return await asyncio.to_thread(process.wait)
 
     async def _run(self, tickets: deque[_Ticket[Job, Result]]) -> Death | None:
         """Answers the tickets in order, removing each; how that ended, if it did not end well."""
-        process = await self._start()
-        stdin = _pipe(process.stdin)
-        cause = Cause.OTHER
+        await self._start()
         try:
-            stdin.write(line([ticket.job for ticket in tickets]))
             async with asyncio.timeout(self._pool.wall_s):
-                await stdin.drain()
+                jobs = line([ticket.job for ticket in tickets])
+                await asyncio.get_running_loop().sock_sendall(self._socket, jobs)
             while tickets:
-                for message in await self._receive(process, self._pool.wall_s):
+                for message in await self._receive(self._pool.wall_s):
                     if isinstance(message, str):
                         self._phase = message
                     else:
                         tickets.popleft().answer(self._pool.from_wire(message))
+            return None
         except TimeoutError:
             cause = Cause.WALL
-        except (EOFError, ConnectionError):
-            await process.wait()
-        else:
-            return None
-        phase, status = self._phase, await self.stop()
+        except ConnectionError:
+            cause = Cause.OTHER
+        status = await self.stop()
         if status == -signal.SIGPROF:
             cause = Cause.CPU
-        return Death(cause, phase, _describe(status))
+        return Death(cause, self._phase, _describe(status))
 
     async def _judge_alone(self, job: Job, runs: int = 1) -> Result:
         """The verdict on a job of which the last of so many runs decides, or one that its own CPU time ends."""
@@ -218,66 +206,51 @@ class _Lane(Generic[Job, Result]):
                 return await self._pool.died(job, death, self._judge_alone)
         return ticket.future.result()
 
-    async def _start(self) -> Process:
-        if self._process is not None:
-            if self._process.returncode is None and not _pipe(self._process.stdin).is_closing():
-                return self._process
-            await self.stop()  # it died while idle
+    async def _start(self) -> None:
+        """Sees to it that there is a worker."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        await self.stop()  # it died while idle
         what = f"{self._pool.what} worker"
-        starting = asyncio.create_task(start_module(self._pool.module, self._pool.arguments, stdin=PIPE, stdout=PIPE))
+        self._phase, self._rest = FIRST_PHASE, b""
         try:
-            process = await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            self._process = await starting  # uvloop loses a process whose start is cancelled; now `stop` ends it
-            raise
-        except OSError as error:
-            raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
-        self._process, self._phase, self._rest = process, FIRST_PHASE, b""
-        try:
-            ready = await self._receive(process, _START_S)
+            self._spawn()
+            await self._receive(_START_S)  # the message that it is ready
         except TimeoutError as error:
             await self.stop()
             raise WorkerStartError(f"{what}: not ready within {_START_S} s") from error
-        except EOFError as error:
-            await process.wait()
+        except ConnectionError as error:
             status = _describe(await self.stop())
             raise WorkerStartError(f"{what}: {status} before it was ready; see its stderr") from error
-        assert ready == [READY]
-        return process
+        except OSError as error:
+            raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
 
-    async def _receive(self, process: Process, timeout: float) -> list[Any]:
-        """What came whole of the next that came."""
+    def _spawn(self) -> None:
+        """A process that gets no secret, and what an interpreter needs to find the same modules."""
+        inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs, ExitStack() as failing:
+            failing.enter_context(ours)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", self._pool.module, self._pool.arguments],
+                env=inherited | {"TZ": "UTC", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # Ctrl-C in the terminal is not for it
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+            )
+            failing.pop_all()
+        self._socket = ours
+
+    async def _receive(self, timeout: float | None) -> list[Any]:
+        """What came whole of the next that came; raises `ConnectionError` when the worker is gone."""
         async with asyncio.timeout(timeout):
-            received = await _pipe(process.stdout).read(_READ_BYTES)
+            received = await asyncio.get_running_loop().sock_recv(self._socket, _READ_BYTES)
         if not received:
-            raise EOFError
+            raise ConnectionResetError
         *whole, self._rest = (self._rest + received).split(b"\n")
         found: list[Any] = json.loads(b"[%b]" % b",".join(whole))
         return found
-
-
-async def start_module(
-    module: str, *arguments: str, stdin: int, stdout: int | None = None, stderr: int | None = None
-) -> Process:
-    """A program of ours in a process that gets no secret, and what an interpreter needs to find the same modules."""
-    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", module, *arguments),
-        env=inherited | {"TZ": "UTC", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        start_new_session=True,  # Ctrl-C in the terminal is not for it
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-    )
-
-
-_Pipe = TypeVar("_Pipe", asyncio.StreamReader, asyncio.StreamWriter)
-
-
-def _pipe(stream: _Pipe | None) -> _Pipe:
-    """One of the streams of a process that was started with `PIPE` for it."""
-    assert stream is not None
-    return stream
 
 
 def _describe(status: int) -> str:

@@ -13,9 +13,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
-from typing import Any, BinaryIO
+from typing import Any
 
-READY = "ready"
 FIRST_PHASE = "candidate"
 """What a worker is in before it says anything else."""
 _HELD_BACK_S = 0.02
@@ -34,8 +33,7 @@ class Channel:
     """Answers on standard output what comes in on standard input, until that ends or whoever reads is gone."""
 
     def __init__(self, cpu_s: float = 0) -> None:
-        self._requests: BinaryIO = sys.stdin.buffer
-        self._answers: BinaryIO = sys.stdout.buffer
+        self._answers = sys.stdout.buffer
         self._cpu_s = cpu_s
         self._phase = FIRST_PHASE
         self._alone = True
@@ -52,8 +50,8 @@ class Channel:
 
     def serve(self, judge: Callable[[Any], object]) -> None:
         try:
-            self._send(READY)
-            for request in self._requests:
+            self._send("ready")
+            for request in sys.stdin.buffer:
                 jobs = json.loads(request)
                 self._alone = len(jobs) == 1
                 flushed = monotonic()
@@ -63,7 +61,7 @@ class Channel:
                         self._answers.flush()
                         flushed = monotonic()
                 self._answers.flush()
-        except BrokenPipeError:  # the parent is gone
+        except ConnectionError:  # the parent is gone
             os._exit(1)
 
     def _send(self, message: object) -> None:
