@@ -154,7 +154,9 @@ class SQLiteExecEval(Gate):
             missing = f"{sample.source}: no query in field {self.gold_field!r}"
             return [self.verdict(Outcome.ERROR, SqlReason.GOLD_INVALID, detail=missing)] * len(candidates)
         assert self._pool is not None, "the gate is used inside `opened`"
-        jobs = [SqlJob(path, c.answer, gold, self.columns, self.order) for c in candidates]
+        longest = self.limits.sql_bytes + 1  # one more is too long, and so are a million more: they cost only time
+        answers = [c.answer[:longest] for c in candidates]
+        jobs = [SqlJob(path, answer, gold and gold[:longest], self.columns, self.order) for answer in answers]
         verdicts = [self._verdict(seen) for seen in await self._pool.judge(jobs)]
         if self._copier is not None:
             matching = [at for at, verdict in enumerate(verdicts) if verdict.reason == SqlReason.MATCH]
