@@ -101,28 +101,20 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     def __init__(self, config: OllamaConfig, transport: Transport | None = None) -> None:
         super().__init__(config, transport)
         self._envelope = {"model": config.model, "keep_alive": config.keep_alive, **_FIXED}
-        self._takes_think = True
         self._digest: str | None = None
-        self._installed: tuple[str, ...] | None = None
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         """One completion, whatever `n`."""
         body = self._body(prompt, seed)
-        try:
-            return [await self._chat(body)]
-        except ProviderError as error:
-            # A model that can't think refuses even `think: false`, in some versions.
-            if error.parameter != "think" or body.get("think", True):
-                raise
-        self._takes_think = False
-        return [await self._chat(self._body(prompt, seed))]
+        response = await self._whole("/api/chat", body)
+        read = partial(self._completion, response, body["options"]["num_ctx"])
+        return [await beside(read) if len(response.body) > LARGE else read()]
 
     async def probe(self, like: Prompt | None = None) -> Capabilities:
         """Looks the model up, and loads it. From then on completions carry its digest as their build."""
         num_ctx = self._config.num_ctx
         version = (await self._ask("/api/version", Version)).version
         tags = await self._models("/api/tags")
-        self._installed = tuple(tag.name for tag in tags.values())
         show = await self._ask("/api/show", _Show, {"model": self._config.model})
         name = _tagged(self._config.model)
         self._digest = tags[name].digest if name in tags else None
@@ -135,7 +127,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             server=f"ollama {version}",
             served_model=self._config.model,
             build=self._digest,
-            models=self._installed,
+            models=tuple(tags),
             context_length=num_ctx if trained is None else min(num_ctx, trained),
             n=False,
             logprob_basis=LogprobBasis.UNKNOWN,
@@ -172,15 +164,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             body["format"] = format_
         if parameters.get("logprobs"):
             body |= {"logprobs": True, "top_logprobs": parameters.get("top_logprobs", 0)}
-        body |= {name: value for name, value in parameters.items() if name not in _DECODE_ONLY}
-        if not self._takes_think and not body["think"]:
-            del body["think"]
-        return body
-
-    async def _chat(self, body: dict[str, Any]) -> Completion:
-        response = await self._whole("/api/chat", body)
-        read = partial(self._completion, response, body["options"]["num_ctx"])
-        return await beside(read) if len(response.body) > LARGE else read()
+        return body | {name: value for name, value in parameters.items() if name not in _DECODE_ONLY}
 
     async def _models(self, path: str) -> "dict[str, _Listed]":
         return {_tagged(model.name): model for model in (await self._ask(path, _List)).models}
@@ -193,52 +177,40 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         method, sent = ("GET", None) if body is None else ("POST", msgspec.json.encode(body))
         timeout = max(self._config.timeout, at_least)
         response = await self._request(method, self._config.url + path, sent, timeout=timeout)
-        if response.status != 200:
-            raise await self._error(response)
-        return response
+        if response.status == 200:
+            return response
+        error = self._fault(response.status, response)
+        if error.kind is ErrorKind.NO_MODEL and body is not None:
+            with suppress(ProviderError):
+                installed = ", ".join(await self._models("/api/tags")) or "none"
+                error = ProviderError(error.kind, f"{error}; installed: {installed}", status=error.status)
+        raise error
 
     # --- the answer ---
 
     def _completion(self, response: Response, num_ctx: int) -> Completion:
-        chunks = self._decode(response, _read_chunks)
-        for chunk in chunks:
-            if chunk.error is not None:  # under 200, for the answer had begun already
-                raise self._fault(500, response, msgspec.json.encode({"error": chunk.error}))
-        if not chunks or not chunks[-1].done:
+        answer = self._decode(response, _decode_answer)
+        if answer.error is not None:
+            raise self._fault(500, response)
+        if not answer.done:
             raise self._garbled("it ends before `done`", response)
-        last = chunks[-1]
-        messages = [chunk.message for chunk in chunks if chunk.message]
-        if last.done_reason in ("load", "unload"):
-            raise self._garbled(f"the model was only {last.done_reason}ed", response)
-        usage = usage_of(last.prompt_eval_count, last.eval_count)
+        usage = usage_of(answer.prompt_eval_count, answer.eval_count)
         if usage.prompt_tokens >= num_ctx:
             size = f"the prompt has {usage.prompt_tokens} tokens, num_ctx is {num_ctx}"
             raise self._failed(ErrorKind.TOO_LONG, 200, f"{size}: it may have been cut; raise `num_ctx`", response)
-        tokens = [token for chunk in chunks for token in chunk.logprobs or ()] or None
         return completion(
-            "".join(message.content for message in messages),
-            "".join(message.thinking for message in messages) or None,
-            tokens,
-            finish=last.done_reason or "stop",
+            answer.message.content,
+            answer.message.thinking or None,
+            answer.logprobs or None,
+            finish=answer.done_reason or "stop",
             usage=usage,
-            model=last.model,
+            model=answer.model,
             build=self._digest,
-            logprob_basis=LogprobBasis.UNKNOWN if tokens else None,
+            logprob_basis=LogprobBasis.UNKNOWN if answer.logprobs else None,
         )
 
-    async def _error(self, response: Response) -> ProviderError:
-        error = self._fault(response.status, response, response.body)
-        if error.kind is not ErrorKind.NO_MODEL:
-            return error
-        if self._installed is None:
-            self._installed = ()  # asked once: where this is not Ollama, the list is not there either
-            with suppress(ProviderError):
-                self._installed = tuple(tag.name for tag in (await self._models("/api/tags")).values())
-        installed = f"; installed: {', '.join(self._installed)}" if self._installed else ""
-        return ProviderError(error.kind, f"{error}{installed}", status=error.status)
-
-    def _fault(self, status: int, response: Response, body: bytes) -> ProviderError:
-        fault = Fault.read(body)
+    def _fault(self, status: int, response: Response) -> ProviderError:
+        fault = Fault.read(response.body)
         kind, message, parameter = error_kind(status), fault.message, None
         if kind is ErrorKind.NO_MODEL:
             pull = f"get it with `ollama pull {self._config.model}`"
@@ -289,14 +261,14 @@ class _Show(Struct):
     capabilities: list[str] = []
 
 
-class _Message(Struct):
+class _Message(Struct, frozen=True):
     content: str = ""
     thinking: str = ""
 
 
-class _Chunk(Struct):
+class _Answer(Struct):
     model: str | None = None
-    message: _Message | None = None
+    message: _Message = _Message()
     done: bool = False
     done_reason: str = ""
     prompt_eval_count: Count = 0
@@ -305,7 +277,7 @@ class _Chunk(Struct):
     error: Any = None
 
 
-_read_chunks = Decoder(_Chunk).decode_lines
+_decode_answer = Decoder(_Answer).decode
 
 
 def _refused(message: str) -> str | None:
