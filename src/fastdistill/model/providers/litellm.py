@@ -14,7 +14,7 @@ from pydantic import Field, SecretStr, model_validator
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, Prompt
-from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, check_wires
+from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError, check_wires
 from fastdistill.model.providers.openai import NEUTRAL, response_format
 from fastdistill.model.providers.openai_answers import ChatAnswer, completions_of
 from fastdistill.model.transport import error_kind
@@ -34,7 +34,7 @@ class LiteLLMConfig(ModelConfig):
         return self
 
 
-class LiteLLMProvider:
+class LiteLLMProvider(Provider):
     """Asks through `litellm.acompletion`, which takes seconds to import: it is imported with the first request."""
 
     notes: tuple[str, ...] = ("second tier: what the API behind LiteLLM honours is not probed",)
@@ -71,9 +71,6 @@ class LiteLLMProvider:
         (answer,) = await self.complete(hello, seed=None, n=1)
         where = (self._config.base_url or "litellm", f"litellm {version('litellm')}")
         return Capabilities(*where, answer.model, answer.build, can_score_prompt=False, notes=self.notes)
-
-    async def load(self) -> Load | None:
-        return None
 
     async def aclose(self) -> None:
         if self._litellm is not None:

@@ -417,7 +417,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         answer = self._decode(response, decode_answer)
         if answer.error is not None:
             raise self._error(None, response, body)
-        completions = self._decode(response, lambda _: completions_of(answer, n, self._basis))
+        completions = completions_of(answer, n, self._basis)
         if not completions:
             fault = next((choice.error for choice in answer.choices or () if choice.error is not None), None)
             if fault is None:
