@@ -609,7 +609,8 @@ class OpenAIServer(Server):
         if prompt_tokens + (call.max_tokens or 0) > options.context:
             return self.error(
                 400,
-                f"request ({prompt_tokens} tokens) exceeds the available context size, try increasing it",
+                f"request ({prompt_tokens} tokens) exceeds the available context size ({options.context} tokens),"
+                " try increasing it",
                 type="exceed_context_size_error",
                 n_prompt_tokens=prompt_tokens,
                 n_ctx=options.context,

@@ -455,7 +455,7 @@ def test_a_prompt_that_is_too_long_tells_both_numbers() -> None:
     with openai_server(context=10) as server:
         told = error(server, prompt("word " * 20, max_tokens=1))
     assert told.kind is ErrorKind.TOO_LONG
-    assert "20" in str(told) and "context 10" in str(told)
+    assert "(20 tokens)" in str(told) and "(10 tokens)" in str(told)
 
 
 def test_nobody_listening_says_what_to_start() -> None:

@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address, ip_network
@@ -243,7 +243,6 @@ class Fault:
     code: str = ""  # `code` and `type` as the server has them, joined by a space
     parameter: str | None = None
     status: int | None = None  # a numeric `code`, for errors that come under 200
-    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, body: bytes) -> "Fault":
@@ -398,7 +397,6 @@ def _from_fields(fields: Mapping[str, Any]) -> Fault:
         code=" ".join(str(part) for part in (code, kind) if part is not None),
         parameter=parameter if isinstance(parameter, str) and parameter else None,
         status=code if isinstance(code, int) and 400 <= code <= 599 else None,
-        fields=fields,
     )
 
 

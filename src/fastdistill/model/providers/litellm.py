@@ -9,14 +9,13 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, Self
 
-import msgspec
 from pydantic import Field, SecretStr, model_validator
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, Prompt
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError, check_wires
 from fastdistill.model.providers.openai import NEUTRAL, response_format
-from fastdistill.model.providers.openai_answers import ChatAnswer, completions_of
+from fastdistill.model.providers.openai_answers import completions_of, decode_answer
 from fastdistill.model.transport import error_kind
 
 
@@ -61,7 +60,7 @@ class LiteLLMProvider(Provider):
             said = await litellm.acompletion(messages=[*prompt.messages], num_retries=0, max_retries=0, **body)
         except litellm.exceptions.openai.OpenAIError as error:  # all of LiteLLM's errors are OpenAI's too
             raise self._failed(error) from error
-        if completions := completions_of(msgspec.json.decode(said.model_dump_json(), type=ChatAnswer), n):
+        if completions := completions_of(decode_answer(said.model_dump_json().encode()), n):
             return completions
         raise ProviderError(ErrorKind.GARBLED, "litellm: the answer has no choices")
 

@@ -179,7 +179,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         response = await self._request(method, self._config.url + path, sent, timeout=timeout)
         if response.status == 200:
             return response
-        error = self._fault(response.status, response)
+        error = self._fault(response)
         if error.kind is ErrorKind.NO_MODEL and body is not None:
             with suppress(ProviderError):
                 installed = ", ".join(await self._models("/api/tags")) or "none"
@@ -191,7 +191,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     def _completion(self, response: Response, num_ctx: int) -> Completion:
         answer = self._decode(response, _decode_answer)
         if answer.error is not None:
-            raise self._fault(500, response)
+            raise self._fault(response)
         if not answer.done:
             raise self._garbled("it ends before `done`", response)
         usage = usage_of(answer.prompt_eval_count, answer.eval_count)
@@ -209,8 +209,9 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             logprob_basis=LogprobBasis.UNKNOWN if answer.logprobs else None,
         )
 
-    def _fault(self, status: int, response: Response) -> ProviderError:
+    def _fault(self, response: Response) -> ProviderError:
         fault = Fault.read(response.body)
+        status = 500 if response.status == 200 else response.status
         kind, message, parameter = error_kind(status), fault.message, None
         if kind is ErrorKind.NO_MODEL:
             pull = f"get it with `ollama pull {self._config.model}`"

@@ -340,7 +340,7 @@ class BatchProvider(OpenAIProvider):
             what = f"{self._where}: 413: the file is too large; lower `batch.size` ({place})"
             raise ProviderError(ErrorKind.BAD_REQUEST, what, status=413)
         if not 200 <= response.status < 300:
-            error = self._error(response.status, response, {})
+            error = self._error(response, {})
             raise ProviderError(error.kind, f"{error} ({place})", status=error.status, retry_after=error.retry_after)
         try:
             return decode(response.body)
