@@ -42,8 +42,6 @@ _LASTS = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.BAD_REQUEST, ErrorKind.T
 T = TypeVar("T")
 _Answers: TypeAlias = dict[str, Response | str]
 """By custom id, each until it is asked for; words say why there is none."""
-_Lines: TypeAlias = "dict[str, list[tuple[_Batch, str]]]"
-"""Batches and custom ids, by the digest of what is asked for, the oldest first."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +69,7 @@ class BatchProvider(OpenAIProvider):
         self._options = options
         self._records = records
         self._brake = brake
-        self._recalled: asyncio.Task[_Lines] | None = None
+        self._recalled: asyncio.Task[dict[str, list[tuple[_Batch, str]]]] | None = None
         self._gathering: _Batch | None = None
         self._at_server: set[_Batch] = set()
         self._tasks: list[asyncio.Task[Any]] = []  # ended by aclose
@@ -221,7 +219,7 @@ class BatchProvider(OpenAIProvider):
                     answers.setdefault(line.custom_id, response)
                 elif line.error is not None:
                     answers.setdefault(line.custom_id, f"{line.error.code}: {line.error.message}")
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except ValueError as error:
                 garbled = error if text.strip() else garbled
             if at % AT_ONCE == 0:
                 await asyncio.sleep(0)
@@ -245,9 +243,9 @@ class BatchProvider(OpenAIProvider):
 
         await asyncio.to_thread(write)
 
-    async def _recall(self) -> _Lines:
-        """The lines of earlier runs' batches."""
-        batches: list[_Batch] = []
+    async def _recall(self) -> dict[str, list[tuple[_Batch, str]]]:
+        """Earlier runs' batches and custom ids, by the digest of what is asked for, the oldest first."""
+        lines: dict[str, list[tuple[_Batch, str]]] = {}
         for batch in await asyncio.to_thread(lambda: list(self._recorded())):
             if batch.id is None:  # the run ended while it was being made; or another model or run is about to
                 found = await self._patiently(partial(self._find, batch))
@@ -257,16 +255,10 @@ class BatchProvider(OpenAIProvider):
                     continue
                 batch.id = found.id
                 await self._record(batch)
-            batches.append(batch)
-
-        def by_request() -> _Lines:
-            lines: _Lines = {}
-            for batch in batches:
-                for custom_id in batch.requests:
-                    lines.setdefault(custom_id.partition("-")[0], []).append((batch, custom_id))
-            return lines
-
-        return await asyncio.to_thread(by_request)
+            for custom_id in batch.requests:
+                lines.setdefault(custom_id.partition("-")[0], []).append((batch, custom_id))
+            await asyncio.sleep(0)
+        return lines
 
     def _recorded(self) -> Iterator[_Batch]:
         for path in sorted(self._records.glob("[0-9]*.json")):
@@ -336,15 +328,13 @@ class BatchProvider(OpenAIProvider):
         """What the server answers; `sent` are a body and its content type, as `_request` takes them."""
         response = await self._request(method, self._config.url + path, *sent)
         place = f"{method} {path.partition('?')[0]}"
-        if response.status == 413:
-            what = f"{self._where}: 413: the file is too large; lower `batch.size` ({place})"
-            raise ProviderError(ErrorKind.BAD_REQUEST, what, status=413)
         if not 200 <= response.status < 300:
             error = self._error(response, {})
-            raise ProviderError(error.kind, f"{error} ({place})", status=error.status, retry_after=error.retry_after)
+            what = f"{error}{'; or lower `batch.size`' if response.status == 413 else ''} ({place})"
+            raise ProviderError(error.kind, what, retry_after=error.retry_after)
         try:
             return decode(response.body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # msgspec's are, and Unicode's
             raise ProviderError(ErrorKind.GARBLED, f"{self._where}: not what {place} should bring: {error}") from error
 
 
