@@ -24,7 +24,7 @@ import msgspec
 from pydantic import Field
 
 from fastdistill.core.canonical import digest, has_lone_surrogate
-from fastdistill.core.errors import EnvironmentFault, FatalError, InputError
+from fastdistill.core.errors import EnvironmentFault, InputError
 from fastdistill.core.files import sha256_file
 from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Price, Provider, ProviderError
@@ -53,13 +53,10 @@ class ReplayConfig(ModelConfig):
         Raises:
             InputError: one can't be read.
         """
-        digests = []
-        for path in self.files:
-            try:
-                digests.append(sha256_file(path))
-            except OSError as error:
-                raise InputError(f"{path}: {error.strerror}; give the recording's path as `path`") from error
-        return digests
+        try:
+            return [sha256_file(path) for path in self.files]
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}; give the recording's path as `path`") from error
 
     def parameters(self) -> dict[str, Any]:
         """The files' content is part of every prompt: a changed recording is never answered from old entries."""
@@ -74,7 +71,6 @@ class ReplayProvider(Provider):
     def __init__(self, config: ReplayConfig) -> None:
         self._config = config
         self._answers: sqlite3.Connection | None = None
-        self._fault: FatalError | None = None
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         """The answer to attempt number `seed`: see `ModelConfig.recorded`."""
@@ -95,14 +91,8 @@ class ReplayProvider(Provider):
 
     async def probe(self, like: Prompt | None = None) -> Capabilities:
         """Raises InputError, with the file and the line, for what is no recording."""
-        if self._fault is not None:
-            raise self._fault
         if self._answers is None:
-            try:
-                self._answers = await asyncio.to_thread(_indexed, self._config)
-            except FatalError as error:
-                self._fault = error
-                raise
+            self._answers = await asyncio.to_thread(_indexed, self._config)
         answers, keys = self._answers.execute("SELECT count(*), count(DISTINCT key) FROM answers").fetchone()
         return Capabilities(
             endpoint=", ".join(map(str, self._config.files)),
