@@ -29,7 +29,6 @@ from fastdistill.model.transport import Response, transport_for
 
 LARGEST = 100 * 10**6  # bytes of one batch: half of what OpenAI takes
 KEPT = 30 * 86_400 * 10**9  # nanoseconds; OpenAI deletes the answers of a batch after 30 days
-KEPT_UNMADE = 86_400 * 10**9  # nanoseconds; nobody tries for so long to make a batch
 CLOCKS_DIFFER = 3600  # seconds, at most, between the server's clock and ours
 SLOWEST = 10  # times `poll_s`
 AT_ONCE = 16  # answers, between two turns of the event loop
@@ -250,8 +249,6 @@ class BatchProvider(OpenAIProvider):
             if batch.id is None:  # the run ended while it was being made; or another model or run is about to
                 found = await self._patiently(partial(self._find, batch))
                 if found is None:
-                    if int(batch.path.stem) < time_ns() - KEPT_UNMADE:
-                        batch.path.unlink(missing_ok=True)
                     continue
                 batch.id = found.id
                 await self._record(batch)
