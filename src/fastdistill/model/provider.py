@@ -157,8 +157,6 @@ class ModelConfig(BaseModel):
 
     first_concurrency: ClassVar[int] = 24
     """Requests in flight at first, where `max_concurrency` is not set: the limit then finds itself."""
-    finds_itself: ClassVar[bool] = True
-    """False: `first_concurrency` is right for good."""
     recorded: ClassVar[bool] = False
     """True: answers exist already. A prompt says which sample it is for, and each draw has its attempt as its seed."""
 

@@ -28,9 +28,7 @@ class EmbeddedConfig(ModelConfig):
     provider: Literal["embedded"] = "embedded"
     model: str = Field("text2sql", min_length=1, description="a label")
     path: Path | None = Field(None, description="a folder with another model, as lab/ writes them")
-
-    first_concurrency: ClassVar[int] = 32
-    finds_itself: ClassVar[bool] = False
+    max_concurrency: int | None = Field(32, gt=0, description="requests in flight; by default as many as it has slots")
 
     @field_validator("path")
     @classmethod

@@ -14,7 +14,7 @@ from pydantic import Field, SecretStr, model_validator
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, Prompt
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError, check_wires
-from fastdistill.model.providers.openai import NEUTRAL, response_format
+from fastdistill.model.providers.openai import NEUTRAL, OFFICIAL_LACKS, chat_parameters
 from fastdistill.model.providers.openai_answers import completions_of, decode_answer
 from fastdistill.model.transport import error_kind
 
@@ -46,16 +46,13 @@ class LiteLLMProvider(Provider):
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         litellm, config = self._imported(), self._config
         check_wires("litellm", prompt)
-        asked = {**prompt.parameters, "n": n if n > 1 else None, "seed": seed}
-        # Not OpenAI's, and passed on as they are: left out where they say nothing.
-        silent: dict[str, Any] = {name: NEUTRAL[name] for name in ("top_k", "min_p", "repetition_penalty")}
-        silent |= {"stop": ((),), "top_logprobs": (0,), "revision": (asked.get("revision"),)}
-        told = {name: value for name, value in asked.items() if value is not None and value is not False}
-        body = {name: value for name, value in told.items() if value not in silent.get(name, ())}
-        if "response_format" in body:
-            body["response_format"] = response_format(body["response_format"])
+        body = chat_parameters(prompt.parameters)
+        for name in OFFICIAL_LACKS:  # passed on as they are: left out where they say nothing
+            if body.get(name) in NEUTRAL[name]:
+                del body[name]
         key = config.api_key.get_secret_value() if config.api_key else None
         body |= {"model": prompt.model, "api_base": config.base_url, "api_key": key, "timeout": config.timeout}
+        body |= {"seed": seed, "n": n if n > 1 else None}
         try:
             said = await litellm.acompletion(messages=[*prompt.messages], num_retries=0, max_retries=0, **body)
         except litellm.exceptions.openai.OpenAIError as error:  # all of LiteLLM's errors are OpenAI's too

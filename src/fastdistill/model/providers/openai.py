@@ -62,7 +62,7 @@ _HABITS: Mapping[str, _Habits] = {
 
 _OWN = ("vllm", "sglang")  # servers of one's own
 
-_OFFICIAL_LACKS = ("top_k", "min_p", "repetition_penalty")  # https://platform.openai.com/docs/api-reference/chat
+OFFICIAL_LACKS = ("top_k", "min_p", "repetition_penalty")  # https://platform.openai.com/docs/api-reference/chat
 
 NEUTRAL: Mapping[str, tuple[float, ...]] = {
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (1,)),
@@ -76,6 +76,9 @@ _NO_MODEL = re.compile(
     r"|model_not_(found|supported)|server is pinned to|supported (api )?model names|模型不存在",
     re.IGNORECASE,
 )
+
+_SAY_NOTHING_EMPTY = ("stop", "logprobs", "top_logprobs", "token_ids")
+_RESPONSE_FORMATS = ("text", "json_object", "json_schema", "structural_tag")  # as they go over the wire
 
 _ASKS_FOR_IDS = {"vllm": "return_tokens_as_token_ids", "sglang": "return_token_ids"}
 
@@ -170,7 +173,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         self._root = config.url.removesuffix("/v1")
         self._official = urlsplit(config.url).hostname == "api.openai.com"
         self._hosted = self._official or config.provider == "openrouter"
-        self._refused: dict[str, str] = dict.fromkeys(_OFFICIAL_LACKS if self._official else (), "not in the API")
+        self._refused: dict[str, str] = dict.fromkeys(OFFICIAL_LACKS if self._official else (), "not in the API")
         self._limit_name = "max_tokens"
         self._translated: tuple[Mapping[str, Any], dict[str, Any]] = ({}, {})  # the latest parameters, as they are sent
         self._basis = LogprobBasis.UNKNOWN  # until it is probed
@@ -294,22 +297,16 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         return body
 
     def _in_their_words(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        own = self._config.provider in _OWN
-        # Unless it is set, the model's generation_config would apply.
-        body: dict[str, Any] = {"repetition_penalty": 1.0, **parameters} if own else {**parameters}
-        body.pop("revision", None)
+        body = chat_parameters(parameters)
         if body.pop("token_ids", None):
             if self._hosted:
                 raise lacks(self._where, "token_ids")
             if name := _ASKS_FOR_IDS.get(self._config.provider):  # llama.cpp gives them unasked
                 body[name] = True
-        for name in ("stop", "logprobs", "top_logprobs"):
-            if not body.get(name):
-                body.pop(name, None)
-        if body.get("top_k") == 0 and own:
-            body["top_k"] = -1  # vLLM before 0.8 and SGLang refuse 0
-        if "response_format" in body:
-            body["response_format"] = response_format(body["response_format"])
+        if self._config.provider in _OWN:
+            body.setdefault("repetition_penalty", 1.0)  # else the model's generation_config would apply
+            if body.get("top_k") == 0:
+                body["top_k"] = -1  # vLLM before 0.8 and SGLang refuse 0
         return body
 
     def _learn(self, error: ProviderError, body: Mapping[str, Any]) -> bool:
@@ -526,13 +523,17 @@ _PROBE_SCHEMA = {
 }
 
 
-def response_format(asked: object) -> object:
-    """A schema in OpenAI's envelope; what already has the wire's form stays as it is."""
+def chat_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as OpenAI's chat completions have them, without those that say nothing."""
+    body = {name: value for name, value in parameters.items() if value or name not in _SAY_NOTHING_EMPTY}
+    body.pop("revision", None)
+    asked = body.get("response_format")
     if asked == "json":
-        return {"type": "json_object"}
-    if not isinstance(asked, Mapping) or asked.get("type") in ("text", "json_object", "json_schema", "structural_tag"):
-        return asked
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked, "strict": True}}
+        body["response_format"] = {"type": "json_object"}
+    elif isinstance(asked, Mapping) and asked.get("type") not in _RESPONSE_FORMATS:
+        schema = {"name": "answer", "schema": asked, "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return body
 
 
 def _may_be_left_out(name: str, value: object) -> bool:

@@ -38,10 +38,9 @@ class ReplayConfig(ModelConfig):
     model: str = Field("replay", min_length=1, description="who gave the answers: part of their identity")
     path: Path | tuple[Path, ...] = Field(description="a recording, or a list of them in order; `~` is your home")
     price: Price | None = Price()
+    max_concurrency: int | None = Field(256, gt=0, description="answers looked up at a time")
 
     recorded: ClassVar[bool] = True
-    first_concurrency: ClassVar[int] = 256
-    finds_itself: ClassVar[bool] = False
 
     @property
     def files(self) -> Sequence[Path]:
