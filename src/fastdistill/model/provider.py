@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Protocol, Self
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
 from fastdistill.model.budget import ModelBudget
@@ -46,13 +46,11 @@ class ProviderError(Exception):
         kind: ErrorKind,
         message: str,
         *,
-        status: int | None = None,
         retry_after: float | None = None,
         parameter: str | None = None,
         remedy: str | None = None,
     ) -> None:
         self.kind = kind
-        self.status = status
         self.retry_after = retry_after  # seconds
         self.parameter = parameter
         self.remedy = remedy  # where the transport knows better than the provider
@@ -192,7 +190,7 @@ class ServedConfig(ModelConfig):
         return f"{provider.upper()}_BASE_URL", ""
 
     @classmethod
-    def normal_url(cls, url: str, provider: str) -> str:
+    def normal_url(cls, url: str) -> str:
         """One base URL as it is used; ValueError if it can't be."""
         return cls.split_url(url).geturl()
 
@@ -221,9 +219,9 @@ class ServedConfig(ModelConfig):
 
     @field_validator("base_url")
     @classmethod
-    def _normal(cls, given: str | tuple[str, ...], info: ValidationInfo) -> str | tuple[str, ...]:
+    def _normal(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
         texts = given.split(",") if isinstance(given, str) else given  # a variable lists several with commas
-        urls = tuple(dict.fromkeys(cls.normal_url(text.strip(), info.data.get("provider", "")) for text in texts))
+        urls = tuple(dict.fromkeys(cls.normal_url(text.strip()) for text in texts))
         return urls[0] if len(urls) == 1 else urls
 
     @property

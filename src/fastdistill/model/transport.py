@@ -187,7 +187,7 @@ class HttpProvider(Provider, Generic[C]):
         text = response.body[:200].decode(errors="replace").strip()
         hint = self._doubt or ("; correct `base_url`" if text.startswith("<") else "")
         message = f"{self._where}: not {self._expected} ({why}): {text!r}{hint}"
-        return ProviderError(ErrorKind.GARBLED, message, status=response.status)
+        return ProviderError(ErrorKind.GARBLED, message)
 
     def _failed(
         self, kind: ErrorKind, status: int, message: str, response: Response, parameter: str | None = None
@@ -196,7 +196,7 @@ class HttpProvider(Provider, Generic[C]):
             message = f"redirected to {response.headers.get('location')}; set `base_url` to where it leads"
         wait, message = retry_after(response.headers, datetime.now(UTC)), f"{self._where}: {status}: {message}"
         message += _GATEWAYS_REMEDIES.get(status, "")
-        return ProviderError(kind, message, status=status, retry_after=wait, parameter=parameter)
+        return ProviderError(kind, message, retry_after=wait, parameter=parameter)
 
 
 class Version(msgspec.Struct):

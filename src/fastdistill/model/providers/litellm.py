@@ -89,7 +89,7 @@ class LiteLLMProvider(Provider):
         message = f"litellm: {self._config.model}: {' '.join(str(error).split())[:600]}"
         key = self._config.api_key.get_secret_value() if self._config.api_key else ""
         message = message.replace(key, "(secret)") if len(key) >= 6 else message  # some servers repeat a wrong key
-        return ProviderError(next(named, error_kind(int(status))), message, status=status)
+        return ProviderError(next(named, error_kind(int(status))), message)
 
 
 _KINDS = {

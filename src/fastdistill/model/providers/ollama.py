@@ -72,7 +72,7 @@ class OllamaConfig(ServedConfig):
         return "OLLAMA_HOST", "http://localhost:11434"
 
     @classmethod
-    def normal_url(cls, url: str, provider: str) -> str:
+    def normal_url(cls, url: str) -> str:
         """A URL from what OLLAMA_HOST may hold: `host`, `host:port`, `:port`, or a URL; a server's 0.0.0.0 is us."""
         bare = "://" not in url
         parts = cls.split_url(f"http://{'127.0.0.1' if url.startswith(':') else ''}{url}" if bare else url)
@@ -183,7 +183,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         if error.kind is ErrorKind.NO_MODEL and body is not None:
             with suppress(ProviderError):
                 installed = ", ".join(await self._models("/api/tags")) or "none"
-                error = ProviderError(error.kind, f"{error}; installed: {installed}", status=error.status)
+                error = ProviderError(error.kind, f"{error}; installed: {installed}")
         raise error
 
     # --- the answer ---

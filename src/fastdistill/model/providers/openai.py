@@ -130,10 +130,11 @@ class OpenAIConfig(ServedConfig):
         return variable, _HABITS.get(provider, _HABITS["openai"]).base_url
 
     @classmethod
-    def normal_url(cls, url: str, provider: str) -> str:
+    def normal_url(cls, url: str) -> str:
         """The URL that `/chat/completions` follows."""
         url = url.rstrip("/").removesuffix("/chat/completions")
-        return f"{url}/v1" if not cls.split_url(url).path or f"{url}/v1" == cls.defaults(provider)[1] else url
+        known = f"{url}/v1" in [habits.base_url for habits in _HABITS.values()]
+        return f"{url}/v1" if known or not cls.split_url(url).path else url
 
     @field_validator("batch", mode="before")
     @classmethod
@@ -312,14 +313,12 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
     def _learn(self, error: ProviderError, body: Mapping[str, Any]) -> bool:
         """Whether the request is to be sent again, without what the server has just refused."""
         name = error.parameter
-        if error.status is None or name is None or name not in body:
-            return False
         if name == "max_tokens" and "max_completion_tokens" in str(error):
             self._limit_name = "max_completion_tokens"
-            return True
-        if not _may_be_left_out(name, body[name]):
+        elif name is not None and _may_be_left_out(name, body[name]):
+            self._refused.setdefault(name, "the server refuses it")
+        else:
             return False
-        self._refused.setdefault(name, f"refused with status {error.status}")
         return True
 
     async def _chat(self, body: Mapping[str, Any]) -> Response:
@@ -423,7 +422,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             names = ("n" if name == "n_cmpl" else name for name in fault.refused_names())  # llama.cpp's word for n
             parameter = next((name for name in names if name in sent), None)
         if parameter is not None:
-            return self._unsupported(parameter, body[parameter], fault.message, status=status)
+            return self._unsupported(parameter, body[parameter], fault.message)
         if kind is ErrorKind.AUTH and status == 401:
             variable = f"{self._config.provider.upper()}_API_KEY"
             message += f"; set {variable}" if self._config.api_key is None else f"; the key in {variable} is refused"
@@ -433,11 +432,11 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             message += "; shorten the prompt, or serve the model with a larger context"
         return self._failed(kind, status, message, response)
 
-    def _unsupported(self, name: str, value: object, why: str, *, status: int | None = None) -> ProviderError:
+    def _unsupported(self, name: str, value: object, why: str) -> ProviderError:
         neutral = f"set it to {NEUTRAL[name][0]:g}" if name in NEUTRAL else "change or remove it"
         shown = str(value) if len(str(value)) <= 60 else f"{str(value)[:60]} …"
         message = f"{self._where}: does not take {name}={shown} ({why}); {neutral}"
-        return ProviderError(ErrorKind.UNSUPPORTED, message, status=status, parameter=name)
+        return ProviderError(ErrorKind.UNSUPPORTED, message, parameter=name)
 
     # --- what the endpoint is ---
 
@@ -464,7 +463,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         else:
             near = get_close_matches(model, names, n=10, cutoff=0.5) or names[:10]
             remedy = f"; set `model` to one that is served: {', '.join(near)}{' …' if len(near) < len(names) else ''}"
-        return ProviderError(error.kind, f"{error}{remedy}", status=error.status)
+        return ProviderError(error.kind, f"{error}{remedy}")
 
     async def _identify(self) -> str | None:
         """The server's product and version where it tells them."""
