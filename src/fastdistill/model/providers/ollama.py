@@ -118,7 +118,8 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
         show = await self._ask("/api/show", _Show, {"model": self._config.model})
         name = _tagged(self._config.model)
         self._digest = tags[name].digest if name in tags else None
-        await self._whole("/api/chat", {**self._envelope, "messages": [], "options": {"num_ctx": num_ctx}}, _LOADS)
+        loading: dict[str, Any] = {**self._envelope, "messages": [], "options": {"num_ctx": num_ctx}}
+        await self._whole("/api/chat", loading, timeout=max(_LOADS, self._config.timeout))
         loaded = (await self._models("/api/ps")).get(name)
         lengths = (value for name, value in show.model_info.items() if name.endswith(".context_length"))
         trained = next((value for value in lengths if isinstance(value, int)), None)
@@ -172,10 +173,9 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     async def _ask(self, path: str, type_: type[S], body: dict[str, Any] | None = None) -> S:
         return self._decode(await self._whole(path, body), Decoder(type_).decode)
 
-    async def _whole(self, path: str, body: dict[str, Any] | None = None, at_least: float = 0.0) -> Response:
+    async def _whole(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Response:
         """The answer, if its status is 200."""
         method, sent = ("GET", None) if body is None else ("POST", msgspec.json.encode(body))
-        timeout = max(self._config.timeout, at_least)
         response = await self._request(method, self._config.url + path, sent, timeout=timeout)
         if response.status == 200:
             return response

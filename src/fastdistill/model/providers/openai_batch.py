@@ -22,6 +22,7 @@ from msgspec import Struct
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import EnvironmentFault, FatalError, NotAsked, TeacherError, TimeUp
 from fastdistill.core.files import atomic
+from fastdistill.core.turns import Queue
 from fastdistill.model.client import Brake
 from fastdistill.model.provider import ATTEMPT, ErrorKind, ProviderError
 from fastdistill.model.providers.openai import BatchOptions, OpenAIConfig, OpenAIProvider
@@ -52,7 +53,6 @@ class _Batch:
     id: str | None = None  # the server's; None: not known to have been made
     form: bytearray = field(default_factory=bytearray)  # what is to be uploaded; put together at once it takes long
     ended: "asyncio.Task[tuple[_State, _Answers]] | None" = None
-    waiting: list[asyncio.Future[None]] = field(default_factory=list)  # until there are answers
 
 
 class BatchProvider(OpenAIProvider):
@@ -71,6 +71,7 @@ class BatchProvider(OpenAIProvider):
         self._recalled: asyncio.Task[dict[str, list[tuple[_Batch, str]]]] | None = None
         self._gathering: _Batch | None = None
         self._at_server: set[_Batch] = set()
+        self._awake = Queue(AT_ONCE)  # all who waited for a batch would hold the loop
         self._tasks: list[asyncio.Task[Any]] = []  # ended by aclose
         if self._official:
             self._limit_name = "max_completion_tokens"  # every model takes it; to learn it would cost a batch
@@ -112,22 +113,10 @@ class BatchProvider(OpenAIProvider):
     async def _answer(self, batch: _Batch, custom_id: str) -> Response | Exception:
         if batch.ended is None:
             batch.ended = self._start(self._carry(batch))
-            self._start(self._release(batch, batch.ended))
-        if not batch.ended.done():
-            batch.waiting.append(asyncio.get_running_loop().create_future())
-            await batch.waiting[-1]
-        state, answers = batch.ended.result()
+        state, answers = await asyncio.shield(batch.ended)
+        await self._awake.turn()
         answer = answers.pop(custom_id, "this request was not answered")
         return self._unanswered(state, answer) if isinstance(answer, str) else answer
-
-    async def _release(self, batch: _Batch, ended: asyncio.Future[Any]) -> None:
-        """Wakes who waits for a batch a few at a time: together they would hold the loop."""
-        await asyncio.wait([ended])
-        for at, waiting in enumerate(batch.waiting):
-            if not waiting.done():
-                waiting.set_result(None)
-            if at % AT_ONCE == 0:
-                await asyncio.sleep(0)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work, context=Context())  # for many samples, not for the one at work
