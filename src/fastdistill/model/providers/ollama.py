@@ -143,16 +143,16 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     def _body(self, prompt: Prompt, seed: int | None) -> dict[str, Any]:
         check_wires(self._where, prompt)
         parameters = prompt.parameters
-        decoded = {wire: parameters[name] for name, wire in _OPTIONS.items() if parameters.get(name) is not None}
-        given = parameters.get("options") or {}
-        constant = decoded.get("num_ctx", self._config.num_ctx)
-        if given.get("num_ctx", constant) != constant:
-            message = f"ollama: options.num_ctx is {given['num_ctx']}, the model's is {constant}; set `num_ctx` of the"
+        options = {"num_ctx": self._config.num_ctx, **_EXPLICIT}
+        options |= {wire: parameters[name] for name, wire in _OPTIONS.items() if parameters.get(name) is not None}
+        if parameters.get("stop"):
+            options["stop"] = parameters["stop"]
+        num_ctx = options["num_ctx"]
+        options |= parameters.get("options") or {}
+        if options["num_ctx"] != num_ctx:
+            message = f"ollama: options.num_ctx is {options['num_ctx']}, the model's is {num_ctx}; set `num_ctx` of the"
             message += " model instead, for each change makes the server load it anew"
             raise ProviderError(ErrorKind.UNSUPPORTED, message, parameter="num_ctx")
-        if parameters.get("stop"):
-            decoded["stop"] = parameters["stop"]
-        options = {"num_ctx": constant, **_EXPLICIT, **decoded, **given}
         if seed is not None:
             options["seed"] = seed
         body = self._envelope | {
