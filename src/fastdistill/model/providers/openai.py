@@ -60,7 +60,8 @@ _HABITS: Mapping[str, _Habits] = {
     ),
 }
 
-_OWN = ("vllm", "sglang")  # servers of one's own
+_OWN = {"vllm": "return_tokens_as_token_ids", "sglang": "return_token_ids"}
+"""Servers of one's own, and how each is asked for the ids of tokens; llama.cpp gives them unasked."""
 
 OFFICIAL_LACKS = ("top_k", "min_p", "repetition_penalty")  # https://platform.openai.com/docs/api-reference/chat
 
@@ -79,8 +80,6 @@ _NO_MODEL = re.compile(
 
 _SAY_NOTHING_EMPTY = ("stop", "logprobs", "top_logprobs", "token_ids")
 _RESPONSE_FORMATS = ("text", "json_object", "json_schema", "structural_tag")  # as they go over the wire
-
-_ASKS_FOR_IDS = {"vllm": "return_tokens_as_token_ids", "sglang": "return_token_ids"}
 
 _LOADS = (  # requests running and waiting
     (b"vllm:num_requests_running", b"vllm:num_requests_waiting"),
@@ -302,7 +301,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         if body.pop("token_ids", None):
             if self._hosted:
                 raise lacks(self._where, "token_ids")
-            if name := _ASKS_FOR_IDS.get(self._config.provider):  # llama.cpp gives them unasked
+            if name := _OWN.get(self._config.provider):
                 body[name] = True
         if self._config.provider in _OWN:
             body.setdefault("repetition_penalty", 1.0)  # else the model's generation_config would apply
@@ -480,8 +479,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
     async def _tries(self, like: Prompt | None) -> "list[list[Completion] | ProviderError]":
         if self._config.batch is not None:
             return [[] for _ in _TRIED]
-        ids: dict[str, Any] = {"token_ids": True} if self._config.provider in _ASKS_FOR_IDS else {}
-        scores = {"logprobs": True, "top_logprobs": 20, **ids}
+        scores = {"logprobs": True, "top_logprobs": 20, "token_ids": self._config.provider in _OWN}
         first = {name: value for name, value in like.parameters.items() if name in _OF_THE_FIRST} if like else {}
         # The first alone, for `transformers serve` with continuous batching samples all others as its first request
         # asks. Of several tokens, for the first may be blank.
