@@ -5,6 +5,7 @@ server's answer; what the API behind it honours is not probed.
 """
 
 import os
+import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, Self
@@ -41,10 +42,9 @@ class LiteLLMProvider(Provider):
 
     def __init__(self, config: LiteLLMConfig) -> None:
         self._config = config
-        self._litellm: Any = None
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
-        litellm, config = self._imported(), self._config
+        litellm, config = _imported(), self._config
         check_wires("litellm", prompt)
         body = chat_parameters(prompt.parameters)
         for name in OFFICIAL_LACKS:  # passed on as they are: left out where they say nothing
@@ -69,17 +69,8 @@ class LiteLLMProvider(Provider):
         return Capabilities(*where, answer.model, answer.build, can_score_prompt=False, notes=self.notes)
 
     async def aclose(self) -> None:
-        if self._litellm is not None:
-            await self._litellm.close_litellm_async_clients()
-
-    def _imported(self) -> Any:
-        if self._litellm is None:
-            os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else importing it asks the network
-            import litellm
-
-            litellm.telemetry, litellm.suppress_debug_info = False, True
-            self._litellm = litellm
-        return self._litellm
+        if "litellm" in sys.modules:
+            await _imported().close_litellm_async_clients()
 
     def _failed(self, error: Any) -> ProviderError:
         status, chain = getattr(error, "status_code", None) or 500, [error]
@@ -90,6 +81,14 @@ class LiteLLMProvider(Provider):
         key = self._config.api_key.get_secret_value() if self._config.api_key else ""
         message = message.replace(key, "(secret)") if len(key) >= 6 else message  # some servers repeat a wrong key
         return ProviderError(next(named, error_kind(int(status))), message)
+
+
+def _imported() -> Any:
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else importing it asks the network
+    import litellm
+
+    litellm.telemetry, litellm.suppress_debug_info = False, True
+    return litellm
 
 
 _KINDS = {

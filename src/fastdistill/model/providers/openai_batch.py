@@ -147,7 +147,7 @@ class BatchProvider(OpenAIProvider):
             await asyncio.sleep(self._options.quiet_s)
             if self._gathering is batch and len(batch.requests) == size:
                 self._gathering = None
-        self._has_enough()  # or not: these requests were let through
+        await self._wait(0)
 
     async def _upload(self, batch: _Batch) -> str:
         """The id of its file."""
@@ -295,20 +295,14 @@ class BatchProvider(OpenAIProvider):
             delay = min(1.5 * delay, SLOWEST * self._options.poll_s)
 
     async def _wait(self, seconds: float) -> None:
-        """Sleeps, but not on when the run must stop."""
+        """Sleeps; raises FatalError or TimeUp as soon as the run must not wait for anything."""
         await self._brake.pause(seconds)
-        if self._has_enough():
-            await asyncio.sleep(seconds)  # what is under way comes home all the same
-
-    def _has_enough(self) -> bool:
-        """Raises FatalError or TimeUp if the run must not wait for anything."""
         try:
             self._brake.check(0, 0.0)
         except TimeUp:
             raise
         except NotAsked:
-            return True
-        return False
+            await asyncio.sleep(seconds)  # the run has enough: what is under way comes home all the same
 
     async def _call(self, decode: Callable[[bytes], T], method: str, path: str, *sent: Any) -> T:
         """What the server answers; `sent` are a body and its content type, as `_request` takes them."""
