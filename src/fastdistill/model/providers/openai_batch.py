@@ -111,12 +111,18 @@ class BatchProvider(OpenAIProvider):
         return batch, custom_id
 
     async def _answer(self, batch: _Batch, custom_id: str) -> Response | Exception:
+        """The answer of a batch to one of its requests, or what it is to be told."""
         if batch.ended is None:
             batch.ended = self._start(self._carry(batch))
         state, answers = await asyncio.shield(batch.ended)
         await self._awake.turn()
         answer = answers.pop(custom_id, "this request was not answered")
-        return self._unanswered(state, answer) if isinstance(answer, str) else answer
+        if isinstance(answer, Response):
+            return answer
+        words = f"{self._where}: batch {state.id} is {state.status}, {answer}"
+        if state.status == "cancelled":
+            return TeacherError(f"{words}; run again to ask for what is missing in a new batch")
+        return ProviderError(ErrorKind.OVERLOADED, words)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work, context=Context())  # for many samples, not for the one at work
@@ -215,12 +221,6 @@ class BatchProvider(OpenAIProvider):
             what = f"{self._where}: not what GET /files/{file_id}/content should bring: {garbled}"
             raise ProviderError(ErrorKind.GARBLED, what) from garbled
         return answers
-
-    def _unanswered(self, state: "_State", why: str) -> Exception:
-        words = f"{self._where}: batch {state.id} is {state.status}, {why}"
-        if state.status == "cancelled":
-            return TeacherError(f"{words}; run again to ask for what is missing in a new batch")
-        return ProviderError(ErrorKind.OVERLOADED, words)
 
     # --- the records ---
 
