@@ -371,6 +371,7 @@ OPENAI_401 = {"error": {"message": "Incorrect API key", "type": "invalid_request
         (status(408), ErrorKind.OVERLOADED),
         (status(500), ErrorKind.SERVER),
         (garbled(b"Internal Server Error", code=500), ErrorKind.SERVER),
+        (garbled('{"error": "服务繁忙"}'.encode("gbk"), code=503), ErrorKind.OVERLOADED),
         (status(401, OPENAI_401), ErrorKind.AUTH),
         (status(402, "Insufficient credits"), ErrorKind.AUTH),
         (status(403, {"detail": "Forbidden"}), ErrorKind.AUTH),

@@ -252,7 +252,7 @@ class Fault:
         """
         try:
             value = msgspec.json.decode(body)
-        except (msgspec.DecodeError, RecursionError):
+        except (ValueError, RecursionError):  # of msgspec, and of what is not UTF-8
             text = body[:8192].decode(errors="replace")  # a gateway's pages are HTML
             return cls(_brief(_MARKUP.sub(" ", text) if text.lstrip().startswith("<") else text) or "(empty body)")
         if isinstance(value, list) and value:
