@@ -22,7 +22,7 @@ from msgspec import Struct
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import EnvironmentFault, FatalError, NotAsked, TeacherError, TimeUp
 from fastdistill.core.files import atomic
-from fastdistill.core.turns import Queue
+from fastdistill.core.turns import Queue, give_turn
 from fastdistill.model.client import Brake
 from fastdistill.model.provider import ATTEMPT, ErrorKind, ProviderError
 from fastdistill.model.providers.openai import BatchOptions, OpenAIConfig, OpenAIProvider
@@ -205,7 +205,7 @@ class BatchProvider(OpenAIProvider):
         body = await self._call(bytes, "GET", f"/files/{file_id}/content")
         answers: _Answers = {}
         garbled: Exception | None = None
-        for at, text in enumerate(io.BytesIO(body)):
+        for text in io.BytesIO(body):
             try:
                 line = _decode_line(text)
                 if line.response is not None:
@@ -215,8 +215,7 @@ class BatchProvider(OpenAIProvider):
                     answers.setdefault(line.custom_id, f"{line.error.code}: {line.error.message}")
             except ValueError as error:
                 garbled = error if text.strip() else garbled
-            if at % AT_ONCE == 0:
-                await asyncio.sleep(0)
+            await give_turn()
         if garbled is not None and not answers:
             what = f"{self._where}: not what GET /files/{file_id}/content should bring: {garbled}"
             raise ProviderError(ErrorKind.GARBLED, what) from garbled
@@ -243,7 +242,7 @@ class BatchProvider(OpenAIProvider):
                 await self._record(batch)
             for custom_id in batch.requests:
                 lines.setdefault(custom_id.partition("-")[0], []).append((batch, custom_id))
-            await asyncio.sleep(0)
+            await give_turn()
         return lines
 
     def _recorded(self) -> Iterator[_Batch]:
