@@ -8,6 +8,7 @@ with those batches, so none is paid for twice. Wire: https://platform.openai.com
 import asyncio
 import io
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
@@ -204,21 +205,18 @@ class BatchProvider(OpenAIProvider):
         """The answers in a file. A line that can't be read is as good as missing, and costs no other."""
         body = await self._call(bytes, "GET", f"/files/{file_id}/content")
         answers: _Answers = {}
-        garbled: Exception | None = None
         for text in io.BytesIO(body):
-            try:
+            with suppress(ValueError):  # msgspec's are, and Unicode's
                 line = _decode_line(text)
                 if line.response is not None:
                     response = Response(line.response.status_code, {}, bytes(line.response.body))
                     answers.setdefault(line.custom_id, response)
                 elif line.error is not None:
                     answers.setdefault(line.custom_id, f"{line.error.code}: {line.error.message}")
-            except ValueError as error:
-                garbled = error if text.strip() else garbled
             await give_turn()
-        if garbled is not None and not answers:
-            what = f"{self._where}: not what GET /files/{file_id}/content should bring: {garbled}"
-            raise ProviderError(ErrorKind.GARBLED, what) from garbled
+        if body.strip() and not answers:
+            what = f"{self._where}: not what GET /files/{file_id}/content should bring: {body[:200]!r}"
+            raise ProviderError(ErrorKind.GARBLED, what)
         return answers
 
     # --- the records ---
