@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, Self
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -191,18 +191,13 @@ class ServedConfig(ModelConfig):
 
     @classmethod
     def normal_url(cls, url: str) -> str:
-        """One base URL as it is used; ValueError if it can't be."""
-        return cls.split_url(url).geturl()
-
-    @staticmethod
-    def split_url(url: str) -> SplitResult:
-        """The parts of a base URL; ValueError if it is not a server's, or has a secret in it."""
+        """One base URL as it is used; ValueError if it is not a server's, or has a secret in it."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"base_url: {url!r} is not an http:// or https:// address")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("base_url: no user, password or query here; they would be written to files; use `api_key`")
-        return parts
+        return parts.geturl()
 
     @model_validator(mode="before")
     @classmethod

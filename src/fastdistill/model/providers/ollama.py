@@ -9,6 +9,7 @@ import re
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
@@ -75,7 +76,8 @@ class OllamaConfig(ServedConfig):
     def normal_url(cls, url: str) -> str:
         """A URL from what OLLAMA_HOST may hold: `host`, `host:port`, `:port`, or a URL; a server's 0.0.0.0 is us."""
         bare = "://" not in url
-        parts = cls.split_url(f"http://{'127.0.0.1' if url.startswith(':') else ''}{url}" if bare else url)
+        url = f"http://{'127.0.0.1' if url.startswith(':') else ''}{url}" if bare else url
+        parts = urlsplit(super().normal_url(url))
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname or "")
         port = parts.port or (11434 if bare else None)
         path = parts.path.rstrip("/").removesuffix("/v1").removesuffix("/api")

@@ -131,9 +131,9 @@ class OpenAIConfig(ServedConfig):
     @classmethod
     def normal_url(cls, url: str) -> str:
         """The URL that `/chat/completions` follows."""
-        url = url.rstrip("/").removesuffix("/chat/completions")
+        url = super().normal_url(url.rstrip("/").removesuffix("/chat/completions"))
         known = f"{url}/v1" in [habits.base_url for habits in _HABITS.values()]
-        return f"{url}/v1" if known or not cls.split_url(url).path else url
+        return f"{url}/v1" if known or not urlsplit(url).path else url
 
     @field_validator("batch", mode="before")
     @classmethod
