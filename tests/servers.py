@@ -228,7 +228,6 @@ class OllamaOptions(Options):
 
     digest: str = "sha256:5e1f"
     capabilities: Sequence[str] = ("completion",)
-    refuses_think: bool = False  # even `think: false`
     parameters: str = ""  # of the Modelfile
     size_vram: int = 1000  # of 1000
     version: str = "0.33.0"
@@ -610,7 +609,8 @@ class OpenAIServer(Server):
         if prompt_tokens + (call.max_tokens or 0) > options.context:
             return self.error(
                 400,
-                f"request ({prompt_tokens} tokens) exceeds the available context size, try increasing it",
+                f"request ({prompt_tokens} tokens) exceeds the available context size ({options.context} tokens),"
+                " try increasing it",
                 type="exceed_context_size_error",
                 n_prompt_tokens=prompt_tokens,
                 n_ctx=options.context,
@@ -712,7 +712,7 @@ class OllamaServer(Server):
         if not self._has(call.model):
             return self.error(404, f"model '{call.model}' not found")
         thinks = "thinking" in self.options.capabilities
-        if not thinks and (body.get("think") or (self.options.refuses_think and "think" in body)):
+        if not thinks and body.get("think"):
             return self.error(400, f'"{call.model}" does not support thinking')
         context = min(options.get("num_ctx", 4096), self.options.context)
         prompt_tokens = self.prompt_tokens(call)
@@ -736,16 +736,10 @@ class OllamaServer(Server):
         last = {"done": True, "done_reason": finish, **{name: count for name, count in counts.items() if count}}
         if body.get("logprobs"):
             last["logprobs"] = _logprobs(tokens, body.get("top_logprobs", 0))
-        if body.get("stream") is False:
-            thought = {} if thinking is None else {"thinking": thinking}
-            message = {"role": "assistant", "content": " ".join(tokens), **thought}
-            return web.json_response({**head, "message": message, **last})
-        chunks: list[dict[str, Any]] = [] if thinking is None else [{"content": "", "thinking": thinking}]
-        chunks += [{"content": f" {token}" if at else token} for at, token in enumerate(tokens)]
-        lines = [{**head, "message": {"role": "assistant", **chunk}, "done": False} for chunk in chunks]
-        lines.append({**head, "message": {"role": "assistant", "content": ""}, **last})
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        return web.Response(body=text.encode(), content_type="application/x-ndjson")
+        assert body.get("stream") is False
+        thought = {} if thinking is None else {"thinking": thinking}
+        message = {"role": "assistant", "content": " ".join(tokens), **thought}
+        return web.json_response({**head, "message": message, **last})
 
     def _has(self, model: str) -> bool:
         return _tagged(model) in map(_tagged, self.options.models)

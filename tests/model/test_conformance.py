@@ -171,6 +171,15 @@ def test_logprobs_come_in_descending_order_with_their_basis(backend: Backend) ->
         assert (token.id is not None) == backend.ids
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of LiteLLM's
+@pytest.mark.parametrize("kind", [each for each in NAMED if each.values[0] in ("openai", "litellm")])
+def test_log_probabilities_in_no_form_that_is_known_cost_an_answer_only_themselves(kind: str) -> None:
+    choice = {"index": 0, "message": {"content": "SELECT 1"}, "finish_reason": "stop", "logprobs": 5}
+    with scripted(kind, extra={"choices": [choice]}) as backend:
+        [[answer]] = backend.ask(backend.prompt(logprobs=True))
+    assert (answer.text, answer.logprobs) == ("SELECT 1", None)
+
+
 def test_the_basis_of_logprobs_is_probed_and_kept_with_each_answer(backend: Backend) -> None:
     async def go(provider: Any) -> tuple[Capabilities, Completion]:
         found = await provider.probe()

@@ -250,7 +250,7 @@ def test_a_batch_that_is_too_much_for_the_account_waits_for_another(tmp_path: Pa
 def test_a_file_that_is_too_large_for_the_server_is_told_with_the_remedy(tmp_path: Path) -> None:
     with openai_server(largest_file=1000) as server:
         [error] = ask(server, tmp_path, [prompt("long " * 300)])
-    assert isinstance(error, TeacherError) and "lower `batch.size` (POST /files)" in str(error)
+    assert isinstance(error, TeacherError) and "or lower `batch.size` (POST /files)" in str(error)
 
 
 def test_a_server_without_a_batch_api_is_one_clear_error(tmp_path: Path) -> None:

@@ -371,6 +371,7 @@ OPENAI_401 = {"error": {"message": "Incorrect API key", "type": "invalid_request
         (status(408), ErrorKind.OVERLOADED),
         (status(500), ErrorKind.SERVER),
         (garbled(b"Internal Server Error", code=500), ErrorKind.SERVER),
+        (garbled('{"error": "服务繁忙"}'.encode("gbk"), code=503), ErrorKind.OVERLOADED),
         (status(401, OPENAI_401), ErrorKind.AUTH),
         (status(402, "Insufficient credits"), ErrorKind.AUTH),
         (status(403, {"detail": "Forbidden"}), ErrorKind.AUTH),
@@ -455,7 +456,7 @@ def test_a_prompt_that_is_too_long_tells_both_numbers() -> None:
     with openai_server(context=10) as server:
         told = error(server, prompt("word " * 20, max_tokens=1))
     assert told.kind is ErrorKind.TOO_LONG
-    assert "20" in str(told) and "context 10" in str(told)
+    assert "(20 tokens)" in str(told) and "(10 tokens)" in str(told)
 
 
 def test_nobody_listening_says_what_to_start() -> None:

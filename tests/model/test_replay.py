@@ -104,13 +104,14 @@ def test_an_answer_may_be_an_object(tmp_path: Path) -> None:
         "thinking": "2 + 2",
         "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
         "logprobs": [{"token": "4", "logprob": -0.5, "top": [["4", -0.5]]}],
+        "logprob_basis": "raw",  # every answer of a run has the field
     }
     file = write(tmp_path / "r.jsonl", {"prompt": "Q", "completions": [whole, "<think>hm</think>5"]})
     first, second = ask(file, [user("Q")], (0, 1))
     assert isinstance(first, Answer) and isinstance(second, Answer)
     seen = first.completion
     assert (seen.text, seen.finish_reason, seen.thinking) == ("4", FinishReason.LENGTH, "2 + 2")
-    assert (seen.usage, seen.model) == (Usage(3, 1), "replay")
+    assert (seen.usage, seen.model, seen.logprob_basis) == (Usage(3, 1), "replay", "raw")
     assert seen.logprobs == (TokenLogprob("4", -0.5, (("4", -0.5),)),)
     assert (second.completion.text, second.completion.thinking) == ("5", "hm")
 

@@ -572,6 +572,4 @@ def _most_tokens(parameters: Mapping[str, Any]) -> int:
 def _limit(config: ModelConfig) -> Limit:
     if config.max_concurrency is not None:
         return Limit(config.max_concurrency)
-    if not config.finds_itself:
-        return Limit(config.first_concurrency)
     return AdaptiveLimit(config.first_concurrency, patience=config.timeout / 4)

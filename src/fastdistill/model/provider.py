@@ -9,9 +9,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, Self
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
 from fastdistill.model.budget import ModelBudget
@@ -46,13 +46,11 @@ class ProviderError(Exception):
         kind: ErrorKind,
         message: str,
         *,
-        status: int | None = None,
         retry_after: float | None = None,
         parameter: str | None = None,
         remedy: str | None = None,
     ) -> None:
         self.kind = kind
-        self.status = status
         self.retry_after = retry_after  # seconds
         self.parameter = parameter
         self.remedy = remedy  # where the transport knows better than the provider
@@ -157,8 +155,6 @@ class ModelConfig(BaseModel):
 
     first_concurrency: ClassVar[int] = 24
     """Requests in flight at first, where `max_concurrency` is not set: the limit then finds itself."""
-    finds_itself: ClassVar[bool] = True
-    """False: `first_concurrency` is right for good."""
     recorded: ClassVar[bool] = False
     """True: answers exist already. A prompt says which sample it is for, and each draw has its attempt as its seed."""
 
@@ -194,19 +190,14 @@ class ServedConfig(ModelConfig):
         return f"{provider.upper()}_BASE_URL", ""
 
     @classmethod
-    def normal_url(cls, url: str, provider: str) -> str:
-        """One base URL as it is used; ValueError if it can't be."""
-        return cls.split_url(url).geturl()
-
-    @staticmethod
-    def split_url(url: str) -> SplitResult:
-        """The parts of a base URL; ValueError if it is not a server's, or has a secret in it."""
+    def normal_url(cls, url: str) -> str:
+        """One base URL as it is used; ValueError if it is not a server's, or has a secret in it."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"base_url: {url!r} is not an http:// or https:// address")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("base_url: no user, password or query here; they would be written to files; use `api_key`")
-        return parts
+        return parts.geturl()
 
     @model_validator(mode="before")
     @classmethod
@@ -223,9 +214,9 @@ class ServedConfig(ModelConfig):
 
     @field_validator("base_url")
     @classmethod
-    def _normal(cls, given: str | tuple[str, ...], info: ValidationInfo) -> str | tuple[str, ...]:
+    def _normal(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
         texts = given.split(",") if isinstance(given, str) else given  # a variable lists several with commas
-        urls = tuple(dict.fromkeys(cls.normal_url(text.strip(), info.data.get("provider", "")) for text in texts))
+        urls = tuple(dict.fromkeys(cls.normal_url(text.strip()) for text in texts))
         return urls[0] if len(urls) == 1 else urls
 
     @property

@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address, ip_network
@@ -187,7 +187,7 @@ class HttpProvider(Provider, Generic[C]):
         text = response.body[:200].decode(errors="replace").strip()
         hint = self._doubt or ("; correct `base_url`" if text.startswith("<") else "")
         message = f"{self._where}: not {self._expected} ({why}): {text!r}{hint}"
-        return ProviderError(ErrorKind.GARBLED, message, status=response.status)
+        return ProviderError(ErrorKind.GARBLED, message)
 
     def _failed(
         self, kind: ErrorKind, status: int, message: str, response: Response, parameter: str | None = None
@@ -196,7 +196,7 @@ class HttpProvider(Provider, Generic[C]):
             message = f"redirected to {response.headers.get('location')}; set `base_url` to where it leads"
         wait, message = retry_after(response.headers, datetime.now(UTC)), f"{self._where}: {status}: {message}"
         message += _GATEWAYS_REMEDIES.get(status, "")
-        return ProviderError(kind, message, status=status, retry_after=wait, parameter=parameter)
+        return ProviderError(kind, message, retry_after=wait, parameter=parameter)
 
 
 class Version(msgspec.Struct):
@@ -243,7 +243,6 @@ class Fault:
     code: str = ""  # `code` and `type` as the server has them, joined by a space
     parameter: str | None = None
     status: int | None = None  # a numeric `code`, for errors that come under 200
-    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, body: bytes) -> "Fault":
@@ -253,7 +252,7 @@ class Fault:
         """
         try:
             value = msgspec.json.decode(body)
-        except (msgspec.DecodeError, RecursionError):
+        except (ValueError, RecursionError):  # of msgspec, and of what is not UTF-8
             text = body[:8192].decode(errors="replace")  # a gateway's pages are HTML
             return cls(_brief(_MARKUP.sub(" ", text) if text.lstrip().startswith("<") else text) or "(empty body)")
         if isinstance(value, list) and value:
@@ -398,7 +397,6 @@ def _from_fields(fields: Mapping[str, Any]) -> Fault:
         code=" ".join(str(part) for part in (code, kind) if part is not None),
         parameter=parameter if isinstance(parameter, str) and parameter else None,
         status=code if isinstance(code, int) and 400 <= code <= 599 else None,
-        fields=fields,
     )
 
 

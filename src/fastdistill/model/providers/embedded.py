@@ -28,9 +28,7 @@ class EmbeddedConfig(ModelConfig):
     provider: Literal["embedded"] = "embedded"
     model: str = Field("text2sql", min_length=1, description="a label")
     path: Path | None = Field(None, description="a folder with another model, as lab/ writes them")
-
-    first_concurrency: ClassVar[int] = 32
-    finds_itself: ClassVar[bool] = False
+    max_concurrency: int | None = Field(32, gt=0, description="requests in flight; by default as many as it has slots")
 
     @field_validator("path")
     @classmethod
@@ -53,8 +51,7 @@ class EmbeddedProvider(Provider):
     def __init__(self, config: EmbeddedConfig) -> None:
         self._config = config
         self._starting = asyncio.Lock()
-        self._process: Process | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._worker: tuple[Process, asyncio.Task[None]] | None = None  # and who reads what it says
         self._waiting: dict[Key | None, asyncio.Future[Result]] = {}
         self._ready: Ready
         self._asked = 0
@@ -105,18 +102,12 @@ class EmbeddedProvider(Provider):
         )
 
     async def aclose(self) -> None:
-        process, reader = self._process, self._reader
-        self._process = self._reader = None
-        if process is None or reader is None:
-            return
-        reader.cancel()
-        with suppress(asyncio.CancelledError):
+        if self._worker is not None:
+            process, reader = self._worker
+            with suppress(ProcessLookupError):
+                process.kill()
             await reader
-        with suppress(ProcessLookupError):
-            process.kill()
-        assert process.stdin is not None
-        process.stdin.close()
-        await process.communicate()
+            self._worker = None
 
     async def _ask(self, request: dict[str, Any]) -> Result:
         stdin = (await self._started()).stdin
@@ -128,19 +119,18 @@ class EmbeddedProvider(Provider):
             stdin.write(msgspec.json.encode({"id": key, **request}) + b"\n")
             await stdin.drain()
             return await asyncio.wait_for(answer, self._config.timeout)
-        except (TimeoutError, asyncio.CancelledError) as error:
-            stdin.write(b'{"cancel": %d}\n' % key)
-            if isinstance(error, asyncio.CancelledError):
-                raise
+        except TimeoutError as error:
             raise ProviderError(ErrorKind.TIMEOUT, f"embedded: no answer in {self._config.timeout:g} s") from error
         except ConnectionError as error:
             raise ProviderError(ErrorKind.RESET, "embedded: the model's process ended") from error
         finally:
             del self._waiting[key]
+            if answer.cancelled():  # nobody waits for it any more
+                stdin.write(b'{"cancel": %d}\n' % key)
 
     async def _started(self) -> Process:
         async with self._starting:
-            if self._process is None or self._process.returncode is not None:
+            if self._worker is None or self._worker[0].returncode is not None:
                 await self.aclose()
                 command = [sys.executable, "-m", "fastdistill.model.embedded.worker"]
                 command += [] if self._config.path is None else [str(self._config.path)]
@@ -150,8 +140,8 @@ class EmbeddedProvider(Provider):
                     code = await process.wait()
                     raise ProviderError(ErrorKind.RESET, f"embedded: the model's process ended at once, with {code}")
                 self._ready = msgspec.json.decode(line, type=Ready)
-                self._process, self._reader = process, asyncio.create_task(self._read(process))  # ended by aclose
-            return self._process
+                self._worker = process, asyncio.create_task(self._read(process))  # ends with the process
+            return self._worker[0]
 
     async def _read(self, process: Process) -> None:
         assert process.stdout is not None

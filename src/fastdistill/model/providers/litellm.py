@@ -5,18 +5,18 @@ server's answer; what the API behind it honours is not probed.
 """
 
 import os
+import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, Self
 
-import msgspec
 from pydantic import Field, SecretStr, model_validator
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.types import Completion, Prompt
-from fastdistill.model.provider import Capabilities, ErrorKind, Load, ModelConfig, ProviderError, check_wires
-from fastdistill.model.providers.openai import NEUTRAL, response_format
-from fastdistill.model.providers.openai_answers import ChatAnswer, completions_of
+from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError, check_wires
+from fastdistill.model.providers.openai import NEUTRAL, OFFICIAL_LACKS, chat_parameters
+from fastdistill.model.providers.openai_answers import completions_of, decode_answer
 from fastdistill.model.transport import error_kind
 
 
@@ -34,7 +34,7 @@ class LiteLLMConfig(ModelConfig):
         return self
 
 
-class LiteLLMProvider:
+class LiteLLMProvider(Provider):
     """Asks through `litellm.acompletion`, which takes seconds to import: it is imported with the first request."""
 
     notes: tuple[str, ...] = ("second tier: what the API behind LiteLLM honours is not probed",)
@@ -42,26 +42,22 @@ class LiteLLMProvider:
 
     def __init__(self, config: LiteLLMConfig) -> None:
         self._config = config
-        self._litellm: Any = None
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
-        litellm, config = self._imported(), self._config
+        litellm, config = _imported(), self._config
         check_wires("litellm", prompt)
-        asked = {**prompt.parameters, "n": n if n > 1 else None, "seed": seed}
-        # Not OpenAI's, and passed on as they are: left out where they say nothing.
-        silent: dict[str, Any] = {name: NEUTRAL[name] for name in ("top_k", "min_p", "repetition_penalty")}
-        silent |= {"stop": ((),), "top_logprobs": (0,), "revision": (asked.get("revision"),)}
-        told = {name: value for name, value in asked.items() if value is not None and value is not False}
-        body = {name: value for name, value in told.items() if value not in silent.get(name, ())}
-        if "response_format" in body:
-            body["response_format"] = response_format(body["response_format"])
+        body = chat_parameters(prompt.parameters)
+        for name in OFFICIAL_LACKS:  # passed on as they are: left out where they say nothing
+            if body.get(name) in NEUTRAL[name]:
+                del body[name]
         key = config.api_key.get_secret_value() if config.api_key else None
         body |= {"model": prompt.model, "api_base": config.base_url, "api_key": key, "timeout": config.timeout}
+        body |= {"seed": seed, "n": n if n > 1 else None}
         try:
             said = await litellm.acompletion(messages=[*prompt.messages], num_retries=0, max_retries=0, **body)
         except litellm.exceptions.openai.OpenAIError as error:  # all of LiteLLM's errors are OpenAI's too
             raise self._failed(error) from error
-        if completions := completions_of(msgspec.json.decode(said.model_dump_json(), type=ChatAnswer), n):
+        if completions := completions_of(decode_answer(said.model_dump_json().encode()), n):
             return completions
         raise ProviderError(ErrorKind.GARBLED, "litellm: the answer has no choices")
 
@@ -72,21 +68,9 @@ class LiteLLMProvider:
         where = (self._config.base_url or "litellm", f"litellm {version('litellm')}")
         return Capabilities(*where, answer.model, answer.build, can_score_prompt=False, notes=self.notes)
 
-    async def load(self) -> Load | None:
-        return None
-
     async def aclose(self) -> None:
-        if self._litellm is not None:
-            await self._litellm.close_litellm_async_clients()
-
-    def _imported(self) -> Any:
-        if self._litellm is None:
-            os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else importing it asks the network
-            import litellm
-
-            litellm.telemetry, litellm.suppress_debug_info = False, True
-            self._litellm = litellm
-        return self._litellm
+        if "litellm" in sys.modules:
+            await _imported().close_litellm_async_clients()
 
     def _failed(self, error: Any) -> ProviderError:
         status, chain = getattr(error, "status_code", None) or 500, [error]
@@ -96,7 +80,15 @@ class LiteLLMProvider:
         message = f"litellm: {self._config.model}: {' '.join(str(error).split())[:600]}"
         key = self._config.api_key.get_secret_value() if self._config.api_key else ""
         message = message.replace(key, "(secret)") if len(key) >= 6 else message  # some servers repeat a wrong key
-        return ProviderError(next(named, error_kind(int(status))), message, status=status)
+        return ProviderError(next(named, error_kind(int(status))), message)
+
+
+def _imported() -> Any:
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else importing it asks the network
+    import litellm
+
+    litellm.telemetry, litellm.suppress_debug_info = False, True
+    return litellm
 
 
 _KINDS = {

@@ -9,6 +9,7 @@ import re
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
@@ -72,10 +73,11 @@ class OllamaConfig(ServedConfig):
         return "OLLAMA_HOST", "http://localhost:11434"
 
     @classmethod
-    def normal_url(cls, url: str, provider: str) -> str:
+    def normal_url(cls, url: str) -> str:
         """A URL from what OLLAMA_HOST may hold: `host`, `host:port`, `:port`, or a URL; a server's 0.0.0.0 is us."""
         bare = "://" not in url
-        parts = cls.split_url(f"http://{'127.0.0.1' if url.startswith(':') else ''}{url}" if bare else url)
+        url = f"http://{'127.0.0.1' if url.startswith(':') else ''}{url}" if bare else url
+        parts = urlsplit(super().normal_url(url))
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname or "")
         port = parts.port or (11434 if bare else None)
         path = parts.path.rstrip("/").removesuffix("/v1").removesuffix("/api")
@@ -101,32 +103,25 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     def __init__(self, config: OllamaConfig, transport: Transport | None = None) -> None:
         super().__init__(config, transport)
         self._envelope = {"model": config.model, "keep_alive": config.keep_alive, **_FIXED}
-        self._takes_think = True
         self._digest: str | None = None
-        self._installed: tuple[str, ...] | None = None
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         """One completion, whatever `n`."""
         body = self._body(prompt, seed)
-        try:
-            return [await self._chat(body)]
-        except ProviderError as error:
-            # A model that can't think refuses even `think: false`, in some versions.
-            if error.parameter != "think" or body.get("think", True):
-                raise
-        self._takes_think = False
-        return [await self._chat(self._body(prompt, seed))]
+        response = await self._whole("/api/chat", body)
+        read = partial(self._completion, response, body["options"]["num_ctx"])
+        return [await beside(read) if len(response.body) > LARGE else read()]
 
     async def probe(self, like: Prompt | None = None) -> Capabilities:
         """Looks the model up, and loads it. From then on completions carry its digest as their build."""
         num_ctx = self._config.num_ctx
         version = (await self._ask("/api/version", Version)).version
         tags = await self._models("/api/tags")
-        self._installed = tuple(tag.name for tag in tags.values())
         show = await self._ask("/api/show", _Show, {"model": self._config.model})
         name = _tagged(self._config.model)
         self._digest = tags[name].digest if name in tags else None
-        await self._whole("/api/chat", {**self._envelope, "messages": [], "options": {"num_ctx": num_ctx}}, _LOADS)
+        loading: dict[str, Any] = {**self._envelope, "messages": [], "options": {"num_ctx": num_ctx}}
+        await self._whole("/api/chat", loading, timeout=max(_LOADS, self._config.timeout))
         loaded = (await self._models("/api/ps")).get(name)
         lengths = (value for name, value in show.model_info.items() if name.endswith(".context_length"))
         trained = next((value for value in lengths if isinstance(value, int)), None)
@@ -135,7 +130,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             server=f"ollama {version}",
             served_model=self._config.model,
             build=self._digest,
-            models=self._installed,
+            models=tuple(tags),
             context_length=num_ctx if trained is None else min(num_ctx, trained),
             n=False,
             logprob_basis=LogprobBasis.UNKNOWN,
@@ -150,16 +145,16 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     def _body(self, prompt: Prompt, seed: int | None) -> dict[str, Any]:
         check_wires(self._where, prompt)
         parameters = prompt.parameters
-        decoded = {wire: parameters[name] for name, wire in _OPTIONS.items() if parameters.get(name) is not None}
-        given = parameters.get("options") or {}
-        constant = decoded.get("num_ctx", self._config.num_ctx)
-        if given.get("num_ctx", constant) != constant:
-            message = f"ollama: options.num_ctx is {given['num_ctx']}, the model's is {constant}; set `num_ctx` of the"
+        options = {"num_ctx": self._config.num_ctx, **_EXPLICIT}
+        options |= {wire: parameters[name] for name, wire in _OPTIONS.items() if parameters.get(name) is not None}
+        if parameters.get("stop"):
+            options["stop"] = parameters["stop"]
+        num_ctx = options["num_ctx"]
+        options |= parameters.get("options") or {}
+        if options["num_ctx"] != num_ctx:
+            message = f"ollama: options.num_ctx is {options['num_ctx']}, the model's is {num_ctx}; set `num_ctx` of the"
             message += " model instead, for each change makes the server load it anew"
             raise ProviderError(ErrorKind.UNSUPPORTED, message, parameter="num_ctx")
-        if parameters.get("stop"):
-            decoded["stop"] = parameters["stop"]
-        options = {"num_ctx": constant, **_EXPLICIT, **decoded, **given}
         if seed is not None:
             options["seed"] = seed
         body = self._envelope | {
@@ -172,15 +167,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             body["format"] = format_
         if parameters.get("logprobs"):
             body |= {"logprobs": True, "top_logprobs": parameters.get("top_logprobs", 0)}
-        body |= {name: value for name, value in parameters.items() if name not in _DECODE_ONLY}
-        if not self._takes_think and not body["think"]:
-            del body["think"]
-        return body
-
-    async def _chat(self, body: dict[str, Any]) -> Completion:
-        response = await self._whole("/api/chat", body)
-        read = partial(self._completion, response, body["options"]["num_ctx"])
-        return await beside(read) if len(response.body) > LARGE else read()
+        return body | {name: value for name, value in parameters.items() if name not in _DECODE_ONLY}
 
     async def _models(self, path: str) -> "dict[str, _Listed]":
         return {_tagged(model.name): model for model in (await self._ask(path, _List)).models}
@@ -188,57 +175,45 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
     async def _ask(self, path: str, type_: type[S], body: dict[str, Any] | None = None) -> S:
         return self._decode(await self._whole(path, body), Decoder(type_).decode)
 
-    async def _whole(self, path: str, body: dict[str, Any] | None = None, at_least: float = 0.0) -> Response:
+    async def _whole(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Response:
         """The answer, if its status is 200."""
         method, sent = ("GET", None) if body is None else ("POST", msgspec.json.encode(body))
-        timeout = max(self._config.timeout, at_least)
         response = await self._request(method, self._config.url + path, sent, timeout=timeout)
-        if response.status != 200:
-            raise await self._error(response)
-        return response
+        if response.status == 200:
+            return response
+        error = self._fault(response)
+        if error.kind is ErrorKind.NO_MODEL and body is not None:
+            with suppress(ProviderError):
+                installed = ", ".join(await self._models("/api/tags")) or "none"
+                error = ProviderError(error.kind, f"{error}; installed: {installed}")
+        raise error
 
     # --- the answer ---
 
     def _completion(self, response: Response, num_ctx: int) -> Completion:
-        chunks = self._decode(response, _read_chunks)
-        for chunk in chunks:
-            if chunk.error is not None:  # under 200, for the answer had begun already
-                raise self._fault(500, response, msgspec.json.encode({"error": chunk.error}))
-        if not chunks or not chunks[-1].done:
+        answer = self._decode(response, _decode_answer)
+        if answer.error is not None:
+            raise self._fault(response)
+        if not answer.done:
             raise self._garbled("it ends before `done`", response)
-        last = chunks[-1]
-        messages = [chunk.message for chunk in chunks if chunk.message]
-        if last.done_reason in ("load", "unload"):
-            raise self._garbled(f"the model was only {last.done_reason}ed", response)
-        usage = usage_of(last.prompt_eval_count, last.eval_count)
+        usage = usage_of(answer.prompt_eval_count, answer.eval_count)
         if usage.prompt_tokens >= num_ctx:
             size = f"the prompt has {usage.prompt_tokens} tokens, num_ctx is {num_ctx}"
             raise self._failed(ErrorKind.TOO_LONG, 200, f"{size}: it may have been cut; raise `num_ctx`", response)
-        tokens = [token for chunk in chunks for token in chunk.logprobs or ()] or None
         return completion(
-            "".join(message.content for message in messages),
-            "".join(message.thinking for message in messages) or None,
-            tokens,
-            finish=last.done_reason or "stop",
+            answer.message.content,
+            answer.message.thinking or None,
+            answer.logprobs or None,
+            finish=answer.done_reason or "stop",
             usage=usage,
-            model=last.model,
+            model=answer.model,
             build=self._digest,
-            logprob_basis=LogprobBasis.UNKNOWN if tokens else None,
+            logprob_basis=LogprobBasis.UNKNOWN if answer.logprobs else None,
         )
 
-    async def _error(self, response: Response) -> ProviderError:
-        error = self._fault(response.status, response, response.body)
-        if error.kind is not ErrorKind.NO_MODEL:
-            return error
-        if self._installed is None:
-            self._installed = ()  # asked once: where this is not Ollama, the list is not there either
-            with suppress(ProviderError):
-                self._installed = tuple(tag.name for tag in (await self._models("/api/tags")).values())
-        installed = f"; installed: {', '.join(self._installed)}" if self._installed else ""
-        return ProviderError(error.kind, f"{error}{installed}", status=error.status)
-
-    def _fault(self, status: int, response: Response, body: bytes) -> ProviderError:
-        fault = Fault.read(body)
+    def _fault(self, response: Response) -> ProviderError:
+        fault = Fault.read(response.body)
+        status = 500 if response.status == 200 else response.status
         kind, message, parameter = error_kind(status), fault.message, None
         if kind is ErrorKind.NO_MODEL:
             pull = f"get it with `ollama pull {self._config.model}`"
@@ -289,14 +264,14 @@ class _Show(Struct):
     capabilities: list[str] = []
 
 
-class _Message(Struct):
+class _Message(Struct, frozen=True):
     content: str = ""
     thinking: str = ""
 
 
-class _Chunk(Struct):
+class _Answer(Struct):
     model: str | None = None
-    message: _Message | None = None
+    message: _Message = _Message()
     done: bool = False
     done_reason: str = ""
     prompt_eval_count: Count = 0
@@ -305,7 +280,7 @@ class _Chunk(Struct):
     error: Any = None
 
 
-_read_chunks = Decoder(_Chunk).decode_lines
+_decode_answer = Decoder(_Answer).decode
 
 
 def _refused(message: str) -> str | None:

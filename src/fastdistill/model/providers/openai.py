@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -47,11 +46,11 @@ class _Habits(NamedTuple):
 
     base_url: str
     start: str  # what to do when nobody answers
-    version_path: str | None = None  # under the host, not under /v1
+    version_path: str = ""  # under the host, not under /v1
 
 
 _HABITS: Mapping[str, _Habits] = {
-    "openai": _Habits("https://api.openai.com/v1", "start the server"),
+    "openai": _Habits("https://api.openai.com/v1", "start the server", "/api/version"),  # which only Ollama answers
     "openrouter": _Habits("https://openrouter.ai/api/v1", "check the network"),
     "vllm": _Habits("http://localhost:8000/v1", "start it with `vllm serve {model}`", "/version"),
     "sglang": _Habits(
@@ -61,9 +60,10 @@ _HABITS: Mapping[str, _Habits] = {
     ),
 }
 
-_OWN = ("vllm", "sglang")  # servers of one's own
+_OWN = {"vllm": "return_tokens_as_token_ids", "sglang": "return_token_ids"}
+"""Servers of one's own, and how each is asked for the ids of tokens; llama.cpp gives them unasked."""
 
-_OFFICIAL_LACKS = ("top_k", "min_p", "repetition_penalty")  # https://platform.openai.com/docs/api-reference/chat
+OFFICIAL_LACKS = ("top_k", "min_p", "repetition_penalty")  # https://platform.openai.com/docs/api-reference/chat
 
 NEUTRAL: Mapping[str, tuple[float, ...]] = {
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (1,)),
@@ -78,7 +78,8 @@ _NO_MODEL = re.compile(
     re.IGNORECASE,
 )
 
-_ASKS_FOR_IDS = {"vllm": "return_tokens_as_token_ids", "sglang": "return_token_ids"}
+_SAY_NOTHING_EMPTY = ("stop", "logprobs", "top_logprobs", "token_ids")
+_RESPONSE_FORMATS = ("text", "json_object", "json_schema", "structural_tag")  # as they go over the wire
 
 _LOADS = (  # requests running and waiting
     (b"vllm:num_requests_running", b"vllm:num_requests_waiting"),
@@ -91,6 +92,8 @@ _METRIC = re.compile(
 _RANKS = re.compile(rb'[tp]p_rank="\d+",?')  # SGLang: those of one engine each tell of the same requests
 
 _OF_THE_FIRST = ("temperature", "top_p", "frequency_penalty")
+_TRIED = ("a plain request", "logprobs", "a JSON schema", "logprobs at temperature 2")
+_OLLAMA = "this is Ollama: use `provider: ollama`, for here long prompts are cut without an error"
 _TRANSFORMERS = (
     "this is transformers serve: where its generation_config.json has no top_k, it is 50; with --continuous-batching,"
     " instead, the temperature and top_p of the first request since its start hold for all"
@@ -126,10 +129,11 @@ class OpenAIConfig(ServedConfig):
         return variable, _HABITS.get(provider, _HABITS["openai"]).base_url
 
     @classmethod
-    def normal_url(cls, url: str, provider: str) -> str:
+    def normal_url(cls, url: str) -> str:
         """The URL that `/chat/completions` follows."""
-        url = url.rstrip("/").removesuffix("/chat/completions")
-        return f"{url}/v1" if not cls.split_url(url).path or f"{url}/v1" == cls.defaults(provider)[1] else url
+        url = super().normal_url(url.rstrip("/").removesuffix("/chat/completions"))
+        known = f"{url}/v1" in [habits.base_url for habits in _HABITS.values()]
+        return f"{url}/v1" if known or not urlsplit(url).path else url
 
     @field_validator("batch", mode="before")
     @classmethod
@@ -168,7 +172,8 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         self._remedy = self._habits.start.format(model=config.model) + ", or correct `base_url`"
         self._root = config.url.removesuffix("/v1")
         self._official = urlsplit(config.url).hostname == "api.openai.com"
-        self._refused: dict[str, str] = dict.fromkeys(_OFFICIAL_LACKS if self._official else (), "not in the API")
+        self._hosted = self._official or config.provider == "openrouter"
+        self._refused: dict[str, str] = dict.fromkeys(OFFICIAL_LACKS if self._official else (), "not in the API")
         self._limit_name = "max_tokens"
         self._translated: tuple[Mapping[str, Any], dict[str, Any]] = ({}, {})  # the latest parameters, as they are sent
         self._basis = LogprobBasis.UNKNOWN  # until it is probed
@@ -186,7 +191,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
     async def load(self) -> Load | None:
         """From the Prometheus metrics of vLLM, SGLang or llama.cpp."""
-        if self._official or self._config.provider == "openrouter":
+        if self._hosted:
             return None
         found = Counter[bytes]()
         with suppress(ProviderError):
@@ -231,63 +236,42 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
         With `batch` it asks for none: that would take a batch.
         """
-        ids: dict[str, Any] = {"token_ids": True} if self._config.provider in _ASKS_FOR_IDS else {}
-        scores = {"logprobs": True, "top_logprobs": 20, **ids}
-        first = {name: value for name, value in like.parameters.items() if name in _OF_THE_FIRST} if like else {}
-
-        async def tries_of_it() -> list[Any]:
-            # The first alone, for `transformers serve` with continuous batching samples all others as its first request
-            # asks. Of several tokens, for the first may be blank.
-            if self._config.batch is not None:
-                return []
-            shaped = await self._try(max_tokens=4, response_format=_PROBE_SCHEMA, **first)
-            asked = self._try(n=2), self._try(**scores), self._try(**scores, temperature=2.0)
-            return [shaped, *await _all(*asked)]
-
-        models, (server, notes), tries = await _all(self._list_models(), self._identify(), tries_of_it())
+        models, server, tries = await _all(self._list_models(), self._identify(), self._tries(like))
+        notes = [_OLLAMA] if server and server.startswith("ollama ") else []
         # llama.cpp answers to any name, and lists one model under its own.
         entry = next((model for model in models if model.id == self._config.model or len(models) == 1), None)
-        listed = Capabilities(
-            endpoint=self._config.url,
-            server=server,
-            models=tuple(model.id for model in models),
-            context_length=entry.context if entry else None,
-        )
-        if self._config.batch is not None:
-            return replace(listed, notes=tuple(notes))
-        shaped, two, scored, hot = tries
-        if isinstance(scored, ProviderError):
-            scored = await self._try(logprobs=True)
-        spent = [one.usage for tried in (two, scored, shaped, hot) if isinstance(tried, list) for one in tried]
-        failures = [tried for tried in (two, scored, shaped) if isinstance(tried, ProviderError)]
-        if len(failures) == 3 and all(error.kind is ErrorKind.GARBLED for error in failures):
-            raise failures[0]
-        answer = next((answers[0] for answers in (two, scored, shaped) if isinstance(answers, list)), None)
-        for feature, answers in (("a plain request", two), ("logprobs", scored), ("a JSON schema", shaped)):
-            if isinstance(answers, ProviderError):
-                notes.append(f"{feature} failed: {answers}")
+        failures = {what: tried for what, tried in zip(_TRIED, tries, strict=True) if isinstance(tried, ProviderError)}
+        if len(failures) == len(tries) and all(error.kind is ErrorKind.GARBLED for error in failures.values()):
+            raise failures[_TRIED[0]]
+        notes += [f"{what} failed: {error}" for what, error in failures.items()]
+        two, scored, shaped, hot = ([] if isinstance(tried, ProviderError) else tried for tried in tries)
+        answers = [*two, *scored, *shaped, *hot]
+        answer = answers[0] if answers else None
         if answer and answer.model and answer.model != self._config.model:
             revised = answer.model.startswith(f"{self._config.model}@")
             other = f"asked for {self._config.model!r}, answers come from {answer.model!r}"
             notes.append(_TRANSFORMERS if revised else other)
-        token = scored[0].logprobs[0] if isinstance(scored, list) and scored[0].logprobs else None
+        token, warm = ((tried[0].logprobs or [None])[0] if tried else None for tried in (scored, hot))
         if token and len(token.top) > 1:
-            self._basis = basis_of(token, hot[0].logprobs[0] if isinstance(hot, list) and hot[0].logprobs else None)
-        refused = False if isinstance(two, list) else None  # known only where a plain request works
-        return replace(
-            listed,
+            self._basis = basis_of(token, warm)
+        refused = False if two else None  # known only where a plain request works
+        return Capabilities(
+            endpoint=self._config.url,
+            server=server,
+            models=tuple(model.id for model in models),
+            context_length=entry.context if entry else None,
             served_model=answer.model if answer else None,
             build=answer.build if answer else None,
-            n=len(two) == 2 and sum(one.usage.completion_tokens for one in two) >= 2 if isinstance(two, list) else None,
-            logprobs=bool(scored[0].logprobs) if isinstance(scored, list) else refused,
-            json_schema=begins_an_object(shaped[0].text) if isinstance(shaped, list) else refused,
+            n=len(two) == 2 and sum(one.usage.completion_tokens for one in two) >= 2 if two else None,
+            logprobs=token is not None if scored else refused,
+            json_schema=begins_an_object(shaped[0].text) if shaped else refused,
             seed=False if "seed" in self._refused else None,
             logprob_basis=self._basis if token else None,
             max_top=len(token.top) if token else None,
             has_token_ids=token.id is not None if token else None,
             can_score_prompt=self._config.provider in _OWN,
             notes=(*notes, *self.notes),
-            probe_tokens=(sum(one.prompt_tokens for one in spent), sum(one.completion_tokens for one in spent)),
+            probe_tokens=(sum(a.usage.prompt_tokens for a in answers), sum(a.usage.completion_tokens for a in answers)),
         )
 
     # --- the request ---
@@ -313,35 +297,27 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         return body
 
     def _in_their_words(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        own = self._config.provider in _OWN
-        # Unless it is set, the model's generation_config would apply.
-        body: dict[str, Any] = {"repetition_penalty": 1.0, **parameters} if own else {**parameters}
-        body.pop("revision", None)
+        body = chat_parameters(parameters)
         if body.pop("token_ids", None):
-            if self._official or self._config.provider == "openrouter":
+            if self._hosted:
                 raise lacks(self._where, "token_ids")
-            if name := _ASKS_FOR_IDS.get(self._config.provider):  # llama.cpp gives them unasked
+            if name := _OWN.get(self._config.provider):
                 body[name] = True
-        for name in ("stop", "logprobs", "top_logprobs"):
-            if not body.get(name):
-                body.pop(name, None)
-        if body.get("top_k") == 0 and own:
-            body["top_k"] = -1  # vLLM before 0.8 and SGLang refuse 0
-        if "response_format" in body:
-            body["response_format"] = response_format(body["response_format"])
+        if self._config.provider in _OWN:
+            body.setdefault("repetition_penalty", 1.0)  # else the model's generation_config would apply
+            if body.get("top_k") == 0:
+                body["top_k"] = -1  # vLLM before 0.8 and SGLang refuse 0
         return body
 
     def _learn(self, error: ProviderError, body: Mapping[str, Any]) -> bool:
         """Whether the request is to be sent again, without what the server has just refused."""
         name = error.parameter
-        if error.status is None or name is None or name not in body:
-            return False
         if name == "max_tokens" and "max_completion_tokens" in str(error):
             self._limit_name = "max_completion_tokens"
-            return True
-        if not _may_be_left_out(name, body[name]):
+        elif name is not None and _may_be_left_out(name, body[name]):
+            self._refused.setdefault(name, "the server refuses it")
+        else:
             return False
-        self._refused.setdefault(name, f"refused with status {error.status}")
         return True
 
     async def _chat(self, body: Mapping[str, Any]) -> Response:
@@ -402,7 +378,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         response = await self._request("POST", url, msgspec.json.encode(body))
         if response.status == 200:
             return response
-        error, fault = self._error(response.status, response, {}), Fault.read(response.body)
+        error, fault = self._error(response, {}), Fault.read(response.body)
         lacking = response.status in (404, 405, 501) and not _says_no_model(fault)
         # A decision's 400: its labels are no single tokens of this model, and the like.
         if lacking or (wire == "decision" and error.kind is ErrorKind.BAD_REQUEST):
@@ -413,23 +389,23 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
     def _completions(self, response: Response, body: Mapping[str, Any], n: int) -> list[Completion]:
         if response.status != 200:
-            raise self._error(response.status, response, body)
+            raise self._error(response, body)
         answer = self._decode(response, decode_answer)
         if answer.error is not None:
-            raise self._error(None, response, body)
-        completions = self._decode(response, lambda _: completions_of(answer, n, self._basis))
+            raise self._error(response, body)
+        completions = completions_of(answer, n, self._basis)
         if not completions:
             fault = next((choice.error for choice in answer.choices or () if choice.error is not None), None)
             if fault is None:
                 raise self._garbled("no choices", response)
             said = Response(response.status, response.headers, msgspec.json.encode({"error": fault}))
-            raise self._error(None, said, body)
+            raise self._error(said, body)
         return completions
 
-    def _error(self, status: int | None, response: Response, body: Mapping[str, Any]) -> ProviderError:
-        """The error that an answer stands for; `status` is None for one that came under 200."""
+    def _error(self, response: Response, body: Mapping[str, Any]) -> ProviderError:
+        """The error that an answer stands for; it may have come under 200."""
         fault = Fault.read(response.body)
-        status = status or fault.status or 500
+        status = response.status if response.status != 200 else fault.status or 500
         kind, message, parameter = error_kind(status), fault.message, None
         flagged = self._config.provider == "openrouter" and re.search("moderat|flagged", fault.message, re.I)
         if status == 429 and "insufficient_quota" in fault.code:
@@ -445,21 +421,21 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             names = ("n" if name == "n_cmpl" else name for name in fault.refused_names())  # llama.cpp's word for n
             parameter = next((name for name in names if name in sent), None)
         if parameter is not None:
-            return self._unsupported(parameter, body[parameter], fault.message, status=status)
+            return self._unsupported(parameter, body[parameter], fault.message)
         if kind is ErrorKind.AUTH and status == 401:
             variable = f"{self._config.provider.upper()}_API_KEY"
             message += f"; set {variable}" if self._config.api_key is None else f"; the key in {variable} is refused"
         elif kind is ErrorKind.AUTH and status in (402, 429):
             message += "; the account has no credit left"
         elif kind is ErrorKind.TOO_LONG and status != 413:
-            message += _numbers(fault) + "; shorten the prompt, or serve the model with a larger context"
+            message += "; shorten the prompt, or serve the model with a larger context"
         return self._failed(kind, status, message, response)
 
-    def _unsupported(self, name: str, value: object, why: str, *, status: int | None = None) -> ProviderError:
+    def _unsupported(self, name: str, value: object, why: str) -> ProviderError:
         neutral = f"set it to {NEUTRAL[name][0]:g}" if name in NEUTRAL else "change or remove it"
         shown = str(value) if len(str(value)) <= 60 else f"{str(value)[:60]} …"
         message = f"{self._where}: does not take {name}={shown} ({why}); {neutral}"
-        return ProviderError(ErrorKind.UNSUPPORTED, message, status=status, parameter=name)
+        return ProviderError(ErrorKind.UNSUPPORTED, message, parameter=name)
 
     # --- what the endpoint is ---
 
@@ -469,7 +445,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             if self._models is None:
                 response = await self._request("GET", f"{self._config.url}/models")
                 if error_kind(response.status) is ErrorKind.AUTH:
-                    raise self._error(response.status, response, {})
+                    raise self._error(response, {})
                 self._models = ()
                 with suppress(ProviderError):
                     self._models = tuple(self._decode(response, Decoder(ListedModels).decode).data)
@@ -486,24 +462,32 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         else:
             near = get_close_matches(model, names, n=10, cutoff=0.5) or names[:10]
             remedy = f"; set `model` to one that is served: {', '.join(near)}{' …' if len(near) < len(names) else ''}"
-        return ProviderError(error.kind, f"{error}{remedy}", status=error.status)
+        return ProviderError(error.kind, f"{error}{remedy}")
 
-    async def _identify(self) -> tuple[str | None, list[str]]:
-        """The server's product and version where it tells them, and what is known of it."""
-        provider = self._config.provider
-        notes: list[str] = []
-        if provider == "openrouter" or self._official:
-            return None, notes
-        # Only Ollama answers /api/version; behind its /v1 num_ctx can't be set, and prompts are cut in silence.
-        response = await self._request("GET", self._root + (self._habits.version_path or "/api/version"))
+    async def _identify(self) -> str | None:
+        """The server's product and version where it tells them."""
+        if self._hosted:
+            return None
+        provider, path = self._config.provider, self._habits.version_path
+        response = await self._request("GET", f"{self._root}{path}")
         try:
             version = self._decode(response, Decoder(Version).decode).version
         except ProviderError:
-            return response.headers.get("server"), notes
-        if provider == "openai":
-            notes.append("this is Ollama: use `provider: ollama`, for here long prompts are cut without an error")
-            return f"ollama {version}", notes
-        return f"{provider} {version}", notes
+            return response.headers.get("server")
+        return f"{'ollama' if provider == 'openai' else provider} {version}"
+
+    async def _tries(self, like: Prompt | None) -> "list[list[Completion] | ProviderError]":
+        if self._config.batch is not None:
+            return [[] for _ in _TRIED]
+        scores = {"logprobs": True, "top_logprobs": 20, "token_ids": self._config.provider in _OWN}
+        first = {name: value for name, value in like.parameters.items() if name in _OF_THE_FIRST} if like else {}
+        # The first alone, for `transformers serve` with continuous batching samples all others as its first request
+        # asks. Of several tokens, for the first may be blank.
+        shaped = await self._try(max_tokens=4, response_format=_PROBE_SCHEMA, **first)
+        two, scored, hot = await _all(self._try(n=2), self._try(**scores), self._try(**scores, temperature=2.0))
+        if isinstance(scored, ProviderError):
+            scored = await self._try(logprobs=True)
+        return [two, scored, shaped, hot]
 
     async def _try(self, *, n: int = 1, max_tokens: int = 1, **parameters: Any) -> list[Completion] | ProviderError:
         """The completions of a tiny request, or why there are none; raises if the endpoint can't be used at all."""
@@ -536,13 +520,17 @@ _PROBE_SCHEMA = {
 }
 
 
-def response_format(asked: object) -> object:
-    """A schema in OpenAI's envelope; what already has the wire's form stays as it is."""
+def chat_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as OpenAI's chat completions have them, without those that say nothing."""
+    body = {name: value for name, value in parameters.items() if value or name not in _SAY_NOTHING_EMPTY}
+    body.pop("revision", None)
+    asked = body.get("response_format")
     if asked == "json":
-        return {"type": "json_object"}
-    if not isinstance(asked, Mapping) or asked.get("type") in ("text", "json_object", "json_schema", "structural_tag"):
-        return asked
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked, "strict": True}}
+        body["response_format"] = {"type": "json_object"}
+    elif isinstance(asked, Mapping) and asked.get("type") not in _RESPONSE_FORMATS:
+        schema = {"name": "answer", "schema": asked, "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return body
 
 
 def _may_be_left_out(name: str, value: object) -> bool:
@@ -552,11 +540,3 @@ def _may_be_left_out(name: str, value: object) -> bool:
 
 def _says_no_model(fault: Fault) -> bool:
     return fault.parameter == "model" or any(map(_NO_MODEL.search, (fault.code, fault.message)))
-
-
-def _numbers(fault: Fault) -> str:
-    """llama.cpp gives both numbers as fields; all others have them in the words."""
-    asked, limit = fault.fields.get("n_prompt_tokens"), fault.fields.get("n_ctx")
-    if asked is None or limit is None or (str(asked) in fault.message and str(limit) in fault.message):
-        return ""
-    return f" (prompt {asked} tokens, context {limit})"

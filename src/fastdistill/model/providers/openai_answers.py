@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
-from msgspec import Raw, Struct, ValidationError, convert
+from msgspec import Raw, Struct
 from msgspec.json import Decoder
 
 from fastdistill.core.types import Completion, LogprobBasis, TokenLogprob, Usage
@@ -36,7 +36,7 @@ class _Usage(Struct):
 
 
 class _Logprobs(Struct):
-    content: list[Raw] | None = None  # tokens: all at once, they would be read in one go, and long
+    content: list[Raw] | None = None  # each a `Token`: all at once, they would be read in one go, and long
 
 
 class _Part(Struct):
@@ -50,10 +50,6 @@ class _Message(Struct):
     reasoning_content: str | None = None  # SGLang, DeepSeek, older vLLM
     reasoning: str | None = None  # OpenRouter, vLLM
     refusal: str | None = None
-
-    @property
-    def text(self) -> str:
-        return _text(self.content)
 
     @property
     def thinking(self) -> str | None:
@@ -76,12 +72,8 @@ class _Choice(Struct):
     index: int = 0
     message: _Message | None = None
     finish_reason: str | None = None
-    logprobs: _Logprobs | None = None
+    logprobs: Raw = Raw(b"null")  # `_Logprobs`, or whatever some gateway takes for it
     error: Any = None
-
-    @property
-    def tokens(self) -> list[Raw] | None:
-        return self.logprobs.content if self.logprobs else None
 
 
 class ChatAnswer(Struct):
@@ -110,7 +102,7 @@ class _Score(Struct):
 
 
 class _Scored(Struct):
-    prompt_logprobs: list[Raw] | None = None
+    prompt_logprobs: list[Raw] = []
 
 
 _Told = tuple[float | None, int, str | None]
@@ -122,8 +114,8 @@ class VLLMScores(Struct):
 
     def of(self, ids: Sequence[int], k: int) -> list[TokenLogprob]:
         """The tokens that end the prompt, with `k` alternatives each; those of which nothing is told are left out."""
-        rows = map(_decode_scores, ((self.choices[0].prompt_logprobs if self.choices else None) or [])[-len(ids) :])
-        told = [{int(at): (s.logprob, int(at), s.decoded_token) for at, s in (row or {}).items()} for row in rows]
+        rows = [_decode_scores(row) or {} for choice in self.choices for row in choice.prompt_logprobs[-len(ids) :]]
+        told = [{at: (score.logprob, at, score.decoded_token) for at, score in row.items()} for row in rows]
         return [_token(row[at], row.values(), k) for at, row in zip(ids, told, strict=False) if at in row]
 
 
@@ -168,22 +160,10 @@ class ListedModels(Struct):
     data: list[ListedModel]
 
 
-_decode_answer, _decode_anything = Decoder(ChatAnswer).decode, Decoder().decode
+decode_answer = Decoder(ChatAnswer).decode
+_decode_logprobs = Decoder(_Logprobs | None).decode
 _decode_token = Decoder(Token).decode
-_decode_scores = Decoder(dict[str, _Score] | None).decode
-
-
-def decode_answer(body: bytes) -> ChatAnswer:
-    """An answer. Log-probabilities that are none cost it only themselves, for the rest is paid for and of use."""
-    try:
-        return _decode_answer(body)
-    except ValidationError:
-        said = _decode_anything(body)
-        choices = said.get("choices") if isinstance(said, dict) else None
-        for choice in choices if isinstance(choices, list) else ():
-            if isinstance(choice, dict):
-                choice.pop("logprobs", None)
-        return convert(said, ChatAnswer)
+_decode_scores = Decoder(dict[int, _Score] | None).decode
 
 
 def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasis.UNKNOWN) -> list[Completion]:
@@ -191,46 +171,52 @@ def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasi
     choices = [choice for choice in answer.choices or () if choice.message is not None and choice.error is None]
     if len(choices) > 1:
         choices = sorted(choices, key=lambda choice: choice.index)[:n]
-    shares = _share(answer.usage or _Usage(), choices) if choices else []
-    return [*map(_completion, repeat(answer), choices, shares, repeat(basis))]
+    tokens = [*map(_tokens, choices)]
+    usages = _usages(answer.usage or _Usage(), choices, tokens)
+    return [*map(_completion, repeat(answer), choices, tokens, usages, repeat(basis))]
 
 
-def _completion(answer: ChatAnswer, choice: _Choice, usage: Usage, basis: LogprobBasis) -> Completion:
+def _completion(
+    answer: ChatAnswer, choice: _Choice, tokens: list[Token] | None, usage: Usage, basis: LogprobBasis
+) -> Completion:
     message = choice.message or _Message()
-    finish = "content_filter" if message.refusal and not message.text else choice.finish_reason
-    ids = choice.token_ids or choice.response_token_ids or ()
-    tokens = _tokens(choice.tokens)
-    if tokens is not None and len(tokens) == len(ids):
-        for token, number in zip(tokens, ids, strict=True):
-            token.id = number
-    said = message.text, message.thinking, tokens
+    text = _text(message.content)
+    finish = "content_filter" if message.refusal and not text else choice.finish_reason
     told: dict[str, Any] = {"model": answer.model, "build": answer.system_fingerprint}
     told["logprob_basis"] = basis if tokens is not None else None
-    return completion(*said, finish=finish, usage=usage, **told)
+    return completion(text, message.thinking, tokens, finish=finish, usage=usage, **told)
 
 
-def _tokens(told: list[Raw] | None) -> list[Token] | None:
+def _tokens(choice: _Choice) -> list[Token] | None:
+    """Those with log-probabilities. What can't be read costs only itself, for the rest is paid for and of use."""
     try:
-        return None if told is None else [*map(_decode_token, told)]
-    except ValidationError:  # as in `decode_answer`
+        told = _decode_logprobs(choice.logprobs)
+        if told is None or told.content is None:
+            return None
+        tokens = [*map(_decode_token, told.content)]
+    except ValueError:  # msgspec's are, and Unicode's
         return None
+    ids = choice.token_ids or choice.response_token_ids or ()
+    if len(tokens) == len(ids):
+        for token, number in zip(tokens, ids, strict=True):
+            token.id = number
+    return tokens
 
 
-def _share(usage: _Usage, choices: Sequence[_Choice]) -> list[Usage]:
-    """One usage for each choice; they sum to what was reported, which is all that the server tells.
+def _usages(usage: _Usage, choices: Sequence[_Choice], tokens: Sequence[list[Token] | None]) -> list[Usage]:
+    """One for each choice; they sum to what was reported, which is all that the server tells.
 
     Completion tokens go by the number of tokens with logprobs, or else by length; the prompt goes with the first.
     """
     cached = (usage.prompt_tokens_details or _Details()).cached_tokens
     thought = (usage.completion_tokens_details or _Details()).reasoning_tokens
     whole = usage_of(usage.prompt_tokens, usage.completion_tokens, cached, thought)
-    if len(choices) == 1:
+    if len(choices) < 2:
         return [whole]
-    counted = [choice.tokens for choice in choices]
+    counted = [len(each) for each in tokens if each is not None]
     messages = [choice.message or _Message() for choice in choices]
-    written = [len(message.text) + len(message.thinking or "") for message in messages]
-    weights = written if None in counted else [len(tokens or ()) for tokens in counted]
-    completions = share(whole.completion_tokens, weights)
+    written = [len(_text(message.content)) + len(message.thinking or "") for message in messages]
+    completions = share(whole.completion_tokens, counted if len(counted) == len(choices) else written)
     thoughts = share(whole.reasoning_tokens, completions)
     others = [0] * (len(choices) - 1)
     return list(map(Usage, [whole.prompt_tokens, *others], completions, [whole.cached_tokens, *others], thoughts))

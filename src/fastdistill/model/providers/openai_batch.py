@@ -8,6 +8,7 @@ with those batches, so none is paid for twice. Wire: https://platform.openai.com
 import asyncio
 import io
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from msgspec import Struct
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import EnvironmentFault, FatalError, NotAsked, TeacherError, TimeUp
 from fastdistill.core.files import atomic
+from fastdistill.core.turns import Queue, give_turn
 from fastdistill.model.client import Brake
 from fastdistill.model.provider import ATTEMPT, ErrorKind, ProviderError
 from fastdistill.model.providers.openai import BatchOptions, OpenAIConfig, OpenAIProvider
@@ -29,7 +31,6 @@ from fastdistill.model.transport import Response, transport_for
 
 LARGEST = 100 * 10**6  # bytes of one batch: half of what OpenAI takes
 KEPT = 30 * 86_400 * 10**9  # nanoseconds; OpenAI deletes the answers of a batch after 30 days
-KEPT_UNMADE = 86_400 * 10**9  # nanoseconds; nobody tries for so long to make a batch
 CLOCKS_DIFFER = 3600  # seconds, at most, between the server's clock and ours
 SLOWEST = 10  # times `poll_s`
 AT_ONCE = 16  # answers, between two turns of the event loop
@@ -42,8 +43,6 @@ _LASTS = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.BAD_REQUEST, ErrorKind.T
 T = TypeVar("T")
 _Answers: TypeAlias = dict[str, Response | str]
 """By custom id, each until it is asked for; words say why there is none."""
-_Lines: TypeAlias = "dict[str, list[tuple[_Batch, str]]]"
-"""Batches and custom ids, by the digest of what is asked for, the oldest first."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +54,6 @@ class _Batch:
     id: str | None = None  # the server's; None: not known to have been made
     form: bytearray = field(default_factory=bytearray)  # what is to be uploaded; put together at once it takes long
     ended: "asyncio.Task[tuple[_State, _Answers]] | None" = None
-    waiting: list[asyncio.Future[None]] = field(default_factory=list)  # until there are answers
 
 
 class BatchProvider(OpenAIProvider):
@@ -71,9 +69,10 @@ class BatchProvider(OpenAIProvider):
         self._options = options
         self._records = records
         self._brake = brake
-        self._recalled: asyncio.Task[_Lines] | None = None
+        self._recalled: asyncio.Task[dict[str, list[tuple[_Batch, str]]]] | None = None
         self._gathering: _Batch | None = None
         self._at_server: set[_Batch] = set()
+        self._awake = Queue(AT_ONCE)  # all who waited for a batch would hold the loop
         self._tasks: list[asyncio.Task[Any]] = []  # ended by aclose
         if self._official:
             self._limit_name = "max_completion_tokens"  # every model takes it; to learn it would cost a batch
@@ -113,24 +112,18 @@ class BatchProvider(OpenAIProvider):
         return batch, custom_id
 
     async def _answer(self, batch: _Batch, custom_id: str) -> Response | Exception:
+        """The answer of a batch to one of its requests, or what it is to be told."""
         if batch.ended is None:
             batch.ended = self._start(self._carry(batch))
-            self._start(self._release(batch, batch.ended))
-        if not batch.ended.done():
-            batch.waiting.append(asyncio.get_running_loop().create_future())
-            await batch.waiting[-1]
-        state, answers = batch.ended.result()
+        state, answers = await asyncio.shield(batch.ended)
+        await self._awake.turn()
         answer = answers.pop(custom_id, "this request was not answered")
-        return self._unanswered(state, answer) if isinstance(answer, str) else answer
-
-    async def _release(self, batch: _Batch, ended: asyncio.Future[Any]) -> None:
-        """Wakes who waits for a batch a few at a time: together they would hold the loop."""
-        await asyncio.wait([ended])
-        for at, waiting in enumerate(batch.waiting):
-            if not waiting.done():
-                waiting.set_result(None)
-            if at % AT_ONCE == 0:
-                await asyncio.sleep(0)
+        if isinstance(answer, Response):
+            return answer
+        words = f"{self._where}: batch {state.id} is {state.status}, {answer}"
+        if state.status == "cancelled":
+            return TeacherError(f"{words}; run again to ask for what is missing in a new batch")
+        return ProviderError(ErrorKind.OVERLOADED, words)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work, context=Context())  # for many samples, not for the one at work
@@ -161,7 +154,7 @@ class BatchProvider(OpenAIProvider):
             await asyncio.sleep(self._options.quiet_s)
             if self._gathering is batch and len(batch.requests) == size:
                 self._gathering = None
-        self._has_enough()  # or not: these requests were let through
+        await self._wait(0)
 
     async def _upload(self, batch: _Batch) -> str:
         """The id of its file."""
@@ -212,29 +205,19 @@ class BatchProvider(OpenAIProvider):
         """The answers in a file. A line that can't be read is as good as missing, and costs no other."""
         body = await self._call(bytes, "GET", f"/files/{file_id}/content")
         answers: _Answers = {}
-        garbled: Exception | None = None
-        for at, text in enumerate(io.BytesIO(body)):
-            try:
+        for text in io.BytesIO(body):
+            with suppress(ValueError):  # msgspec's are, and Unicode's
                 line = _decode_line(text)
                 if line.response is not None:
                     response = Response(line.response.status_code, {}, bytes(line.response.body))
                     answers.setdefault(line.custom_id, response)
                 elif line.error is not None:
                     answers.setdefault(line.custom_id, f"{line.error.code}: {line.error.message}")
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                garbled = error if text.strip() else garbled
-            if at % AT_ONCE == 0:
-                await asyncio.sleep(0)
-        if garbled is not None and not answers:
-            what = f"{self._where}: not what GET /files/{file_id}/content should bring: {garbled}"
-            raise ProviderError(ErrorKind.GARBLED, what) from garbled
+            await give_turn()
+        if body.strip() and not answers:
+            what = f"{self._where}: not what GET /files/{file_id}/content should bring: {body[:200]!r}"
+            raise ProviderError(ErrorKind.GARBLED, what)
         return answers
-
-    def _unanswered(self, state: "_State", why: str) -> Exception:
-        words = f"{self._where}: batch {state.id} is {state.status}, {why}"
-        if state.status == "cancelled":
-            return TeacherError(f"{words}; run again to ask for what is missing in a new batch")
-        return ProviderError(ErrorKind.OVERLOADED, words)
 
     # --- the records ---
 
@@ -245,28 +228,20 @@ class BatchProvider(OpenAIProvider):
 
         await asyncio.to_thread(write)
 
-    async def _recall(self) -> _Lines:
-        """The lines of earlier runs' batches."""
-        batches: list[_Batch] = []
+    async def _recall(self) -> dict[str, list[tuple[_Batch, str]]]:
+        """Earlier runs' batches and custom ids, by the digest of what is asked for, the oldest first."""
+        lines: dict[str, list[tuple[_Batch, str]]] = {}
         for batch in await asyncio.to_thread(lambda: list(self._recorded())):
             if batch.id is None:  # the run ended while it was being made; or another model or run is about to
                 found = await self._patiently(partial(self._find, batch))
                 if found is None:
-                    if int(batch.path.stem) < time_ns() - KEPT_UNMADE:
-                        batch.path.unlink(missing_ok=True)
                     continue
                 batch.id = found.id
                 await self._record(batch)
-            batches.append(batch)
-
-        def by_request() -> _Lines:
-            lines: _Lines = {}
-            for batch in batches:
-                for custom_id in batch.requests:
-                    lines.setdefault(custom_id.partition("-")[0], []).append((batch, custom_id))
-            return lines
-
-        return await asyncio.to_thread(by_request)
+            for custom_id in batch.requests:
+                lines.setdefault(custom_id.partition("-")[0], []).append((batch, custom_id))
+            await give_turn()
+        return lines
 
     def _recorded(self) -> Iterator[_Batch]:
         for path in sorted(self._records.glob("[0-9]*.json")):
@@ -317,34 +292,26 @@ class BatchProvider(OpenAIProvider):
             delay = min(1.5 * delay, SLOWEST * self._options.poll_s)
 
     async def _wait(self, seconds: float) -> None:
-        """Sleeps, but not on when the run must stop."""
+        """Sleeps; raises FatalError or TimeUp as soon as the run must not wait for anything."""
         await self._brake.pause(seconds)
-        if self._has_enough():
-            await asyncio.sleep(seconds)  # what is under way comes home all the same
-
-    def _has_enough(self) -> bool:
-        """Raises FatalError or TimeUp if the run must not wait for anything."""
         try:
             self._brake.check(0, 0.0)
         except TimeUp:
             raise
         except NotAsked:
-            return True
-        return False
+            await asyncio.sleep(seconds)  # the run has enough: what is under way comes home all the same
 
     async def _call(self, decode: Callable[[bytes], T], method: str, path: str, *sent: Any) -> T:
         """What the server answers; `sent` are a body and its content type, as `_request` takes them."""
         response = await self._request(method, self._config.url + path, *sent)
         place = f"{method} {path.partition('?')[0]}"
-        if response.status == 413:
-            what = f"{self._where}: 413: the file is too large; lower `batch.size` ({place})"
-            raise ProviderError(ErrorKind.BAD_REQUEST, what, status=413)
         if not 200 <= response.status < 300:
-            error = self._error(response.status, response, {})
-            raise ProviderError(error.kind, f"{error} ({place})", status=error.status, retry_after=error.retry_after)
+            error = self._error(response, {})
+            what = f"{error}{'; or lower `batch.size`' if response.status == 413 else ''} ({place})"
+            raise ProviderError(error.kind, what, retry_after=error.retry_after)
         try:
             return decode(response.body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # msgspec's are, and Unicode's
             raise ProviderError(ErrorKind.GARBLED, f"{self._where}: not what {place} should bring: {error}") from error
 
 

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import msgspec
+from msgspec import convert
+from msgspec.structs import replace
 from pydantic import Field
 
 from fastdistill.core.canonical import digest, has_lone_surrogate
-from fastdistill.core.errors import EnvironmentFault, FatalError, InputError
+from fastdistill.core.errors import EnvironmentFault, InputError
 from fastdistill.core.files import sha256_file
-from fastdistill.core.types import Completion, FinishReason, Prompt, TokenLogprob, Usage
+from fastdistill.core.types import Completion, FinishReason, Prompt
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Price, Provider, ProviderError
 from fastdistill.model.transport import split_thinking
 
@@ -36,10 +38,9 @@ class ReplayConfig(ModelConfig):
     model: str = Field("replay", min_length=1, description="who gave the answers: part of their identity")
     path: Path | tuple[Path, ...] = Field(description="a recording, or a list of them in order; `~` is your home")
     price: Price | None = Price()
+    max_concurrency: int | None = Field(256, gt=0, description="answers looked up at a time")
 
     recorded: ClassVar[bool] = True
-    first_concurrency: ClassVar[int] = 256
-    finds_itself: ClassVar[bool] = False
 
     @property
     def files(self) -> Sequence[Path]:
@@ -53,13 +54,10 @@ class ReplayConfig(ModelConfig):
         Raises:
             InputError: one can't be read.
         """
-        digests = []
-        for path in self.files:
-            try:
-                digests.append(sha256_file(path))
-            except OSError as error:
-                raise InputError(f"{path}: {error.strerror}; give the recording's path as `path`") from error
-        return digests
+        try:
+            return [sha256_file(path) for path in self.files]
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}; give the recording's path as `path`") from error
 
     def parameters(self) -> dict[str, Any]:
         """The files' content is part of every prompt: a changed recording is never answered from old entries."""
@@ -74,7 +72,6 @@ class ReplayProvider(Provider):
     def __init__(self, config: ReplayConfig) -> None:
         self._config = config
         self._answers: sqlite3.Connection | None = None
-        self._fault: FatalError | None = None
 
     async def complete(self, prompt: Prompt, *, seed: int | None, n: int) -> list[Completion]:
         """The answer to attempt number `seed`: see `ModelConfig.recorded`."""
@@ -83,7 +80,7 @@ class ReplayProvider(Provider):
         for key in _keys_of(prompt):
             found = "SELECT answer FROM answers WHERE key = ? ORDER BY rowid LIMIT 1 OFFSET ?"
             if answer := self._answers.execute(found, (key, seed)).fetchone():
-                return [_completion(msgspec.json.decode(answer[0], type=_Answer), self._config.model)]
+                return [msgspec.json.decode(answer[0], type=Completion)]
             (count,) = self._answers.execute("SELECT count(*) FROM answers WHERE key = ?", (key,)).fetchone()
             if count:
                 message = f"attempt {seed} is not recorded: the prompt has {count} answers"
@@ -95,14 +92,8 @@ class ReplayProvider(Provider):
 
     async def probe(self, like: Prompt | None = None) -> Capabilities:
         """Raises InputError, with the file and the line, for what is no recording."""
-        if self._fault is not None:
-            raise self._fault
         if self._answers is None:
-            try:
-                self._answers = await asyncio.to_thread(_indexed, self._config)
-            except FatalError as error:
-                self._fault = error
-                raise
+            self._answers = await asyncio.to_thread(_indexed, self._config)
         answers, keys = self._answers.execute("SELECT count(*), count(DISTINCT key) FROM answers").fetchone()
         return Capabilities(
             endpoint=", ".join(map(str, self._config.files)),
@@ -117,14 +108,8 @@ class ReplayProvider(Provider):
             self._answers.close()
 
 
-class _Answer(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    text: str
+class _Answer(Completion, frozen=True, forbid_unknown_fields=True):
     finish_reason: FinishReason = FinishReason.STOP
-    thinking: str | None = None
-    usage: Usage = Usage()
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    model: str | None = None
-    build: str | None = None
 
 
 class _Message(msgspec.Struct):
@@ -146,7 +131,7 @@ def _indexed(config: ReplayConfig) -> sqlite3.Connection:
         answers.execute("CREATE TABLE answers (key BLOB, answer BLOB)")
         answers.execute("BEGIN")
         for path, known in zip(config.files, config.digests, strict=True):
-            answers.executemany("INSERT INTO answers VALUES (?, ?)", _rows(path, known))
+            answers.executemany("INSERT INTO answers VALUES (?, ?)", _rows(path, known, config.model))
         answers.execute("CREATE INDEX by_key ON answers (key)")
         answers.execute("COMMIT")
     except sqlite3.Error as error:
@@ -154,7 +139,7 @@ def _indexed(config: ReplayConfig) -> sqlite3.Connection:
     return answers
 
 
-def _rows(path: Path, known: str) -> Iterator[tuple[bytes, bytes]]:
+def _rows(path: Path, known: str, model: str) -> Iterator[tuple[bytes, bytes]]:
     """The key of what is answered, and an answer."""
     number, text = 0, b""
     decoder = msgspec.json.Decoder(_Line)
@@ -170,7 +155,7 @@ def _rows(path: Path, known: str) -> Iterator[tuple[bytes, bytes]]:
                     line = decoder.decode(text)
                     key = _key_of(line)
                     for answer in _answers_of(line):
-                        yield key, msgspec.json.encode(answer)
+                        yield key, msgspec.json.encode(_completion(answer, model))
     except (ValueError, RecursionError) as error:  # of msgspec, of canonical JSON, and ours
         problem, remedy = str(error), ""
         if has_lone_surrogate(text):
@@ -193,11 +178,11 @@ def _key_of(line: _Line) -> bytes:
     return keys[0]
 
 
-def _answers_of(line: _Line) -> Sequence[_Answer]:
+def _answers_of(line: _Line) -> Sequence[str | _Answer]:
     given = [answer for answer in (*(line.completions or ()), line.completion) if answer is not None]
     if not given:
         raise ValueError("needs completions, or one completion")
-    return [_Answer(answer) if isinstance(answer, str) else answer for answer in given]
+    return given
 
 
 def _keys_of(prompt: Prompt) -> Iterator[bytes]:
@@ -212,9 +197,9 @@ def _key(kind: str, value: object) -> bytes:
     return bytes.fromhex(digest([kind, str(value) if kind == "key" else value]))
 
 
-def _completion(answer: _Answer, model: str) -> Completion:
-    thinking, text = answer.thinking, answer.text
+def _completion(answer: str | _Answer, model: str) -> Completion:
+    given = convert(_Answer(answer) if isinstance(answer, str) else answer, Completion, from_attributes=True)
+    thinking, text = given.thinking, given.text
     if thinking is None:
-        thinking, text = split_thinking(text, answer.finish_reason)
-    build, logprobs = answer.build, answer.logprobs
-    return Completion(text, answer.finish_reason, answer.usage, thinking, answer.model or model, build, logprobs)
+        thinking, text = split_thinking(text, given.finish_reason)
+    return replace(given, text=text, thinking=thinking, model=given.model or model)
