@@ -252,6 +252,20 @@ def test_an_unknown_key_deep_in_a_step_is_told_with_the_names_that_are_there() -
     assert "require.exec_pas_rate: unknown key; did you mean exec_pass_rate?" in told
 
 
+def test_a_part_that_can_not_be_read_neither_hides_nor_moves_the_problems_of_others() -> None:
+    config = copy.deepcopy(BASE)
+    config["models"]["judge"] = {"provider": "olama", "model": "m"}
+    config["steps"][2] = {"Deduplicate": {"feilds": []}}
+    config["steps"][3]["TextGeneration"]["model"] = "teecher"
+    config["steps"] += [{"LLMJudge": {"task": "x"}}, {"ScoreFromExecEval": {"gate": "SQLiteExecEvil"}}]
+    assert problems(config) == [
+        "models.judge.provider: olama is not known; did you mean ollama?",
+        "steps[2].Deduplicate.feilds: unknown key; did you mean fields?",
+        "steps[3].TextGeneration: 'teecher' is not under models: (teacher, judge)",
+        "steps[6].ScoreFromExecEval.gate: there is no gate 'SQLiteExecEvil'; there are: RuleFilter, LLMJudge",
+    ]
+
+
 def test_two_steps_of_one_name_are_refused() -> None:
     config = copy.deepcopy(BASE)
     config["steps"] += [{"RuleFilter": {"name": "short", "max_chars": 10}}, {"RuleFilter": {"name": "short"}}]

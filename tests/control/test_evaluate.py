@@ -15,7 +15,7 @@ from fastdistill.control.evaluate import evaluation
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.lineage import advice, chain
 from fastdistill.control.session import Pipeline, RunResult
-from fastdistill.core.errors import ConfigError, InputError
+from fastdistill.core.errors import ConfigError, InputError, TeacherError
 from tests.command import Command
 from tests.servers import Call, openai_server
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
@@ -94,6 +94,24 @@ def test_the_config_of_an_evaluation_can_be_read_again(world: World) -> None:
 def test_a_student_that_can_not_be_asked_is_a_config_error(world: World, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         evaluation(world.pipeline, world.folder / "eval.jsonl", role="student", changes=changes, draws=1)
+
+
+@pytest.mark.parametrize("given", [{"api_key": "sk-own"}, {"headers": {"Authorization": "Bearer sk-own"}}])
+def test_a_model_is_asked_with_the_key_that_its_config_has_and_no_other_server_gets_it(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    records, database = write_records(tmp_path, RECORDS[:4]), make_database(tmp_path)
+    with openai_server(script, models=tuple(SKILL), api_key="sk-own") as server:
+        made = config(server.url, records, database)
+        made["models"]["teacher"] |= given
+        changes = {"model": "student"}
+        own = evaluation(parse_pipeline(made), records, role="student", changes=changes, draws=1)
+        assert own.run(output_dir=tmp_path / "artifacts").quality["candidates"]["generated"] == 4
+        made["models"]["teacher"]["base_url"] = "http://127.0.0.1:9/v1"
+        changes["base_url"] = server.url
+        other = evaluation(parse_pipeline(made), records, role="student", changes=changes, draws=1)
+        with pytest.raises(TeacherError, match="401"):
+            other.run(output_dir=tmp_path / "elsewhere")
 
 
 def test_a_better_student_is_told_apart_and_a_model_from_itself_is_not(world: World) -> None:

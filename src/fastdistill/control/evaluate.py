@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdistill.control.registry import provider_class
+from fastdistill.control.config import merge, parse_model
 from fastdistill.control.session import Origin, Pipeline
 from fastdistill.core.errors import ConfigError
 from fastdistill.core.step import SampleStep, Step
@@ -67,12 +67,6 @@ def _model(pipeline: Pipeline, role: str, teacher: str, changes: dict[str, Any])
     if role not in pipeline.models and "model" not in changes:
         raise ConfigError(f"models: there is no {role!r}; add it to the config, or name the model with --model")
     base = pipeline.models.get(role) or pipeline.models[teacher]
-    provider = changes.get("provider", base.provider)
-    # Of another provider's settings none would be meant.
-    before = base.model_dump() if provider == base.provider else {"provider": provider}
-    try:
-        config = provider_class(provider).Config.model_validate(before | changes)
-    except ValueError as error:
-        raise ConfigError(f"models.{role}: {error}") from error
-    assert isinstance(config, ModelConfig)
-    return config
+    # Its key and its headers are for its own server alone.
+    before = base.model_dump() if "base_url" in changes else dict(base)
+    return parse_model(merge(before, changes), f"models.{role}")
