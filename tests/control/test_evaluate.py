@@ -149,6 +149,23 @@ def test_compare_prints_and_writes_what_it_found(world: World, command: Command)
         measure(RunFolder(world.folder / "artifacts", ids[0]), "table")
 
 
+def test_an_answer_that_never_reached_a_gate_is_not_right(world: World) -> None:
+    made = world.config
+    made["steps"][6]["SQLiteExecEval"]["db_path"] = str(world.folder / "{{ db_id }}.db")
+    records = [{**RECORDS[30], "db_id": "city"}, {key: RECORDS[31][key] for key in RECORDS[31] if key != "db_id"}]
+    plan = evaluation(
+        parse_pipeline(made | {"max_error_rate": 1}), write_records(world.folder, records, "two.jsonl"),
+        role="teacher", changes={}, draws=1,
+    )  # fmt: skip
+    found = measure(world.found(plan.run(output_dir=world.folder / "artifacts")))
+    assert (len(found.items), found.undecided) == (1, 1)
+
+
+def test_one_run_has_figures_too(world: World, command: Command) -> None:
+    done = command("compare", world.evaluate("student").run_id, *world.root)
+    assert (done.code, done.err) == (0, "") and "pass@k" in done.out
+
+
 def test_runs_of_other_records_can_not_be_compared(world: World, command: Command) -> None:
     first = world.evaluate("student").run_id
     write_records(world.folder, RECORDS[:5], "eval.jsonl")
