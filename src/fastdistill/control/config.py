@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -43,12 +43,7 @@ def load_layers(layers: Sequence[Path], overrides: Sequence[str] = (), base: Any
     Raises:
         ConfigError: a file can't be read, or a layer changes a step that is not there.
     """
-    merged = {} if base is None else base
-    for path in layers:
-        merged = merge(merged, read_yaml(path))
-    for override in overrides:
-        merged = merge(merged, nested_override(override))
-    return merged
+    return reduce(merge, [*map(read_yaml, layers), *map(nested_override, overrides)], base or {})
 
 
 def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) -> Pipeline:
