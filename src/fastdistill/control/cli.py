@@ -51,19 +51,14 @@ def main(arguments: "Sequence[str] | None" = None) -> NoReturn:
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores the latter
             signal.signal(number, signal.default_int_handler)
     try:
-        try:
-            app(arguments)
-        except SystemExit as ended:
-            if ended.code == ExitCode.INTERRUPTED:  # typer ends so on Ctrl-C, without a word
-                raise KeyboardInterrupt from ended
-            raise
+        app(arguments)
     except FatalError as error:
         fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as ended:
+        # On Ctrl-C typer ends without a word.
+        if getattr(ended, "code", ExitCode.INTERRUPTED) != ExitCode.INTERRUPTED:
+            raise
         fail("interrupted; what was paid for is stored: run the same command again to go on", ExitCode.INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()  # who read our output has gone
-        sys.exit(ExitCode.OK)
     sys.exit(ExitCode.OK)
 
 
