@@ -3,21 +3,23 @@
 Reads the ledgers of runs, mostly of `fastdistill eval`. The last run is what the others are compared with.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fastdistill.control.diff import ENDED, group_of
 from fastdistill.control.folder import RunFolder, read_json, write_json
-from fastdistill.control.tally import interval
+from fastdistill.control.tally import GateCount, interval
 from fastdistill.control.terminal import figure, percent, points, say, show_table
 from fastdistill.core.compare import Difference, mcnemar, paired_bootstrap
 from fastdistill.core.errors import InputError
 from fastdistill.core.scores import agreement_intervals, pass_at_k
 from fastdistill.core.stats import Rate, wilson
-from fastdistill.core.types import Outcome, Sample, Status
+from fastdistill.core.types import Outcome, Status
 
 K = 8  # of pass@k, or fewer where fewer were drawn
 
@@ -29,9 +31,6 @@ class Item:
     group: str
     right: tuple[bool, ...]
     scores: tuple[float | None, ...]
-    distinct: int  # accepted answers
-    tokens: tuple[int, ...]
-    gates: Mapping[str, Outcome]  # of the first draw
 
     def pass_at(self, k: int) -> float:
         return pass_at_k(len(self.right), sum(self.right), k)
@@ -70,7 +69,7 @@ class Measured:
         """All but the items, as the JSON has it."""
         plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "items"}
         gates = {name: interval(rate) for name, rate in self.gates.items()}
-        return plain | {"accuracy": interval(self.accuracy), "gates": gates, "pass_at_k": asdict(self.pass_at_k)}
+        return plain | {"accuracy": interval(self.accuracy), "gates": gates}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,31 +91,46 @@ class Pair:
 
 
 def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
-    """Raises InputError if the run has no ledger, or a record lacks the field `group_by`."""
-    items: dict[str, Item | None] = {}
-    asked: set[str] = set()
+    """The figures of a run. A record that brought no answer counts as one wrong draw.
+
+    Raises:
+        InputError: the run has no ledger, or a record lacks the field `group_by`.
+    """
+    items: dict[str, Item] = {}
+    models: set[str] = set()
+    gates: defaultdict[str, GateCount] = defaultdict(GateCount)
+    tokens: list[int] = []
+    distinct = undecided = 0
     for sample in folder.samples(ENDED):
-        asked.update(candidate.prompt.model for candidate in sample.candidates)
-        items[sample.sample_id] = _item(sample, group_by)
-    decided = {sample_id: item for sample_id, item in items.items() if item is not None}
-    found = decided.values()
+        group, drawn = group_of(sample, group_by), sorted(sample.candidates, key=attrgetter("attempt"))
+        models.update(candidate.prompt.model for candidate in drawn)
+        if drawn and (sample.status is Status.FAILED or drawn[0].outcome is Outcome.ERROR):
+            undecided += 1
+            continue
+        judged = [candidate for candidate in drawn if candidate.outcome is not Outcome.ERROR]
+        right = tuple(candidate.outcome is Outcome.PASS for candidate in judged)
+        scores = tuple(candidate.score for candidate in judged)
+        items[sample.sample_id] = Item(group, right or (False,), scores or (None,))
+        distinct += len({candidate.answer for candidate in judged if candidate.outcome is Outcome.PASS})
+        tokens += [candidate.completion.usage.completion_tokens for candidate in judged]
+        for verdict in (verdict for first in drawn[:1] for verdict in first.verdicts):
+            gates[verdict.gate].outcomes[verdict.outcome] += 1
+    found = items.values()
     k = min([K, *(len(item.right) for item in found)]) if found else 0
     accepted = sum(sum(item.right) for item in found)
-    tokens = [count for item in found for count in item.tokens]
-    gates = dict.fromkeys(gate for item in found for gate in item.gates)
     return Measured(
         run_id=folder.run_id,
         role=read_json(folder.manifest).get("role"),
-        model=", ".join(sorted(asked)),
-        samples=len(found),
-        undecided=len(items) - len(found),
-        accuracy=wilson(sum(item.right[0] for item in found), len(found)),
-        gates={gate: _passed([item.gates.get(gate) for item in found]) for gate in gates},
+        model=", ".join(sorted(models)),
+        samples=len(items),
+        undecided=undecided,
+        accuracy=wilson(sum(item.right[0] for item in found), len(items)),
+        gates={name: gate.pass_rate() for name, gate in gates.items()},
         k=k,
         pass_at_k=paired_bootstrap((item.group, item.pass_at(k)) for item in found),
-        diversity=sum(item.distinct for item in found) / accepted if accepted else None,
+        diversity=distinct / accepted if accepted else None,
         mean_tokens=fmean(tokens) if tokens else None,
-        items=decided,
+        items=items,
     )
 
 
@@ -156,13 +170,8 @@ def show_comparison(
         raise InputError(f"{', '.join(runs)} have no sample in common: were they asked the same records?")
     floor = noise_floor(measured[0], epsilon)
     if json is not None:
-        report = {
-            "group_by": group_by,
-            "epsilon": epsilon,
-            "runs": [run.report() for run in measured],
-            "pairs": [asdict(found) for found in pairs],
-            "noise_floor": None if floor is None else {name: asdict(value) for name, value in floor.items()},
-        }
+        reports = [run.report() for run in measured]
+        report = {"group_by": group_by, "epsilon": epsilon, "runs": reports, "pairs": pairs, "noise_floor": floor}
         write_json(json, report)
     gates = dict.fromkeys(gate for run in measured for gate in run.gates)
     figures = [run.figures(gates) for run in measured]
@@ -199,30 +208,6 @@ def _words(scores: Mapping[str, Difference], epsilon: float) -> str:
         f"{names.get(name, name)} " + ("–" if d.estimate is None else f"{d.estimate:.3f} [{d.low:.3f}, {d.high:.3f}]")
         for name, d in scores.items()
     )
-
-
-def _item(sample: Sample, group_by: str | None) -> Item | None:
-    """None where the first draw could not be judged. A record that brought no answer counts as one wrong draw."""
-    group = group_of(sample, group_by)
-    drawn = sorted(sample.candidates, key=lambda candidate: candidate.attempt)
-    if not drawn:
-        return Item(group, (False,), (None,), 0, (), {})
-    if sample.status is Status.FAILED or drawn[0].outcome is Outcome.ERROR:
-        return None
-    judged = [candidate for candidate in drawn if candidate.outcome is not Outcome.ERROR]
-    return Item(
-        group=group,
-        right=tuple(candidate.outcome is Outcome.PASS for candidate in judged),
-        scores=tuple(candidate.score for candidate in judged),
-        distinct=len({candidate.answer for candidate in judged if candidate.outcome is Outcome.PASS}),
-        tokens=tuple(candidate.completion.usage.completion_tokens for candidate in judged),
-        gates={verdict.gate: verdict.outcome for verdict in drawn[0].verdicts},
-    )
-
-
-def _passed(outcomes: Sequence[Outcome | None]) -> Rate:
-    passed = outcomes.count(Outcome.PASS)
-    return wilson(passed, passed + outcomes.count(Outcome.FAIL))
 
 
 def _agreement(scores: Iterable[tuple[float | None, ...]], epsilon: float) -> Mapping[str, Difference] | None:

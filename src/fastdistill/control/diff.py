@@ -58,40 +58,26 @@ def compare(a: RunFolder, b: RunFolder, group_by: str | None = None) -> Comparis
     Raises:
         InputError: a run has no ledger, no sample is in both, or a record lacks the field.
     """
-    before = {sample.sample_id: _ending(sample) for sample in a.samples(ENDED)}
-    differences: list[tuple[str, float]] = []
-    won: list[Change] = []
-    lost: list[Change] = []
-    both = only_b = undecided = 0
-    for sample in b.samples(ENDED):
-        first, now = before.pop(sample.sample_id, None), _ending(sample)
-        if first is None:
-            only_b += 1
-        elif Outcome.ERROR in (first.outcome, now.outcome):
-            undecided += 1
-        else:
-            gained = (now.outcome is Outcome.PASS) - (first.outcome is Outcome.PASS)
-            differences.append((group_of(sample, group_by), gained))
-            if gained > 0:
-                won.append(_change(sample, first, now))
-            elif gained < 0:
-                lost.append(_change(sample, now, first))
-            else:
-                both += now.outcome is Outcome.PASS
-    compared = len(differences)
-    if not compared and not undecided:
+    before = {sample.sample_id: _ending(sample, None) for sample in a.samples(ENDED)}
+    after = {sample.sample_id: _ending(sample, group_by) for sample in b.samples(ENDED)}
+    shared = [(before[sample_id], now) for sample_id, now in after.items() if sample_id in before]
+    decided = [(first, now) for first, now in shared if not (first.undecided or now.undecided)]
+    if not shared:
         raise InputError(f"{a.run_id} and {b.run_id} have no sample in common: were they made of the same records?")
+    won = [_change(now, first) for first, now in decided if now.accepted and not first.accepted]
+    lost = [_change(first, now) for first, now in decided if first.accepted and not now.accepted]
+    both = sum(bool(first.accepted and now.accepted) for first, now in decided)
     return Comparison(
         run_a=a.run_id,
         run_b=b.run_id,
-        only_a=len(before),
-        only_b=only_b,
-        undecided=undecided,
-        compared=compared,
-        accepted_a=wilson(both + len(lost), compared),
-        accepted_b=wilson(both + len(won), compared),
+        only_a=len(before) - len(shared),
+        only_b=len(after) - len(shared),
+        undecided=len(shared) - len(decided),
+        compared=len(decided),
+        accepted_a=wilson(both + len(lost), len(decided)),
+        accepted_b=wilson(both + len(won), len(decided)),
         both=both,
-        difference=paired_bootstrap(differences),
+        difference=paired_bootstrap((now.group, bool(now.accepted) - bool(first.accepted)) for first, now in decided),
         p_value=mcnemar(len(lost), len(won)),
         won=won,
         lost=lost,
@@ -126,32 +112,37 @@ def show_diff(run_a: str, run_b: str, output_dir: Path | None, group_by: str | N
 
 @dataclass(frozen=True, slots=True)
 class _Ending:
-    """How a sample ended: accepted, not accepted, or undecided (`error`)."""
+    """How a sample ended in one run."""
 
-    outcome: Outcome
+    place: tuple[str, str, str]
+    """Its id, its task id, and its source."""
+    group: str
     accepted: tuple[str, ...]
+    """Candidates."""
+    undecided: bool
     reasons: Mapping[str, tuple[str, str]]
     """Gate and reason by rejected candidate, who came furthest last; before all, under no id, what else broke."""
 
 
-def _ending(sample: Sample) -> _Ending:
+def _ending(sample: Sample, group_by: str | None) -> _Ending:
     reasons = {"": next(((f.step, f.reason) for f in reversed(sample.failures)), ("", "no candidates"))}
-    if sample.status is Status.FAILED:  # it never reached the gates' end
-        return _Ending(Outcome.FAIL, (), reasons)
-    accepted = tuple(candidate.candidate_id for candidate in sample.accepted)
-    failed = [c for c in sample.candidates if c.outcome is Outcome.FAIL]
-    for candidate in sorted(failed, key=lambda candidate: len(candidate.verdicts)):
-        verdict = next(v for v in candidate.verdicts if v.outcome is Outcome.FAIL)
-        reasons[candidate.candidate_id] = (verdict.gate, verdict.reason)
-    unjudged = Outcome.ERROR if len(failed) < len(sample.candidates) else Outcome.FAIL
-    return _Ending(Outcome.PASS if accepted else unjudged, accepted, reasons)
+    accepted: tuple[str, ...] = ()
+    undecided = False
+    if sample.status is not Status.FAILED:  # which never reached the gates' end
+        accepted = tuple(candidate.candidate_id for candidate in sample.accepted)
+        failed = [c for c in sample.candidates if c.outcome is Outcome.FAIL]
+        for candidate in sorted(failed, key=lambda candidate: len(candidate.verdicts)):
+            verdict = next(v for v in candidate.verdicts if v.outcome is Outcome.FAIL)
+            reasons[candidate.candidate_id] = (verdict.gate, verdict.reason)
+        undecided = not accepted and len(failed) < len(sample.candidates)
+    place = (sample.sample_id, sample.task_id, sample.source)
+    return _Ending(place, group_of(sample, group_by), accepted, undecided, reasons)
 
 
-def _change(sample: Sample, loser: _Ending, winner: _Ending) -> Change:
+def _change(winner: _Ending, loser: _Ending) -> Change:
     """What the loser held against an answer that the winner accepted, if it has that one."""
     same = [loser.reasons[candidate] for candidate in winner.accepted if candidate in loser.reasons]
-    at, reason = same[0] if same else [*loser.reasons.values()][-1]
-    return Change(sample.sample_id, sample.task_id, sample.source, at, reason)
+    return Change(*winner.place, *(same or [*loser.reasons.values()][-1:])[0])
 
 
 def group_of(sample: Sample, group_by: str | None) -> str:
