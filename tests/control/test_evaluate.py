@@ -96,6 +96,19 @@ def test_a_student_that_can_not_be_asked_is_a_config_error(world: World, changes
         evaluation(world.pipeline, world.folder / "eval.jsonl", role="student", changes=changes, draws=1)
 
 
+@pytest.mark.parametrize(
+    ("data", "role", "says"),
+    [
+        ("eval.csv", "teacher", r"^--data\.path: .*\.parquet"),
+        ("eval.jsonl", "a:b", r"^evaluation of a:b\.name: .*pattern"),
+    ],
+)
+def test_an_evaluation_that_can_not_be_made_is_told_in_a_line(world: World, data: str, role: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as told:
+        evaluation(world.pipeline, world.folder / data, role=role, changes={"model": "student"}, draws=1)
+    assert len(told.value.problems) == 1 and "errors.pydantic.dev" not in str(told.value)
+
+
 @pytest.mark.parametrize("given", [{"api_key": "sk-own"}, {"headers": {"Authorization": "Bearer sk-own"}}])
 def test_a_model_is_asked_with_the_key_that_its_config_has_and_no_other_server_gets_it(
     tmp_path: Path, given: dict[str, Any]

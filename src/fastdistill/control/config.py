@@ -72,7 +72,7 @@ def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) 
         "models": {name: _read(parse_model, body, f"models.{name}", problems) or bare for name, body in models.items()},
         "steps": [_read(_step, item, f"steps[{at}]", problems) or Step() for at, item in enumerate(steps)],
     }
-    pipeline = _read(partial(_validated, Pipeline), config | parts, "", problems)
+    pipeline = _read(partial(validated, Pipeline), config | parts, "", problems)
     if pipeline is None or problems:
         raise ConfigError(problems)
     return pipeline
@@ -90,7 +90,7 @@ def parse_model(config: object, path: str) -> ModelConfig:
         kind: type[ModelConfig] = provider_class(config["provider"]).Config
     except UnknownName as error:
         raise ConfigError(f"{path}.provider: {error}") from error
-    return _validated(kind, config, path)
+    return validated(kind, config, path)
 
 
 def read_yaml(path: Path) -> Any:
@@ -181,7 +181,7 @@ def _step(config: object, path: str) -> Step:
         kind: type[Step] = step_class(str(name))
     except UnknownName as error:
         raise ConfigError(f"{path}: {error}") from error
-    return _validated(kind, {} if body is None else body, f"{path}.{name}")
+    return validated(kind, {} if body is None else body, f"{path}.{name}")
 
 
 def _read(parse: Callable[[object, str], Parsed], config: object, path: str, problems: list[str]) -> Parsed | None:
@@ -192,7 +192,8 @@ def _read(parse: Callable[[object, str], Parsed], config: object, path: str, pro
         return None
 
 
-def _validated(kind: type[Parsed], config: object, path: str) -> Parsed:
+def validated(kind: type[Parsed], config: object, path: str) -> Parsed:
+    """Raises ConfigError with every problem found, each with its path, which begins with `path`."""
     try:
         return kind.model_validate(config)
     except ValidationError as error:
