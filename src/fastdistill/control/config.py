@@ -70,7 +70,7 @@ def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) 
     bare = ModelConfig(provider="unread", model="unread", price=Price())
     parts = {
         "models": {name: _read(parse_model, body, f"models.{name}", problems) or bare for name, body in models.items()},
-        "steps": [_read(_step, item, f"steps[{at}]", problems) or Step() for at, item in enumerate(steps)],
+        "steps": [_read(_step, item, f"steps[{at}]", problems) or Step() for at, item in enumerate(steps)] or [Step()],
     }
     pipeline = _read(partial(validated, Pipeline), config | parts, "", problems)
     if pipeline is None or problems:
@@ -205,6 +205,8 @@ def _described(error: ValidationError, path: str, model: type[BaseModel]) -> Ite
     for problem in error.errors():
         place = path
         for part in problem["loc"]:
+            if "[" in str(part):
+                continue  # which type of a union was tried
             place = f"{place}[{part}]" if isinstance(part, int) else _join(place, str(part))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
@@ -274,3 +276,4 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("!reset", lambda *_: Reset)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)  # no option is a date
