@@ -293,5 +293,8 @@ def test_the_commands_say_it(world: World, capsys: pytest.CaptureFixture[str]) -
     code, text = command("diff", "first", "strict", "--group-by", "db_id", "--json", str(file))
     assert code == ExitCode.OK and "McNemar" in text and "too_long" in text
     assert len(json.loads(file.read_text())["lost"]) > 0
+    for place in (world.folder, file / "below"):
+        code, text = command("diff", "first", "strict", "--json", str(place))
+        assert code == ExitCode.ENVIRONMENT and f"writing {place}: " in text
     assert command("diff", "first", "strict", "--group-by", "nothing")[0] == ExitCode.INPUT
     assert command("regate", "nobody")[0] == ExitCode.INPUT

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def artifacts_root(output_dir: Path | None = None) -> Path:
     """`--output-dir`, else FASTDISTILL_ARTIFACTS_DIR, else `./artifacts`."""
-    return (output_dir or Path(os.environ.get("FASTDISTILL_ARTIFACTS_DIR", "artifacts"))).expanduser()
+    return (output_dir or Path(os.environ.get("FASTDISTILL_ARTIFACTS_DIR") or "artifacts")).expanduser()
 
 
 class RunFolder:
@@ -51,7 +51,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+")
         except OSError as error:
-            raise EnvironmentFault(f"{self.path}: {error.strerror}; choose another --output-dir") from error
+            raise EnvironmentFault(f"{error.filename}: {error.strerror}; choose another --output-dir") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
