@@ -71,20 +71,14 @@ class StoredRun:
         self.config = read_yaml(folder.config)
         self.pipeline = parse_pipeline(self.config)
         self._hashes = {entry["path"]: entry["sha256"] for entry in manifest["inputs"]}
-        self._comparable = _judging(manifest["versions"]) == _judging(versions())
+        ours = {"fastdistill": ""}  # a step's fingerprint tells of our own code
+        self._comparable = manifest["versions"] | ours == versions() | ours
         self._kept: dict[int, Sample] = {}
         self.read = {folder.ledger.absolute(): sha256_file(folder.ledger)}
 
-    def samples(self) -> Iterator[Sample]:
-        """All samples in input order, up to the one that made a target full."""
-        target = self.pipeline.target
-        for sample in first_accepted(self.folder.samples(), target.accepted if target else None):
-            self._keep(sample)
-            yield sample
-
     def sample(self, index: int) -> Sample:
         if index not in self._kept:
-            self._keep(next(self.folder.samples("idx = ?", (index,))))
+            self.keep(next(self.folder.samples("idx = ?", (index,))))
         return self._kept[index]
 
     def same_models(self, step: Step, pipeline: Pipeline) -> bool:
@@ -111,7 +105,7 @@ class StoredRun:
             self.read[path] = sha256_file(path)
         return path in self.read and self.read[path] == self._hashes.get(path.as_posix())
 
-    def _keep(self, sample: Sample) -> None:
+    def keep(self, sample: Sample) -> None:
         if len(self._kept) >= _KEPT:
             del self._kept[next(iter(self._kept))]
         self._kept[sample.index] = sample
@@ -176,15 +170,17 @@ def _replaying(stored: StoredRun, pipeline: Pipeline, lineage: Lineage) -> Itera
 
 
 class _StoredSamples(StreamStep):
-    """The samples of the earlier run, as they were before anything was asked for them."""
+    """The samples of the earlier run up to the one that made a target full, before anything was asked for them."""
 
     model_config = _HOLDS
 
     stored: StoredRun
 
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
-        for sample in self.stored.samples():
+        target = self.stored.pipeline.target
+        for sample in first_accepted(self.stored.folder.samples(), target.accepted if target else None):
             if sample.candidates and sample.status is not Status.SKIPPED:
+                self.stored.keep(sample)
                 yield replace(sample, candidates=(), selection=None, failures=(), status=Status.OPEN)
             else:
                 ctx.discard(sample)
@@ -254,8 +250,3 @@ class _StoredVerdicts(SampleStep):
         if verdict is None or verdict.outcome is Outcome.ERROR:
             return candidate
         return candidate.judged(replace(verdict, gate=self.name))
-
-
-def _judging(found: Mapping[str, str]) -> dict[str, str]:
-    """The versions that a verdict may depend on: a step's fingerprint tells of our own code."""
-    return {name: version for name, version in found.items() if name != "fastdistill"}
