@@ -93,8 +93,7 @@ class Pair:
 def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
     """The figures of a run. A record that brought no answer counts as one wrong draw.
 
-    Raises:
-        InputError: the run has no ledger, or a record lacks the field `group_by`.
+    Raises InputError if the run has no ledger, or a record lacks the field `group_by`.
     """
     items: dict[str, Item] = {}
     models: set[str] = set()

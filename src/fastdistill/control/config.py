@@ -29,29 +29,20 @@ _SECRET = {"api_key", "headers", "base_url"}  # a URL may have a password in it
 
 
 def load_pipeline(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Pipeline:
-    """The pipeline of some YAML files and `a.b=c` overrides.
-
-    Raises:
-        ConfigError: with every problem found, each with its path.
-    """
+    """The pipeline of some YAML files and `a.b=c` overrides; raises as `load_layers` and `parse_pipeline` do."""
     return parse_pipeline(load_layers(layers, overrides))
 
 
 def load_layers(layers: Sequence[Path], overrides: Sequence[str] = (), base: Any = None) -> Any:
     """Some YAML files and `a.b=c` overrides, one laid on the other, the first on `base`.
 
-    Raises:
-        ConfigError: a file can't be read, or a layer changes a step that is not there.
+    Raises ConfigError if a file can't be read, or a layer changes a step that is not there.
     """
     return reduce(merge, [*map(read_yaml, layers), *map(nested_override, overrides)], base or {})
 
 
 def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) -> Pipeline:
-    """The pipeline that a parsed config describes.
-
-    Raises:
-        ConfigError: with every problem found, each with its path.
-    """
+    """The pipeline that a parsed config describes. Raises ConfigError with every problem found, each with its path."""
     problems: list[str] = []
     try:
         config = interpolate(config, environment, problems)
@@ -79,11 +70,7 @@ def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) 
 
 
 def parse_model(config: object, path: str) -> ModelConfig:
-    """The model that a part of a parsed config describes, which stands there at `path`.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
+    """The model that a config has at `path`. Raises ConfigError with every problem found."""
     if not isinstance(config, dict) or not isinstance(config.get("provider"), str):
         raise ConfigError(f"{path}.provider: required, for example ollama, openai or vllm")
     try:

@@ -76,10 +76,9 @@ class RunFolder:
         self.dist_in_work.rename(self.dist)
 
     def samples(self, where: str = "1", parameters: Sequence[Any] = ()) -> Iterator["Sample"]:
-        """The samples of the ledger in input order, lazily; `where` is an SQL condition of ours on its `samples`.
+        """The samples of the ledger in input order, lazily; `where` is an SQL condition of ours on its `entries`.
 
-        Raises:
-            InputError: there is no ledger.
+        Raises InputError if there is no ledger.
         """
         from fastdistill.control.ledger import read_samples
 
@@ -99,8 +98,7 @@ class RunFolder:
     def find(cls, root: Path | None, run: str) -> "RunFolder":
         """The run under the root (None: the default one) whose id is `run`, or begins with it.
 
-        Raises:
-            InputError: there is none, or more than one.
+        Raises InputError if there is none, or more than one.
         """
         known = {folder.run_id: folder for folder in cls.all(root)}
         begun = [run_id for run_id in known if run_id.startswith(run)]
@@ -117,11 +115,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A report of ours.
-
-    Raises:
-        InputError: it is not there or not JSON.
-    """
+    """A report of ours. Raises InputError if it is not there or not JSON."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

@@ -59,8 +59,7 @@ def regate(
 class StoredRun:
     """A finished run: its pipeline, its samples, and what its verdicts depended on.
 
-    Raises:
-        InputError: it has left no ledger, or has not ended.
+    Raises InputError if it has left no ledger, or has not ended.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -116,10 +115,7 @@ def regated(stored: StoredRun, layers: Sequence[Path], overrides: Sequence[str] 
 
     A list of steps stands for all steps after generation (or for all steps, if it has the generation too) and brings
     its own `require`; a mapping changes the steps that it names. `target` and `budget` say when to stop asking, and are
-    left out.
-
-    Raises:
-        ConfigError: that is no pipeline, or one that would read other samples.
+    left out. Raises ConfigError if that is no pipeline, or one that would read other samples.
     """
     given = load_layers(layers)
     if not isinstance(given, dict):
@@ -144,11 +140,7 @@ def regated(stored: StoredRun, layers: Sequence[Path], overrides: Sequence[str] 
 
 
 def _generating(pipeline: Pipeline) -> list[int]:
-    """Where in a pipeline candidates are asked for.
-
-    Raises:
-        ConfigError: nowhere.
-    """
+    """Where in a pipeline candidates are asked for. Raises ConfigError if that is nowhere."""
     found = [at for at, step in enumerate(pipeline.steps) if is_generation(step)]
     if not found:
         raise ConfigError(f"{pipeline.name}: no step asks for candidates: there is nothing to judge again")
