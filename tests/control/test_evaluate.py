@@ -15,6 +15,7 @@ from fastdistill.control.evaluate import evaluation
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.lineage import advice, chain
 from fastdistill.control.session import Pipeline, RunResult
+from fastdistill.control.tally import interval
 from fastdistill.core.errors import ConfigError, InputError, TeacherError
 from tests.command import Command
 from tests.servers import Call, openai_server
@@ -172,6 +173,22 @@ def test_an_answer_that_never_reached_a_gate_is_not_right(world: World) -> None:
     )  # fmt: skip
     found = measure(world.found(plan.run(output_dir=world.folder / "artifacts")))
     assert (len(found.items), found.undecided) == (1, 1)
+
+
+def test_gates_have_the_rates_that_the_quality_report_has(world: World) -> None:
+    with openai_server(lambda *_: '{"criteria": {"ok": true}, "score": 5}', models=["judge"]) as server:
+        made = world.config
+        made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": server.url}
+        judge = {"task": "?", "criteria": {"ok": "?"}, "structured": False, "truth": "SQLiteExecEval", "calibrate": 1}
+        made["steps"].insert(7, {"LLMJudge": judge})
+        plan = evaluation(parse_pipeline(made), world.folder / "eval.jsonl", role="teacher", changes={}, draws=1)
+        result = plan.run(output_dir=world.folder / "artifacts")
+    rates = {name: interval(rate) for name, rate in measure(world.found(result)).gates.items()}
+    stages = {
+        stage["step"]: stage["candidates"]["pass_rate"] for stage in result.quality["stages"] if "candidates" in stage
+    }
+    assert rates == stages
+    assert rates["LLMJudge"]["total"] < len(EVAL)
 
 
 def test_one_run_has_figures_too(world: World, command: Command) -> None:

@@ -113,7 +113,8 @@ def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
         distinct += len({candidate.answer for candidate in judged if candidate.outcome is Outcome.PASS})
         tokens += [candidate.completion.usage.completion_tokens for candidate in judged]
         for verdict in (verdict for first in drawn[:1] for verdict in first.verdicts):
-            gates[verdict.gate].outcomes[verdict.outcome] += 1
+            if not verdict.detail.get("calibration"):  # which decides nothing
+                gates[verdict.gate].outcomes[verdict.outcome] += 1
     found = items.values()
     k = min([K, *(len(item.right) for item in found)]) if found else 0
     accepted = sum(sum(item.right) for item in found)
