@@ -97,6 +97,17 @@ def test_a_student_that_can_not_be_asked_is_a_config_error(world: World, changes
         evaluation(world.pipeline, world.folder / "eval.jsonl", role="student", changes=changes, draws=1)
 
 
+def test_a_model_that_judges_is_not_exchanged_under_its_name(world: World) -> None:
+    made = world.config
+    made["steps"].insert(7, {"LLMJudge": {"task": "?", "model": "teacher"}})
+    whole, data = parse_pipeline(made), world.folder / "eval.jsonl"
+    assert evaluation(whole, data, role="teacher", changes={}, draws=1).models["teacher"] == whole.models["teacher"]
+    other = evaluation(whole, data, role="next", changes={"model": "next"}, draws=1)
+    assert {name: model.model for name, model in other.models.items()} == {"teacher": "teacher", "next": "next"}
+    with pytest.raises(ConfigError, match="--role teacher: its model judges here"):
+        evaluation(whole, data, role="teacher", changes={"model": "next"}, draws=1)
+
+
 @pytest.mark.parametrize(
     ("data", "role", "says"),
     [

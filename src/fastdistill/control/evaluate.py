@@ -43,6 +43,8 @@ def evaluation(
     model = parse_model(merge(before, changes), f"models.{role}")
     kept = [step for step in pipeline.steps if isinstance(step, CanonicalizeFields | SampleStep)]
     judges = {name: pipeline.models[name] for step in kept if step is not asking for name in step.models()}
+    if changes and role in judges:
+        raise ConfigError(f"--role {role}: its model judges here, and that must not change; choose another role")
     # Made anew, not copied: a copy would keep the fingerprint.
     alike = {"model": role, "teachers": (), "until": None, "num_generations": draws}
     evaluated = validated(TextGeneration, asking.model_dump() | alike, asking.name)
