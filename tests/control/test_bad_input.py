@@ -147,6 +147,22 @@ def test_a_record_of_ten_megabytes(world: World) -> None:
     assert world.paid == 60 * 3
 
 
+@pytest.mark.parametrize("verb", ["run", "preview"])
+def test_an_output_folder_that_is_a_file(world: World, verb: str) -> None:
+    *words, _ = world.arguments(verb=verb)
+    ended = world.command(*(word for word in words if word != "--quiet"), world.records)
+    assert ended.code == 8
+    assert f"{world.records}" in ended.err and "choose another --output-dir" in ended.err
+
+
+def test_an_artifacts_folder_whose_variable_is_empty_is_the_default(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FASTDISTILL_ARTIFACTS_DIR", "")
+    monkeypatch.chdir(tmp_path)
+    assert f"{tmp_path / 'artifacts'}: no runs here" in world.command("runs", "list").err
+
+
 def test_an_empty_data_set(world: World) -> None:
     world.records.write_text("\n\n")
     ended = world.run()

@@ -186,6 +186,12 @@ def test_a_key_given_twice_is_refused_with_its_place(tmp_path: Path) -> None:
         read_yaml(path)
 
 
+def test_what_looks_like_a_date_is_text(tmp_path: Path) -> None:
+    base = layer(tmp_path, "base", BASE)
+    for day in ("2026-01-05", "2026-02-30"):
+        assert load_pipeline([base], [f"models.teacher.revision={day}"]).models["teacher"].revision == day
+
+
 def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
     text = "a: &a {model: m, timeout: 5}\nb:\n  <<: *a\n  timeout: 9\n"
     assert read_yaml(layer(tmp_path, "anchors", text))["b"] == {"model": "m", "timeout": 9}
@@ -250,6 +256,26 @@ def test_an_unknown_key_deep_in_a_step_is_told_with_the_names_that_are_there() -
     told = "\n".join(problems(config))
     assert "decode_profile.temprature: unknown key; did you mean temperature?" in told
     assert "require.exec_pas_rate: unknown key; did you mean exec_pass_rate?" in told
+
+
+def test_a_part_that_can_not_be_read_neither_hides_nor_moves_the_problems_of_others() -> None:
+    config = copy.deepcopy(BASE)
+    config["models"]["judge"] = {"provider": "olama", "model": "m"}
+    config["steps"][2] = {"Deduplicate": {"feilds": []}}
+    config["steps"][3]["TextGeneration"]["model"] = "teecher"
+    config["steps"] += [{"LLMJudge": {"task": "x"}}, {"ScoreFromExecEval": {"gate": "SQLiteExecEvil"}}]
+    assert problems(config) == [
+        "models.judge.provider: olama is not known; did you mean ollama?",
+        "steps[2].Deduplicate.feilds: unknown key; did you mean fields?",
+        "steps[3].TextGeneration: 'teecher' is not under models: (teacher, judge)",
+        "steps[6].ScoreFromExecEval.gate: there is no gate 'SQLiteExecEvil'; there are: RuleFilter, LLMJudge",
+    ]
+
+
+def test_a_problem_is_told_once_at_its_place() -> None:
+    assert problems({**BASE, "steps": None}) == ["steps: required; a list like `- LoadJsonl: {path: train.jsonl}`"]
+    told = problems({**BASE, "steps": [{"LoadJsonl": {"path": ["a.jsonl", 5]}}, *BASE["steps"][1:]]})
+    assert {problem.partition(": ")[0] for problem in told} == {"steps[0].LoadJsonl.path", "steps[0].LoadJsonl.path[1]"}
 
 
 def test_two_steps_of_one_name_are_refused() -> None:

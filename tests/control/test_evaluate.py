@@ -15,7 +15,8 @@ from fastdistill.control.evaluate import evaluation
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.lineage import advice, chain
 from fastdistill.control.session import Pipeline, RunResult
-from fastdistill.core.errors import ConfigError, InputError
+from fastdistill.control.tally import interval
+from fastdistill.core.errors import ConfigError, InputError, TeacherError
 from tests.command import Command
 from tests.servers import Call, openai_server
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
@@ -96,6 +97,48 @@ def test_a_student_that_can_not_be_asked_is_a_config_error(world: World, changes
         evaluation(world.pipeline, world.folder / "eval.jsonl", role="student", changes=changes, draws=1)
 
 
+def test_a_model_that_judges_is_not_exchanged_under_its_name(world: World) -> None:
+    made = world.config
+    made["steps"].insert(7, {"LLMJudge": {"task": "?", "model": "teacher"}})
+    whole, data = parse_pipeline(made), world.folder / "eval.jsonl"
+    assert evaluation(whole, data, role="teacher", changes={}, draws=1).models["teacher"] == whole.models["teacher"]
+    other = evaluation(whole, data, role="next", changes={"model": "next"}, draws=1)
+    assert {name: model.model for name, model in other.models.items()} == {"teacher": "teacher", "next": "next"}
+    with pytest.raises(ConfigError, match="--role teacher: its model judges here"):
+        evaluation(whole, data, role="teacher", changes={"model": "next"}, draws=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "role", "says"),
+    [
+        ("eval.csv", "teacher", r"^--data\.path: .*\.parquet"),
+        ("eval.jsonl", "a:b", r"^evaluation of a:b\.name: .*pattern"),
+    ],
+)
+def test_an_evaluation_that_can_not_be_made_is_told_in_a_line(world: World, data: str, role: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as told:
+        evaluation(world.pipeline, world.folder / data, role=role, changes={"model": "student"}, draws=1)
+    assert len(told.value.problems) == 1 and "errors.pydantic.dev" not in str(told.value)
+
+
+@pytest.mark.parametrize("given", [{"api_key": "sk-own"}, {"headers": {"Authorization": "Bearer sk-own"}}])
+def test_a_model_is_asked_with_the_key_that_its_config_has_and_no_other_server_gets_it(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    records, database = write_records(tmp_path, RECORDS[:4]), make_database(tmp_path)
+    with openai_server(script, models=tuple(SKILL), api_key="sk-own") as server:
+        made = config(server.url, records, database)
+        made["models"]["teacher"] |= given
+        changes = {"model": "student"}
+        own = evaluation(parse_pipeline(made), records, role="student", changes=changes, draws=1)
+        assert own.run(output_dir=tmp_path / "artifacts").quality["candidates"]["generated"] == 4
+        made["models"]["teacher"]["base_url"] = "http://127.0.0.1:9/v1"
+        changes["base_url"] = server.url
+        other = evaluation(parse_pipeline(made), records, role="student", changes=changes, draws=1)
+        with pytest.raises(TeacherError, match="401"):
+            other.run(output_dir=tmp_path / "elsewhere")
+
+
 def test_a_better_student_is_told_apart_and_a_model_from_itself_is_not(world: World) -> None:
     runs = {role: measure(world.found(world.evaluate(role)), None) for role in SKILL}
     found = pair(runs["student"], runs["before"])
@@ -129,6 +172,39 @@ def test_compare_prints_and_writes_what_it_found(world: World, command: Command)
     assert written["pairs"][0]["difference"]["low"] == written["pairs"][0]["difference"]["high"]
     with pytest.raises(InputError, match="no field 'table'"):
         measure(RunFolder(world.folder / "artifacts", ids[0]), "table")
+
+
+def test_an_answer_that_never_reached_a_gate_is_not_right(world: World) -> None:
+    made = world.config
+    made["steps"][6]["SQLiteExecEval"]["db_path"] = str(world.folder / "{{ db_id }}.db")
+    records = [{**RECORDS[30], "db_id": "city"}, {key: RECORDS[31][key] for key in RECORDS[31] if key != "db_id"}]
+    plan = evaluation(
+        parse_pipeline(made | {"max_error_rate": 1}), write_records(world.folder, records, "two.jsonl"),
+        role="teacher", changes={}, draws=1,
+    )  # fmt: skip
+    found = measure(world.found(plan.run(output_dir=world.folder / "artifacts")))
+    assert (len(found.items), found.undecided) == (1, 1)
+
+
+def test_gates_have_the_rates_that_the_quality_report_has(world: World) -> None:
+    with openai_server(lambda *_: '{"criteria": {"ok": true}, "score": 5}', models=["judge"]) as server:
+        made = world.config
+        made["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": server.url}
+        judge = {"task": "?", "criteria": {"ok": "?"}, "structured": False, "truth": "SQLiteExecEval", "calibrate": 1}
+        made["steps"].insert(7, {"LLMJudge": judge})
+        plan = evaluation(parse_pipeline(made), world.folder / "eval.jsonl", role="teacher", changes={}, draws=1)
+        result = plan.run(output_dir=world.folder / "artifacts")
+    rates = {name: interval(rate) for name, rate in measure(world.found(result)).gates.items()}
+    stages = {
+        stage["step"]: stage["candidates"]["pass_rate"] for stage in result.quality["stages"] if "candidates" in stage
+    }
+    assert rates == stages
+    assert rates["LLMJudge"]["total"] < len(EVAL)
+
+
+def test_one_run_has_figures_too(world: World, command: Command) -> None:
+    done = command("compare", world.evaluate("student").run_id, *world.root)
+    assert (done.code, done.err) == (0, "") and "pass@k" in done.out
 
 
 def test_runs_of_other_records_can_not_be_compared(world: World, command: Command) -> None:

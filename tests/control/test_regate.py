@@ -17,7 +17,7 @@ import yaml
 from fastdistill import RunResult
 from fastdistill.control.cli import main
 from fastdistill.control.config import parse_pipeline
-from fastdistill.control.diff import compare
+from fastdistill.control.diff import compare, show_diff
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.regate import regate
@@ -259,7 +259,9 @@ def test_diff_tells_who_was_lost_and_why(world: World) -> None:
     assert back.p_value == found.p_value
 
 
-def test_a_sample_that_could_not_be_judged_is_neither_won_nor_lost(tmp_path: Path) -> None:
+def test_a_sample_that_could_not_be_judged_is_neither_won_nor_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     world = made(tmp_path)
     with closing(sqlite3.connect(tmp_path / "dbs" / "city.db")) as database, database:
         database.execute("ALTER TABLE city RENAME COLUMN people TO souls")  # every gold query is broken now
@@ -270,6 +272,9 @@ def test_a_sample_that_could_not_be_judged_is_neither_won_nor_lost(tmp_path: Pat
     undecided = [s for s in broken if any(c.outcome is Outcome.ERROR for c in s.candidates)]
     assert found.undecided == len(undecided) > 0
     assert not found.won and not found.lost
+    assert found.compared == 0
+    show_diff("first", "broken", root, None, None)
+    assert "difference: –" in capsys.readouterr().out
 
 
 def test_the_commands_say_it(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,5 +293,8 @@ def test_the_commands_say_it(world: World, capsys: pytest.CaptureFixture[str]) -
     code, text = command("diff", "first", "strict", "--group-by", "db_id", "--json", str(file))
     assert code == ExitCode.OK and "McNemar" in text and "too_long" in text
     assert len(json.loads(file.read_text())["lost"]) > 0
+    for place in (world.folder, file / "below"):
+        code, text = command("diff", "first", "strict", "--json", str(place))
+        assert code == ExitCode.ENVIRONMENT and f"writing {place}: " in text
     assert command("diff", "first", "strict", "--group-by", "nothing")[0] == ExitCode.INPUT
     assert command("regate", "nobody")[0] == ExitCode.INPUT

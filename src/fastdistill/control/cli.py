@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from fastdistill.control.progress import live, summary
 from fastdistill.core.errors import ExitCode, FatalError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fastdistill.control.session import Pipeline, RunResult, Watch
+    from fastdistill.control.session import Pipeline, RunResult
 
 app = typer.Typer(
     name="fastdistill",
@@ -51,19 +52,14 @@ def main(arguments: "Sequence[str] | None" = None) -> NoReturn:
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores the latter
             signal.signal(number, signal.default_int_handler)
     try:
-        try:
-            app(arguments)
-        except SystemExit as ended:
-            if ended.code == ExitCode.INTERRUPTED:  # typer ends so on Ctrl-C, without a word
-                raise KeyboardInterrupt from ended
-            raise
+        app(arguments)
     except FatalError as error:
         fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as ended:
+        # On Ctrl-C typer ends without a word.
+        if getattr(ended, "code", ExitCode.INTERRUPTED) != ExitCode.INTERRUPTED:
+            raise
         fail("interrupted; what was paid for is stored: run the same command again to go on", ExitCode.INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()  # who read our output has gone
-        sys.exit(ExitCode.OK)
     sys.exit(ExitCode.OK)
 
 
@@ -104,7 +100,7 @@ def with_pipeline(command: "Callable[..., None]") -> "Callable[..., None]":
 @with_pipeline
 def run(pipeline: "Pipeline", output_dir: OutputDir = None, run_id: RunId = None, quiet: Quiet = False) -> None:
     """Distil the data set. After a crash or Ctrl-C, run the same command again: it goes on where it was."""
-    _ended(pipeline.run(output_dir=output_dir, run_id=run_id, watch=_watch(quiet)), quiet)
+    _ended(pipeline.run(output_dir=output_dir, run_id=run_id, watch=None if quiet else live), quiet)
 
 
 @pipeline_app.command()
@@ -193,7 +189,7 @@ def regate_run(
     from fastdistill.control.regate import regate
 
     layers = [layer for layer in (config, config_env, config_run) if layer is not None]
-    _ended(regate(run, layers, set_ or (), output_dir=output_dir, run_id=run_id, watch=_watch(quiet)), quiet)
+    _ended(regate(run, layers, set_ or (), output_dir=output_dir, run_id=run_id, watch=None if quiet else live), quiet)
 
 
 @app.command("audit")
@@ -208,7 +204,7 @@ def audit_gates(
     """Measure the gates against the truth: gold answers must pass, broken ones must not. No teacher is asked."""
     from fastdistill.control.audit import audit, show_audit
 
-    reports = audit(pipeline, output_dir=output_dir, mutants=mutants, seed=seed, watch=_watch(quiet))
+    reports = audit(pipeline, output_dir=output_dir, mutants=mutants, seed=seed, watch=None if quiet else live)
     if not quiet:
         show_audit(reports, output_dir)
 
@@ -260,7 +256,7 @@ def evaluate_model(
     given = {"model": model, "base_url": base_url, "provider": provider}
     changes = {field: value for field, value in given.items() if value is not None}
     plan = evaluation(pipeline, data, role=role, changes=changes, draws=draws, limit=limit)
-    _ended(plan.run(output_dir=output_dir, run_id=run_id, watch=_watch(quiet)), quiet)
+    _ended(plan.run(output_dir=output_dir, run_id=run_id, watch=None if quiet else live), quiet)
 
 
 @app.command("compare")
@@ -370,8 +366,6 @@ def _ended(result: "RunResult", quiet: bool) -> None:
     if not quiet:
         from rich.console import Console
 
-        from fastdistill.control.progress import summary
-
         summary(result, Console())
     if result.exit_code is not ExitCode.OK:
         fail(str(result.manifest["message"]), result.exit_code)
@@ -381,12 +375,6 @@ def _load(config: Path, config_env: Path | None, config_run: Path | None, set_: 
     from fastdistill.control.config import load_pipeline
 
     return load_pipeline([layer for layer in (config, config_env, config_run) if layer is not None], set_ or ())
-
-
-def _watch(quiet: bool) -> "Watch | None":
-    from fastdistill.control.progress import live
-
-    return None if quiet else live
 
 
 if __name__ == "__main__":

@@ -3,21 +3,23 @@
 Reads the ledgers of runs, mostly of `fastdistill eval`. The last run is what the others are compared with.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fastdistill.control.diff import ENDED, group_of
 from fastdistill.control.folder import RunFolder, read_json, write_json
-from fastdistill.control.tally import interval
+from fastdistill.control.tally import GateCount, interval
 from fastdistill.control.terminal import figure, percent, points, say, show_table
 from fastdistill.core.compare import Difference, mcnemar, paired_bootstrap
 from fastdistill.core.errors import InputError
 from fastdistill.core.scores import agreement_intervals, pass_at_k
 from fastdistill.core.stats import Rate, wilson
-from fastdistill.core.types import Outcome, Sample
+from fastdistill.core.types import Outcome, Status
 
 K = 8  # of pass@k, or fewer where fewer were drawn
 
@@ -29,15 +31,6 @@ class Item:
     group: str
     right: tuple[bool, ...]
     scores: tuple[float | None, ...]
-    answers: tuple[str, ...]
-    """Those accepted."""
-    tokens: tuple[int, ...]
-    gates: Mapping[str, Outcome]
-    """Of the first draw."""
-
-    @property
-    def rate(self) -> float:
-        return fmean(self.right)
 
     def pass_at(self, k: int) -> float:
         return pass_at_k(len(self.right), sum(self.right), k)
@@ -45,67 +38,38 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One run: who was asked, and the items by sample id."""
+    """One run: who was asked, and how often it was right."""
 
     run_id: str
-    model: str
     role: str | None
-    items: Mapping[str, Item]
+    model: str
+    samples: int
     undecided: int
-
-    def accuracy(self) -> Rate:
-        """First draws that every gate passed."""
-        return wilson(sum(item.right[0] for item in self.items.values()), len(self.items))
-
-    def gate_rates(self) -> dict[str, Rate]:
-        """For each gate the share of first draws that it passed, of those that it could judge."""
-        names = dict.fromkeys(name for item in self.items.values() for name in item.gates)
-        return {name: _passed([item.gates.get(name) for item in self.items.values()]) for name in names}
-
-    def pass_at(self) -> tuple[int, Difference]:
-        """k, and pass@k with its interval over groups."""
-        k = min(K, min((len(item.right) for item in self.items.values()), default=0))
-        return k, paired_bootstrap((item.group, item.pass_at(k)) for item in self.items.values() if k)
-
-    def diversity(self) -> float | None:
-        """Distinct accepted answers for each accepted one: 1 where none was given twice."""
-        accepted = sum(len(item.answers) for item in self.items.values())
-        return sum(len({*item.answers}) for item in self.items.values()) / accepted if accepted else None
-
-    def length(self) -> float | None:
-        """Mean completion tokens of an answer."""
-        tokens = [count for item in self.items.values() for count in item.tokens]
-        return fmean(tokens) if tokens else None
+    accuracy: Rate  # first draws that every gate passed
+    gates: Mapping[str, Rate]  # first draws that it passed, of those that it could judge
+    k: int
+    pass_at_k: Difference  # over groups
+    diversity: float | None  # distinct accepted answers for each accepted one: 1 where none was given twice
+    mean_tokens: float | None  # of an answer's completion
+    items: Mapping[str, Item]  # by sample id
 
     def figures(self, gates: Iterable[str] = ()) -> dict[str, str]:
         """What is shown of a run, in words, with the rates of these gates."""
-        (k, passed), rates = self.pass_at(), self.gate_rates()
         return {
-            "samples": f"{len(self.items):,}",
+            "samples": f"{self.samples:,}",
             "undecided": f"{self.undecided:,}",
-            "right, first draw": percent(self.accuracy()),
-            **{f"  {gate}": percent(rates[gate]) if gate in rates else "–" for gate in gates},
-            "pass@k": f"@{k}: {figure(passed.estimate, '{:.1%}')}" if k else "–",
-            "distinct of the accepted": figure(self.diversity(), "{:.2f}"),
-            "tokens an answer": figure(self.length(), "{:.1f}"),
+            "right, first draw": percent(self.accuracy),
+            **{f"  {gate}": percent(self.gates[gate]) if gate in self.gates else "–" for gate in gates},
+            "pass@k": f"@{self.k}: {figure(self.pass_at_k.estimate, '{:.1%}')}" if self.k else "–",
+            "distinct of the accepted": figure(self.diversity, "{:.2f}"),
+            "tokens an answer": figure(self.mean_tokens, "{:.1f}"),
         }
 
     def report(self) -> dict[str, Any]:
-        """One run's figures, as the JSON has them."""
-        k, passed = self.pass_at()
-        return {
-            "run_id": self.run_id,
-            "role": self.role,
-            "model": self.model,
-            "samples": len(self.items),
-            "undecided": self.undecided,
-            "accuracy": interval(self.accuracy()),
-            "gates": {name: interval(rate) for name, rate in self.gate_rates().items()},
-            "k": k,
-            "pass_at_k": asdict(passed),
-            "diversity": self.diversity(),
-            "mean_tokens": self.length(),
-        }
+        """All but the items, as the JSON has it."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "items"}
+        gates = {name: interval(rate) for name, rate in self.gates.items()}
+        return plain | {"accuracy": interval(self.accuracy), "gates": gates}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,22 +91,53 @@ class Pair:
 
 
 def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
-    """Raises InputError if the run has no ledger, or a record lacks the field `group_by`."""
-    manifest = read_json(folder.manifest)
-    items: dict[str, Item | None] = {}
-    asked: set[str] = set()
+    """The figures of a run. A record that brought no answer counts as one wrong draw.
+
+    Raises InputError if the run has no ledger, or a record lacks the field `group_by`.
+    """
+    items: dict[str, Item] = {}
+    models: set[str] = set()
+    gates: defaultdict[str, GateCount] = defaultdict(GateCount)
+    tokens: list[int] = []
+    distinct = undecided = 0
     for sample in folder.samples(ENDED):
-        asked.update(candidate.prompt.model for candidate in sample.candidates)
-        items[sample.sample_id] = _item(sample, group_by)
-    decided = {sample_id: item for sample_id, item in items.items() if item is not None}
-    models = ", ".join(sorted(asked))
-    return Measured(folder.run_id, models, manifest.get("role"), decided, len(items) - len(decided))
+        group, drawn = group_of(sample, group_by), sorted(sample.candidates, key=attrgetter("attempt"))
+        models.update(candidate.prompt.model for candidate in drawn)
+        if drawn and (sample.status is Status.FAILED or drawn[0].outcome is Outcome.ERROR):
+            undecided += 1
+            continue
+        judged = [candidate for candidate in drawn if candidate.outcome is not Outcome.ERROR]
+        right = tuple(candidate.outcome is Outcome.PASS for candidate in judged)
+        scores = tuple(candidate.score for candidate in judged)
+        items[sample.sample_id] = Item(group, right or (False,), scores or (None,))
+        distinct += len({candidate.answer for candidate in judged if candidate.outcome is Outcome.PASS})
+        tokens += [candidate.completion.usage.completion_tokens for candidate in judged]
+        for verdict in (verdict for first in drawn[:1] for verdict in first.verdicts):
+            if not verdict.detail.get("calibration"):  # which decides nothing
+                gates[verdict.gate].outcomes[verdict.outcome] += 1
+    found = items.values()
+    k = min([K, *(len(item.right) for item in found)]) if found else 0
+    accepted = sum(sum(item.right) for item in found)
+    return Measured(
+        run_id=folder.run_id,
+        role=read_json(folder.manifest).get("role"),
+        model=", ".join(sorted(models)),
+        samples=len(items),
+        undecided=undecided,
+        accuracy=wilson(sum(item.right[0] for item in found), len(items)),
+        gates={name: gate.pass_rate() for name, gate in gates.items()},
+        k=k,
+        pass_at_k=paired_bootstrap((item.group, item.pass_at(k)) for item in found),
+        diversity=distinct / accepted if accepted else None,
+        mean_tokens=fmean(tokens) if tokens else None,
+        items=items,
+    )
 
 
 def pair(one: Measured, other: Measured, epsilon: float = 0.1) -> Pair:
     """`one` against `other`: `won` counts first draws that are right in `one` alone."""
     both = [(item, other.items[key]) for key, item in one.items.items() if key in other.items]
-    k = min(K, min((min(len(a.right), len(b.right)) for a, b in both), default=0))
+    k = min([K, *(len(item.right) for items in both for item in items)])
     firsts = [(a.right[0], b.right[0]) for a, b in both]
     won, lost = firsts.count((True, False)), firsts.count((False, True))
     return Pair(
@@ -154,8 +149,8 @@ def pair(one: Measured, other: Measured, epsilon: float = 0.1) -> Pair:
         won=won,
         lost=lost,
         p_value=mcnemar(lost, won),
-        difference=paired_bootstrap((a.group, a.rate - b.rate) for a, b in both),
-        pass_at_k=paired_bootstrap((a.group, a.pass_at(k) - b.pass_at(k)) for a, b in both if k),
+        difference=paired_bootstrap((a.group, fmean(a.right) - fmean(b.right)) for a, b in both),
+        pass_at_k=paired_bootstrap((a.group, a.pass_at(k) - b.pass_at(k)) for a, b in both),
         scores=_agreement([(a.scores[0], b.scores[0]) for a, b in both], epsilon),
     )
 
@@ -171,19 +166,14 @@ def show_comparison(
     """Prints runs side by side, the last against each of the others; writes the figures to the file `json`."""
     measured = [measure(RunFolder.find(output_dir, run), group_by) for run in runs]
     pairs = [pair(measured[-1], other, epsilon) for other in measured[:-1]]
-    if not any(found.compared for found in pairs):
+    if pairs and not any(found.compared for found in pairs):
         raise InputError(f"{', '.join(runs)} have no sample in common: were they asked the same records?")
     floor = noise_floor(measured[0], epsilon)
     if json is not None:
-        report = {
-            "group_by": group_by,
-            "epsilon": epsilon,
-            "runs": [run.report() for run in measured],
-            "pairs": [asdict(found) for found in pairs],
-            "noise_floor": None if floor is None else {name: asdict(value) for name, value in floor.items()},
-        }
+        reports = [run.report() for run in measured]
+        report = {"group_by": group_by, "epsilon": epsilon, "runs": reports, "pairs": pairs, "noise_floor": floor}
         write_json(json, report)
-    gates = dict.fromkeys(gate for run in measured for gate in run.gate_rates())
+    gates = dict.fromkeys(gate for run in measured for gate in run.gates)
     figures = [run.figures(gates) for run in measured]
     roles = [run.role for run in measured]
     names = [run.role if run.role and roles.count(run.role) == 1 else run.run_id for run in measured]
@@ -218,30 +208,6 @@ def _words(scores: Mapping[str, Difference], epsilon: float) -> str:
         f"{names.get(name, name)} " + ("–" if d.estimate is None else f"{d.estimate:.3f} [{d.low:.3f}, {d.high:.3f}]")
         for name, d in scores.items()
     )
-
-
-def _item(sample: Sample, group_by: str | None) -> Item | None:
-    """None where the first draw could not be judged. A record that brought no answer counts as one wrong draw."""
-    group = group_of(sample, group_by)
-    drawn = sorted(sample.candidates, key=lambda candidate: candidate.attempt)
-    if not drawn:
-        return Item(group, (False,), (None,), (), (), {})
-    if drawn[0].outcome is Outcome.ERROR:
-        return None
-    judged = [candidate for candidate in drawn if candidate.outcome is not Outcome.ERROR]
-    return Item(
-        group=group,
-        right=tuple(candidate.outcome is Outcome.PASS for candidate in judged),
-        scores=tuple(candidate.score for candidate in judged),
-        answers=tuple(candidate.answer for candidate in judged if candidate.outcome is Outcome.PASS),
-        tokens=tuple(candidate.completion.usage.completion_tokens for candidate in judged),
-        gates={verdict.gate: verdict.outcome for verdict in drawn[0].verdicts},
-    )
-
-
-def _passed(outcomes: Sequence[Outcome | None]) -> Rate:
-    passed = outcomes.count(Outcome.PASS)
-    return wilson(passed, passed + outcomes.count(Outcome.FAIL))
 
 
 def _agreement(scores: Iterable[tuple[float | None, ...]], epsilon: float) -> Mapping[str, Difference] | None:

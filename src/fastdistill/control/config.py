@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,44 +20,29 @@ from fastdistill.control.registry import UnknownName, provider_class, step_class
 from fastdistill.control.session import Pipeline
 from fastdistill.core.errors import ConfigError
 from fastdistill.core.step import Step
-from fastdistill.model.provider import ModelConfig
+from fastdistill.model.provider import ModelConfig, Price
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
-_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
-_NAME_AND_DEFAULT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-([^{]*))?")
+_VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}|[^}]*\}?)")
 _SECRET = {"api_key", "headers", "base_url"}  # a URL may have a password in it
 
 
 def load_pipeline(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Pipeline:
-    """The pipeline of some YAML files and `a.b=c` overrides.
-
-    Raises:
-        ConfigError: with every problem found, each with its path.
-    """
+    """The pipeline of some YAML files and `a.b=c` overrides; raises as `load_layers` and `parse_pipeline` do."""
     return parse_pipeline(load_layers(layers, overrides))
 
 
 def load_layers(layers: Sequence[Path], overrides: Sequence[str] = (), base: Any = None) -> Any:
     """Some YAML files and `a.b=c` overrides, one laid on the other, the first on `base`.
 
-    Raises:
-        ConfigError: a file can't be read, or a layer changes a step that is not there.
+    Raises ConfigError if a file can't be read, or a layer changes a step that is not there.
     """
-    merged = {} if base is None else base
-    for path in layers:
-        merged = merge(merged, read_yaml(path))
-    for override in overrides:
-        merged = merge(merged, nested_override(override))
-    return merged
+    return reduce(merge, [*map(read_yaml, layers), *map(nested_override, overrides)], base or {})
 
 
 def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) -> Pipeline:
-    """The pipeline that a parsed config describes.
-
-    Raises:
-        ConfigError: with every problem found, each with its path.
-    """
+    """The pipeline that a parsed config describes. Raises ConfigError with every problem found, each with its path."""
     problems: list[str] = []
     try:
         config = interpolate(config, environment, problems)
@@ -64,14 +50,34 @@ def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) 
         raise ConfigError("the config holds an alias of itself, or is nested too deeply") from error
     if not isinstance(config, dict):
         raise ConfigError("the config must be a mapping with name, models and steps")
-    models = _models(config.get("models", {}), problems)
-    steps = _steps(config.get("steps"), problems)
-    pipeline = _validated(Pipeline, config | {"models": models, "steps": steps}, "", problems)
-    if problems or pipeline is None:
-        # A model that could not be read is not also missing.
-        unread = [f"{name!r} is not under models" for name in config.get("models") or () if name not in models]
-        raise ConfigError([p for p in dict.fromkeys(problems) if not any(words in p for words in unread)])
+    models, steps = config.get("models", {}), config.get("steps")
+    if not isinstance(models, dict):
+        problems.append("models: must be a mapping of names, like `teacher: {provider: ollama, model: ...}`")
+        models = {}
+    if not isinstance(steps, list) or not steps:
+        problems.append("steps: required; a list like `- LoadJsonl: {path: train.jsonl}`")
+        steps = []
+    # A bare one stands for what could not be read, so that all else is checked where it stands.
+    bare = ModelConfig(provider="unread", model="unread", price=Price())
+    parts = {
+        "models": {name: _read(parse_model, body, f"models.{name}", problems) or bare for name, body in models.items()},
+        "steps": [_read(_step, item, f"steps[{at}]", problems) or Step() for at, item in enumerate(steps)] or [Step()],
+    }
+    pipeline = _read(partial(validated, Pipeline), config | parts, "", problems)
+    if pipeline is None or problems:
+        raise ConfigError(problems)
     return pipeline
+
+
+def parse_model(config: object, path: str) -> ModelConfig:
+    """The model that a config has at `path`. Raises ConfigError with every problem found."""
+    if not isinstance(config, dict) or not isinstance(config.get("provider"), str):
+        raise ConfigError(f"{path}.provider: required, for example ollama, openai or vllm")
+    try:
+        kind: type[ModelConfig] = provider_class(config["provider"]).Config
+    except UnknownName as error:
+        raise ConfigError(f"{path}.provider: {error}") from error
+    return validated(kind, config, path)
 
 
 def read_yaml(path: Path) -> Any:
@@ -110,10 +116,8 @@ def merge(base: Any, over: Any) -> Any:
         changed = list(base)
         for name, value in over.items():
             at = _place(changed, str(name))
-            item = changed[at]
-            body = item if str(name).isdecimal() else (item[name] if isinstance(item, dict) else None)
-            new = merge({} if body is None else body, value)
-            changed[at] = new if str(name).isdecimal() or new is Reset else {name: new}
+            item = {changed[at]: {}} if isinstance(changed[at], str) else changed[at]
+            changed[at] = merge(item, value if value is Reset or str(name).isdecimal() else {name: value})
         return [item for item in changed if item is not Reset]
     return deepcopy(over)
 
@@ -140,29 +144,56 @@ def interpolate(value: Any, environment: Mapping[str, str], problems: list[str],
         return value
 
     def replacement(match: "re.Match[str]") -> str:
-        if match[1] is None:
+        if match[0] == "$${":
             return "${"
-        parts = _NAME_AND_DEFAULT.fullmatch(match[1]) if match[0].endswith("}") else None
-        if parts is None:
+        name, default = match.groups()
+        if name is None:
             problems.append(f"{path}: {match[0]!r} is no variable; write ${{NAME}} or ${{NAME:-default}}")
             return ""
-        name, default = parts.groups()
         found = environment.get(name) or default
         if found is None:
             state = "empty" if name in environment else "not set"
             problems.append(f"{path}: the environment variable {name} is {state}: set it, or use ${{{name}:-default}}")
-            return ""
-        return found
+        return found or ""
 
     return _VARIABLE.sub(replacement, value)
 
 
-def describe(error: ValidationError, path: str, model: type[BaseModel]) -> list[str]:
+def _step(config: object, path: str) -> Step:
+    entry = {config: None} if isinstance(config, str) else config
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise ConfigError(f"{path}: must be one step, like `- Deduplicate: {{}}`; check the indentation")
+    ((name, body),) = entry.items()
+    try:
+        kind: type[Step] = step_class(str(name))
+    except UnknownName as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return validated(kind, {} if body is None else body, f"{path}.{name}")
+
+
+def _read(parse: Callable[[object, str], Parsed], config: object, path: str, problems: list[str]) -> Parsed | None:
+    try:
+        return parse(config, path)
+    except ConfigError as error:
+        problems += error.problems
+        return None
+
+
+def validated(kind: type[Parsed], config: object, path: str) -> Parsed:
+    """Raises ConfigError with every problem found, each with its path, which begins with `path`."""
+    try:
+        return kind.model_validate(config)
+    except ValidationError as error:
+        raise ConfigError([*_described(error, path, kind)]) from error
+
+
+def _described(error: ValidationError, path: str, model: type[BaseModel]) -> Iterator[str]:
     """One line for each problem of a validation error: its path, what is wrong, what was given."""
-    problems = []
     for problem in error.errors():
         place = path
         for part in problem["loc"]:
+            if "[" in str(part):
+                continue  # which type of a union was tried
             place = f"{place}[{part}]" if isinstance(part, int) else _join(place, str(part))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
@@ -171,82 +202,17 @@ def describe(error: ValidationError, path: str, model: type[BaseModel]) -> list[
             message = "required, but not given"
         elif _SECRET.isdisjoint(problem["loc"]) and isinstance(given := problem["input"], str | int | float | None):
             message = f"{message} (given: {given!r})"
-        problems.append(f"{place}: {message}" if place else message)
-    return problems
+        for line in message.splitlines():
+            yield f"{place}: {line}" if place else line
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     """Names of the fields that a place within a model may have."""
     for part in path:
         field = model.model_fields.get(str(part))
-        inner = [kind for kind in _parts(field.annotation) if hasattr(kind, "model_fields")] if field else []
-        if not inner:
-            break
-        model = inner[0]
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        model = next((kind for kind in kinds if hasattr(kind, "model_fields")), model)
     return list(model.model_fields)
-
-
-def _parts(annotation: Any) -> Iterator[Any]:
-    """A type and all the types that it is made of."""
-    yield annotation
-    for part in get_args(annotation):
-        yield from _parts(part)
-
-
-def _models(given: Any, problems: list[str]) -> dict[str, ModelConfig]:
-    if not isinstance(given, dict):
-        problems.append("models: must be a mapping of names, like `teacher: {provider: ollama, model: ...}`")
-        return {}
-    models = {}
-    for name, body in given.items():
-        path = f"models.{name}"
-        if isinstance(body, ModelConfig):
-            models[name] = body
-        elif not isinstance(body, dict) or not isinstance(body.get("provider"), str):
-            problems.append(f"{path}.provider: required, for example ollama, openai or vllm")
-        elif (kind := _known(provider_class, body["provider"], f"{path}.provider", problems)) and (
-            parsed := _validated(kind.Config, body, path, problems)
-        ):
-            models[name] = parsed
-    return models
-
-
-def _steps(given: Any, problems: list[str]) -> list[Step]:
-    if not isinstance(given, list) or not given:
-        problems.append("steps: required; a list like `- LoadJsonl: {path: train.jsonl}`")
-        return []
-    steps = []
-    for at, item in enumerate(given):
-        entry = {item: None} if isinstance(item, str) else item
-        if isinstance(item, Step):
-            steps.append(item)
-        elif not isinstance(entry, dict) or len(entry) != 1:
-            problems.append(f"steps[{at}]: must be one step, like `- Deduplicate: {{}}`; check the indentation")
-        else:
-            ((name, body),) = entry.items()
-            path = f"steps[{at}].{name}"
-            kind = _known(step_class, str(name), f"steps[{at}]", problems)
-            if kind and not isinstance(body, dict | None):
-                problems.append(f"{path}: must be a mapping of the step's options")
-            elif kind and (parsed := _validated(kind, body or {}, path, problems)):
-                steps.append(parsed)
-    return steps
-
-
-def _known(find: Callable[[str], Any], name: str, path: str, problems: list[str]) -> Any:
-    try:
-        return find(name)
-    except UnknownName as error:
-        problems.append(f"{path}: {error}")
-        return None
-
-
-def _validated(kind: type[Parsed], body: dict[str, Any], path: str, problems: list[str]) -> Parsed | None:
-    try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        problems += describe(error, path, kind)
-        return None
 
 
 def nested_override(override: str) -> Any:
@@ -297,3 +263,4 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("!reset", lambda *_: Reset)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)  # no option is a date

@@ -6,27 +6,17 @@ Only samples that both runs have are compared. A sample counts as accepted or no
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from fastdistill.control.folder import RunFolder, write_json
 from fastdistill.control.tally import interval
-from fastdistill.control.terminal import percent, say, show_table
+from fastdistill.control.terminal import percent, points, say, show_table
 from fastdistill.core.compare import Difference, mcnemar, paired_bootstrap
 from fastdistill.core.errors import InputError
 from fastdistill.core.stats import Rate, wilson
 from fastdistill.core.types import Outcome, Sample, Status
 
 ENDED = "sample_id != '' AND status IN ('open', 'failed')"  # samples that a run brought to an end
-
-
-class Fate(StrEnum):
-    """What became of a sample in one run."""
-
-    ACCEPTED = "accepted"
-    REJECTED = "rejected"
-    UNDECIDED = "undecided"
-    FAILED = "failed"  # it never reached the gates' end: not accepted either
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,39 +58,26 @@ def compare(a: RunFolder, b: RunFolder, group_by: str | None = None) -> Comparis
     Raises:
         InputError: a run has no ledger, no sample is in both, or a record lacks the field.
     """
-    before = {sample.sample_id: _ending(sample) for sample in a.samples(ENDED)}
-    differences: list[tuple[str, float]] = []
-    won: list[Change] = []
-    lost: list[Change] = []
-    both = only_b = undecided = 0
-    for sample in b.samples(ENDED):
-        first, now = before.pop(sample.sample_id, None), _ending(sample)
-        if first is None:
-            only_b += 1
-        elif Fate.UNDECIDED in (first.fate, now.fate):
-            undecided += 1
-        else:
-            both += first.fate is now.fate is Fate.ACCEPTED
-            gained = (now.fate is Fate.ACCEPTED) - (first.fate is Fate.ACCEPTED)
-            differences.append((group_of(sample, group_by), gained))
-            if gained:
-                at, reason = _held_against(first, now) if gained > 0 else _held_against(now, first)
-                change = Change(sample.sample_id, sample.task_id, sample.source, at, reason)
-                (won if gained > 0 else lost).append(change)
-    compared = len(differences)
-    if not compared and not undecided:
+    before = {sample.sample_id: _ending(sample, None) for sample in a.samples(ENDED)}
+    after = {sample.sample_id: _ending(sample, group_by) for sample in b.samples(ENDED)}
+    shared = [(before[sample_id], now) for sample_id, now in after.items() if sample_id in before]
+    decided = [(first, now) for first, now in shared if not (first.undecided or now.undecided)]
+    if not shared:
         raise InputError(f"{a.run_id} and {b.run_id} have no sample in common: were they made of the same records?")
+    won = [_change(now, first) for first, now in decided if now.accepted and not first.accepted]
+    lost = [_change(first, now) for first, now in decided if first.accepted and not now.accepted]
+    both = sum(bool(first.accepted and now.accepted) for first, now in decided)
     return Comparison(
         run_a=a.run_id,
         run_b=b.run_id,
-        only_a=len(before),
-        only_b=only_b,
-        undecided=undecided,
-        compared=compared,
-        accepted_a=wilson(both + len(lost), compared),
-        accepted_b=wilson(both + len(won), compared),
+        only_a=len(before) - len(shared),
+        only_b=len(after) - len(shared),
+        undecided=len(shared) - len(decided),
+        compared=len(decided),
+        accepted_a=wilson(both + len(lost), len(decided)),
+        accepted_b=wilson(both + len(won), len(decided)),
         both=both,
-        difference=paired_bootstrap(differences),
+        difference=paired_bootstrap((now.group, bool(now.accepted) - bool(first.accepted)) for first, now in decided),
         p_value=mcnemar(len(lost), len(won)),
         won=won,
         lost=lost,
@@ -122,8 +99,7 @@ def show_diff(run_a: str, run_b: str, output_dir: Path | None, group_by: str | N
         ("run", ">accepted", "rate, 95% interval"),
         [(run, f"{rate.successes:,}", percent(rate)) for run, rate in rates_of],
     )
-    estimate, low, high = (f"{100 * (value or 0.0):+.1f}" for value in asdict(found.difference).values())
-    say(f"difference: {estimate} points, 95% from {low} to {high}; McNemar p = {found.p_value:.3g}")
+    say(f"difference: {points(found.difference)}; McNemar p = {found.p_value:.3g}")
     show_table(
         ("", "at", "reason", ">samples", "for example"),
         [
@@ -136,37 +112,37 @@ def show_diff(run_a: str, run_b: str, output_dir: Path | None, group_by: str | N
 
 @dataclass(frozen=True, slots=True)
 class _Ending:
-    """How a sample ended: the accepted candidates, and why each of the others was not."""
+    """How a sample ended in one run."""
 
-    fate: Fate
+    place: tuple[str, str, str]
+    """Its id, its task id, and its source."""
+    group: str
     accepted: tuple[str, ...]
-    rejected: Mapping[str, tuple[str, str]]  # gate and reason, by candidate; who came furthest is the last
-    failure: tuple[str, str]
+    """Candidates."""
+    undecided: bool
+    reasons: Mapping[str, tuple[str, str]]
+    """Gate and reason by rejected candidate, who came furthest last; before all, under no id, what else broke."""
 
 
-def _ending(sample: Sample) -> _Ending:
-    accepted = tuple(candidate.candidate_id for candidate in sample.accepted)
-    failed = [c for c in sample.candidates if c.outcome is Outcome.FAIL]
-    failed.sort(key=lambda candidate: len(candidate.verdicts))
-    rejected = {
-        c.candidate_id: next((v.gate, v.reason) for v in c.verdicts if v.outcome is Outcome.FAIL) for c in failed
-    }
-    failure = next(((f.step, f.reason) for f in reversed(sample.failures)), ("", "no candidates"))
-    if sample.status is Status.FAILED:
-        fate = Fate.FAILED
-    elif accepted:
-        fate = Fate.ACCEPTED
-    else:
-        fate = Fate.UNDECIDED if len(failed) < len(sample.candidates) else Fate.REJECTED
-    return _Ending(fate, accepted, rejected, failure)
+def _ending(sample: Sample, group_by: str | None) -> _Ending:
+    reasons = {"": next(((f.step, f.reason) for f in reversed(sample.failures)), ("", "no candidates"))}
+    accepted: tuple[str, ...] = ()
+    undecided = False
+    if sample.status is not Status.FAILED:  # which never reached the gates' end
+        accepted = tuple(candidate.candidate_id for candidate in sample.accepted)
+        failed = [c for c in sample.candidates if c.outcome is Outcome.FAIL]
+        for candidate in sorted(failed, key=lambda candidate: len(candidate.verdicts)):
+            verdict = next(v for v in candidate.verdicts if v.outcome is Outcome.FAIL)
+            reasons[candidate.candidate_id] = (verdict.gate, verdict.reason)
+        undecided = not accepted and len(failed) < len(sample.candidates)
+    place = (sample.sample_id, sample.task_id, sample.source)
+    return _Ending(place, group_of(sample, group_by), accepted, undecided, reasons)
 
 
-def _held_against(loser: _Ending, winner: _Ending) -> tuple[str, str]:
-    """Why a run did not accept a sample: what it held against an answer that the other accepted, if it has that one."""
-    same = [loser.rejected[candidate] for candidate in winner.accepted if candidate in loser.rejected]
-    if loser.fate is Fate.FAILED:
-        return loser.failure
-    return (same or [*loser.rejected.values()][-1:] or [loser.failure])[0]
+def _change(winner: _Ending, loser: _Ending) -> Change:
+    """What the loser held against an answer that the winner accepted, if it has that one."""
+    same = [loser.reasons[candidate] for candidate in winner.accepted if candidate in loser.reasons]
+    return Change(*winner.place, *(same or [*loser.reasons.values()][-1:])[0])
 
 
 def group_of(sample: Sample, group_by: str | None) -> str:

@@ -4,7 +4,8 @@ The answers are stored like any others, so the run itself will not pay for them 
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import astuple, dataclass
 from hashlib import sha256
 from math import inf
@@ -18,7 +19,7 @@ from pydantic import PrivateAttr
 from fastdistill.control.folder import RunFolder, artifacts_root
 from fastdistill.control.run import open_at
 from fastdistill.control.session import Pipeline, execute, run_in_loop, unwatched
-from fastdistill.core.bill import BILL, Bill
+from fastdistill.core.bill import BILLS, Bill
 from fastdistill.core.errors import InputError
 from fastdistill.core.stats import Total, project_mean, project_needed, project_share
 from fastdistill.core.step import Context, SampleStep, StreamStep
@@ -26,10 +27,7 @@ from fastdistill.core.types import Sample, Status, Usage
 
 
 class RandomSamples(StreamStep):
-    """Lets `n` samples through, drawn at random but always the same ones: those whose ids hash lowest.
-
-    `bills` has what each of them asks for from here on, by its index.
-    """
+    """Lets `n` samples through, drawn at random but always the same ones: those whose ids hash lowest."""
 
     n: int
 
@@ -42,8 +40,14 @@ class RandomSamples(StreamStep):
         return self._seen
 
     @property
-    def bills(self) -> Mapping[int, Bill]:
+    def bills(self) -> dict[int, Bill]:
+        """What each of them asks for from here on, by its index."""
         return self._bills
+
+    @asynccontextmanager
+    async def opened(self, ctx: Context) -> AsyncIterator[None]:
+        BILLS.set(self.bills)
+        yield
 
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample | None]:
         drawn: list[tuple[int, int, Sample]] = []
@@ -55,7 +59,7 @@ class RandomSamples(StreamStep):
                 heapq.heappop(drawn)
             yield None  # others, and Ctrl-C, have their turn
         for sample in sorted((sample for _, _, sample in drawn), key=lambda sample: sample.index):
-            BILL.set(self._bills.setdefault(sample.index, {}))  # in the task that takes the sample
+            self.bills[sample.index] = {}
             yield sample
 
 
@@ -78,24 +82,17 @@ class Estimate:
     cost_usd: Total | None
 
 
-def shortened(pipeline: Pipeline, few: StreamStep) -> Pipeline:
-    """The pipeline with `few` samples only, up to its last step that works on samples."""
-    at = [place for place, step in enumerate(pipeline.steps) if isinstance(step, SampleStep)]
-    first, end = (at[0], at[-1] + 1) if at else (len(pipeline.steps),) * 2
-    steps = [*pipeline.steps[:first], few]
-    for place in range(first, end):
-        if place in at and place > first and place - 1 not in at:  # the others are asked by other tasks
-            steps.append(few.model_copy(update={"name": f"{few.name}{place}"}))
-        steps.append(pipeline.steps[place])
-    return Pipeline(name=pipeline.name, models=pipeline.models, steps=tuple(steps), max_error_rate=1)
-
-
 def run_shortened(pipeline: Pipeline, few: StreamStep, output_dir: Path | None) -> tuple[list[Sample], dict[str, Any]]:
-    """Runs a few samples, with the shared response store and no run folder; the samples and the timing report."""
-    root = artifacts_root(output_dir)
+    """Runs `few` samples up to the last step that works on samples; the samples and the timing report.
+
+    The response store is the shared one, and there is no run folder.
+    """
+    at = [place for place, step in enumerate(pipeline.steps) if isinstance(step, SampleStep)] or [len(pipeline.steps)]
+    steps = (*pipeline.steps[: at[0]], few, *pipeline.steps[at[0] : at[-1] + 1])
+    shortened = Pipeline(name=pipeline.name, models=pipeline.models, steps=steps, max_error_rate=1)
     with TemporaryDirectory(prefix="fastdistill-") as scratch:
-        folder = RunFolder(root, "preview", Path(scratch) / "run")
-        result = run_in_loop(execute(shortened(pipeline, few), folder, unwatched))
+        folder = RunFolder(artifacts_root(output_dir), "preview", Path(scratch) / "run")
+        result = run_in_loop(execute(shortened, folder, unwatched))
         return list(folder.samples()), dict(result.timing)
 
 
@@ -126,12 +123,12 @@ def estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> Estimate:
     def time(model: str) -> Total:
         # By tokens, for these are known of each answer: together they take as long as the answers did on average.
         told, limits = timing["models"][model], pipeline.models[model]
-        weights = [_weight(usage) for bill in bills for name, usage in bill if name == model]
+        weights = [usage.completion_tokens + 1 for bill in bills for name, usage in bill if name == model]
         per_weight = told["busy"]["total_s"] / told["answers_paid"] * len(weights) / max(1, sum(weights))
         spacing = 60 / (limits.requests_per_minute or inf) * told["requests"] / told["answers_paid"]
         per_token = 60 / (limits.tokens_per_minute or inf)
         spans: list[Callable[[Usage], float]] = [
-            lambda usage: _weight(usage) * per_weight / told["concurrency"],
+            lambda usage: (usage.completion_tokens + 1) * per_weight / told["concurrency"],
             lambda usage: spacing,
             lambda usage: per_token * (usage.prompt_tokens + usage.completion_tokens),
         ]
@@ -158,7 +155,3 @@ def estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> Estimate:
         seconds=times.get(slowest),
         cost_usd=total(lambda name, usage: prices[name].cost(usage)) if tell and priced else None,
     )
-
-
-def _weight(usage: Usage) -> int:
-    return usage.completion_tokens + 1

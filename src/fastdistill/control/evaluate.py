@@ -3,18 +3,16 @@
 An evaluation is a run: its answers are stored, its ledger has every verdict, and it can be compared and explained.
 """
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdistill.control.registry import provider_class
+from fastdistill.control.config import merge, parse_model, validated
 from fastdistill.control.session import Origin, Pipeline
 from fastdistill.core.errors import ConfigError
-from fastdistill.core.step import SampleStep, Step
+from fastdistill.core.step import SampleStep
 from fastdistill.data.generate import TextGeneration
 from fastdistill.data.load import LoadJsonl
 from fastdistill.data.prepare import CanonicalizeFields
-from fastdistill.model.provider import ModelConfig
 
 
 def evaluation(
@@ -33,46 +31,30 @@ def evaluation(
     Raises:
         ConfigError: nothing in the pipeline asks for candidates, or the model's config is wrong.
     """
-    asked = [step for step in pipeline.steps if isinstance(step, TextGeneration)]
-    if len(asked) != 1:
-        raise ConfigError(f"{pipeline.name}: one TextGeneration is evaluated, this has {len(asked)}")
-    model = _model(pipeline, role, asked[0].models()[-1], changes)
-    judges = {name: pipeline.models[name] for s in pipeline.steps if s is not asked[0] for name in s.models()}
-    try:
-        return Pipeline(
-            name=f"{pipeline.name}-eval-{role}"[:64],
-            models={**judges, role: model},
-            steps=tuple(_steps(pipeline.steps, data, role, draws, limit)),
-            budget=pipeline.budget,
-            max_error_rate=pipeline.max_error_rate,
-            lineage=Origin(role=role),
-        )
-    except ValueError as error:
-        raise ConfigError(f"evaluation of {role}: {error}") from error
-
-
-def _steps(steps: Sequence[Step], data: Path, role: str, draws: int, limit: int | None) -> Iterator[Step]:
-    yield LoadJsonl(path=data, limit=limit)
-    for step in steps:
-        if isinstance(step, TextGeneration):
-            # Made anew, not copied: a copy would keep the fingerprint.
-            yield TextGeneration.model_validate(
-                step.model_dump() | {"model": role, "teachers": (), "until": None, "num_generations": draws}
-            )
-        elif isinstance(step, CanonicalizeFields | SampleStep):
-            yield step
-
-
-def _model(pipeline: Pipeline, role: str, teacher: str, changes: dict[str, Any]) -> ModelConfig:
+    generations = [step for step in pipeline.steps if isinstance(step, TextGeneration)]
+    if len(generations) != 1:
+        raise ConfigError(f"{pipeline.name}: one TextGeneration is evaluated, this has {len(generations)}")
+    (asking,) = generations
     if role not in pipeline.models and "model" not in changes:
         raise ConfigError(f"models: there is no {role!r}; add it to the config, or name the model with --model")
-    base = pipeline.models.get(role) or pipeline.models[teacher]
-    provider = changes.get("provider", base.provider)
-    # Of another provider's settings none would be meant.
-    before = base.model_dump() if provider == base.provider else {"provider": provider}
-    try:
-        config = provider_class(provider).Config.model_validate(before | changes)
-    except ValueError as error:
-        raise ConfigError(f"models.{role}: {error}") from error
-    assert isinstance(config, ModelConfig)
-    return config
+    base = pipeline.models.get(role) or pipeline.models[asking.models()[-1]]
+    # Its key and its headers are for its own server alone.
+    before = base.model_dump() if "base_url" in changes else dict(base)
+    model = parse_model(merge(before, changes), f"models.{role}")
+    kept = [step for step in pipeline.steps if isinstance(step, CanonicalizeFields | SampleStep)]
+    judges = {name: pipeline.models[name] for step in kept if step is not asking for name in step.models()}
+    if changes and role in judges:
+        raise ConfigError(f"--role {role}: its model judges here, and that must not change; choose another role")
+    # Made anew, not copied: a copy would keep the fingerprint.
+    alike = {"model": role, "teachers": (), "until": None, "num_generations": draws}
+    evaluated = validated(TextGeneration, asking.model_dump() | alike, asking.name)
+    load = validated(LoadJsonl, {"path": data, "limit": limit}, "--data")
+    config = {
+        "name": f"{pipeline.name}-eval-{role}"[:64],
+        "models": {**judges, role: model},
+        "steps": [load, *(evaluated if step is asking else step for step in kept)],
+        "budget": pipeline.budget,
+        "max_error_rate": pipeline.max_error_rate,
+        "lineage": Origin(role=role),
+    }
+    return validated(Pipeline, config, f"evaluation of {role}")

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def artifacts_root(output_dir: Path | None = None) -> Path:
     """`--output-dir`, else FASTDISTILL_ARTIFACTS_DIR, else `./artifacts`."""
-    return (output_dir or Path(os.environ.get("FASTDISTILL_ARTIFACTS_DIR", "artifacts"))).expanduser()
+    return (output_dir or Path(os.environ.get("FASTDISTILL_ARTIFACTS_DIR") or "artifacts")).expanduser()
 
 
 class RunFolder:
@@ -50,7 +51,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+")
         except OSError as error:
-            raise EnvironmentFault(f"{self.path}: {error.strerror}; choose another --output-dir") from error
+            raise EnvironmentFault(f"{error.filename}: {error.strerror}; choose another --output-dir") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,10 +76,9 @@ class RunFolder:
         self.dist_in_work.rename(self.dist)
 
     def samples(self, where: str = "1", parameters: Sequence[Any] = ()) -> Iterator["Sample"]:
-        """The samples of the ledger in input order, lazily; `where` is an SQL condition of ours on its `samples`.
+        """The samples of the ledger in input order, lazily; `where` is an SQL condition of ours on its `entries`.
 
-        Raises:
-            InputError: there is no ledger.
+        Raises InputError if there is no ledger.
         """
         from fastdistill.control.ledger import read_samples
 
@@ -98,8 +98,7 @@ class RunFolder:
     def find(cls, root: Path | None, run: str) -> "RunFolder":
         """The run under the root (None: the default one) whose id is `run`, or begins with it.
 
-        Raises:
-            InputError: there is none, or more than one.
+        Raises InputError if there is none, or more than one.
         """
         known = {folder.run_id: folder for folder in cls.all(root)}
         begun = [run_id for run_id in known if run_id.startswith(run)]
@@ -112,15 +111,11 @@ class RunFolder:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     with atomic(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.write(json.dumps(content, indent=2, ensure_ascii=False, default=asdict) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A report of ours.
-
-    Raises:
-        InputError: it is not there or not JSON.
-    """
+    """A report of ours. Raises InputError if it is not there or not JSON."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

@@ -56,10 +56,10 @@ def advice(runs: Sequence[Measured], steps: Sequence[Pair]) -> list[str]:
     if len(steps) >= 2 and all(indistinct(step.difference) for step in steps[-2:]):
         said.append("stop: the last two generations can't be told from their parents")
     first, last = runs[0], runs[-1]
-    before, after = first.pass_at()[1].estimate, last.pass_at()[1].estimate
+    before, after = first.pass_at_k.estimate, last.pass_at_k.estimate
     if before and after is not None and after < (1 - COLLAPSE) * before:
         said.append(f"stop: pass@k has fallen from {before:.1%} to {after:.1%} since generation 0")
-    one, other = first.diversity(), last.diversity()
+    one, other = first.diversity, last.diversity
     if one and other is not None and other < (1 - COLLAPSE) * one:
         said.append(f"stop: distinct answers have fallen from {one:.2f} to {other:.2f} of the accepted: a collapse")
     return said

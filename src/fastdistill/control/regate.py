@@ -4,10 +4,10 @@ The candidates come from the ledger of the earlier run, with their answers as th
 was asked then, whatever waves or races it was asked in. All of the pipeline after generation runs as in any run.
 """
 
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from operator import ne
+from itertools import takewhile
+from operator import is_not
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -24,7 +24,6 @@ from fastdistill.core.files import sha256_file
 from fastdistill.core.step import Context, Gate, SampleStep, Step, StreamStep, is_generation
 from fastdistill.core.types import Candidate, Failure, Outcome, Sample, Status
 from fastdistill.data.generate import TextGeneration
-from fastdistill.model.provider import ModelConfig
 
 _KEPT = 1024  # stored samples in memory; more than are open at a time, as a rule
 _HOLDS = ConfigDict(arbitrary_types_allowed=True)  # steps of our own making, never in a config
@@ -60,8 +59,7 @@ def regate(
 class StoredRun:
     """A finished run: its pipeline, its samples, and what its verdicts depended on.
 
-    Raises:
-        InputError: it has left no ledger, or has not ended.
+    Raises InputError if it has left no ledger, or has not ended.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -72,38 +70,32 @@ class StoredRun:
         self.config = read_yaml(folder.config)
         self.pipeline = parse_pipeline(self.config)
         self._hashes = {entry["path"]: entry["sha256"] for entry in manifest["inputs"]}
-        self._comparable = _judging(manifest["versions"]) == _judging(versions())
-        self._kept: OrderedDict[int, Sample] = OrderedDict()
+        ours = {"fastdistill": ""}  # a step's fingerprint tells of our own code
+        self._comparable = manifest["versions"] | ours == versions() | ours
+        self._kept: dict[int, Sample] = {}
         self.read = {folder.ledger.absolute(): sha256_file(folder.ledger)}
-
-    def samples(self) -> Iterator[Sample]:
-        """All samples in input order, up to the one that made a target full."""
-        target = self.pipeline.target
-        for sample in first_accepted(self.folder.samples(), target.accepted if target else None):
-            self._keep(sample)
-            yield sample
 
     def sample(self, index: int) -> Sample:
         if index not in self._kept:
-            self._keep(next(self.folder.samples("idx = ?", (index,))))
+            self.keep(next(self.folder.samples("idx = ?", (index,))))
         return self._kept[index]
 
-    def asks_the_same(self, generation: Step, pipeline: Pipeline) -> bool:
-        """Whether a step of `pipeline` is a step of this run, and asks the same models."""
-        return any(
-            step.name == generation.name and step.fingerprint == generation.fingerprint for step in self.pipeline.steps
-        ) and self._same_models(generation, pipeline)
+    def same_models(self, step: Step, pipeline: Pipeline) -> bool:
+        """Whether a step of `pipeline` asks the models that it would have asked in this run."""
+        then, now = (
+            [(model.provider, model.model, model.parameters()) for name in step.models() if (model := known.get(name))]
+            for known in (self.pipeline.models, pipeline.models)
+        )
+        return then == now
 
     def gate_like(self, gate: Gate, pipeline: Pipeline) -> str | None:
         """The name of the gate of this run whose verdict on an answer is as good as a new one by `gate`, if any."""
-        names = [step.name for step in self.pipeline.steps]
-        like = next((at for at, step in enumerate(self.pipeline.steps) if step.fingerprint == gate.fingerprint), None)
         independent = (gate.alone or type(gate).judge_all is Gate.judge_all) and not gate.gates()
-        if like is None or not (independent and self._comparable and self._same_models(gate, pipeline)):
+        if not (independent and self._comparable and self.same_models(gate, pipeline)):
             return None
         # The ledger has each answer as it was at the end: the gate saw the same one if no step rewrote it since.
-        later = self.pipeline.steps[like + 1 :]
-        return None if any(isinstance(step, SampleStep) and step.rewrites for step in later) else names[like]
+        unchanged = takewhile(lambda step: not getattr(step, "rewrites", False), reversed(self.pipeline.steps))
+        return next((step.name for step in unchanged if step.fingerprint == gate.fingerprint), None)
 
     def unchanged(self, path: Path) -> bool:
         """Whether a file is the one that the run read."""
@@ -112,13 +104,10 @@ class StoredRun:
             self.read[path] = sha256_file(path)
         return path in self.read and self.read[path] == self._hashes.get(path.as_posix())
 
-    def _same_models(self, step: Step, pipeline: Pipeline) -> bool:
-        return all(_identity(self.pipeline.models.get(m)) == _identity(pipeline.models[m]) for m in step.models())
-
-    def _keep(self, sample: Sample) -> None:
+    def keep(self, sample: Sample) -> None:
+        if len(self._kept) >= _KEPT:
+            del self._kept[next(iter(self._kept))]
         self._kept[sample.index] = sample
-        if len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
 
 
 def regated(stored: StoredRun, layers: Sequence[Path], overrides: Sequence[str] = ()) -> Pipeline:
@@ -126,10 +115,7 @@ def regated(stored: StoredRun, layers: Sequence[Path], overrides: Sequence[str] 
 
     A list of steps stands for all steps after generation (or for all steps, if it has the generation too) and brings
     its own `require`; a mapping changes the steps that it names. `target` and `budget` say when to stop asking, and are
-    left out.
-
-    Raises:
-        ConfigError: that is no pipeline, or one that would read other samples.
+    left out. Raises ConfigError if that is no pipeline, or one that would read other samples.
     """
     given = load_layers(layers)
     if not isinstance(given, dict):
@@ -144,8 +130,8 @@ def regated(stored: StoredRun, layers: Sequence[Path], overrides: Sequence[str] 
         base.pop("require", None)
     config = load_layers((), overrides, merge(base, given))
     pipeline = parse_pipeline({key: value for key, value in config.items() if key not in ("target", "budget")})
-    before = [stored.pipeline.steps[: _generating(stored.pipeline)[0]], pipeline.steps[: _generating(pipeline)[0]]]
-    if len({tuple(step.fingerprint for step in steps) for steps in before}) > 1:
+    before, now = ([step.fingerprint for step in of.steps[: _generating(of)[0]]] for of in (stored.pipeline, pipeline))
+    if before != now:
         raise ConfigError(
             f"steps: the samples are those that {stored.folder.run_id} has read, so the steps before generation"
             " can't be others; leave them out, or use `fastdistill pipeline run`"
@@ -154,11 +140,7 @@ def regated(stored: StoredRun, layers: Sequence[Path], overrides: Sequence[str] 
 
 
 def _generating(pipeline: Pipeline) -> list[int]:
-    """Where in a pipeline candidates are asked for.
-
-    Raises:
-        ConfigError: nowhere.
-    """
+    """Where in a pipeline candidates are asked for. Raises ConfigError if that is nowhere."""
     found = [at for at, step in enumerate(pipeline.steps) if is_generation(step)]
     if not found:
         raise ConfigError(f"{pipeline.name}: no step asks for candidates: there is nothing to judge again")
@@ -170,7 +152,8 @@ def _replaying(stored: StoredRun, pipeline: Pipeline, lineage: Lineage) -> Itera
     yield _StoredSamples(name="StoredSamples", stored=stored)
     for step in pipeline.steps[_generating(pipeline)[0] :]:
         if is_generation(step):
-            same = stored.asks_the_same(step, pipeline)
+            like = [(before.name, before.fingerprint) for before in stored.pipeline.steps]
+            same = (step.name, step.fingerprint) in like and stored.same_models(step, pipeline)
             yield _StoredCandidates(name=step.name, stored=stored, generation=step, same=same)
         elif isinstance(step, Gate) and (name := stored.gate_like(step, pipeline)):
             yield _StoredVerdicts(name=step.name, stored=stored, gate=step, like=name, lineage=lineage)
@@ -179,15 +162,17 @@ def _replaying(stored: StoredRun, pipeline: Pipeline, lineage: Lineage) -> Itera
 
 
 class _StoredSamples(StreamStep):
-    """The samples of the earlier run, as they were before anything was asked for them."""
+    """The samples of the earlier run up to the one that made a target full, before anything was asked for them."""
 
     model_config = _HOLDS
 
     stored: StoredRun
 
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
-        for sample in self.stored.samples():
+        target = self.stored.pipeline.target
+        for sample in first_accepted(self.stored.folder.samples(), target.accepted if target else None):
             if sample.candidates and sample.status is not Status.SKIPPED:
+                self.stored.keep(sample)
                 yield replace(sample, candidates=(), selection=None, failures=(), status=Status.OPEN)
             else:
                 ctx.discard(sample)
@@ -208,18 +193,18 @@ class _StoredCandidates(SampleStep):
         for failure in failures:
             if failure.attempt is None:
                 raise SampleError(failure.reason, failure.message)
-        asked = None
-        if isinstance(self.generation, TextGeneration):
+        asked: set[tuple[str, str]] = set()
+        if not self.same and isinstance(self.generation, TextGeneration):
             asked = {(prompt.provider, prompt.digest) for prompt in self.generation.prompts(sample, ctx)}
         kept = []
         for candidate in (c for c in before.candidates if c.step == self.name):
-            if self.same if asked is None else (candidate.prompt.provider, candidate.prompt.digest) in asked:
+            if self.same or (candidate.prompt.provider, candidate.prompt.digest) in asked:
                 kept.append(replace(candidate, answer=candidate.completion.text, cuts=(), verdicts=(), score=None))
             else:
                 message = f"{sample.source}: {self.name} would ask something else now; regate asks nobody"
                 failures.append(Failure(self.name, "not_stored", message, candidate.attempt))
         if not kept and not sample.candidates:
-            last = failures[-1] if failures else Failure(self.name, "not_stored", f"{sample.source}: nothing is stored")
+            last = [Failure(self.name, "not_stored", f"{sample.source}: nothing is stored"), *failures][-1]
             raise SampleError(last.reason, last.message)
         return replace(sample, candidates=(*sample.candidates, *kept), failures=(*sample.failures, *failures))
 
@@ -244,7 +229,7 @@ class _StoredVerdicts(SampleStep):
         if all(self.stored.unchanged(path) for path in self.gate.inputs_for(sample)):
             before = {candidate.candidate_id: candidate for candidate in self.stored.sample(sample.index).candidates}
             taken_over = [self._taken_over(candidate, before) for candidate in sample.candidates]
-            self.lineage.reused[self.name] += sum(map(ne, taken_over, sample.candidates))
+            self.lineage.reused[self.name] += sum(map(is_not, taken_over, sample.candidates))
             sample = replace(sample, candidates=tuple(taken_over))
         return await self.gate.run(sample, ctx)
 
@@ -257,12 +242,3 @@ class _StoredVerdicts(SampleStep):
         if verdict is None or verdict.outcome is Outcome.ERROR:
             return candidate
         return candidate.judged(replace(verdict, gate=self.name))
-
-
-def _judging(found: Mapping[str, str]) -> dict[str, str]:
-    """The versions that a verdict may depend on: a step's fingerprint tells of our own code."""
-    return {name: version for name, version in found.items() if name != "fastdistill"}
-
-
-def _identity(config: ModelConfig | None) -> object:
-    return config and (config.provider, config.model, config.parameters())

@@ -52,7 +52,7 @@ class UnknownName(ValueError):
 
 def step_class(name: str) -> Any:
     """The class of a step. Raises UnknownName if no step has this name."""
-    return _load("fastdistill.steps", name, {step: f"{module}:{step}" for step, module in STEPS.items()})
+    return _load("fastdistill.steps", name, STEPS)
 
 
 def provider_class(kind: str) -> Any:
@@ -71,7 +71,7 @@ def suggest(name: str, known: list[str]) -> str:
 def _load(group: str, name: str, builtin: dict[str, str]) -> Any:
     if name in builtin:
         module, _, attribute = builtin[name].partition(":")
-        return getattr(import_module(module), attribute)
+        return getattr(import_module(module), attribute or name)
     from importlib.metadata import entry_points
 
     third_party = {point.name: point for point in entry_points(group=group)}

@@ -8,5 +8,5 @@ from fastdistill.core.types import Usage
 Bill: TypeAlias = dict[str, tuple[str, Usage]]
 """By the key of an answer, which is paid for once: the name of the model, and the usage."""
 
-BILL: ContextVar[Bill | None] = ContextVar("bill", default=None)
-"""Where somebody wants to know, what the sample at work has asked for."""
+BILLS: ContextVar[dict[int, Bill] | None] = ContextVar("bills", default=None)
+"""Where somebody wants to know, the bills of samples by their index."""

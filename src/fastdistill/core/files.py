@@ -10,7 +10,10 @@ from typing import Any, BinaryIO, Literal, TextIO, overload
 
 from fastdistill.core.errors import EnvironmentFault
 
-_MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_MACHINE_FAULTS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
+}  # fmt: skip
 
 
 @overload

@@ -13,9 +13,10 @@ from itertools import islice, repeat
 from time import perf_counter
 from typing import Any, Protocol
 
-from fastdistill.core.bill import BILL
+from fastdistill.core.bill import BILLS
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError, Unreachable
+from fastdistill.core.run import AT_WORK
 from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
 from fastdistill.core.turns import give_turn
@@ -122,9 +123,9 @@ class ModelClient:
                 others[0].append(asked)
                 await asked  # another sample asks the very same; then look again
             missing = {key: draw for key, draw in missing.items() if key not in results}
-        if (bill := BILL.get()) is not None:
+        if (bills := BILLS.get()) is not None:
             answers = [each for each in results.values() if isinstance(each, Answer)]
-            bill.update({each.key: (self.name, each.completion.usage) for each in answers})
+            bills[AT_WORK.get()].update({each.key: (self.name, each.completion.usage) for each in answers})
         return [*map(results.__getitem__, keys)]
 
     async def ready(self, like: Prompt | None = None) -> None:
