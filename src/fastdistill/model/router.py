@@ -23,7 +23,7 @@ LOOKAHEAD = 64  # waiting requests among which a slot chooses; also how often on
 PREFIX = 256  # characters of the shortest prefix that counts; each further one is twice as long
 REMEMBERED = 4096  # prefixes of one endpoint
 LONGEST_COOLING = 30.0  # seconds
-LOOKS = 0.5  # seconds after which those who wait for a cooling endpoint look whether the run ends
+LOOKS = 0.02  # seconds after which those who wait for a cooling endpoint look whether it is up, or the run ends
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +45,7 @@ class Endpoint:
     _cooled_at: float = float("-inf")
     _refuses_until: float = 0.0  # it said so itself, or nobody listened: whatever is answered meanwhile
     _warm: OrderedDict[int, int] = field(default_factory=OrderedDict)  # prefix -> the tick at which it was used last
-    _led: dict[int, int] = field(default_factory=dict)  # cold prefix -> how many requests under way warm it
+    _led: set[int] = field(default_factory=set)  # prefixes that requests under way warm
 
     @property
     def free(self) -> int:
@@ -103,33 +103,24 @@ class Endpoint:
         """Whether it has seen the longest, and so all of them."""
         return not prefixes or prefixes[-1] in self._warm
 
-    def begin(self, prefixes: tuple[int, ...]) -> tuple[int, ...]:
-        """A request goes out; gives those of its prefixes that it leads."""
+    def begin(self, prefixes: tuple[int, ...]) -> None:
+        """A request goes out."""
         self.in_flight += 1
         self.latest = prefixes
-        if self.is_warm(prefixes):
-            return ()
-        warm, led = self._warm, self._led
-        leads = tuple([prefix for prefix in prefixes if prefix not in warm])
-        for prefix in leads:
-            led[prefix] = led.get(prefix, 0) + 1
-        return leads
+        if not self.is_warm(prefixes):
+            self._led.update(prefixes)
 
-    def end(self, prefixes: tuple[int, ...], leads: tuple[int, ...], tick: int) -> None:
-        """One that `begin` let out has come home."""
+    def end(self, prefixes: tuple[int, ...], tick: int) -> None:
+        """One has come home: its prefixes are warm now, whoever else is under way with them."""
         self.in_flight -= 1
-        for prefix in leads:
-            if (others := self._led[prefix] - 1) > 0:
-                self._led[prefix] = others
-            else:
-                del self._led[prefix]
+        self._led.difference_update(prefixes)
         _remember(self._warm, prefixes, tick, REMEMBERED)
 
 
 class Slot:
     """A request that waits for a slot, and then holds it: `async with router.slot(prompt) as endpoint`."""
 
-    __slots__ = ("_router", "_turn", "besides", "endpoint", "leads", "longest", "passed", "prefixes", "shared")
+    __slots__ = ("_router", "_turn", "besides", "endpoint", "longest", "passed", "prefixes", "shared")
 
     def __init__(
         self, router: "Router", prefixes: tuple[int, ...], shared: tuple[int, ...], besides: Endpoint | None
@@ -164,7 +155,7 @@ class Slot:
                 return
             self._turn.set_result(None)
         self.endpoint = endpoint
-        self.leads = endpoint.begin(self.prefixes)
+        endpoint.begin(self.prefixes)
 
 
 class Router:
@@ -216,7 +207,7 @@ class Router:
         """Of one that has its slot, or does not want one any more."""
         if slot.endpoint is not None:
             self._ticks += 1
-            slot.endpoint.end(slot.prefixes, slot.leads, self._ticks)
+            slot.endpoint.end(slot.prefixes, self._ticks)
         else:
             with suppress(ValueError):  # when a slot came to it after it was cancelled
                 self._waiting.remove(slot)
@@ -229,7 +220,7 @@ class Router:
             if endpoint.free <= 0 or endpoint is besides:
                 continue
             if endpoint.cooling_until > now and not self._ending:
-                self._look_at(min(endpoint.cooling_until + 0.001, now + LOOKS))
+                self._look_again()
             elif best is None or endpoint.load < best.load:
                 best = endpoint
         return best
@@ -292,14 +283,11 @@ class Router:
             self._latest = (prompt, prefixes, longest)
         return prefixes
 
-    def _look_at(self, moment: float) -> None:
-        """Sees to it that slots are handed out then, if not earlier."""
-        if self._wake is not None and self._wake.when() > moment:
-            self._wake.cancel()
-            self._wake = None
+    def _look_again(self) -> None:
+        """Sees to it that slots are handed out soon, for all that wait."""
         if self._wake is None:
-            # For all that wait, not for the sample at work: it may be at its end while the run is not.
-            self._wake = asyncio.get_running_loop().call_at(moment, self._woken, context=Context())
+            # Not in the context of the sample at work: it may be at its end while the run is not.
+            self._wake = asyncio.get_running_loop().call_later(LOOKS, self._woken, context=Context())
 
     def _woken(self) -> None:
         self._wake = None
