@@ -37,42 +37,33 @@ class Meter:
     peak: int = 0
     reserved_tokens: int = 0  # that the requests in flight may cost at most
     spent: str | None = None  # why nothing more is asked: the model's own budget
-    first: float | None = None
-    last: float | None = None
+    first: float = 0.0  # when the first request went out, by perf_counter
+    last: float = 0.0  # when the last one ended
+    completion_tokens: int = 0  # of the answers that came home
     _densest: float | None = None  # tokens for a character of a long prompt, a little more than was seen
     _supposed: float = 1.0  # the same until a long one was seen: text of any language has hardly more
     _prompt_tokens: int = 0
     _completion_tokens: int = 0
-    _lost_completion_tokens: int = 0
     _cached_tokens: int = 0
     _reasoning_tokens: int = 0
-
-    def request(self, wanted: float, tokens: int) -> "InFlight":
-        """Holds one request in flight, which waited since `wanted` by perf_counter, and may cost up to `tokens`."""
-        return InFlight(self, wanted, tokens)
 
     def answered(self, usage: Usage, characters: int) -> None:
         """An answer was paid for; its prompt has so many characters."""
         self.answers += 1
+        self.completion_tokens += usage.completion_tokens
         if usage.prompt_tokens and characters >= _LONG:
             self._densest = max(self._densest or 0.0, 1.1 * usage.prompt_tokens / characters)
         elif characters:
             self._supposed = max(self._supposed, (usage.prompt_tokens - TEMPLATE) / characters)
-        self._count(usage)
-
-    def lost(self, usage: Usage) -> None:
-        """A request was called off that may have cost so much."""
-        self.lost_tokens += usage.prompt_tokens + usage.completion_tokens
-        self._lost_completion_tokens += usage.completion_tokens
-        self._count(usage)
+        self.paid(usage)
 
     def probed(self, usage: Usage) -> None:
         """First contact with an endpoint cost so much."""
         self.probe_tokens += usage.prompt_tokens + usage.completion_tokens
-        self._lost_completion_tokens += usage.completion_tokens
-        self._count(usage)
+        self.paid(usage)
 
-    def _count(self, usage: Usage) -> None:
+    def paid(self, usage: Usage) -> None:
+        """So much was paid for, or may have been."""
         self._prompt_tokens += usage.prompt_tokens
         self._completion_tokens += usage.completion_tokens
         self._cached_tokens += usage.cached_tokens
@@ -82,11 +73,6 @@ class Meter:
     def usage(self) -> Usage:
         """What was paid for in this run, and what requests that were called off may have cost."""
         return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens, self._reasoning_tokens)
-
-    @property
-    def completion_tokens(self) -> int:
-        """Of the answers that came home in this run."""
-        return self._completion_tokens - self._lost_completion_tokens
 
     def most_prompt_tokens(self, characters: int) -> int:
         """Of a prompt of so many characters."""
@@ -103,18 +89,13 @@ class Meter:
         return tokens * max(self.price.prompt, self.price.completion) / 1e6 if self.price else 0.0
 
     @property
-    def reserved_cost(self) -> float:
-        """US dollars that the requests in flight may cost at most."""
-        return self.worst_cost(self.reserved_tokens)
-
-    @property
     def cost(self) -> float | None:
         """US dollars paid in this run; None where no price is configured."""
         return None if self.price is None else self.price.cost(self.usage)
 
     def report(self, concurrency: int) -> dict[str, Any]:
         """The timing report's entry; `slot_utilisation` is mean requests in flight over `concurrency`, 1 at most."""
-        window = (self.last - self.first) if self.first is not None and self.last is not None else 0.0
+        window = max(0.0, self.last - self.first)
         mean = self.busy.total / window if window else 0.0
         return {
             "requests": self.requests,
@@ -161,8 +142,7 @@ class InFlight:
         meter = self._meter
         self._sent = sent = perf_counter()
         self.queued = sent - self._wanted
-        if meter.first is None:
-            meter.first = sent
+        meter.first = meter.first or sent
         meter.requests += 1
         meter.in_flight += 1
         if meter.in_flight > meter.peak:
@@ -213,6 +193,7 @@ class InFlight:
             meter.answered(completion.usage, characters)
         tokens = meter.tokens - before
         if self._asked > 1:
+            meter.lost_tokens += tokens
             for completion in completions:
-                meter.lost(completion.usage)
+                meter.paid(completion.usage)
         return tokens
