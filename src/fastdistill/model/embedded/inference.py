@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastdistill.core.types import FinishReason, TokenLogprob
 from fastdistill.model.embedded.network import Array, Cache, Decoder, Weights
-from fastdistill.model.embedded.wire import Choice, Key, Request, Result, Sampling
+from fastdistill.model.embedded.wire import Choice, Request, Result
 
 
 class ContextLengthError(ValueError):
@@ -22,7 +22,6 @@ class ContextLengthError(ValueError):
 class _Job:
     """A request in the engine: how many choices have started, those that are done, and the prompt once computed."""
 
-    key: Key
     request: Request
     prompt: list[int]
     started: int = 0
@@ -62,20 +61,20 @@ class Engine:
         """Whether a step has anything to do."""
         return bool(self._running or self._waiting)
 
-    def submit(self, key: Key, request: Request) -> None:
-        """Queue a request; `step` returns its result under the key.
+    def submit(self, request: Request) -> None:
+        """Queue a request; `step` returns its result under its id.
 
         Raises ContextLengthError if its prompt fills the context.
         """
         prompt = self.tokenizer.encode_chat(request.messages)
         if len(prompt) >= self.context:
             raise ContextLengthError(f"the prompt has {len(prompt)} tokens; the context is {self.context} tokens")
-        self._waiting.append(_Job(key, request, prompt))
+        self._waiting.append(_Job(request, prompt))
 
-    def cancel(self, key: Key) -> None:
-        """Forget a request, wherever it is. An unknown key is ignored: its result may be on its way."""
-        self._waiting = deque(job for job in self._waiting if job.key != key)
-        self._running = [sequence for sequence in self._running if sequence.job.key != key]
+    def cancel(self, id: int) -> None:
+        """Forget a request, wherever it is. An unknown id is ignored: its result may be on its way."""
+        self._waiting = deque(job for job in self._waiting if job.request.id != id)
+        self._running = [sequence for sequence in self._running if sequence.job.request.id != id]
 
     def step(self) -> list[Result]:
         """Advance every running choice by a token, and start as many more as there are free slots.
@@ -99,7 +98,7 @@ class Engine:
             job.choices[sequence.index] = choice
             if len(job.choices) == job.request.n:
                 choices = tuple(job.choices[index] for index in range(job.request.n))
-                completed.append(Result(job.key, choices, len(job.prompt)))
+                completed.append(Result(job.request.id, choices, len(job.prompt)))
         return completed
 
     def _start(self) -> tuple[_Sequence, Array]:
@@ -152,7 +151,7 @@ def log_softmax(logits: Array) -> NDArray[np.float64]:
     return normal
 
 
-def sample(logits: Array, sampling: Sampling, rng: np.random.Generator) -> int:
+def sample(logits: Array, sampling: Request, rng: np.random.Generator) -> int:
     """Draw a token from logits of shape (vocabulary,). One uniform number is used up, none if greedy."""
     if sampling.temperature == 0:
         return int(logits.argmax())

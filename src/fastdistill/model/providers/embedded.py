@@ -15,7 +15,7 @@ import msgspec
 from pydantic import Field, field_validator
 
 from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
-from fastdistill.model.embedded.wire import Key, Ready, Result
+from fastdistill.model.embedded.wire import Ready, Request, Result
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError, check_wires
 
 _LINE_LIMIT = 1 << 28  # bytes; all choices of a request with all their log-probabilities are one line
@@ -55,7 +55,7 @@ class EmbeddedProvider(Provider):
         self._starting = asyncio.Lock()
         self._process: Process | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._waiting: dict[Key | None, asyncio.Future[Result]] = {}
+        self._waiting: dict[int, asyncio.Future[Result]] = {}
         self._ready: Ready
         self._asked = 0
 
@@ -69,9 +69,8 @@ class EmbeddedProvider(Provider):
                 message = f"embedded: the model does not take {name}; remove it"
                 raise ProviderError(ErrorKind.UNSUPPORTED, message, parameter=name)
         result, model = await self._ask(request), self._ready.model
-        if result.error is not None:
-            too_long = result.code == "context_length_exceeded"
-            raise ProviderError(ErrorKind.TOO_LONG if too_long else ErrorKind.BAD_REQUEST, f"embedded: {result.error}")
+        if result.too_long is not None:
+            raise ProviderError(ErrorKind.TOO_LONG, f"embedded: {result.too_long}")
         return [
             Completion(
                 text=choice.text,
@@ -123,13 +122,17 @@ class EmbeddedProvider(Provider):
         assert stdin is not None
         self._asked += 1
         key = self._asked
+        try:
+            line = msgspec.json.encode(msgspec.convert({"id": key, **request}, Request))
+        except msgspec.ValidationError as error:
+            raise ProviderError(ErrorKind.BAD_REQUEST, f"embedded: {error}") from error
         answer = self._waiting[key] = asyncio.get_running_loop().create_future()
         try:
-            stdin.write(msgspec.json.encode({"id": key, **request}) + b"\n")
+            stdin.write(line + b"\n")
             await stdin.drain()
             return await asyncio.wait_for(answer, self._config.timeout)
         except (TimeoutError, asyncio.CancelledError) as error:
-            stdin.write(b'{"cancel": %d}\n' % key)
+            stdin.write(b"%d\n" % key)
             if isinstance(error, asyncio.CancelledError):
                 raise
             raise ProviderError(ErrorKind.TIMEOUT, f"embedded: no answer in {self._config.timeout:g} s") from error
