@@ -26,12 +26,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistill.core.types import Completion, Message, Prompt
+from fastdistill.core.types import Completion, Message, Prompt, Usage
 from fastdistill.model.embedded import worker
 from fastdistill.model.embedded.bpe import Tokenizer
 from fastdistill.model.embedded.inference import ContextLengthError, Engine, log_softmax, sample
 from fastdistill.model.embedded.network import Cache, Decoder, load_weights
-from fastdistill.model.embedded.wire import Choice, Request, Result
+from fastdistill.model.embedded.wire import Request, Result
 from fastdistill.model.provider import ErrorKind, ProviderError
 from fastdistill.model.providers.embedded import EmbeddedConfig, EmbeddedProvider
 from lab.grammar import Example, examples
@@ -61,7 +61,7 @@ def ask(*requests: Request, slots: int = 32) -> list[Result]:
     return [done[index] for index in range(len(requests))]
 
 
-def answer(request: Request) -> Choice:
+def answer(request: Request) -> Completion:
     return ask(request)[0].choices[0]
 
 
@@ -162,7 +162,9 @@ def test_choice_i_under_seed_s_is_choice_0_under_seed_s_plus_i() -> None:
     request = Request(messages=PROMPT, n=4, seed=20)
     many = ask(request)[0].choices
     alone = [answer(msgspec.structs.replace(request, n=1, seed=20 + index)) for index in range(4)]
-    assert list(many) == alone
+    assert many[0] == alone[0]
+    unasked = [msgspec.structs.replace(each, usage=Usage(0, each.usage.completion_tokens)) for each in alone[1:]]
+    assert list(many[1:]) == unasked, "the prompt is counted once"
 
 
 def test_more_choices_than_slots_are_all_answered() -> None:
@@ -178,7 +180,7 @@ def test_without_a_seed_choices_differ() -> None:
 
 def test_max_tokens_ends_an_answer_by_length() -> None:
     choice = answer(Request(messages=PROMPT, temperature=0, max_tokens=3))
-    assert (choice.finish_reason, choice.tokens) == ("length", 3)
+    assert (choice.finish_reason, choice.usage.completion_tokens) == ("length", 3)
 
 
 def test_a_stop_text_is_cut_off() -> None:
@@ -186,7 +188,7 @@ def test_a_stop_text_is_cut_off() -> None:
     cut = answer(Request(messages=PROMPT, temperature=0, stop=("nowhere", " FROM")))
     assert (whole.finish_reason, cut.finish_reason) == ("stop", "stop")
     assert cut.text == whole.text.partition(" FROM")[0]
-    assert cut.tokens < whole.tokens
+    assert cut.usage.completion_tokens < whole.usage.completion_tokens
 
 
 def test_log_probabilities_are_those_of_the_model_whatever_the_temperature() -> None:
@@ -194,7 +196,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_the_temperature() -> 
     almost = answer(Request(messages=PROMPT, temperature=1e-4, seed=1, logprobs=True, top_logprobs=5))
     assert greedy == almost
     assert greedy.logprobs is not None
-    assert len(greedy.logprobs) == greedy.tokens
+    assert len(greedy.logprobs) == greedy.usage.completion_tokens
     for entry in greedy.logprobs:
         assert entry.top[0] == (entry.token, entry.logprob)
         assert len(entry.top) == 5
@@ -243,7 +245,7 @@ def test_an_answer_ends_where_the_context_does() -> None:
     request = Request(messages=({"role": "user", "content": "1" * 480},), temperature=0, max_tokens=1000)
     completion = ask(request)[0]
     choice = completion.choices[0]
-    assert choice.finish_reason == "stop" or completion.prompt_tokens + choice.tokens == 512
+    assert choice.finish_reason == "stop" or choice.usage.prompt_tokens + choice.usage.completion_tokens == 512
 
 
 def test_a_cancelled_request_leaves_and_the_others_go_on() -> None:
@@ -293,9 +295,9 @@ def test_worker_answers_over_pipes_and_ends_with_its_input() -> None:
         assert (result["id"], len(result["choices"])) == (1, 1)
         choice = result["choices"][0]
         assert (choice["text"], choice["finish_reason"]) == (expected.text, expected.finish_reason)
-        assert choice["tokens"] == len(choice["logprobs"])
+        assert choice["usage"]["completion_tokens"] == len(choice["logprobs"])
         assert choice["logprobs"][0]["top"] == [[choice["logprobs"][0]["token"], choice["logprobs"][0]["logprob"]]]
-        assert result["prompt_tokens"] == len(WEIGHTS.tokenizer.encode_chat(PROMPT))
+        assert choice["usage"]["prompt_tokens"] == len(WEIGHTS.tokenizer.encode_chat(PROMPT))
 
         send(process, {"id": 2, "messages": [{"role": "user", "content": "x1" * 300}]})
         refused = receive(process)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdistill.core.types import FinishReason, TokenLogprob
+from fastdistill.core.types import Completion, FinishReason, LogprobBasis, TokenLogprob, Usage
 from fastdistill.model.embedded.network import Array, Cache, Decoder, Weights
-from fastdistill.model.embedded.wire import Choice, Request, Result
+from fastdistill.model.embedded.wire import Request, Result
 
 
 class ContextLengthError(ValueError):
@@ -25,7 +25,7 @@ class _Job:
     request: Request
     prompt: list[int]
     started: int = 0
-    choices: dict[int, Choice] = field(default_factory=dict)
+    choices: dict[int, Completion] = field(default_factory=dict)
     computed: tuple[Cache, Array] | None = None  # and the logits after the prompt
 
 
@@ -49,6 +49,7 @@ class Engine:
     """
 
     def __init__(self, weights: Weights, slots: int = 32) -> None:
+        self.name = f"embedded-{weights.sha256[:12]}"
         self.tokenizer = weights.tokenizer
         self.context = weights.architecture.context
         self._decoder = Decoder(weights)
@@ -98,7 +99,7 @@ class Engine:
             job.choices[sequence.index] = choice
             if len(job.choices) == job.request.n:
                 choices = tuple(job.choices[index] for index in range(job.request.n))
-                completed.append(Result(job.request.id, choices, len(job.prompt)))
+                completed.append(Result(job.request.id, choices))
         return completed
 
     def _start(self) -> tuple[_Sequence, Array]:
@@ -119,7 +120,7 @@ class Engine:
             job.computed = None
         return sequence, logits
 
-    def _extend(self, sequence: _Sequence, logits: Array) -> Choice | None:
+    def _extend(self, sequence: _Sequence, logits: Array) -> Completion | None:
         """Draw the next token of a choice; the choice itself if that ends it."""
         request, tokens = sequence.job.request, sequence.tokens
         token = sample(logits, request, sequence.rng)
@@ -133,8 +134,15 @@ class Engine:
         if not (ended or cuts or full):
             return None
         reason = FinishReason.STOP if ended or cuts else FinishReason.LENGTH
-        logprobs = tuple(sequence.logprobs) if request.logprobs else None
-        return Choice(text[: min(cuts, default=len(text))], reason, len(tokens), logprobs)
+        return Completion(
+            text=text[: min(cuts, default=len(text))],
+            finish_reason=reason,
+            usage=Usage(len(sequence.job.prompt) if sequence.index == 0 else 0, len(tokens)),
+            model=self.name,
+            build=self.name,
+            logprobs=tuple(sequence.logprobs) if request.logprobs else None,
+            logprob_basis=LogprobBasis.RAW if request.logprobs else None,
+        )
 
     def _logprob(self, token: int, logits: Array, top: int) -> TokenLogprob:
         logprobs = log_softmax(logits).round(5)

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from fastdistill.core.types import FinishReason, Message, TokenLogprob
+from fastdistill.core.types import Completion, Message
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,27 +35,18 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
 
 
-class Choice(msgspec.Struct, frozen=True):
-    """One answer. `tokens` counts every token computed: the end token, and what a stop text cut off, too.
-
-    Log-probabilities are the model's own (temperature 1).
-    """
-
-    text: str
-    finish_reason: FinishReason
-    tokens: int
-    logprobs: tuple[TokenLogprob, ...] | None
-
-
 class Ready(msgspec.Struct):
     model: str
     context: int
 
 
 class Result(msgspec.Struct, omit_defaults=True):
-    """The choices, or why the prompt is too long."""
+    """The choices, or why the prompt is too long.
+
+    Usage counts every token computed: the end token, and what a stop text cut off, too. Log-probabilities are the
+    model's own (temperature 1).
+    """
 
     id: int
-    choices: tuple[Choice, ...] = ()
-    prompt_tokens: int = 0
+    choices: tuple[Completion, ...] = ()
     too_long: str | None = None

@@ -28,10 +28,10 @@ HERE = Path(__file__).parent
 def main() -> None:
     # Ctrl-C reaches the whole process group; when to stop is for the one at the other end of the pipe to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    weights = load_weights(Path(sys.argv[1]) if sys.argv[1:] else HERE)
+    engine = Engine(load_weights(Path(sys.argv[1]) if sys.argv[1:] else HERE))
     try:
-        _write(Ready(f"embedded-{weights.sha256[:12]}", weights.architecture.context))
-        _serve(Engine(weights))
+        _write(Ready(engine.name, engine.context))
+        _serve(engine)
     except BrokenPipeError:
         # Nobody reads any more. The reading thread may hold stdin, and an ordinary exit would abort over that.
         os._exit(0)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 from pydantic import Field, field_validator
 
-from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
+from fastdistill.core.types import Completion, LogprobBasis, Prompt
 from fastdistill.model.embedded.wire import Ready, Request, Result
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError, check_wires
 
@@ -68,21 +68,10 @@ class EmbeddedProvider(Provider):
             elif name not in _NOT_SENT and value != _NEUTRAL.get(name):
                 message = f"embedded: the model does not take {name}; remove it"
                 raise ProviderError(ErrorKind.UNSUPPORTED, message, parameter=name)
-        result, model = await self._ask(request), self._ready.model
+        result = await self._ask(request)
         if result.too_long is not None:
             raise ProviderError(ErrorKind.TOO_LONG, f"embedded: {result.too_long}")
-        return [
-            Completion(
-                text=choice.text,
-                finish_reason=choice.finish_reason,
-                usage=Usage(result.prompt_tokens if at == 0 else 0, choice.tokens),
-                model=model,
-                build=model,
-                logprob_basis=LogprobBasis.RAW if choice.logprobs is not None else None,
-                logprobs=choice.logprobs,
-            )
-            for at, choice in enumerate(result.choices)
-        ]
+        return [*result.choices]
 
     async def probe(self, like: Prompt | None = None) -> Capabilities:
         await self._started()
