@@ -280,11 +280,9 @@ def _example(ledger: Path) -> str:
     from fastdistill.control.writer import connect
 
     told = """instr(sample, '"outcome":"fail"') OR instr(sample, '"outcome":"error"')"""  # no JSON is parsed for it
-    held_back = f"SELECT idx FROM entries WHERE {told} ORDER BY idx LIMIT 1"
-    first = "SELECT idx FROM entries WHERE sample_id <> '' ORDER BY idx LIMIT 1"
-    query = f"SELECT sample_id FROM entries WHERE idx = coalesce(({held_back}), ({first}))"
+    query = f"SELECT sample_id FROM entries WHERE {told} UNION ALL SELECT sample_id FROM entries WHERE sample_id <> ''"
     with suppress(sqlite3.Error), closing(connect(ledger, readonly=True)) as connection:
-        for (sample_id,) in connection.execute(query):
+        for (sample_id,) in connection.execute(f"{query} LIMIT 1"):
             return str(sample_id)[:12]
     return ""
 
