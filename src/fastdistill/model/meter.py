@@ -45,7 +45,6 @@ class Meter:
     _prompt_tokens: int = 0
     _completion_tokens: int = 0
     _cached_tokens: int = 0
-    _reasoning_tokens: int = 0
 
     def answered(self, usage: Usage, characters: int) -> None:
         """An answer was paid for; its prompt has so many characters."""
@@ -67,12 +66,11 @@ class Meter:
         self._prompt_tokens += usage.prompt_tokens
         self._completion_tokens += usage.completion_tokens
         self._cached_tokens += usage.cached_tokens
-        self._reasoning_tokens += usage.reasoning_tokens
 
     @property
     def usage(self) -> Usage:
         """What was paid for in this run, and what requests that were called off may have cost."""
-        return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens, self._reasoning_tokens)
+        return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
 
     def most_prompt_tokens(self, characters: int) -> int:
         """Of a prompt of so many characters."""
