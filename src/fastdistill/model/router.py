@@ -54,7 +54,7 @@ class Endpoint:
 
     @property
     def load(self) -> float:
-        return self.in_flight / max(1, self.limit.capacity)
+        return self.in_flight / self.limit.capacity
 
     def answered(self) -> None:
         self.failures = self.coolings = 0
@@ -117,43 +117,38 @@ class Endpoint:
         _remember(self._warm, prefixes, tick, REMEMBERED)
 
 
+@dataclass(slots=True, eq=False)
 class Slot:
     """A request that waits for a slot, and then holds it: `async with router.slot(prompt) as endpoint`."""
 
-    __slots__ = ("_router", "_turn", "besides", "endpoint", "longest", "passed", "prefixes", "shared")
-
-    def __init__(
-        self, router: "Router", prefixes: tuple[int, ...], shared: tuple[int, ...], besides: Endpoint | None
-    ) -> None:
-        self.besides = besides
-        self.prefixes = prefixes
-        self.shared = shared  # those that some other request had before: only these can make it fit an endpoint
-        self.longest = shared[-1] if shared else 0
-        self.passed = 0
-        self.endpoint: Endpoint | None = None
-        self._router = router
-        self._turn: asyncio.Future[None] | None = None  # for one that must wait
+    router: "Router"
+    prefixes: tuple[int, ...]
+    shared: tuple[int, ...]  # those that some other request had before: only these can make it fit an endpoint
+    besides: Endpoint | None
+    passed: int = 0
+    endpoint: Endpoint | None = None
+    turn: asyncio.Future[None] | None = None  # for one that must wait
 
     async def __aenter__(self) -> Endpoint:
-        self._router.enter(self)
+        self.router.enter(self)
         if self.endpoint is None:
-            self._turn = asyncio.get_running_loop().create_future()
+            self.turn = asyncio.get_running_loop().create_future()
             try:
-                await self._turn
+                await self.turn
             except asyncio.CancelledError:
-                self._router.leave(self)
+                self.router.leave(self)
                 raise
             assert self.endpoint is not None
         return self.endpoint
 
     async def __aexit__(self, *_: object) -> None:
-        self._router.leave(self)
+        self.router.leave(self)
 
     def give(self, endpoint: Endpoint) -> None:
-        if self._turn is not None:
-            if self._turn.done():  # it was cancelled, and has not noticed yet
+        if self.turn is not None:
+            if self.turn.done():  # it was cancelled, and has not noticed yet
                 return
-            self._turn.set_result(None)
+            self.turn.set_result(None)
         self.endpoint = endpoint
         endpoint.begin(self.prefixes)
 
@@ -189,15 +184,12 @@ class Router:
         `besides` is taken only by one that is alone in line, and finds no other endpoint with a free slot.
         """
         latest, prefixes = self._latest[1], self._prefixes(prompt)
-        if prefixes is latest:  # as the draws of one prompt have them, and samples about one thing
-            return Slot(self, prefixes, prefixes, besides)
-        known = 0
-        for prefix in prefixes:
-            if prefix not in self._asked:
-                break
-            known += 1
-        _remember(self._asked, prefixes, 0, REMEMBERED * len(self.endpoints))
-        return Slot(self, prefixes, prefixes[:known], besides)
+        shared = prefixes
+        if prefixes is not latest:  # as it is for the draws of one prompt, and for samples about one thing
+            while shared and shared[-1] not in self._asked:
+                shared = shared[:-1]
+            _remember(self._asked, prefixes, 0, REMEMBERED * len(self.endpoints))
+        return Slot(self, prefixes, shared, besides)
 
     def enter(self, slot: Slot) -> None:
         self._waiting.append(slot)
@@ -246,11 +238,12 @@ class Router:
         # What goes on where the endpoint was last, and was answered there, fits as well as anything can.
         if oldest.prefixes == endpoint.latest and endpoint.is_warm(oldest.prefixes):
             return self._waiting.popleft()
-        fits = {0: (0, 0)}  # by the longest prefix, which stands for all of them
+        fits: dict[int | None, tuple[int, int]] = {None: (0, 0)}  # by the longest prefix, which stands for all of them
         best, best_fit = 0, (-len(oldest.prefixes) - 1, 0)
         for at, slot in enumerate(islice(self._waiting, LOOKAHEAD)):
-            if (fit := fits.get(slot.longest)) is None:
-                fit = fits[slot.longest] = self._fit(endpoint, slot.shared)
+            longest = slot.shared[-1] if slot.shared else None
+            if (fit := fits.get(longest)) is None:
+                fit = fits[longest] = self._fit(endpoint, slot.shared)
             if fit > best_fit:
                 best, best_fit = at, fit
         if best == 0:
