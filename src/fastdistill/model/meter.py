@@ -122,24 +122,22 @@ class Meter:
         }
 
 
+@dataclass(slots=True, eq=False)
 class InFlight:
-    """One request in flight, with what it may cost at `worst`; of use once, in `with`.
+    """One request in flight, which waited since `wanted` and may cost `worst` tokens; of use once, in `with`."""
 
-    Seconds: `queued` before it went out, and, once it has ended, `busy`.
-    """
-
-    __slots__ = ("_asked", "_meter", "_sent", "_wanted", "busy", "queued", "worst")
-
-    def __init__(self, meter: Meter, wanted: float, worst: int) -> None:
-        self.worst = worst
-        self._meter = meter
-        self._wanted = wanted
-        self._asked = 1
+    meter: Meter
+    wanted: float  # seconds by perf_counter, as `sent`
+    worst: int
+    sent: float = 0.0
+    queued: float = 0.0  # seconds before it went out
+    busy: float = 0.0  # seconds that it took, once it has ended
+    asked: int = 1
 
     def __enter__(self) -> Self:
-        meter = self._meter
-        self._sent = sent = perf_counter()
-        self.queued = sent - self._wanted
+        meter = self.meter
+        self.sent = sent = perf_counter()
+        self.queued = sent - self.wanted
         meter.first = meter.first or sent
         meter.requests += 1
         meter.in_flight += 1
@@ -149,11 +147,11 @@ class InFlight:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        meter = self._meter
-        meter.reserved_tokens -= self._asked * self.worst
+        meter = self.meter
+        meter.reserved_tokens -= self.asked * self.worst
         meter.in_flight -= 1
         meter.last = perf_counter()
-        self.busy = busy = meter.last - self._sent
+        self.busy = busy = meter.last - self.sent
         meter.busy.add(busy)
         meter.queued.add(self.queued)
         if isinstance(error, CancelledError):
@@ -165,19 +163,19 @@ class InFlight:
 
     def resent(self) -> None:
         """The same goes out again, for its connection broke at once; what the first cost nobody says."""
-        self._meter.requests += 1
-        self._meter.retries[ErrorKind.RESET] += 1
-        self._meter.unknown_tokens += self.worst
+        self.meter.requests += 1
+        self.meter.retries[ErrorKind.RESET] += 1
+        self.meter.unknown_tokens += self.worst
 
     def untold(self) -> None:
         """Nobody says what it cost: a budget counts the worst."""
-        self._meter.unknown_tokens += self._asked * self.worst
+        self.meter.unknown_tokens += self.asked * self.worst
 
     def again(self) -> None:
         """The same is asked a second time."""
-        self._asked += 1
-        self._meter.hedged += 1
-        self._meter.reserved_tokens += self.worst
+        self.asked += 1
+        self.meter.hedged += 1
+        self.meter.reserved_tokens += self.worst
 
     def answered(self, completions: Sequence[Completion], characters: int) -> int:
         """It was answered; the tokens of it.
@@ -185,12 +183,12 @@ class InFlight:
         One that was asked a second time is counted twice: nobody says what the request that was called off had cost by
         then, but it was for the same draw, so the winner's usage is what it would have come to.
         """
-        meter = self._meter
+        meter = self.meter
         before = meter.tokens
         for completion in completions:
             meter.answered(completion.usage, characters)
         tokens = meter.tokens - before
-        if self._asked > 1:
+        if self.asked > 1:
             meter.lost_tokens += tokens
             for completion in completions:
                 meter.paid(completion.usage)
