@@ -8,7 +8,7 @@ import shlex
 import sqlite3
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 REFRESH = 0.25  # seconds between two pictures on a terminal
 LOG_EVERY = 10.0  # seconds between two lines elsewhere
 SPAN = 30.0  # seconds that all speeds, and so the time left, look back
-BAR = 40  # characters
 
 STYLES = {"accepted": "green", "undecided": "yellow", "failed": "red", "duplicates": "dim", "contaminated": "dim"}
 
@@ -109,47 +108,49 @@ class Recent:
 
 
 def log_line(run: "ActiveRun", speed: Speed) -> str:
-    """`fastdistill 2:10  1,240 of 2,000 samples (62%), 12.4/s: accepted 812, rejected 401  teacher 32/32, ...`"""
-    elapsed, done, pace, _ = _headline(run, speed)
-    counts = ", ".join(f"{name} {count:,}" for name, count in _counts(run.tally).items() if count or name == "accepted")
-    parts = [f"fastdistill {elapsed}  {done}, {pace}: {counts}", *_models_now(run, speed)]
-    if run.stopping:
-        parts.append("stopping")
-    return "  ".join(parts)
+    """`fastdistill 2:10  1,240 of 2,000 samples (62%), 12.4/s, ...  accepted 812, rejected 401  teacher 32/32 ...`"""
+    return "fastdistill " + "  ".join(_told(run, speed))
 
 
 def board(run: "ActiveRun", speed: Speed) -> "Text":
-    """The live picture: samples, gates, models."""
+    """The live picture: what a log has, line by line, and the gates."""
     from rich.text import Text
 
-    tally, (elapsed, done, pace, share) = run.tally, _headline(run, speed)
-    lines = [Text.assemble((done, "bold"), f"  {elapsed}  {pace}  {60 * speed.accepted:,.0f} accepted/min")]
-    if share is not None:
-        full = int(BAR * min(share, 1))
-        lines.append(Text.assemble(("━" * full, "green"), ("━" * (BAR - full), "dim")))
-    counts = [Text(f"{name} {count:,}", _style(name, count)) for name, count in _counts(tally).items()]
-    lines.append(Text("  ").join(counts))
-    for step in tally.steps:
-        if gate := tally.gates.get(step.name):
-            passed, failed, errors = (gate.outcomes[kind] for kind in (Outcome.PASS, Outcome.FAIL, Outcome.ERROR))
-            rate = f"{passed / (passed + failed):.1%}" if passed + failed else "–"
-            name = cut(printable(step.name), 24)
-            lines.append(Text(f"{name:<24} {passed:>9,} pass {failed:>9,} fail {errors:>7,} error {rate:>7}"))
-    lines += map(Text, _models_now(run, speed))
-    if run.stopping:
-        in_flight = sum(model.meter.in_flight for model in run.models.values())
-        words = f"stopping: {in_flight} requests in flight are coming home; Ctrl-C again ends at once"
-        lines.append(Text(words, "bold yellow"))
-    return Text("\n").join(lines)
+    headline, *others = _told(run, speed, _gates_now(run.tally))
+    return Text.assemble((headline, "bold"), *(f"\n{line}" for line in others))
 
 
-def _models_now(run: "ActiveRun", speed: Speed) -> Iterator[str]:
+def _told(run: "ActiveRun", speed: Speed, gates: Iterable[str] = ()) -> Iterator[str]:
+    """For how long a run has worked, how far and how fast it is, and how long it will yet take; then its parts."""
+    done, total, per_s, what = run.tally.samples, run.total, speed.samples, "samples"
+    if run.target is not None:
+        done, total, per_s, what = run.tally.accepted_samples, run.target, speed.accepted, "accepted"
+    reached, left = f"{done:,} {what}", ""
+    if total is not None:
+        reached = f"{done:,} of {total:,} {what} ({done / max(total, 1):.0%})"
+        left = f", ETA {clock(max(total - done, 0) / per_s) if per_s > 0 else '–'}"
+    pace = f"{speed.samples:.1f}/s, {60 * speed.accepted:,.0f} accepted/min{left}"
+    yield f"{clock(perf_counter() - run.begun)}  {reached}, {pace}"
+    yield ", ".join(f"{name} {count:,}" for name, count in _counts(run.tally).items() if count or name == "accepted")
+    yield from gates
     for name, model in run.models.items():
         meter = model.meter
         words = f"{printable(name)} {meter.in_flight}/{model.router.capacity} in flight, {meter.answers:,} paid"
         words += f", {meter.stored:,} stored, {speed.tokens[name]:,.0f} tok/s"
         words += "" if meter.cost is None else f", {dollars(meter.cost)}"
         yield words + (f", retries: {tallied(dict(meter.retries))}" if meter.retries else "")
+    if run.stopping:
+        in_flight = sum(model.meter.in_flight for model in run.models.values())
+        yield f"stopping: {in_flight} requests in flight are coming home; Ctrl-C again ends at once"
+
+
+def _gates_now(tally: "Tally") -> Iterator[str]:
+    for step in tally.steps:
+        if gate := tally.gates.get(step.name):
+            passed, failed, errors = (gate.outcomes[kind] for kind in (Outcome.PASS, Outcome.FAIL, Outcome.ERROR))
+            rate = f"{passed / (passed + failed):.1%}" if passed + failed else "–"
+            name = cut(printable(step.name), 24)
+            yield f"{name:<24} {passed:>9,} pass {failed:>9,} fail {errors:>7,} error {rate:>7}"
 
 
 def summary(result: "RunResult", console: "Console") -> None:
@@ -193,7 +194,7 @@ def _funnel(quality: Mapping[str, Any], message: str) -> _Cells:
     }
     for name in ("read", "duplicates", "contaminated", "failed", "skipped", "completed", "accepted", "undecided"):
         count = samples.get(name, 0)
-        style = _style(name, count)
+        style = STYLES.get(name, "") if count else "dim"
         bar = ProgressBar(max(samples["read"], 1), count, 20, complete_style=style, finished_style=style)
         yield Text(name, style), Text(f"{count:,}", style), bar, Text(notes.get(name, ""), "dim")
 
@@ -326,28 +327,3 @@ def _count(run: "ActiveRun") -> None:
     """Counts the records in a thread, for the time left; a file that can't be read is the run's own business."""
     with suppress(Exception):
         run.total = sum(step.count() for step in run.tally.steps) or None
-
-
-def _style(name: str, count: int) -> str:
-    return STYLES.get(name, "") if count else "dim"
-
-
-def _headline(run: "ActiveRun", speed: Speed) -> tuple[str, str, str, float | None]:
-    """For how long a run has worked, how far it is, how fast and (where the total is known) how long it will yet take.
-
-    Of its target where it has one, else of all records; the share of that last.
-    """
-    elapsed, done, total, per_s, what = (
-        perf_counter() - run.begun,
-        run.tally.samples,
-        run.total,
-        speed.samples,
-        "samples",
-    )
-    if run.target is not None:
-        done, total, per_s, what = run.tally.accepted_samples, run.target, speed.accepted, "accepted"
-    pace = f"{speed.samples:.1f}/s"
-    if total is None:
-        return clock(elapsed), f"{done:,} {what}", pace, None
-    share, left = done / max(total, 1), clock(max(total - done, 0) / per_s) if per_s > 0 else "–"
-    return clock(elapsed), f"{done:,} of {total:,} {what} ({share:.0%})", f"{pace}, ETA {left}", share
