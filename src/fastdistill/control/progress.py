@@ -10,7 +10,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
@@ -50,10 +49,9 @@ def display(run: "ActiveRun", console: "Console | None" = None) -> Iterator[None
     from rich.console import Console
     from rich.live import Live
 
-    recent = Recent(run)
     screen = Live(
         console=console or Console(stderr=True),
-        get_renderable=lambda: board(run, recent.speed()),
+        get_renderable=Onlooker(run).picture,
         auto_refresh=False,
         transient=True,
         redirect_stdout=False,  # what a program prints there is its own
@@ -74,74 +72,62 @@ def display(run: "ActiveRun", console: "Console | None" = None) -> Iterator[None
 
 def log_lines(run: "ActiveRun", stream: TextIO, every: float = LOG_EVERY) -> AbstractContextManager[None]:
     """One line every so many seconds, and a last one at the end."""
-    recent = Recent(run)
-    return _repeated(every, lambda: print(log_line(run, recent.speed()), file=stream, flush=True))
+    onlooker = Onlooker(run)
+    return _repeated(every, lambda: print(onlooker.line(), file=stream, flush=True))
 
 
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Per second. `tokens` are completion tokens by model."""
-
-    samples: float
-    accepted: float
-    tokens: Mapping[str, float]
-
-
-class Recent:
-    """What was seen of a run of late, at first since its beginning, to tell how fast it is now."""
+class Onlooker:
+    """Says how far a run is, and how fast it has been of late, at first since its beginning."""
 
     def __init__(self, run: "ActiveRun") -> None:
         self._run = run
-        # When; samples, accepted, tokens by then.
-        self._seen: deque[tuple[float, int, int, Mapping[str, int]]] = deque([(run.begun, 0, 0, {})])
+        # When; samples, accepted samples and each model's completion tokens by then.
+        self._seen: deque[tuple[float, ...]] = deque([(run.begun, 0, 0, *[0] * len(run.models))])
 
-    def speed(self) -> Speed:
-        tokens = {name: model.meter.completion_tokens for name, model in self._run.models.items()}
-        now, samples, accepted = perf_counter(), self._run.tally.samples, self._run.tally.accepted_samples
-        self._seen.append((now, samples, accepted, tokens))
-        while now - self._seen[1][0] >= SPAN:
-            self._seen.popleft()
-        then, samples_then, accepted_then, tokens_then = self._seen[0]
-        span = max(now - then, 1e-3)
-        per_s = {name: (count - tokens_then.get(name, 0)) / span for name, count in tokens.items()}
-        return Speed((samples - samples_then) / span, (accepted - accepted_then) / span, per_s)
+    def line(self) -> str:
+        """`fastdistill 2:10  1,240 of 2,000 samples (62%), 12.4/s, ...  accepted 812, rejected 9  teacher 32/32 ...`"""
+        return "fastdistill " + "  ".join(self._told())
 
+    def picture(self) -> "Text":
+        """What a log has, line by line, and the gates."""
+        from rich.text import Text
 
-def log_line(run: "ActiveRun", speed: Speed) -> str:
-    """`fastdistill 2:10  1,240 of 2,000 samples (62%), 12.4/s, ...  accepted 812, rejected 401  teacher 32/32 ...`"""
-    return "fastdistill " + "  ".join(_told(run, speed))
+        headline, *others = self._told(_gates_now(self._run.tally))
+        return Text.assemble((headline, "bold"), *(f"\n{line}" for line in others))
 
+    def _told(self, gates: Iterable[str] = ()) -> Iterator[str]:
+        """For how long a run has worked, how far and how fast it is, and how long it will yet take; then its parts."""
+        run, tally, (samples_per_s, accepted_per_s, *tokens_per_s) = self._run, self._run.tally, self._speeds()
+        done, total, per_s, what = tally.samples, run.total, samples_per_s, "samples"
+        if run.target is not None:
+            done, total, per_s, what = tally.accepted_samples, run.target, accepted_per_s, "accepted"
+        reached, left = f"{done:,} {what}", ""
+        if total is not None:
+            reached = f"{done:,} of {total:,} {what} ({done / max(total, 1):.0%})"
+            left = f", ETA {clock(max(total - done, 0) / per_s) if per_s > 0 else '–'}"
+        pace = f"{samples_per_s:.1f}/s, {60 * accepted_per_s:,.0f} accepted/min{left}"
+        yield f"{clock(perf_counter() - run.begun)}  {reached}, {pace}"
+        yield ", ".join(f"{name} {count:,}" for name, count in _counts(tally).items() if count or name == "accepted")
+        yield from gates
+        for (name, model), speed in zip(run.models.items(), tokens_per_s, strict=True):
+            meter = model.meter
+            words = f"{printable(name)} {meter.in_flight}/{model.router.capacity} in flight, {meter.answers:,} paid"
+            words += f", {meter.stored:,} stored, {speed:,.0f} tok/s"
+            words += "" if meter.cost is None else f", {dollars(meter.cost)}"
+            yield words + (f", retries: {tallied(dict(meter.retries))}" if meter.retries else "")
+        if run.stopping:
+            in_flight = sum(model.meter.in_flight for model in run.models.values())
+            yield f"stopping: {in_flight} requests in flight are coming home; Ctrl-C again ends at once"
 
-def board(run: "ActiveRun", speed: Speed) -> "Text":
-    """The live picture: what a log has, line by line, and the gates."""
-    from rich.text import Text
-
-    headline, *others = _told(run, speed, _gates_now(run.tally))
-    return Text.assemble((headline, "bold"), *(f"\n{line}" for line in others))
-
-
-def _told(run: "ActiveRun", speed: Speed, gates: Iterable[str] = ()) -> Iterator[str]:
-    """For how long a run has worked, how far and how fast it is, and how long it will yet take; then its parts."""
-    done, total, per_s, what = run.tally.samples, run.total, speed.samples, "samples"
-    if run.target is not None:
-        done, total, per_s, what = run.tally.accepted_samples, run.target, speed.accepted, "accepted"
-    reached, left = f"{done:,} {what}", ""
-    if total is not None:
-        reached = f"{done:,} of {total:,} {what} ({done / max(total, 1):.0%})"
-        left = f", ETA {clock(max(total - done, 0) / per_s) if per_s > 0 else '–'}"
-    pace = f"{speed.samples:.1f}/s, {60 * speed.accepted:,.0f} accepted/min{left}"
-    yield f"{clock(perf_counter() - run.begun)}  {reached}, {pace}"
-    yield ", ".join(f"{name} {count:,}" for name, count in _counts(run.tally).items() if count or name == "accepted")
-    yield from gates
-    for name, model in run.models.items():
-        meter = model.meter
-        words = f"{printable(name)} {meter.in_flight}/{model.router.capacity} in flight, {meter.answers:,} paid"
-        words += f", {meter.stored:,} stored, {speed.tokens[name]:,.0f} tok/s"
-        words += "" if meter.cost is None else f", {dollars(meter.cost)}"
-        yield words + (f", retries: {tallied(dict(meter.retries))}" if meter.retries else "")
-    if run.stopping:
-        in_flight = sum(model.meter.in_flight for model in run.models.values())
-        yield f"stopping: {in_flight} requests in flight are coming home; Ctrl-C again ends at once"
+    def _speeds(self) -> list[float]:
+        """Samples, accepted samples and each model's completion tokens, a second."""
+        tally, tokens = self._run.tally, [model.meter.completion_tokens for model in self._run.models.values()]
+        self._seen.append((perf_counter(), tally.samples, tally.accepted_samples, *tokens))
+        (now, *counts), seen = self._seen[-1], self._seen
+        while now - seen[1][0] >= SPAN:
+            seen.popleft()
+        then, *before = seen[0]
+        return [(count - earlier) / max(now - then, 1e-3) for count, earlier in zip(counts, before, strict=True)]
 
 
 def _gates_now(tally: "Tally") -> Iterator[str]:
