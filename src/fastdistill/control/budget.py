@@ -94,9 +94,6 @@ class Progress:
 
 def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sample]:
     """The samples up to the one that makes the target full; all of them without a target."""
-    if target is None:
-        yield from samples
-        return
     accepted = 0
     for sample in samples:
         yield sample
