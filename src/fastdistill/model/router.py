@@ -212,7 +212,8 @@ class Router:
             if endpoint.free <= 0 or endpoint is besides:
                 continue
             if endpoint.cooling_until > now and not self._ending:
-                self._look_again()
+                if self._wake is None:  # not in the context of the sample at work, which may end before the run does
+                    self._wake = asyncio.get_running_loop().call_later(LOOKS, self._woken, context=Context())
             elif best is None or endpoint.load < best.load:
                 best = endpoint
         return best
@@ -276,13 +277,8 @@ class Router:
             self._latest = (prompt, prefixes, longest)
         return prefixes
 
-    def _look_again(self) -> None:
-        """Sees to it that slots are handed out soon, for all that wait."""
-        if self._wake is None:
-            # Not in the context of the sample at work: it may be at its end while the run is not.
-            self._wake = asyncio.get_running_loop().call_later(LOOKS, self._woken, context=Context())
-
     def _woken(self) -> None:
+        """Looks again, for all that wait."""
         self._wake = None
         self._ending = self._ending or self._ends()
         self._fill()
