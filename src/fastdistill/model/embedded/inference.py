@@ -14,10 +14,6 @@ from fastdistill.model.embedded.network import Array, Cache, Decoder, Weights
 from fastdistill.model.embedded.wire import Request, Result
 
 
-class ContextLengthError(ValueError):
-    """The prompt leaves no room for an answer in the model's context."""
-
-
 @dataclass(slots=True)
 class _Job:
     """A request in the engine: how many choices have started, those that are done, and the prompt once computed."""
@@ -62,15 +58,14 @@ class Engine:
         """Whether a step has anything to do."""
         return bool(self._running or self._waiting)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; `step` returns its result under its id.
-
-        Raises ContextLengthError if its prompt fills the context.
-        """
+    def submit(self, request: Request) -> Result | None:
+        """Queue a request; `step` returns its result. That comes at once if the prompt fills the context."""
         prompt = self.tokenizer.encode_chat(request.messages)
         if len(prompt) >= self.context:
-            raise ContextLengthError(f"the prompt has {len(prompt)} tokens; the context is {self.context} tokens")
+            too_long = f"the prompt has {len(prompt)} tokens; the context is {self.context} tokens"
+            return Result(request.id, too_long=too_long)
         self._waiting.append(_Job(request, prompt))
+        return None
 
     def cancel(self, id: int) -> None:
         """Forget a request, wherever it is. An unknown id is ignored: its result may be on its way."""

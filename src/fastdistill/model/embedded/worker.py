@@ -18,9 +18,9 @@ from pathlib import Path
 
 import msgspec
 
-from fastdistill.model.embedded.inference import ContextLengthError, Engine
+from fastdistill.model.embedded.inference import Engine
 from fastdistill.model.embedded.network import load_weights
-from fastdistill.model.embedded.wire import Ready, Request, Result
+from fastdistill.model.embedded.wire import Ready, Request
 
 HERE = Path(__file__).parent
 
@@ -63,11 +63,8 @@ def _accept(engine: Engine, line: bytes) -> None:
     asked = msgspec.json.decode(line, type=Request | int)
     if isinstance(asked, int):
         engine.cancel(asked)
-        return
-    try:
-        engine.submit(asked)
-    except ContextLengthError as error:
-        _write(Result(asked.id, too_long=str(error)))
+    elif refusal := engine.submit(asked):
+        _write(refusal)
 
 
 def _write(message: msgspec.Struct) -> None:
