@@ -73,7 +73,7 @@ def answer(folder: Path, questions: Sequence[Example], n: int, temperature: floa
     for index, example in enumerate(questions):
         # Seeds of different requests must not overlap: choice i draws with seed + i.
         messages = prompt(example.schema, example.question)
-        engine.submit(index, Request(messages=messages, n=n, temperature=temperature, seed=index * n))
+        engine.submit(Request(id=index, messages=messages, n=n, temperature=temperature, seed=index * n))
     texts: dict[Any, tuple[str, ...]] = {}
     while engine.busy:
         for result in engine.step():

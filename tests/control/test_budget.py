@@ -22,7 +22,7 @@ from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import execute, run_folder, unwatched
 from fastdistill.core.errors import ConfigError, ExitCode, TooManyErrors
 from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample, Usage
-from fastdistill.model.meter import TEMPLATE, Meter
+from fastdistill.model.meter import TEMPLATE, InFlight, Meter
 from tests.servers import Call, Fault, cut, garbled, hang, openai_server, rate_limited, reset, status
 
 MOST = 40  # tokens of an answer, as the run's decode profile has it
@@ -202,7 +202,7 @@ def test_a_short_prompt_which_is_mostly_template_does_not_make_long_ones_dear() 
 
 def test_no_more_slots_are_used_than_there_are_where_the_limit_shrank() -> None:
     meter = Meter()
-    with meter.request(0.0, 0), meter.request(0.0, 0), meter.request(0.0, 0):
+    with InFlight(meter, 0.0, 0), InFlight(meter, 0.0, 0), InFlight(meter, 0.0, 0):
         pass
     assert meter.report(1)["slot_utilisation"] == 1
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import aclosing, closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistill.core.types import Prompt
+from fastdistill.core.types import Completion, Message, Prompt, Usage
 from fastdistill.model.embedded import worker
 from fastdistill.model.embedded.bpe import Tokenizer
-from fastdistill.model.embedded.inference import ContextLengthError, Engine, log_softmax, sample
+from fastdistill.model.embedded.inference import Engine, log_softmax, sample
 from fastdistill.model.embedded.network import Cache, Decoder, load_weights
-from fastdistill.model.embedded.wire import Choice, Request, Result, Sampling, Turn
+from fastdistill.model.embedded.wire import Request, Result
 from fastdistill.model.provider import ErrorKind, ProviderError
 from fastdistill.model.providers.embedded import EmbeddedConfig, EmbeddedProvider
 from lab.grammar import Example, examples
@@ -39,7 +39,7 @@ from lab.weights import save_weights
 
 WEIGHTS = load_weights(worker.HERE)
 GOLDEN = json.loads(Path(__file__).with_name("embedded_golden.json").read_text(encoding="utf-8"))
-Messages = tuple[Turn, ...]
+Messages = tuple[Message, ...]
 
 
 def prompt(example: Example) -> Messages:
@@ -54,14 +54,14 @@ PROMPT = prompt(QUESTIONS[0])
 def ask(*requests: Request, slots: int = 32) -> list[Result]:
     engine = Engine(WEIGHTS, slots)
     for index, request in enumerate(requests):
-        engine.submit(index, request)
-    done: dict[Any, Result] = {}
+        engine.submit(msgspec.structs.replace(request, id=index))
+    done: dict[int, Result] = {}
     while engine.busy:
-        done |= {result.id: msgspec.structs.replace(result, id=None) for result in engine.step()}
+        done |= {result.id: msgspec.structs.replace(result, id=0) for result in engine.step()}
     return [done[index] for index in range(len(requests))]
 
 
-def answer(request: Request) -> Choice:
+def answer(request: Request) -> Completion:
     return ask(request)[0].choices[0]
 
 
@@ -162,7 +162,9 @@ def test_choice_i_under_seed_s_is_choice_0_under_seed_s_plus_i() -> None:
     request = Request(messages=PROMPT, n=4, seed=20)
     many = ask(request)[0].choices
     alone = [answer(msgspec.structs.replace(request, n=1, seed=20 + index)) for index in range(4)]
-    assert list(many) == alone
+    assert many[0] == alone[0]
+    unasked = [msgspec.structs.replace(each, usage=Usage(0, each.usage.completion_tokens)) for each in alone[1:]]
+    assert list(many[1:]) == unasked, "the prompt is counted once"
 
 
 def test_more_choices_than_slots_are_all_answered() -> None:
@@ -178,7 +180,7 @@ def test_without_a_seed_choices_differ() -> None:
 
 def test_max_tokens_ends_an_answer_by_length() -> None:
     choice = answer(Request(messages=PROMPT, temperature=0, max_tokens=3))
-    assert (choice.finish_reason, choice.tokens) == ("length", 3)
+    assert (choice.finish_reason, choice.usage.completion_tokens) == ("length", 3)
 
 
 def test_a_stop_text_is_cut_off() -> None:
@@ -186,7 +188,7 @@ def test_a_stop_text_is_cut_off() -> None:
     cut = answer(Request(messages=PROMPT, temperature=0, stop=("nowhere", " FROM")))
     assert (whole.finish_reason, cut.finish_reason) == ("stop", "stop")
     assert cut.text == whole.text.partition(" FROM")[0]
-    assert cut.tokens < whole.tokens
+    assert cut.usage.completion_tokens < whole.usage.completion_tokens
 
 
 def test_log_probabilities_are_those_of_the_model_whatever_the_temperature() -> None:
@@ -194,7 +196,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_the_temperature() -> 
     almost = answer(Request(messages=PROMPT, temperature=1e-4, seed=1, logprobs=True, top_logprobs=5))
     assert greedy == almost
     assert greedy.logprobs is not None
-    assert len(greedy.logprobs) == greedy.tokens
+    assert len(greedy.logprobs) == greedy.usage.completion_tokens
     for entry in greedy.logprobs:
         assert entry.top[0] == (entry.token, entry.logprob)
         assert len(entry.top) == 5
@@ -212,51 +214,52 @@ LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
 @pytest.mark.parametrize(
     ("sampling", "possible"),
     [
-        (Sampling(), {0, 1, 2, 3}),
-        (Sampling(top_k=2), {0, 1}),
-        (Sampling(top_p=0.7), {0, 1}),
-        (Sampling(top_p=0.8), {0, 1, 2}),
-        (Sampling(min_p=0.25), {0, 1, 2}),
-        (Sampling(top_k=3, top_p=0.6), {0, 1}),  # of three, 0.5 / 0.9 is less than 0.6
-        (Sampling(temperature=1e-300), {0}),
-        (Sampling(temperature=0.0), {0}),
+        (Request(), {0, 1, 2, 3}),
+        (Request(top_k=2), {0, 1}),
+        (Request(top_p=0.7), {0, 1}),
+        (Request(top_p=0.8), {0, 1, 2}),
+        (Request(min_p=0.25), {0, 1, 2}),
+        (Request(top_k=3, top_p=0.6), {0, 1}),  # of three, 0.5 / 0.9 is less than 0.6
+        (Request(temperature=1e-300), {0}),
+        (Request(temperature=0.0), {0}),
     ],
 )
-def test_sampling_draws_from_what_the_filters_leave(sampling: Sampling, possible: set[int]) -> None:
+def test_sampling_draws_from_what_the_filters_leave(sampling: Request, possible: set[int]) -> None:
     rng = np.random.default_rng(0)
     assert {sample(LOGITS, sampling, rng) for _ in range(200)} == possible
 
 
 def test_sampling_follows_the_probabilities() -> None:
     rng = np.random.default_rng(0)
-    counts = Counter(sample(LOGITS, Sampling(), rng) for _ in range(4000))
+    counts = Counter(sample(LOGITS, Request(), rng) for _ in range(4000))
     for token, share in enumerate((0.5, 0.25, 0.15, 0.1)):
         assert counts[token] / 4000 == pytest.approx(share, abs=0.04)
 
 
 def test_a_prompt_as_long_as_the_context_is_refused() -> None:
-    with pytest.raises(ContextLengthError, match="context is 512 tokens"):
-        Engine(WEIGHTS).submit(0, Request(messages=({"role": "user", "content": "x1" * 300},)))
+    engine = Engine(WEIGHTS)
+    refused = engine.submit(Request(messages=({"role": "user", "content": "x1" * 300},)))
+    assert refused is not None and "context is 512 tokens" in str(refused.too_long) and not engine.busy
 
 
 def test_an_answer_ends_where_the_context_does() -> None:
     request = Request(messages=({"role": "user", "content": "1" * 480},), temperature=0, max_tokens=1000)
     completion = ask(request)[0]
     choice = completion.choices[0]
-    assert choice.finish_reason == "stop" or completion.prompt_tokens + choice.tokens == 512
+    assert choice.finish_reason == "stop" or choice.usage.prompt_tokens + choice.usage.completion_tokens == 512
 
 
 def test_a_cancelled_request_leaves_and_the_others_go_on() -> None:
     engine = Engine(WEIGHTS, slots=2)
-    for key in "abc":
-        engine.submit(key, Request(messages=PROMPT, n=2, seed=1))
+    for number in range(3):
+        engine.submit(Request(id=number, messages=PROMPT, n=2, seed=1))
     engine.step()
-    engine.cancel("a")
-    engine.cancel("b")
-    done: list[Any] = []
+    engine.cancel(0)
+    engine.cancel(1)
+    done: list[int] = []
     while engine.busy:
         done += [result.id for result in engine.step()]
-    assert done == ["c"]
+    assert done == [2]
 
 
 # --- Worker ---------------------------------------------------------------------------------------------------------
@@ -293,20 +296,13 @@ def test_worker_answers_over_pipes_and_ends_with_its_input() -> None:
         assert (result["id"], len(result["choices"])) == (1, 1)
         choice = result["choices"][0]
         assert (choice["text"], choice["finish_reason"]) == (expected.text, expected.finish_reason)
-        assert choice["tokens"] == len(choice["logprobs"])
+        assert choice["usage"]["completion_tokens"] == len(choice["logprobs"])
         assert choice["logprobs"][0]["top"] == [[choice["logprobs"][0]["token"], choice["logprobs"][0]["logprob"]]]
-        assert result["prompt_tokens"] == len(WEIGHTS.tokenizer.encode_chat(PROMPT))
+        assert choice["usage"]["prompt_tokens"] == len(WEIGHTS.tokenizer.encode_chat(PROMPT))
 
-        send(process, {"id": "long", "messages": [{"role": "user", "content": "x1" * 300}]})
-        assert receive(process)["code"] == "context_length_exceeded"
-        for broken, place in (
-            ({"n": "two"}, "$.n"), ({"n": 0}, "$.n"), ({"top_p": 0.0}, "$.top_p"), ({"stop": [""]}, "$.stop"),
-            ({"seeds": 1}, "seeds"), ({"messages": [{"role": "user"}]}, "$.messages"), ({"id": None}, "$.id"),
-        ):  # fmt: skip
-            send(process, {"id": 2, "messages": PROMPT, **broken})
-            refused = receive(process)
-            assert (refused["code"], refused["id"]) == ("invalid_request", broken.get("id", 2))
-            assert place in refused["error"]
+        send(process, {"id": 2, "messages": [{"role": "user", "content": "x1" * 300}]})
+        refused = receive(process)
+        assert refused["id"] == 2 and "context is 512 tokens" in refused["too_long"]
 
         # What is under way when the input ends is finished.
         for key in range(10):
@@ -329,18 +325,48 @@ def test_worker_ends_quietly_when_nobody_reads() -> None:
 # --- Provider -------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_worker_refuses_is_an_error_at_once() -> None:
-    refused = Prompt("embedded", "text2sql", ({"role": "user", "content": "x"},), {"stop": ("",)})
+@pytest.mark.parametrize(
+    ("parameters", "place"),
+    [
+        ({"max_tokens": "two"}, "$.max_tokens"),
+        ({"top_p": 0.0}, "$.top_p"),
+        ({"top_logprobs": 21}, "$.top_logprobs"),
+        ({"stop": ("",)}, "$.stop"),
+        ({"stop": " ", "temperature": -1.0}, "$.stop"),
+    ],
+)
+def test_what_the_model_does_not_take_is_an_error_at_once(parameters: dict[str, Any], place: str) -> None:
+    refused = Prompt("embedded", "text2sql", ({"role": "user", "content": "x"},), parameters)
 
     async def go() -> ProviderError:
-        provider = EmbeddedProvider(EmbeddedConfig())
-        try:
+        async with aclosing(EmbeddedProvider(EmbeddedConfig())) as provider:
             with pytest.raises(ProviderError) as caught:
                 await asyncio.wait_for(provider.complete(refused, seed=1, n=1), 60)
             return caught.value
-        finally:
-            await provider.aclose()
 
     error = asyncio.run(go())
     assert error.kind is ErrorKind.BAD_REQUEST
-    assert "$.stop" in str(error)
+    assert place in str(error)
+
+
+def test_a_request_that_takes_too_long_is_called_off_and_the_next_is_answered() -> None:
+    def asked(tokens: int) -> Prompt:
+        return Prompt("embedded", "text2sql", PROMPT, {"temperature": 5.0, "max_tokens": tokens})
+
+    async def go() -> None:
+        async with aclosing(EmbeddedProvider(EmbeddedConfig(timeout=0.5))) as provider:
+            await provider.probe()
+            with pytest.raises(ProviderError, match="no answer in") as caught:
+                await provider.complete(asked(400), seed=1, n=400)
+            assert caught.value.kind is ErrorKind.TIMEOUT
+            while not answers:  # the step that was under way ends first
+                with suppress(ProviderError):
+                    answers.extend(await provider.complete(asked(1), seed=1, n=1))
+
+    answers: list[Completion] = []
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
+def test_a_long_word_is_encoded_as_the_short_ones_in_it_are() -> None:
+    word = "select" * 20_000
+    assert WEIGHTS.tokenizer.encode(word) == WEIGHTS.tokenizer.encode("select") * 20_000

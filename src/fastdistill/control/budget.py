@@ -1,6 +1,5 @@
 """When a run has enough: a target of accepted samples, and a budget that it may not exceed. Both end it cleanly."""
 
-import heapq
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,16 +57,15 @@ class Progress:
         self._found: list[int] = []  # indexes of those accepted ahead, in order
         self._target = target
         self._next = 0  # the first index that has not finished
-        self._ahead: list[tuple[int, Sample]] = []
+        self._ahead: dict[int, Sample] = {}
 
     def finished(self, sample: Sample) -> list[Sample]:
         """The samples that count now, in input order: none that is ahead of an unfinished one or beyond the target."""
         counted = []
         if sample.status is Status.OPEN and sample.accepted:
             insort(self._found, sample.index)
-        heapq.heappush(self._ahead, (sample.index, sample))
-        while self._ahead and self._ahead[0][0] == self._next:
-            _, done = heapq.heappop(self._ahead)
+        self._ahead[sample.index] = sample
+        while done := self._ahead.pop(self._next, None):
             if not self.reached:
                 counted.append(done)
                 if self._found and self._found[0] == done.index:
@@ -96,9 +94,6 @@ class Progress:
 
 def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sample]:
     """The samples up to the one that makes the target full; all of them without a target."""
-    if target is None:
-        yield from samples
-        return
     accepted = 0
     for sample in samples:
         yield sample

@@ -32,21 +32,20 @@ class Floor(BaseModel):
 
         `audits` has each gate that can be audited, None where it was not.
         """
-        gates = {f"pass_rate.{gate}": tally.gates.get(gate, GateCount()).pass_rate() for gate in self.pass_rate}
-        reached: dict[str, int | Rate] = {
-            "min_total": tally.statuses[Status.OPEN],
-            "min_accepted": tally.accepted_samples,
-            "accept_rate": tally.accept_rate(),
-            "exec_pass_rate": tally.flag_rate("exec_pass"),
-            "gold_match_rate": tally.flag_rate("gold_match"),
-            **gates,
-        }
-        required = self.model_dump() | {f"pass_rate.{gate}": share for gate, share in self.pass_rate.items()}
-        checks = [_check(name, required[name], found) for name, found in reached.items() if required[name] is not None]
-        if self.audited:
-            known = [audit is not None for audit in (audits or {}).values()]
-            checks.append(_check("audited", len(known), sum(known)))
-        return checks
+        known = [audit is not None for audit in (audits or {}).values()]
+        requirements: list[tuple[str, float | None, int | Rate]] = [
+            ("min_total", self.min_total, tally.statuses[Status.OPEN]),
+            ("min_accepted", self.min_accepted, tally.accepted_samples),
+            ("accept_rate", self.accept_rate, tally.accept_rate()),
+            ("exec_pass_rate", self.exec_pass_rate, tally.flag_rate("exec_pass")),
+            ("gold_match_rate", self.gold_match_rate, tally.flag_rate("gold_match")),
+            *(
+                (f"pass_rate.{gate}", share, tally.gates.get(gate, GateCount()).pass_rate())
+                for gate, share in self.pass_rate.items()
+            ),
+            ("audited", len(known) if self.audited else None, sum(known)),
+        ]
+        return [_check(name, required, reached) for name, required, reached in requirements if required is not None]
 
 
 def _check(name: str, required: float, reached: int | Rate) -> dict[str, Any]:

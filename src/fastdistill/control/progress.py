@@ -8,9 +8,8 @@ import shlex
 import sqlite3
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
@@ -26,33 +25,22 @@ if TYPE_CHECKING:
     from fastdistill.control.run import ActiveRun
     from fastdistill.control.session import RunResult
     from fastdistill.control.tally import Tally
-    from fastdistill.model.client import ModelClient
 
 REFRESH = 0.25  # seconds between two pictures on a terminal
 LOG_EVERY = 10.0  # seconds between two lines elsewhere
-TOKENS_SPAN = 10.0  # seconds that tokens/s looks back
-SAMPLES_SPAN = 60.0  # seconds that samples/s, accepted/min and the time left look back
+SPAN = 30.0  # seconds that all speeds, and so the time left, look back
 
-STYLES = {
-    "accepted": "green",
-    "rejected": "",
-    "undecided": "yellow",
-    "failed": "red",
-    "duplicates": "dim",
-    "contaminated": "dim",
-}
+STYLES = {"accepted": "green", "undecided": "yellow", "failed": "red", "duplicates": "dim", "contaminated": "dim"}
 
 
-@contextmanager
-def live(run: "ActiveRun") -> Iterator[None]:
+def live(run: "ActiveRun") -> AbstractContextManager[None]:
     """Shows a run's progress on stderr (`session.Watch`): a live display on a terminal, else a line every 10 s.
 
     NO_COLOR and TERM=dumb ask for the lines on a terminal, too.
     """
     Thread(target=_count, args=(run,), name="count", daemon=True).start()
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown") or not sys.stderr.isatty()
-    with log_lines(run, sys.stderr) if plain else display(run):
-        yield
+    return log_lines(run, sys.stderr) if plain else display(run)
 
 
 @contextmanager
@@ -61,10 +49,9 @@ def display(run: "ActiveRun", console: "Console | None" = None) -> Iterator[None
     from rich.console import Console
     from rich.live import Live
 
-    recent = Recent()
     screen = Live(
         console=console or Console(stderr=True),
-        get_renderable=lambda: board(run, recent),
+        get_renderable=Onlooker(run).picture,
         auto_refresh=False,
         transient=True,
         redirect_stdout=False,  # what a program prints there is its own
@@ -83,134 +70,73 @@ def display(run: "ActiveRun", console: "Console | None" = None) -> Iterator[None
             screen.stop()
 
 
-@contextmanager
-def log_lines(run: "ActiveRun", stream: TextIO, every: float = LOG_EVERY) -> Iterator[None]:
+def log_lines(run: "ActiveRun", stream: TextIO, every: float = LOG_EVERY) -> AbstractContextManager[None]:
     """One line every so many seconds, and a last one at the end."""
-    recent = Recent()
-    recent.look(run)
-
-    def write() -> None:
-        print(log_line(run, recent), file=stream, flush=True)
-
-    try:
-        with _repeated(every, write):
-            yield
-    finally:
-        with suppress(OSError, ValueError):  # the stream broke, or was closed
-            write()
+    onlooker = Onlooker(run)
+    return _repeated(every, lambda: print(onlooker.line(), file=stream, flush=True))
 
 
-def log_line(run: "ActiveRun", recent: "Recent") -> str:
-    """`fastdistill 2:10  1,240 of 2,000 samples (62%), 12.4/s: accepted 812, rejected 401  teacher 32/32, ...`"""
-    speed = recent.look(run)
-    elapsed, done, left = _headline(run, speed)
-    counts = ", ".join(f"{name} {count:,}" for name, count in _counts(run.tally).items() if count or name == "accepted")
-    parts = [f"fastdistill {elapsed}  {done}, {speed.samples:.1f}/s{', ' if left else ''}{left}: {counts}"]
-    for name, model in run.models.items():
-        meter = model.meter
-        slots = f"{name} {meter.in_flight}/{model.router.capacity} in flight"
-        retries = f", {sum(dict(meter.retries).values())} retries" if meter.retries else ""
-        cost = "" if meter.cost is None else f", {dollars(meter.cost)}"
-        parts.append(f"{slots}, {speed.tokens.get(name, 0.0):,.0f} tok/s{retries}{cost}")
-    if run.stopping:
-        parts.append("stopping")
-    return "  ".join(parts)
+class Onlooker:
+    """Says how far a run is, and how fast it has been of late, at first since its beginning."""
+
+    def __init__(self, run: "ActiveRun") -> None:
+        self._run = run
+        # When; samples, accepted samples and each model's completion tokens by then.
+        self._seen: deque[tuple[float, ...]] = deque([(run.begun, 0, 0, *[0] * len(run.models))])
+
+    def line(self) -> str:
+        """`fastdistill 2:10  1,240 of 2,000 samples (62%), 12.4/s, ...  accepted 812, rejected 9  teacher 32/32 ...`"""
+        return "fastdistill " + "  ".join(self._told())
+
+    def picture(self) -> "Text":
+        """What a log has, line by line, and the gates."""
+        from rich.text import Text
+
+        headline, *others = self._told(_gates_now(self._run.tally))
+        return Text.assemble((headline, "bold"), *(f"\n{line}" for line in others))
+
+    def _told(self, gates: Iterable[str] = ()) -> Iterator[str]:
+        """For how long a run has worked, how far and how fast it is, and how long it will yet take; then its parts."""
+        run, tally, (samples_per_s, accepted_per_s, *tokens_per_s) = self._run, self._run.tally, self._speeds()
+        done, total, per_s, what = tally.samples, run.total, samples_per_s, "samples"
+        if run.target is not None:
+            done, total, per_s, what = tally.accepted_samples, run.target, accepted_per_s, "accepted"
+        reached, left = f"{done:,} {what}", ""
+        if total is not None:
+            reached = f"{done:,} of {total:,} {what} ({done / max(total, 1):.0%})"
+            left = f", ETA {clock(max(total - done, 0) / per_s) if per_s > 0 else '–'}"
+        pace = f"{samples_per_s:.1f}/s, {60 * accepted_per_s:,.0f} accepted/min{left}"
+        yield f"{clock(perf_counter() - run.begun)}  {reached}, {pace}"
+        yield ", ".join(f"{name} {count:,}" for name, count in _counts(tally).items() if count or name == "accepted")
+        yield from gates
+        for (name, model), speed in zip(run.models.items(), tokens_per_s, strict=True):
+            meter = model.meter
+            words = f"{printable(name)} {meter.in_flight}/{model.router.capacity} in flight, {meter.answers:,} paid"
+            words += f", {meter.stored:,} stored, {speed:,.0f} tok/s"
+            words += "" if meter.cost is None else f", {dollars(meter.cost)}"
+            yield words + (f", retries: {tallied(dict(meter.retries))}" if meter.retries else "")
+        if run.stopping:
+            in_flight = sum(model.meter.in_flight for model in run.models.values())
+            yield f"stopping: {in_flight} requests in flight are coming home; Ctrl-C again ends at once"
+
+    def _speeds(self) -> list[float]:
+        """Samples, accepted samples and each model's completion tokens, a second."""
+        tally, tokens = self._run.tally, [model.meter.completion_tokens for model in self._run.models.values()]
+        self._seen.append((perf_counter(), tally.samples, tally.accepted_samples, *tokens))
+        (now, *counts), seen = self._seen[-1], self._seen
+        while now - seen[1][0] >= SPAN:
+            seen.popleft()
+        then, *before = seen[0]
+        return [(count - earlier) / max(now - then, 1e-3) for count, earlier in zip(counts, before, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Per second. `tokens` are completion tokens by model."""
-
-    samples: float
-    accepted: float
-    tokens: Mapping[str, float]
-
-
-class Recent:
-    """What was seen of a run in the last minute, to tell how fast it is now."""
-
-    def __init__(self) -> None:
-        self._seen: deque[tuple[float, int, int, Mapping[str, int]]] = deque()  # when; samples, accepted, tokens
-
-    def look(self, run: "ActiveRun") -> Speed:
-        tokens = {name: model.meter.completion_tokens for name, model in run.models.items()}
-        now, samples, accepted = perf_counter(), run.tally.samples, run.tally.accepted_samples
-        # A run is timed from its beginning, whenever the first look was.
-        begun = run.begun, 0, 0, dict.fromkeys(tokens, 0)
-        self._seen.append((now, samples, accepted, tokens) if self._seen else begun)
-        while len(self._seen) > 2 and now - self._seen[1][0] >= SAMPLES_SPAN:
-            self._seen.popleft()
-        since, samples_then, accepted_then, _ = self._seen[0]
-        long_ago = (seen for seen in reversed(self._seen) if now - seen[0] >= TOKENS_SPAN)
-        lately, _, _, tokens_then = next(long_ago, self._seen[0])
-        span, token_span = max(now - since, 1e-3), max(now - lately, 1e-3)
-        per_s = {name: (count - tokens_then[name]) / token_span for name, count in tokens.items()}
-        return Speed((samples - samples_then) / span, (accepted - accepted_then) / span, per_s)
-
-
-def board(run: "ActiveRun", recent: Recent) -> "RenderableType":
-    """The live picture: samples, gates, models."""
-    from rich.console import Group
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    speed = recent.look(run)
-    (reached, total, _), tally = _goal(run), run.tally
-    elapsed, done, left = _headline(run, speed)
-    pace = f"  {speed.samples:.1f}/s  {60 * speed.accepted:,.0f} accepted/min  {elapsed}{'  ' if left else ''}{left}"
-    parts: list[RenderableType] = [Text.assemble((done, "bold"), pace)]
-    if total is not None:
-        bar = Table.grid(expand=True)
-        bar.add_row(ProgressBar(total=max(total, 1), completed=min(reached, total)))
-        parts.append(bar)
-    counts = [(f"{name} {count:,}", STYLES[name] if count else "dim") for name, count in _counts(tally).items()]
-    parts.append(Text("  ").join(Text(words, style) for words, style in counts))
-    if tally.gates:
-        parts += [Text(), _gates_now(tally)]
-    if run.models:
-        parts += [Text(), _models_now(run.models, speed)]
-    if run.stopping:
-        in_flight = sum(model.meter.in_flight for model in run.models.values())
-        words = f"stopping: {in_flight} requests in flight are coming home; Ctrl-C again ends at once"
-        parts += [Text(), Text(words, "bold yellow")]
-    return Group(*parts)
-
-
-def _gates_now(tally: "Tally") -> "Text":
-    rows = [("gate", "pass", "fail", "error", "rate", "")]
+def _gates_now(tally: "Tally") -> Iterator[str]:
     for step in tally.steps:
         if gate := tally.gates.get(step.name):
             passed, failed, errors = (gate.outcomes[kind] for kind in (Outcome.PASS, Outcome.FAIL, Outcome.ERROR))
             rate = f"{passed / (passed + failed):.1%}" if passed + failed else "–"
-            rows.append((step.name, f"{passed:,}", f"{failed:,}", f"{errors:,}", rate, ""))
-    return _columns(rows)
-
-
-def _models_now(models: "Mapping[str, ModelClient]", speed: Speed) -> "Text":
-    priced = any(model.meter.price is not None for model in models.values())
-    rows = [["model", "in flight", "paid", "stored", "tok/s", *(["cost"] if priced else []), "retries"]]
-    for name, model in models.items():
-        meter = model.meter
-        row = [name, f"{meter.in_flight}/{model.router.capacity}", f"{meter.answers:,}", f"{meter.stored:,}"]
-        row += [f"{speed.tokens.get(name, 0.0):,.0f}", *([dollars(meter.cost)] if priced else [])]
-        rows.append([*row, tallied(dict(meter.retries)) or "–"])
-    return _columns(rows)
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> "Text":
-    """Names to the left, figures to the right, words last. A rich table costs ten times as much, 4 times a second."""
-    from rich.cells import cell_len
-    from rich.text import Text
-
-    cells = [[cut(printable(cell), 24) for cell in row[:-1]] for row in rows]
-    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
-    text = Text(no_wrap=True, overflow="ellipsis")
-    for at, ((name, *figures), row) in enumerate(zip(cells, rows, strict=True)):
-        pads = [" " * (width - cell_len(cell)) for width, cell in zip(widths, (name, *figures), strict=True)]
-        aligned = [name + pads[0], *(pad + figure for pad, figure in zip(pads[1:], figures, strict=True)), row[-1]]
-        text.append(("\n" if at else "") + "  ".join(aligned).rstrip(), "" if at else "bold")
-    return text
+            name = cut(printable(step.name), 24)
+            yield f"{name:<24} {passed:>9,} pass {failed:>9,} fail {errors:>7,} error {rate:>7}"
 
 
 def summary(result: "RunResult", console: "Console") -> None:
@@ -341,22 +267,22 @@ def _example(ledger: Path) -> str:
     from fastdistill.control.writer import connect
 
     told = """instr(sample, '"outcome":"fail"') OR instr(sample, '"outcome":"error"')"""  # no JSON is parsed for it
-    held_back = f"SELECT idx FROM entries WHERE {told} ORDER BY idx LIMIT 1"
-    first = "SELECT idx FROM entries WHERE sample_id <> '' ORDER BY idx LIMIT 1"
-    query = f"SELECT sample_id FROM entries WHERE idx = coalesce(({held_back}), ({first}))"
+    query = f"SELECT sample_id FROM entries WHERE {told} UNION ALL SELECT sample_id FROM entries WHERE sample_id <> ''"
     with suppress(sqlite3.Error), closing(connect(ledger, readonly=True)) as connection:
-        for (sample_id,) in connection.execute(query):
+        for (sample_id,) in connection.execute(f"{query} LIMIT 1"):
             return str(sample_id)[:12]
     return ""
 
 
 @contextmanager
 def _repeated(seconds: float, act: Callable[[], None]) -> Iterator[None]:
-    """Calls `act` every so many seconds in a thread of its own, so that the event loop never waits for a terminal."""
+    """Acts every so many seconds and at the end, in a thread, so that the event loop never waits for a terminal."""
     ended = Event()
 
     def work() -> None:
-        while not ended.wait(seconds):
+        works = True
+        while works:
+            works = not ended.wait(seconds)
             with suppress(OSError, ValueError):  # the terminal went away, or the stream was closed
                 act()
 
@@ -387,20 +313,3 @@ def _count(run: "ActiveRun") -> None:
     """Counts the records in a thread, for the time left; a file that can't be read is the run's own business."""
     with suppress(Exception):
         run.total = sum(step.count() for step in run.tally.steps) or None
-
-
-def _headline(run: "ActiveRun", speed: Speed) -> tuple[str, str, str]:
-    """For how long a run has worked, how far it is, and (where the total is known) how long it will yet take."""
-    elapsed, (done, total, what) = clock(perf_counter() - run.begun), _goal(run)
-    if total is None:
-        return elapsed, f"{done:,} {what}", ""
-    per_s = speed.samples if run.target is None else speed.accepted
-    left = clock(max(total - done, 0) / per_s) if per_s > 0 else "–"
-    return elapsed, f"{done:,} of {total:,} {what} ({done / max(total, 1):.0%})", f"ETA {left}"
-
-
-def _goal(run: "ActiveRun") -> tuple[int, int | None, str]:
-    """How far a run is, of how much: of its target where it has one, else of all records."""
-    if run.target is None:
-        return run.tally.samples, run.total, "samples"
-    return run.tally.accepted_samples, run.target, "accepted"

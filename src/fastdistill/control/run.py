@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from time import perf_counter
 
-from fastdistill.control.budget import Budget, Enough, Progress, Target, first_accepted
+from fastdistill.control.budget import Budget, Enough, Progress, Target
 from fastdistill.control.ledger import Ledger
 from fastdistill.control.seen import Seen
 from fastdistill.control.tally import Tally
@@ -103,7 +103,7 @@ class ActiveRun:
         self._counted = last
         if self._progress.reached and self._cutoff is not None:
             await self._ledger.leave_out_after(self._cutoff)
-        return first_accepted(await self._ledger.samples(), self.target)
+        return await self._ledger.samples()
 
     @property
     def target(self) -> int | None:

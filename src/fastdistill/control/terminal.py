@@ -78,11 +78,11 @@ def figure(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def tallied(counts: Mapping[str, int], most: int = 6) -> str:
+def tallied(counts: Mapping[str, int]) -> str:
     """`timeout 3, reset 1`: the most frequent first."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    words = [f"{name} {count:,}" for name, count in ranked[:most]]
-    return ", ".join(words + ([f"{len(ranked) - most} more kinds"] if len(ranked) > most else []))
+    words = [f"{name} {count:,}" for name, count in ranked]
+    return ", ".join(words if len(words) <= 6 else [*words[:6], f"{len(words) - 6} more kinds"])
 
 
 def printable(text: str) -> str:

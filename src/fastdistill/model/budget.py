@@ -39,7 +39,8 @@ class ModelBudget(BaseModel):
     def taken(self, meters: "Sequence[Meter]", tokens: int, dollars: float) -> bool:
         """Whether requests in flight could still cost what a further one would need."""
         tokens += sum([meter.reserved_tokens for meter in meters])
-        return self.spent(meters, tokens, dollars + sum([meter.reserved_cost for meter in meters])) is not None
+        dollars += sum([meter.worst_cost(meter.reserved_tokens) for meter in meters])
+        return self.spent(meters, tokens, dollars) is not None
 
 
 class OwnBrake:

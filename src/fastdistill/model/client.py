@@ -363,7 +363,7 @@ class ModelClient:
             if self._unstorable is not None:
                 raise self._unstorable
             tokens = 0
-            flight = self.meter.request(begun, worst)
+            flight = InFlight(self.meter, begun, worst)
             resends = RESENDS.set(partial(self._resends, flight))
             try:
                 with flight:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from fastdistill.core.errors import NotAsked
@@ -32,7 +33,7 @@ class Hedge(Generic[T]):
         """
         task = asyncio.current_task()
         assert task is not None
-        race = _Race(task, again)
+        race = _Race(task, again, asyncio.get_running_loop().time(), task.cancelling())
         self._alone[race] = None
         if not self._looks:
             self._look()
@@ -71,24 +72,23 @@ class Hedge(Generic[T]):
             loop.call_soon(self._look)  # once this one is in line
 
 
+@dataclass(slots=True, eq=False)
 class _Race(Generic[T]):
     """A request in the task of who waits for it, and from `start` on a second one for the same."""
 
-    __slots__ = ("_again", "_task", "begun", "cancelling", "over", "overtaken", "second")
-
-    def __init__(self, task: asyncio.Task[Any], again: Callable[[], Coroutine[Any, Any, T]]) -> None:
-        self.begun = asyncio.get_running_loop().time()
-        self.cancelling = task.cancelling()
-        self.second: asyncio.Task[T] | None = None
-        self.over = self.overtaken = False
-        self._task = task
-        self._again = again
+    task: asyncio.Task[Any]
+    again: Callable[[], Coroutine[Any, Any, T]]
+    begun: float
+    cancelling: int  # how often the task was to be cancelled before
+    second: asyncio.Task[T] | None = None
+    over: bool = False
+    overtaken: bool = False
 
     def start(self) -> None:
-        self.second = asyncio.create_task(self._again())
+        self.second = asyncio.create_task(self.again())
         self.second.add_done_callback(self._ended)
 
     def _ended(self, second: asyncio.Task[T]) -> None:
         if not self.over and not second.cancelled() and second.exception() is None:
             self.overtaken = True
-            self._task.cancel()  # as `asyncio.timeout` does: the caller waits for the first
+            self.task.cancel()  # as `asyncio.timeout` does: the caller waits for the first

@@ -3,14 +3,12 @@
 import asyncio
 from collections.abc import Mapping
 from functools import lru_cache
-from types import SimpleNamespace
-from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from fastdistill.model.provider import ErrorKind, ProviderError
-from fastdistill.model.transport import CONNECTS, RESENDS, Response, StaleConnection, proxy, refused
+from fastdistill.model.transport import CONNECTS, Response, proxy, refused
 
 
 class AiohttpTransport:
@@ -26,24 +24,26 @@ class AiohttpTransport:
         self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, timeout: float
     ) -> Response:
         if self._session is None:
-            self._session = _session(keep=self._keep)
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    limit=0, force_close=not self._keep, keepalive_timeout=self._keep or None
+                ),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECTS),
+            )
         through = self._proxy(url)
         if through is not None and not through.startswith("http"):
             raise _refused(url, through, ValueError(f"a {urlsplit(through).scheme} proxy can't be used"))
+        asked = self._session.request(method, url, data=body, headers=headers, proxy=through, allow_redirects=False)
+        chunks = bytearray()
         try:
-            async with asyncio.timeout(timeout):
-                try:
-                    return await self._send(self._session, method, url, headers, body)
-                except StaleConnection as stale:
-                    if not RESENDS.get()():
-                        raise ConnectionResetError("closed by the server") from stale
-                    # The pool may hold more of the same, so this goes over a connection opened for it.
-                    async with _session(keep=0) as fresh:
-                        return await self._send(fresh, method, url, headers, body)
-        # A connection that does not come about in time is nobody listening, though aiohttp has it as a timeout too.
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
-            raise _refused(url, through, error) from error
-        except aiohttp.ClientHttpProxyError as error:
+            async with asyncio.timeout(timeout), asked as response:
+                async for chunk in response.content.iter_any():
+                    chunks += chunk
+                    if len(chunks) > self._max_body:
+                        words = f"{url}: the answer is larger than {self._max_body} bytes"
+                        raise ProviderError(ErrorKind.GARBLED, words)
+        except _REFUSED as error:
             raise _refused(url, through, error) from error
         except TimeoutError as error:
             raise ProviderError(ErrorKind.TIMEOUT, f"{url}: no answer within {timeout:g} s") from error
@@ -51,33 +51,22 @@ class AiohttpTransport:
             raise ProviderError(ErrorKind.GARBLED, f"{url}: the answer is not HTTP ({error.message})") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ProviderError(ErrorKind.RESET, f"{url}: the connection broke ({error})") from error
+        lines = {name.lower(): value for name, value in response.headers.items()}
+        return Response(response.status, lines, bytes(chunks))
 
     async def aclose(self) -> None:
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    async def _send(
-        self, session: aiohttp.ClientSession, method: str, url: str, headers: Mapping[str, str], body: bytes | None
-    ) -> Response:
-        connection = SimpleNamespace(reused=False)
-        sent: Any = {"data": body, "headers": headers, "proxy": self._proxy(url), "trace_request_ctx": connection}
-        try:
-            opened = await session.request(method, url, allow_redirects=False, **sent)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.args[0], str)
-            if connection.reused and not begun:
-                raise StaleConnection from error
-            raise
-        chunks = bytearray()
-        async with opened as response:
-            async for chunk in response.content.iter_any():
-                chunks += chunk
-                if len(chunks) > self._max_body:
-                    words = f"{url}: the answer is larger than {self._max_body} bytes"
-                    raise ProviderError(ErrorKind.GARBLED, words)
-        lines = {name.lower(): value for name, value in response.headers.items()}
-        return Response(response.status, lines, bytes(chunks))
+
+# A connection that does not come about in time is nobody listening, though aiohttp has it as a timeout too.
+_REFUSED = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.InvalidURL,
+    aiohttp.ClientHttpProxyError,
+)
 
 
 def _refused(url: str, through: str | None, error: Exception) -> ProviderError:
@@ -92,18 +81,3 @@ def _refused(url: str, through: str | None, error: Exception) -> ProviderError:
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         error = error.certificate_error
     return refused(url, error, remedy)
-
-
-def _session(*, keep: float) -> aiohttp.ClientSession:
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_reuseconn.append(_mark_reused)
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=not keep, keepalive_timeout=keep or None),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECTS),
-        trace_configs=[trace],
-    )
-
-
-async def _mark_reused(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: object) -> None:
-    context.trace_request_ctx.reused = True

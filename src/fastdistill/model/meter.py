@@ -37,56 +37,40 @@ class Meter:
     peak: int = 0
     reserved_tokens: int = 0  # that the requests in flight may cost at most
     spent: str | None = None  # why nothing more is asked: the model's own budget
-    first: float | None = None
-    last: float | None = None
+    first: float = 0.0  # when the first request went out, by perf_counter
+    last: float = 0.0  # when the last one ended
+    completion_tokens: int = 0  # of the answers that came home
     _densest: float | None = None  # tokens for a character of a long prompt, a little more than was seen
     _supposed: float = 1.0  # the same until a long one was seen: text of any language has hardly more
     _prompt_tokens: int = 0
     _completion_tokens: int = 0
-    _lost_completion_tokens: int = 0
     _cached_tokens: int = 0
-    _reasoning_tokens: int = 0
-
-    def request(self, wanted: float, tokens: int) -> "InFlight":
-        """Holds one request in flight, which waited since `wanted` by perf_counter, and may cost up to `tokens`."""
-        return InFlight(self, wanted, tokens)
 
     def answered(self, usage: Usage, characters: int) -> None:
         """An answer was paid for; its prompt has so many characters."""
         self.answers += 1
+        self.completion_tokens += usage.completion_tokens
         if usage.prompt_tokens and characters >= _LONG:
             self._densest = max(self._densest or 0.0, 1.1 * usage.prompt_tokens / characters)
         elif characters:
             self._supposed = max(self._supposed, (usage.prompt_tokens - TEMPLATE) / characters)
-        self._count(usage)
-
-    def lost(self, usage: Usage) -> None:
-        """A request was called off that may have cost so much."""
-        self.lost_tokens += usage.prompt_tokens + usage.completion_tokens
-        self._lost_completion_tokens += usage.completion_tokens
-        self._count(usage)
+        self.paid(usage)
 
     def probed(self, usage: Usage) -> None:
         """First contact with an endpoint cost so much."""
         self.probe_tokens += usage.prompt_tokens + usage.completion_tokens
-        self._lost_completion_tokens += usage.completion_tokens
-        self._count(usage)
+        self.paid(usage)
 
-    def _count(self, usage: Usage) -> None:
+    def paid(self, usage: Usage) -> None:
+        """So much was paid for, or may have been."""
         self._prompt_tokens += usage.prompt_tokens
         self._completion_tokens += usage.completion_tokens
         self._cached_tokens += usage.cached_tokens
-        self._reasoning_tokens += usage.reasoning_tokens
 
     @property
     def usage(self) -> Usage:
         """What was paid for in this run, and what requests that were called off may have cost."""
-        return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens, self._reasoning_tokens)
-
-    @property
-    def completion_tokens(self) -> int:
-        """Of the answers that came home in this run."""
-        return self._completion_tokens - self._lost_completion_tokens
+        return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
 
     def most_prompt_tokens(self, characters: int) -> int:
         """Of a prompt of so many characters."""
@@ -103,18 +87,13 @@ class Meter:
         return tokens * max(self.price.prompt, self.price.completion) / 1e6 if self.price else 0.0
 
     @property
-    def reserved_cost(self) -> float:
-        """US dollars that the requests in flight may cost at most."""
-        return self.worst_cost(self.reserved_tokens)
-
-    @property
     def cost(self) -> float | None:
         """US dollars paid in this run; None where no price is configured."""
         return None if self.price is None else self.price.cost(self.usage)
 
     def report(self, concurrency: int) -> dict[str, Any]:
         """The timing report's entry; `slot_utilisation` is mean requests in flight over `concurrency`, 1 at most."""
-        window = (self.last - self.first) if self.first is not None and self.last is not None else 0.0
+        window = max(0.0, self.last - self.first)
         mean = self.busy.total / window if window else 0.0
         return {
             "requests": self.requests,
@@ -143,26 +122,23 @@ class Meter:
         }
 
 
+@dataclass(slots=True, eq=False)
 class InFlight:
-    """One request in flight, with what it may cost at `worst`; of use once, in `with`.
+    """One request in flight, which waited since `wanted` and may cost `worst` tokens; of use once, in `with`."""
 
-    Seconds: `queued` before it went out, and, once it has ended, `busy`.
-    """
-
-    __slots__ = ("_asked", "_meter", "_sent", "_wanted", "busy", "queued", "worst")
-
-    def __init__(self, meter: Meter, wanted: float, worst: int) -> None:
-        self.worst = worst
-        self._meter = meter
-        self._wanted = wanted
-        self._asked = 1
+    meter: Meter
+    wanted: float  # seconds by perf_counter, as `sent`
+    worst: int
+    sent: float = 0.0
+    queued: float = 0.0  # seconds before it went out
+    busy: float = 0.0  # seconds that it took, once it has ended
+    asked: int = 1
 
     def __enter__(self) -> Self:
-        meter = self._meter
-        self._sent = sent = perf_counter()
-        self.queued = sent - self._wanted
-        if meter.first is None:
-            meter.first = sent
+        meter = self.meter
+        self.sent = sent = perf_counter()
+        self.queued = sent - self.wanted
+        meter.first = meter.first or sent
         meter.requests += 1
         meter.in_flight += 1
         if meter.in_flight > meter.peak:
@@ -171,11 +147,11 @@ class InFlight:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        meter = self._meter
-        meter.reserved_tokens -= self._asked * self.worst
+        meter = self.meter
+        meter.reserved_tokens -= self.asked * self.worst
         meter.in_flight -= 1
         meter.last = perf_counter()
-        self.busy = busy = meter.last - self._sent
+        self.busy = busy = meter.last - self.sent
         meter.busy.add(busy)
         meter.queued.add(self.queued)
         if isinstance(error, CancelledError):
@@ -187,19 +163,19 @@ class InFlight:
 
     def resent(self) -> None:
         """The same goes out again, for its connection broke at once; what the first cost nobody says."""
-        self._meter.requests += 1
-        self._meter.retries[ErrorKind.RESET] += 1
-        self._meter.unknown_tokens += self.worst
+        self.meter.requests += 1
+        self.meter.retries[ErrorKind.RESET] += 1
+        self.meter.unknown_tokens += self.worst
 
     def untold(self) -> None:
         """Nobody says what it cost: a budget counts the worst."""
-        self._meter.unknown_tokens += self._asked * self.worst
+        self.meter.unknown_tokens += self.asked * self.worst
 
     def again(self) -> None:
         """The same is asked a second time."""
-        self._asked += 1
-        self._meter.hedged += 1
-        self._meter.reserved_tokens += self.worst
+        self.asked += 1
+        self.meter.hedged += 1
+        self.meter.reserved_tokens += self.worst
 
     def answered(self, completions: Sequence[Completion], characters: int) -> int:
         """It was answered; the tokens of it.
@@ -207,12 +183,13 @@ class InFlight:
         One that was asked a second time is counted twice: nobody says what the request that was called off had cost by
         then, but it was for the same draw, so the winner's usage is what it would have come to.
         """
-        meter = self._meter
+        meter = self.meter
         before = meter.tokens
         for completion in completions:
             meter.answered(completion.usage, characters)
         tokens = meter.tokens - before
-        if self._asked > 1:
+        if self.asked > 1:
+            meter.lost_tokens += tokens
             for completion in completions:
-                meter.lost(completion.usage)
+                meter.paid(completion.usage)
         return tokens

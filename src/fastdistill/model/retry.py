@@ -47,8 +47,6 @@ class GiveUp:
 class Stop:
     """No request will succeed: the run ends with the error's own message."""
 
-    reason: str
-
 
 def decide(
     error: ProviderError, failures: Sequence[ErrorKind], max_retries: int, uniform: float
@@ -62,13 +60,13 @@ def decide(
     """
     reason = error.kind.value
     if error.kind in _FATAL:
-        return Stop(reason)
+        return Stop()
     poisoned = failures.count(ErrorKind.SERVER) >= (1 if error.others_answered else 4) and not error.elsewhere
     if error.kind in _HOPELESS or (error.kind is ErrorKind.SERVER and poisoned):
         return GiveUp(reason)
     spent = sum(0.5 if kind in _THROTTLED else 1.0 for kind in (*failures, error.kind))
     if spent > max_retries:
-        return Stop(reason) if error.kind is ErrorKind.REFUSED else GiveUp(reason)
+        return Stop() if error.kind is ErrorKind.REFUSED else GiveUp(reason)
     alike = sum((kind in _AWAY) == (error.kind in _AWAY) for kind in failures)
     # The exponent is bounded only so that a long list of failures can't overflow the power.
     backoff = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** min(alike, 16))

@@ -23,7 +23,7 @@ LOOKAHEAD = 64  # waiting requests among which a slot chooses; also how often on
 PREFIX = 256  # characters of the shortest prefix that counts; each further one is twice as long
 REMEMBERED = 4096  # prefixes of one endpoint
 LONGEST_COOLING = 30.0  # seconds
-LOOKS = 0.5  # seconds after which those who wait for a cooling endpoint look whether the run ends
+LOOKS = 0.02  # seconds after which those who wait for a cooling endpoint look whether it is up, or the run ends
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +45,7 @@ class Endpoint:
     _cooled_at: float = float("-inf")
     _refuses_until: float = 0.0  # it said so itself, or nobody listened: whatever is answered meanwhile
     _warm: OrderedDict[int, int] = field(default_factory=OrderedDict)  # prefix -> the tick at which it was used last
-    _led: dict[int, int] = field(default_factory=dict)  # cold prefix -> how many requests under way warm it
+    _led: set[int] = field(default_factory=set)  # prefixes that requests under way warm
 
     @property
     def free(self) -> int:
@@ -54,7 +54,7 @@ class Endpoint:
 
     @property
     def load(self) -> float:
-        return self.in_flight / max(1, self.limit.capacity)
+        return self.in_flight / self.limit.capacity
 
     def answered(self) -> None:
         self.failures = self.coolings = 0
@@ -103,68 +103,54 @@ class Endpoint:
         """Whether it has seen the longest, and so all of them."""
         return not prefixes or prefixes[-1] in self._warm
 
-    def begin(self, prefixes: tuple[int, ...]) -> tuple[int, ...]:
-        """A request goes out; gives those of its prefixes that it leads."""
+    def begin(self, prefixes: tuple[int, ...]) -> None:
+        """A request goes out."""
         self.in_flight += 1
         self.latest = prefixes
-        if self.is_warm(prefixes):
-            return ()
-        warm, led = self._warm, self._led
-        leads = tuple([prefix for prefix in prefixes if prefix not in warm])
-        for prefix in leads:
-            led[prefix] = led.get(prefix, 0) + 1
-        return leads
+        if not self.is_warm(prefixes):
+            self._led.update(prefixes)
 
-    def end(self, prefixes: tuple[int, ...], leads: tuple[int, ...], tick: int) -> None:
-        """One that `begin` let out has come home."""
+    def end(self, prefixes: tuple[int, ...], tick: int) -> None:
+        """One has come home: its prefixes are warm now, whoever else is under way with them."""
         self.in_flight -= 1
-        for prefix in leads:
-            if (others := self._led[prefix] - 1) > 0:
-                self._led[prefix] = others
-            else:
-                del self._led[prefix]
+        self._led.difference_update(prefixes)
         _remember(self._warm, prefixes, tick, REMEMBERED)
 
 
+@dataclass(slots=True, eq=False)
 class Slot:
     """A request that waits for a slot, and then holds it: `async with router.slot(prompt) as endpoint`."""
 
-    __slots__ = ("_router", "_turn", "besides", "endpoint", "leads", "longest", "passed", "prefixes", "shared")
-
-    def __init__(
-        self, router: "Router", prefixes: tuple[int, ...], shared: tuple[int, ...], besides: Endpoint | None
-    ) -> None:
-        self.besides = besides
-        self.prefixes = prefixes
-        self.shared = shared  # those that some other request had before: only these can make it fit an endpoint
-        self.longest = shared[-1] if shared else 0
-        self.passed = 0
-        self.endpoint: Endpoint | None = None
-        self._router = router
-        self._turn: asyncio.Future[None] | None = None  # for one that must wait
+    router: "Router"
+    prefixes: tuple[int, ...]
+    shared: tuple[int, ...]  # those that some other request had before: only these can make it fit an endpoint
+    besides: Endpoint | None
+    passed: int = 0
+    endpoint: Endpoint | None = None
+    turn: asyncio.Future[None] | None = None  # for one that must wait
 
     async def __aenter__(self) -> Endpoint:
-        self._router.enter(self)
+        self.router.enter(self)
         if self.endpoint is None:
-            self._turn = asyncio.get_running_loop().create_future()
+            self.turn = asyncio.get_running_loop().create_future()
             try:
-                await self._turn
+                await self.turn
             except asyncio.CancelledError:
-                self._router.leave(self)
+                self.router.leave(self)
                 raise
             assert self.endpoint is not None
         return self.endpoint
 
     async def __aexit__(self, *_: object) -> None:
-        self._router.leave(self)
+        self.router.leave(self)
 
     def give(self, endpoint: Endpoint) -> None:
-        if self._turn is not None:
-            if self._turn.done():  # it was cancelled, and has not noticed yet
+        if self.turn is not None:
+            if self.turn.done():  # it was cancelled, and has not noticed yet
                 return
-            self._turn.set_result(None)
+            self.turn.set_result(None)
         self.endpoint = endpoint
-        self.leads = endpoint.begin(self.prefixes)
+        endpoint.begin(self.prefixes)
 
 
 class Router:
@@ -198,15 +184,12 @@ class Router:
         `besides` is taken only by one that is alone in line, and finds no other endpoint with a free slot.
         """
         latest, prefixes = self._latest[1], self._prefixes(prompt)
-        if prefixes is latest:  # as the draws of one prompt have them, and samples about one thing
-            return Slot(self, prefixes, prefixes, besides)
-        known = 0
-        for prefix in prefixes:
-            if prefix not in self._asked:
-                break
-            known += 1
-        _remember(self._asked, prefixes, 0, REMEMBERED * len(self.endpoints))
-        return Slot(self, prefixes, prefixes[:known], besides)
+        shared = prefixes
+        if prefixes is not latest:  # as it is for the draws of one prompt, and for samples about one thing
+            while shared and shared[-1] not in self._asked:
+                shared = shared[:-1]
+            _remember(self._asked, prefixes, 0, REMEMBERED * len(self.endpoints))
+        return Slot(self, prefixes, shared, besides)
 
     def enter(self, slot: Slot) -> None:
         self._waiting.append(slot)
@@ -216,7 +199,7 @@ class Router:
         """Of one that has its slot, or does not want one any more."""
         if slot.endpoint is not None:
             self._ticks += 1
-            slot.endpoint.end(slot.prefixes, slot.leads, self._ticks)
+            slot.endpoint.end(slot.prefixes, self._ticks)
         else:
             with suppress(ValueError):  # when a slot came to it after it was cancelled
                 self._waiting.remove(slot)
@@ -229,7 +212,8 @@ class Router:
             if endpoint.free <= 0 or endpoint is besides:
                 continue
             if endpoint.cooling_until > now and not self._ending:
-                self._look_at(min(endpoint.cooling_until + 0.001, now + LOOKS))
+                if self._wake is None:  # not in the context of the sample at work, which may end before the run does
+                    self._wake = asyncio.get_running_loop().call_later(LOOKS, self._woken, context=Context())
             elif best is None or endpoint.load < best.load:
                 best = endpoint
         return best
@@ -255,11 +239,12 @@ class Router:
         # What goes on where the endpoint was last, and was answered there, fits as well as anything can.
         if oldest.prefixes == endpoint.latest and endpoint.is_warm(oldest.prefixes):
             return self._waiting.popleft()
-        fits = {0: (0, 0)}  # by the longest prefix, which stands for all of them
+        fits: dict[int | None, tuple[int, int]] = {None: (0, 0)}  # by the longest prefix, which stands for all of them
         best, best_fit = 0, (-len(oldest.prefixes) - 1, 0)
         for at, slot in enumerate(islice(self._waiting, LOOKAHEAD)):
-            if (fit := fits.get(slot.longest)) is None:
-                fit = fits[slot.longest] = self._fit(endpoint, slot.shared)
+            longest = slot.shared[-1] if slot.shared else None
+            if (fit := fits.get(longest)) is None:
+                fit = fits[longest] = self._fit(endpoint, slot.shared)
             if fit > best_fit:
                 best, best_fit = at, fit
         if best == 0:
@@ -292,16 +277,8 @@ class Router:
             self._latest = (prompt, prefixes, longest)
         return prefixes
 
-    def _look_at(self, moment: float) -> None:
-        """Sees to it that slots are handed out then, if not earlier."""
-        if self._wake is not None and self._wake.when() > moment:
-            self._wake.cancel()
-            self._wake = None
-        if self._wake is None:
-            # For all that wait, not for the sample at work: it may be at its end while the run is not.
-            self._wake = asyncio.get_running_loop().call_at(moment, self._woken, context=Context())
-
     def _woken(self) -> None:
+        """Looks again, for all that wait."""
         self._wake = None
         self._ending = self._ending or self._ends()
         self._fill()

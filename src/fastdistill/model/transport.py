@@ -74,7 +74,7 @@ def transport_for(url: str, *, max_body: int = 64 * 2**20, keep: float = IDLE) -
     Args:
         max_body: bytes of an answer, decompressed, beyond which it is not read on.
         keep: seconds for which an idle connection waits to be used again; 0: none is. One that turns out to be dead
-            by then has its request sent again, once.
+            by then has its request sent again, once; through a proxy that is a RESET.
     """
     if proxy(url) is None:
         from fastdistill.model.http1 import Http1Transport

@@ -7,11 +7,12 @@ same ids. Python's `re` has no \\p{N}: outside ASCII, letter-like numbers such a
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from functools import lru_cache
+from itertools import chain, pairwise
 
-from fastdistill.model.embedded.wire import Turn
+from fastdistill.core.types import Message
 
-END_OF_TEXT, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 _PIECES = re.compile(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,42 +26,25 @@ class Tokenizer:
     """
 
     def __init__(self, merges: Iterable[Sequence[int]]) -> None:
-        self._merged: dict[tuple[int, int], int] = {}
-        self._bytes = [bytes([byte]) for byte in range(256)]
-        for left, right in merges:
-            self._merged[left, right] = len(self._bytes)
-            self._bytes.append(self._bytes[left] + self._bytes[right])
-        first_special = len(self._bytes)
-        self._bytes += [token.encode() for token in SPECIAL_TOKENS]
-        self.end_of_text, self.im_start, self.im_end = range(first_special, len(self._bytes))
-        self._cache: dict[str, list[int]] = {}
-
-    @property
-    def merges(self) -> Sequence[tuple[int, int]]:
-        """The pairs that are joined, in order of rank."""
-        return list(self._merged)
-
-    @property
-    def vocabulary(self) -> Sequence[bytes]:
-        """The bytes of every token, by id; special tokens last."""
-        return self._bytes
+        self.merges = [(left, right) for left, right in merges]
+        self.vocabulary = [bytes([byte]) for byte in range(256)]  # of every token, by id; special tokens last
+        for left, right in self.merges:
+            self.vocabulary.append(self.vocabulary[left] + self.vocabulary[right])
+        first_special = len(self.vocabulary)
+        self.vocabulary += [token.encode() for token in SPECIAL_TOKENS]
+        self.end_of_text, self.im_start, self.im_end = range(first_special, len(self.vocabulary))
+        self._merged = {pair: 256 + rank for rank, pair in enumerate(self.merges)}
+        self._encoded = lru_cache(50_000)(self._merge)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of plain text. What looks like a special token is encoded as the characters it is made of."""
-        ids: list[int] = []
-        for piece in _PIECES.findall(text):
-            if piece not in self._cache:
-                if len(self._cache) > 50_000:
-                    self._cache.clear()
-                self._cache[piece] = self._merge(piece)
-            ids += self._cache[piece]
-        return ids
+        return [*chain.from_iterable(map(self._encoded, _PIECES.findall(text)))]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self._bytes[token] for token in ids).decode("utf-8", errors="replace")
+        return b"".join(self.vocabulary[token] for token in ids).decode("utf-8", errors="replace")
 
-    def encode_chat(self, messages: Iterable[Turn]) -> list[int]:
+    def encode_chat(self, messages: Iterable[Message]) -> list[int]:
         """ChatML: the ids of the messages (each with role and content), then the opening of the assistant's turn."""
         newline = self.encode("\n")
         ids: list[int] = []
@@ -71,11 +55,13 @@ class Tokenizer:
 
     def _merge(self, piece: str) -> list[int]:
         ids = list(piece.encode())
-        while len(ids) > 1:
-            candidates = ((self._merged.get(pair), at) for at, pair in enumerate(pairwise(ids)))
-            best = min(((token, at) for token, at in candidates if token is not None), default=None)
-            if best is None:
-                break
-            token, at = best
-            ids[at : at + 2] = [token]
+        while pairs := self._merged.keys() & set(pairwise(ids)):
+            first = min(pairs, key=self._merged.__getitem__)
+            merged: list[int] = []
+            for token in ids:
+                if merged and (merged[-1], token) == first:
+                    merged[-1] = self._merged[first]
+                else:
+                    merged.append(token)
+            ids = merged
         return ids

@@ -9,24 +9,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdistill.core.types import FinishReason, TokenLogprob
+from fastdistill.core.types import Completion, FinishReason, LogprobBasis, TokenLogprob, Usage
 from fastdistill.model.embedded.network import Array, Cache, Decoder, Weights
-from fastdistill.model.embedded.wire import Choice, Key, Request, Result, Sampling
-
-
-class ContextLengthError(ValueError):
-    """The prompt leaves no room for an answer in the model's context."""
+from fastdistill.model.embedded.wire import Request, Result
 
 
 @dataclass(slots=True)
 class _Job:
     """A request in the engine: how many choices have started, those that are done, and the prompt once computed."""
 
-    key: Key
     request: Request
     prompt: list[int]
     started: int = 0
-    choices: dict[int, Choice] = field(default_factory=dict)
+    choices: dict[int, Completion] = field(default_factory=dict)
     computed: tuple[Cache, Array] | None = None  # and the logits after the prompt
 
 
@@ -50,6 +45,7 @@ class Engine:
     """
 
     def __init__(self, weights: Weights, slots: int = 32) -> None:
+        self.name = f"embedded-{weights.sha256[:12]}"
         self.tokenizer = weights.tokenizer
         self.context = weights.architecture.context
         self._decoder = Decoder(weights)
@@ -62,20 +58,19 @@ class Engine:
         """Whether a step has anything to do."""
         return bool(self._running or self._waiting)
 
-    def submit(self, key: Key, request: Request) -> None:
-        """Queue a request; `step` returns its result under the key.
-
-        Raises ContextLengthError if its prompt fills the context.
-        """
+    def submit(self, request: Request) -> Result | None:
+        """Queue a request; `step` returns its result. That comes at once if the prompt fills the context."""
         prompt = self.tokenizer.encode_chat(request.messages)
         if len(prompt) >= self.context:
-            raise ContextLengthError(f"the prompt has {len(prompt)} tokens; the context is {self.context} tokens")
-        self._waiting.append(_Job(key, request, prompt))
+            too_long = f"the prompt has {len(prompt)} tokens; the context is {self.context} tokens"
+            return Result(request.id, too_long=too_long)
+        self._waiting.append(_Job(request, prompt))
+        return None
 
-    def cancel(self, key: Key) -> None:
-        """Forget a request, wherever it is. An unknown key is ignored: its result may be on its way."""
-        self._waiting = deque(job for job in self._waiting if job.key != key)
-        self._running = [sequence for sequence in self._running if sequence.job.key != key]
+    def cancel(self, id: int) -> None:
+        """Forget a request, wherever it is. An unknown id is ignored: its result may be on its way."""
+        self._waiting = deque(job for job in self._waiting if job.request.id != id)
+        self._running = [sequence for sequence in self._running if sequence.job.request.id != id]
 
     def step(self) -> list[Result]:
         """Advance every running choice by a token, and start as many more as there are free slots.
@@ -99,7 +94,7 @@ class Engine:
             job.choices[sequence.index] = choice
             if len(job.choices) == job.request.n:
                 choices = tuple(job.choices[index] for index in range(job.request.n))
-                completed.append(Result(job.key, choices, len(job.prompt)))
+                completed.append(Result(job.request.id, choices))
         return completed
 
     def _start(self) -> tuple[_Sequence, Array]:
@@ -120,7 +115,7 @@ class Engine:
             job.computed = None
         return sequence, logits
 
-    def _extend(self, sequence: _Sequence, logits: Array) -> Choice | None:
+    def _extend(self, sequence: _Sequence, logits: Array) -> Completion | None:
         """Draw the next token of a choice; the choice itself if that ends it."""
         request, tokens = sequence.job.request, sequence.tokens
         token = sample(logits, request, sequence.rng)
@@ -134,8 +129,15 @@ class Engine:
         if not (ended or cuts or full):
             return None
         reason = FinishReason.STOP if ended or cuts else FinishReason.LENGTH
-        logprobs = tuple(sequence.logprobs) if request.logprobs else None
-        return Choice(text[: min(cuts, default=len(text))], reason, len(tokens), logprobs)
+        return Completion(
+            text=text[: min(cuts, default=len(text))],
+            finish_reason=reason,
+            usage=Usage(len(sequence.job.prompt) if sequence.index == 0 else 0, len(tokens)),
+            model=self.name,
+            build=self.name,
+            logprobs=tuple(sequence.logprobs) if request.logprobs else None,
+            logprob_basis=LogprobBasis.RAW if request.logprobs else None,
+        )
 
     def _logprob(self, token: int, logits: Array, top: int) -> TokenLogprob:
         logprobs = log_softmax(logits).round(5)
@@ -152,7 +154,7 @@ def log_softmax(logits: Array) -> NDArray[np.float64]:
     return normal
 
 
-def sample(logits: Array, sampling: Sampling, rng: np.random.Generator) -> int:
+def sample(logits: Array, sampling: Request, rng: np.random.Generator) -> int:
     """Draw a token from logits of shape (vocabulary,). One uniform number is used up, none if greedy."""
     if sampling.temperature == 0:
         return int(logits.argmax())

@@ -91,7 +91,7 @@ class Decoder:
         self.shape = shape
         self._embedding = tensors["token_embd.weight"]
         self._head = _folded(tensors["output_norm.weight"], self._embedding)
-        self._layers = [_Layer.of(tensors, f"blk.{layer}.", shape) for layer in range(shape.layers)]
+        self._layers = [_Layer(tensors, f"blk.{layer}.", shape) for layer in range(shape.layers)]
         frequencies = shape.rope_theta ** -(np.arange(0, shape.head_dim, 2) / shape.head_dim)
         angles = np.arange(shape.context)[:, None] * frequencies
         self._cos = np.concatenate([np.cos(angles)] * 2, axis=-1).astype(np.float32)[:, None]
@@ -140,33 +140,22 @@ class Decoder:
         return normed
 
 
-@dataclass(frozen=True, slots=True)
 class _Layer:
     """One block's tensors; matrices are (inputs, outputs), with those that read the same input side by side.
 
     The scales of the norms are folded into the matrices that follow, the scores' 1/sqrt(head_dim) into the query's.
     """
 
-    qkv: Array
-    query_scale: Array
-    key_scale: Array
-    output: Array
-    gate_up: Array
-    down: Array
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Array], prefix: str, shape: Architecture) -> "_Layer":
+    def __init__(self, tensors: Mapping[str, Array], prefix: str, shape: Architecture) -> None:
         def joined(*names: str) -> Array:
             return np.concatenate([tensors[f"{prefix}{name}.weight"] for name in names])
 
-        return cls(
-            qkv=_folded(joined("attn_norm"), joined("attn_q", "attn_k", "attn_v")),
-            query_scale=joined("attn_q_norm") * np.float32(shape.head_dim**-0.5),
-            key_scale=joined("attn_k_norm"),
-            output=np.ascontiguousarray(joined("attn_output").T),
-            gate_up=_folded(joined("ffn_norm"), joined("ffn_gate", "ffn_up")),
-            down=np.ascontiguousarray(joined("ffn_down").T),
-        )
+        self.qkv = _folded(joined("attn_norm"), joined("attn_q", "attn_k", "attn_v"))
+        self.query_scale: Array = joined("attn_q_norm") * np.float32(shape.head_dim**-0.5)
+        self.key_scale = joined("attn_k_norm")
+        self.output = np.ascontiguousarray(joined("attn_output").T)
+        self.gate_up = _folded(joined("ffn_norm"), joined("ffn_gate", "ffn_up"))
+        self.down = np.ascontiguousarray(joined("ffn_down").T)
 
 
 def _folded(scale: Array, matrix: Array) -> Array:
@@ -195,21 +184,15 @@ def _rows(spans: Sequence[tuple[Sequence[int], Cache]]) -> tuple[NDArray[np.int6
 def _swiglu(gate_up: Array) -> Array:
     """silu(gate) * up, of the two side by side."""
     gate, up = np.split(gate_up, 2, axis=-1)
-    sigmoid = np.negative(gate)
-    np.exp(sigmoid, out=sigmoid)
-    sigmoid += 1
-    np.divide(gate, sigmoid, out=sigmoid)
-    sigmoid *= up
-    return sigmoid
+    activated: Array = gate / (1 + np.exp(-gate)) * up
+    return activated
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     """RoPE with the halves of a head as the pairs: x is (rows, heads, head_dim), cos and sin (rows, 1, head_dim)."""
     half = x.shape[-1] // 2
-    swapped: Array = np.concatenate([x[..., half:], x[..., :half]], axis=-1)
-    swapped *= sin
-    swapped += x * cos
-    return swapped
+    rotated: Array = np.concatenate([x[..., half:], x[..., :half]], axis=-1) * sin + x * cos
+    return rotated
 
 
 def _attend(query: Array, key: Array, value: Array, cache: Cache, layer: int) -> Array:
@@ -229,8 +212,7 @@ def _attend(query: Array, key: Array, value: Array, cache: Cache, layer: int) ->
     if rows > 1:
         future = np.arange(end) > np.arange(end - rows, end)[:, None]
         scores[:, np.tile(future, (heads // groups, 1))] = -np.inf
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    mixed: Array = (scores @ values).reshape(heads, rows, dim).transpose(1, 0, 2)
+    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares /= shares.sum(axis=-1, keepdims=True)
+    mixed: Array = (shares @ values).reshape(heads, rows, dim).transpose(1, 0, 2)
     return mixed

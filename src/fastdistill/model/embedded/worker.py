@@ -14,85 +14,62 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import msgspec
 
-from fastdistill.model.embedded.inference import ContextLengthError, Engine
+from fastdistill.model.embedded.inference import Engine
 from fastdistill.model.embedded.network import load_weights
-from fastdistill.model.embedded.wire import Asked, Cancelled, Ready, Result
+from fastdistill.model.embedded.wire import Ready, Request
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Serve until stdin closes."""
     # Ctrl-C reaches the whole process group; when to stop is for the one at the other end of the pipe to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    weights = load_weights(Path(sys.argv[1]) if sys.argv[1:] else HERE)
+    engine = Engine(load_weights(Path(sys.argv[1]) if sys.argv[1:] else HERE))
     try:
-        _write(sys.stdout.buffer, Ready(f"embedded-{weights.sha256[:12]}", weights.architecture.context))
-        serve(Engine(weights), sys.stdin.buffer, sys.stdout.buffer)
+        _write(Ready(engine.name, engine.context))
+        _serve(engine)
     except BrokenPipeError:
         # Nobody reads any more. The reading thread may hold stdin, and an ordinary exit would abort over that.
         os._exit(0)
 
 
-def serve(engine: Engine, source: BinaryIO, sink: BinaryIO) -> None:
-    """Answer the requests from `source` on `sink` until `source` ends and all are answered.
-
-    Raises BrokenPipeError if the other side of `sink` is gone.
-    """
-    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+def _serve(engine: Engine) -> None:
+    """Answers what comes in, until no more does and all is answered."""
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # A daemon, because a read from stdin can't be interrupted when stdout is closed first.
-    threading.Thread(target=_read, args=(source, lines), daemon=True).start()
+    threading.Thread(target=_read, args=(lines,), daemon=True).start()
     is_open = True
     while is_open or engine.busy:
-        for line in _arrived(lines, wait=is_open and not engine.busy):
-            if line is None:
+        while is_open and not (engine.busy and lines.empty()):
+            if line := lines.get():
+                _accept(engine, line)
+            else:
                 is_open = False
-            elif (refusal := _accept(engine, line)) is not None:
-                _write(sink, refusal)
         for result in engine.step():
-            _write(sink, result)
+            _write(result)
 
 
-def _read(source: BinaryIO, lines: queue.SimpleQueue[bytes | None]) -> None:
-    for line in source:
+def _read(lines: queue.SimpleQueue[bytes]) -> None:
+    for line in sys.stdin.buffer:
         lines.put(line)
-    lines.put(None)
+    lines.put(b"")
 
 
-def _arrived(lines: queue.SimpleQueue[bytes | None], *, wait: bool) -> Iterator[bytes | None]:
-    """The lines that have come in; at least one if told to wait."""
-    if wait:
-        yield lines.get()
-    while not lines.empty():
-        yield lines.get()
+def _accept(engine: Engine, line: bytes) -> None:
+    asked = msgspec.json.decode(line, type=Request | int)
+    if isinstance(asked, int):
+        engine.cancel(asked)
+    elif refusal := engine.submit(asked):
+        _write(refusal)
 
 
-def _accept(engine: Engine, line: bytes) -> Result | None:
-    """Hand a line to the engine; the error to answer with if that fails."""
-    fields: dict[str, Any] = {}
-    try:
-        fields = msgspec.json.decode(line, type=dict[str, Any])
-        if "cancel" in fields:
-            engine.cancel(msgspec.convert(fields, Cancelled).cancel)
-        else:
-            request = msgspec.convert(fields, Asked)
-            engine.submit(request.id, request)
-    except ContextLengthError as error:
-        return Result(request.id, error=str(error), code="context_length_exceeded")
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        return Result(fields.get("id"), error=str(error), code="invalid_request")
-    return None
-
-
-def _write(sink: BinaryIO, message: msgspec.Struct) -> None:
-    sink.write(msgspec.json.encode(message) + b"\n")
-    sink.flush()
+def _write(message: msgspec.Struct) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

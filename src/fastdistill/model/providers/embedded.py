@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal
 import msgspec
 from pydantic import Field, field_validator
 
-from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
-from fastdistill.model.embedded.wire import Key, Ready, Result
+from fastdistill.core.types import Completion, LogprobBasis, Prompt
+from fastdistill.model.embedded.wire import Ready, Request, Result
 from fastdistill.model.provider import Capabilities, ErrorKind, ModelConfig, Provider, ProviderError, check_wires
 
 _LINE_LIMIT = 1 << 28  # bytes; all choices of a request with all their log-probabilities are one line
@@ -52,7 +52,7 @@ class EmbeddedProvider(Provider):
         self._config = config
         self._starting = asyncio.Lock()
         self._worker: tuple[Process, asyncio.Task[None]] | None = None  # and who reads what it says
-        self._waiting: dict[Key | None, asyncio.Future[Result]] = {}
+        self._waiting: dict[int, asyncio.Future[Result]] = {}
         self._ready: Ready
         self._asked = 0
 
@@ -65,22 +65,10 @@ class EmbeddedProvider(Provider):
             elif name not in _NOT_SENT and value != _NEUTRAL.get(name):
                 message = f"embedded: the model does not take {name}; remove it"
                 raise ProviderError(ErrorKind.UNSUPPORTED, message, parameter=name)
-        result, model = await self._ask(request), self._ready.model
-        if result.error is not None:
-            too_long = result.code == "context_length_exceeded"
-            raise ProviderError(ErrorKind.TOO_LONG if too_long else ErrorKind.BAD_REQUEST, f"embedded: {result.error}")
-        return [
-            Completion(
-                text=choice.text,
-                finish_reason=choice.finish_reason,
-                usage=Usage(result.prompt_tokens if at == 0 else 0, choice.tokens),
-                model=model,
-                build=model,
-                logprob_basis=LogprobBasis.RAW if choice.logprobs is not None else None,
-                logprobs=choice.logprobs,
-            )
-            for at, choice in enumerate(result.choices)
-        ]
+        result = await self._ask(request)
+        if result.too_long is not None:
+            raise ProviderError(ErrorKind.TOO_LONG, f"embedded: {result.too_long}")
+        return [*result.choices]
 
     async def probe(self, like: Prompt | None = None) -> Capabilities:
         await self._started()
@@ -114,9 +102,13 @@ class EmbeddedProvider(Provider):
         assert stdin is not None
         self._asked += 1
         key = self._asked
+        try:
+            line = msgspec.json.encode(msgspec.convert({"id": key, **request}, Request))
+        except msgspec.ValidationError as error:
+            raise ProviderError(ErrorKind.BAD_REQUEST, f"embedded: {error}") from error
         answer = self._waiting[key] = asyncio.get_running_loop().create_future()
         try:
-            stdin.write(msgspec.json.encode({"id": key, **request}) + b"\n")
+            stdin.write(line + b"\n")
             await stdin.drain()
             return await asyncio.wait_for(answer, self._config.timeout)
         except TimeoutError as error:
@@ -126,7 +118,7 @@ class EmbeddedProvider(Provider):
         finally:
             del self._waiting[key]
             if answer.cancelled():  # nobody waits for it any more
-                stdin.write(b'{"cancel": %d}\n' % key)
+                stdin.write(b"%d\n" % key)
 
     async def _started(self) -> Process:
         async with self._starting:
