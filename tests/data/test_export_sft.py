@@ -238,6 +238,7 @@ def test_a_sample_that_can_not_be_written_costs_itself_alone(
         ({"template": "{{ q "}, "line 1 of the template"),
         ({"keep_fields": ["id"]}, "fd_id already"),
         ({"keep_fields": ["q", "q"]}, "twice"),
+        ({"concat_format": "{rational} {answer}"}, "'rational' is unknown; {rationale} and {answer} are known"),
         ({"formats": []}, "at least 1"),
         ({"validation": 1.0}, "less than 1"),
         ({"validation": 0.5, "test": 0.5}, "nothing is left to train on"),

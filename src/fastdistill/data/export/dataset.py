@@ -6,18 +6,18 @@ columns, a prefix that no trainer gives a meaning. Knows no gate and runs no tra
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 import msgspec
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from fastdistill.core.canonical import NotCanonical, digest
 from fastdistill.core.errors import SampleError
@@ -66,13 +66,10 @@ class Shape(StrEnum):
     LLAMAFACTORY_KTO = "llamafactory_kto"
 
 
-Kind: TypeAlias = tuple[Shape, bool | None]
-"""A shape, and a label where it has one."""
-
-
 class Example(msgspec.Struct, frozen=True, gc=False):
-    """One example before it takes a shape."""
+    """One example before it takes its shapes."""
 
+    shapes: frozenset[Shape]
     prompt: Messages
     answer: Messages
     columns: Mapping[str, Any]
@@ -107,7 +104,9 @@ FOLDERS = {
     Shape.PREFERENCE: "preference",
     Shape.KTO: "kto",
 }
-TRAINERS: dict[Format, dict[Shape, str]] = {
+FILES: dict[Format, dict[Shape, str]] = {
+    Format.PARQUET: {shape: f"{folder}/{{split}}.parquet" for shape, folder in FOLDERS.items()},
+    Format.JSONL: {shape: f"{folder}/{{split}}.jsonl" for shape, folder in FOLDERS.items()},
     Format.TRL: {
         Shape.PROMPT_COMPLETION: "sft_pc/{split}.parquet",
         Shape.PREFERENCE: "preference/{split}.parquet",
@@ -122,7 +121,7 @@ TRAINERS: dict[Format, dict[Shape, str]] = {
     Format.MLX: {Shape.MESSAGES: "mlx/{short}.jsonl"},
     Format.OPENAI: {Shape.OPENAI_SFT: "openai/sft_{short}.jsonl", Shape.OPENAI_DPO: "openai/dpo_{short}.jsonl"},
 }
-"""The file that a trainer reads for a shape; `{short}` is `valid` where `{split}` is `validation`."""
+"""The file of a format for a shape, or that a trainer reads; `{short}` is `valid` where `{split}` is `validation`."""
 
 FD_COLUMNS = (
     "fd_id", "fd_sample_id", "fd_candidate_id", "fd_task_id", "fd_model", "fd_seed", "fd_attempt", "fd_score",
@@ -131,14 +130,22 @@ FD_COLUMNS = (
 
 
 class Splits(StreamStep):
-    """A stream step that writes a file for each split. The hash of a sample's group says which split it is in.
+    """Writes rows to files of each split, and passes every sample on. A subclass says which rows and files.
 
-    `validation` is the lower end of the hashes and `test` the upper one: neither share moves a group of the other.
+    The files appear when the run ends well, whole, or not at all. The hash of a sample's group says which split it is
+    in. `validation` is the lower end of the hashes and `test` the upper one: neither share moves a group of the other.
     """
 
     validation: float = Field(0.0, ge=0, lt=1, description="share of the groups that goes to validation.*")
     test: float = Field(0.0, ge=0, lt=1, description="share of the groups that goes to test.*; no config trains on it")
     group_by: str | None = Field(None, description="field whose values are never split; by default each sample is one")
+
+    @field_validator("formats", "shapes", "keep_fields", check_fields=False)
+    @classmethod
+    def _each_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("the list names something twice")
+        return values
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Self:
@@ -146,16 +153,58 @@ class Splits(StreamStep):
             raise ValueError("validation and test: together less than 1, or nothing is left to train on")
         return self
 
-    _files: ClassVar[ExitStack | None] = None
-    """Those being written, of a step that is open, in its own `__dict__`."""
+    _files: ExitStack | None = PrivateAttr(None)
+    """Those being written, of a step that is open."""
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
         with ExitStack() as files:
-            self.__dict__["_files"] = files
-            files.callback(self.__dict__.pop, "_files")
+            self._files = files
+            files.callback(setattr, self, "_files", None)
             yield
             await beside(files.pop_all().close)  # to write what is left takes a tenth of a second, to sync as much
+
+    @abstractmethod
+    def writers(self, split: str, dist: Path, files: ExitStack) -> dict[Hashable, Write]:
+        """What takes the lines of each kind; `files` closes them."""
+
+    @abstractmethod
+    def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[Hashable, bytes]]:
+        """The rows of a sample, each a line of JSON without its break.
+
+        `seen` counts what is worth a report; it has the samples before, and what is added for one that fails is lost.
+
+        Raises:
+            SampleError: the sample can't be written.
+        """
+
+    def finish(self, seen: "Counter[str]", ctx: Context) -> None:
+        """Says in the quality report what was written."""
+        ctx.report(self.name, dict(sorted(seen.items())))
+
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        seen: Counter[str] = Counter()
+        with ExitStack() as own_files:
+            files = self._files or own_files
+            writers = {split: self.writers(split, ctx.dist, files) for split in self.splits}
+            own = writers["train"]
+            for sample in samples:
+                before = dict(seen)
+                try:
+                    rows = self.rows(sample, seen) if sample.status is Status.OPEN else []
+                    if rows and len(writers) > 1:
+                        split = self.split(sample)
+                        seen[f"{split}_samples"] += 1
+                        own = writers[split]
+                except (SampleError, UnicodeEncodeError) as error:
+                    seen = Counter(before)
+                    lone = SampleError("not_unicode", f"{sample.source}: a lone surrogate in a row: {error}")
+                    ctx.discard(sample.failed(self.name, error if isinstance(error, SampleError) else lone))
+                    continue
+                for kind, line in rows:
+                    own[kind](line)
+                yield sample
+        self.finish(seen, ctx)
 
     @property
     def splits(self) -> Sequence[str]:
@@ -163,8 +212,6 @@ class Splits(StreamStep):
 
     def split(self, sample: Sample) -> str:
         """Raises SampleError where `group_by` names no field of the record, or one that has no hash."""
-        if not self.validation and not self.test:
-            return "train"
         if self.group_by is not None and self.group_by not in sample.record:
             raise SampleError("missing_field", f"{sample.source}: no field {self.group_by}, which group_by names")
         group = sample.sample_id if self.group_by is None else sample.record[self.group_by]
@@ -176,10 +223,9 @@ class Splits(StreamStep):
 
 
 class Export(Splits):
-    """Writes files of the data set, and passes every sample on. A subclass says what examples a sample gives.
+    """Writes examples as trainers read them. A subclass says which ones a sample gives.
 
-    A row's prompt is what the model was asked, unless `template` or `system_prompt` says what the student will be
-    asked. The files appear when the run ends well, whole, or not at all.
+    A row's prompt is what the model was asked, unless `template` or `system_prompt` says what the student is asked.
     """
 
     writes: ClassVar[frozenset[Shape]]
@@ -190,13 +236,6 @@ class Export(Splits):
     system_prompt: str | None = Field(None, description="in place of the teacher's; empty: none")
     template: str | None = Field(None, description="Jinja; the student's user message, in place of all the teacher saw")
     keep_fields: tuple[str, ...] = Field((), description="fields of the record to keep, as text, in fd_<field>")
-
-    @field_validator("formats", "shapes", "keep_fields")
-    @classmethod
-    def _each_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(values)) < len(values):
-            raise ValueError("the list names something twice")
-        return values
 
     @field_validator("formats", "shapes")
     @classmethod
@@ -223,26 +262,15 @@ class Export(Splits):
     @classmethod
     def offered(cls) -> "set[Format]":
         """The formats that this export has something for."""
-        trainers = {trainer for trainer, files in TRAINERS.items() if cls.writes & files.keys()}
-        return {Format.PARQUET, Format.JSONL} | trainers
+        return {format_ for format_, files in FILES.items() if cls.writes & files.keys()}
 
     @abstractmethod
-    def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
-        """The examples of a sample and the shapes each takes.
-
-        `seen` counts what is worth a report; it has the samples before, and what is added for one that fails is lost.
-
-        Raises:
-            SampleError: the sample can't be written.
-        """
+    def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[Example]:
+        """The examples of a sample; more is said at `rows`."""
 
     def columns(self, shape: Shape) -> tuple[str, ...]:
         """Names of a shape's `fd_` columns, without those of `keep_fields`."""
         return FD_COLUMNS
-
-    def report(self, seen: "Counter[str]") -> dict[str, Any]:
-        """What the quality report says of the rows."""
-        return dict(sorted(seen.items()))
 
     def files(self, split: str) -> dict[str, Shape]:
         """The files of one split, and what their rows are."""
@@ -250,67 +278,33 @@ class Export(Splits):
         return {
             path.format(split=split, short=short): shape
             for format_ in self.formats
-            for shape, path in (
-                TRAINERS[format_].items()
-                if format_ in TRAINERS
-                else ((shape, f"{FOLDERS[shape]}/{split}.{format_}") for shape in self.shapes)
-            )
-            if shape in self.writes
+            for shape, path in FILES[format_].items()
+            if shape in self.writes and (shape in self.shapes or format_ not in (Format.PARQUET, Format.JSONL))
         }
 
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
-        seen: Counter[str] = Counter()
-        with ExitStack() as own_files:
-            files = self._files or own_files
-            writers = {split: self._writers(split, ctx.dist, files) for split in self.splits}
-            wanted = [(shape, SHAPES[shape]) for shape in dict.fromkeys(self.files("train").values())]
-            divided = len(writers) > 1
-            own = writers["train"]
-            for sample in samples:
-                before = dict(seen)
-                try:
-                    rows = self._rows(sample, wanted, seen)
-                    if rows and divided:
-                        split = self.split(sample)
-                        seen[f"{split}_samples"] += 1
-                        own = writers[split]
-                except SampleError as error:
-                    seen = Counter(before)
-                    ctx.discard(sample.failed(self.name, error))
-                    continue
-                for kind, line in rows:
-                    own[kind](line)
-                yield sample
-        ctx.report(self.name, self.report(seen))
+    def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[Hashable, bytes]]:
+        return [
+            ((shape, example.label), _encode(shaped(example)))
+            for example in self.examples(sample, seen)
+            for shape, shaped in self._wanted
+            if shape in example.shapes
+        ]
 
-    def _rows(
-        self, sample: Sample, wanted: list[tuple[Shape, Callable[[Example], Row]]], seen: "Counter[str]"
-    ) -> list[tuple[Kind, bytes]]:
-        if sample.status is not Status.OPEN:
-            return []
-        try:
-            return [
-                ((shape, example.label), _encode(shaped(example)))
-                for shapes, example in self.examples(sample, seen)
-                for shape, shaped in wanted
-                if shape in shapes
-            ]
-        except UnicodeEncodeError as error:
-            raise SampleError("not_unicode", f"{sample.source}: a lone surrogate in a row: {error}") from error
+    @cached_property
+    def _wanted(self) -> list[tuple[Shape, Callable[[Example], Row]]]:
+        return [(shape, SHAPES[shape]) for shape in dict.fromkeys(self.files("train").values())]
 
-    def _writers(self, split: str, dist: Path, stack: ExitStack) -> dict[Kind, Write]:
-        paths: dict[Shape, list[Path]] = {}
-        for path, shape in self.files(split).items():
-            paths.setdefault(shape, []).append(dist / path)
-        writers: dict[Kind, Write] = {}
-        for shape, same in paths.items():
-            files = [
-                parquet_file(path, self._schema(shape)) if path.suffix == ".parquet" else jsonl_file(path)
-                for path in same
+    def writers(self, split: str, dist: Path, files: ExitStack) -> dict[Hashable, Write]:
+        writers: dict[Hashable, Write] = {}
+        for shape, _ in self._wanted:
+            same = [
+                parquet_file(dist / path, self._schema(shape)) if path.endswith(".parquet") else jsonl_file(dist / path)
+                for path, own in self.files(split).items()
+                if own is shape
             ]
-            write = stack.enter_context(in_blocks(*map(stack.enter_context, files)))
+            write = files.enter_context(in_blocks(*map(files.enter_context, same)))
             if shape in (Shape.KTO, Shape.LLAMAFACTORY_KTO):
-                write_in_turn = stack.enter_context(interleaved(write))
+                write_in_turn = files.enter_context(interleaved(write))
                 writers |= {(shape, label): partial(write_in_turn, label) for label in (True, False)}
             else:
                 writers[shape, None] = write
@@ -344,7 +338,7 @@ class Export(Splits):
         types |= dict.fromkeys(("fd_seed", "fd_attempt", "fd_len_chosen", "fd_len_rejected"), pa.int64())
         types |= {"fd_gates": pa.list_(pa.struct([*texts, ("score", pa.float64())])), "label": pa.bool_()}
         kept = [f"fd_{field}" for field in self.keep_fields]
-        names = [*SHAPES[shape](Example([], [], {})), *self.columns(shape), *kept]
+        names = [*SHAPES[shape](Example(frozenset(), [], [], {})), *self.columns(shape), *kept]
         return pa.schema([(name, types.get(name, pa.string())) for name in names])
 
 

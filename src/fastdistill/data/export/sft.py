@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fastdistill.core.errors import SampleError
 from fastdistill.core.types import Candidate, Outcome, Sample
@@ -39,6 +39,15 @@ class ExportSFT(Export):
         "### RATIONALE\n{rationale}\n\n### ANSWER\n{answer}", description="the assistant's turn of `concat`"
     )
 
+    @field_validator("concat_format")
+    @classmethod
+    def _knows_its_fields(cls, text: str) -> str:
+        try:
+            text.format(rationale="", answer="")
+        except (LookupError, AttributeError) as error:
+            raise ValueError(f"{error} is unknown; {{rationale}} and {{answer}} are known, {{{{ is a brace") from error
+        return text
+
     def gates(self) -> Sequence[str]:
         return () if self.target == "answer_only" else ("SplitRationale",)
 
@@ -47,10 +56,10 @@ class ExportSFT(Export):
             return ("fd_sample_id", "fd_task_id")
         return FD_COLUMNS if self.target == "answer_only" else (*FD_COLUMNS, "fd_part")
 
-    def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
+    def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[Example]:
         if Shape.PROMPT in self.shapes and sample.candidates:
             columns = {"fd_sample_id": sample.sample_id, "fd_task_id": sample.task_id} | self.kept(sample)
-            yield PROMPTS, Example(self.prompt(sample, sample.candidates[0]), [], columns)
+            yield Example(PROMPTS, self.prompt(sample, sample.candidates[0]), [], columns)
         chosen = sample.chosen
         if self.difficulty_quotas and chosen and not self._within_quota(sample, seen):
             return
@@ -61,7 +70,7 @@ class ExportSFT(Export):
                 if part is not None:
                     columns["fd_part"] = part
                     columns["fd_id"] += f"#{part}"
-                yield ANSWERS, Example(prompt, [{"role": "assistant", "content": text}], columns)
+                yield Example(ANSWERS, prompt, [{"role": "assistant", "content": text}], columns)
                 seen["rows" if part is None else f"{part}_rows"] += 1
                 written = True
         if chosen and not written:
