@@ -72,6 +72,21 @@ def test_the_same_formats_give_the_same_bytes(finished: Finished, capsys: pytest
     assert all(name.startswith("configs/") or name == "checksums.txt" for name in differ)
 
 
+def test_a_run_that_met_its_target_is_exported_up_to_there(tmp_path: Path) -> None:
+    with openai_server(choose(ANSWERS)) as server:
+        made = config(server.url, write_records(tmp_path), make_database(tmp_path)) | {"target": {"accepted": 5}}
+        result = parse_pipeline(made).run(output_dir=tmp_path / "artifacts", run_id="done")
+    (tmp_path / "again").mkdir()
+    export_run("done", ["parquet", "jsonl"], [], tmp_path / "again" / "dist", tmp_path / "artifacts")
+    assert files(tmp_path / "again" / "dist") == files(result.dataset)
+
+
+def test_the_card_says_what_an_export_left_out(finished: Finished, tmp_path: Path) -> None:
+    export_run("done", ["jsonl"], ["ExportSFT.template='{{ nobody }}'"], tmp_path / "new", finished.root)
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert f"Left out: 0 duplicate, 0 contaminated and {len(RECORDS)} failed records" in card
+
+
 def test_only_what_was_asked_for_is_written_with_other_options(finished: Finished, tmp_path: Path) -> None:
     export_run(
         "done",

@@ -2,19 +2,19 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastdistill.control.budget import first_accepted
 from fastdistill.control.card import complete_dataset
 from fastdistill.control.config import merge, nested_override, parse_pipeline, read_yaml
 from fastdistill.control.folder import RunFolder, read_json
-from fastdistill.control.ledger import read_samples
 from fastdistill.control.registry import step_class
 from fastdistill.control.session import Pipeline
 from fastdistill.control.tally import Tally
 from fastdistill.core.errors import ConfigError, EnvironmentFault, InputError
-from fastdistill.core.types import Sample
+from fastdistill.core.types import Sample, Status
 from fastdistill.data.export.dataset import Export, Format, Splits
 
 
@@ -40,17 +40,15 @@ def export_run(
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        context = _Context(draft)
-        tally = Tally(pipeline.steps)
-        for sample in read_samples(folder.ledger):
-            tally.add(sample)
-        samples: Iterator[Sample] = read_samples(folder.ledger, "status = 'open'")
+        context = _Context(draft, Tally(pipeline.steps))
+        target = pipeline.target
+        samples = context.counted(first_accepted(folder.samples(), target.accepted if target else None))
         for step in pipeline.steps:
             if isinstance(step, Export):
                 samples = step.run(samples, context)
         for _ in samples:
             pass
-        complete_dataset(draft, place.name, pipeline, tally)
+        complete_dataset(draft, place.name, pipeline, context.tally)
         shutil.rmtree(place, ignore_errors=True)
         draft.rename(place)
     except OSError as error:
@@ -90,12 +88,20 @@ def _pipeline(folder: RunFolder, formats: Sequence[str], overrides: Sequence[str
 class _Context:
     """What exports need of a run (`core.step.Context`)."""
 
-    def __init__(self, dist: Path) -> None:
+    def __init__(self, dist: Path, tally: Tally) -> None:
         self.dist = dist
+        self.tally = tally
         self.left_out: Counter[str] = Counter()
         self.reports: dict[str, Mapping[str, Any]] = {}
 
+    def counted(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            self.tally.add(sample)
+            if sample.status is Status.OPEN:
+                yield sample
+
     def discard(self, sample: Sample) -> None:
+        self.tally.leave(sample)
         failure = sample.failures[-1]
         self.left_out[f"{failure.step}: {failure.reason}"] += 1
 
