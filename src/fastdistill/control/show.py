@@ -1,8 +1,7 @@
 """What the commands print about pipelines, runs and samples. Reads what runs left; a preview runs a few samples."""
 
-import fcntl
-import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from fastdistill.control.folder import RunFolder, artifacts_root, read_json
 from fastdistill.control.progress import summary
 from fastdistill.control.session import Pipeline, RunResult
 from fastdistill.control.terminal import clock, dollars, say, show_table
-from fastdistill.core.errors import ExitCode, InputError
+from fastdistill.core.errors import EnvironmentFault, ExitCode, InputError
 from fastdistill.core.stats import Total
 from fastdistill.core.step import Context, SampleStep, StreamStep
 from fastdistill.core.types import Candidate, Outcome, Sample
@@ -89,8 +88,9 @@ def _listed(folder: RunFolder) -> tuple[str, ...]:
 def show_run(run: str, output_dir: Path | None) -> None:
     folder = RunFolder.find(output_dir, run)
     manifest = read_json(folder.manifest)
-    if manifest["message"] or status(folder, manifest) == "killed":
-        say(f"{status(folder, manifest)}: {manifest['message']}")
+    now = status(folder, manifest)
+    if manifest["message"] or now == "killed":
+        say(f"{now}: {manifest['message']}")
     if folder.quality_report.exists():
         code, reports = ExitCode(manifest["exit_code"] or 0), (folder.quality_report, folder.timing_report)
         summary(RunResult(folder.run_id, folder.path, folder.dist, code, manifest, *map(read_json, reports)), Console())
@@ -111,16 +111,10 @@ def show_sample(run: str, sample_id: str, output_dir: Path | None) -> None:
 
 def status(folder: RunFolder, manifest: dict[str, Any]) -> str:
     """The manifest's status; `killed` for a run that says it is running while nobody holds its folder."""
-    if manifest["status"] != "running":
-        return str(manifest["status"])
-    lock = os.open(folder.path / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return "running"
-    finally:
-        os.close(lock)
-    return "killed"
+    if manifest["status"] == "running":
+        with suppress(EnvironmentFault), folder.held():
+            return "killed"
+    return str(manifest["status"])
 
 
 def print_sample(sample: Sample) -> None:

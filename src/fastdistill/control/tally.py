@@ -257,7 +257,7 @@ def error_group(message: str) -> str:
     `no such column: t.naem` becomes `no such column`, `near "FORM": syntax error` becomes `syntax error`.
     """
     message = re.sub(r'near "[^"]*": ', "", message)
-    return re.sub(r"[:(]\s.*|\s*\(.*|[\"'`][^\"'`]*[\"'`]|\d+", "", message).strip() or message
+    return re.sub(r":\s.*|\(.*|[\"'`][^\"'`]*[\"'`]|\d+", "", message).strip() or message
 
 
 def interval(rate: Rate) -> dict[str, Any]:

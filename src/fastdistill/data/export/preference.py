@@ -73,7 +73,8 @@ class ExportPreference(Export):
             seen[f"pairs_by_{_decided_by(rejected)}"] += 1
             seen["chosen_longer"] += len(chosen.answer) > len(rejected.answer)
             yield self._example(sample, chosen, rejected)
-        for candidate, label in self._labelled(better, worse):
+        both = sample.candidates if self.pair_source == "teacher_vs_student" else better
+        for candidate, label in self._labelled(both):
             seen[f"kto_{str(label).lower()}"] += 1
             columns = self.columns_of(sample, candidate)
             yield Example(LABELLED, self.prompt(sample, candidate), _said(candidate), columns, label=label)
@@ -122,9 +123,8 @@ class ExportPreference(Export):
     def _result(self, candidate: Candidate) -> Any:
         return next((v.detail[self.result] for v in candidate.verdicts if self.result in v.detail), None)
 
-    def _labelled(self, *groups: Sequence[Candidate]) -> Iterator[tuple[Candidate, bool]]:
+    def _labelled(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, bool]]:
         """The best accepted and the worst rejected answers, each text once; also where no pair can be made."""
-        candidates = {c.candidate_id: c for group in groups for c in group}.values()
         right = sorted((c for c in candidates if c.outcome is Outcome.PASS), key=best_first)
         wrong = _worst_first(c for c in candidates if c.outcome is Outcome.FAIL)
         for ranked, label in ((right, True), (wrong, False)):
