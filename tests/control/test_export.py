@@ -155,6 +155,14 @@ def test_nothing_is_overwritten_and_nothing_half_is_exported(finished: Finished,
         export_run("killed", ["mlx"], [], None, finished.root)
 
 
+def test_the_folder_where_one_stands_can_be_written_to(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export_run("done", ["mlx"], [], Path(), finished.root)
+    assert "./" + tmp_path.name + "/mlx" in (tmp_path / "configs" / "mlx_lora.yaml").read_text()
+
+
 def test_the_quality_report_tells_what_the_exports_wrote(finished: Finished) -> None:
     reports = {stage["step"]: stage["report"] for stage in finished.result.quality["stages"] if "report" in stage}
     written = dict(reports["ExportSFT"])

@@ -175,6 +175,11 @@ def test_kept_fields_are_text(ctx: TestContext) -> None:
     assert lines(ctx.dist / "sft" / "train.jsonl") == [row]
 
 
+def test_a_kept_field_is_text_whatever_other_exports_call_a_number(ctx: TestContext) -> None:
+    export(ctx, ExportSFT(keep_fields=("margin",)), sample(0, margin="wide"))
+    assert pq.read_table(ctx.dist / "sft" / "train.parquet").to_pylist()[0]["fd_margin"] == "wide"
+
+
 def test_a_group_is_never_split_and_the_share_is_near(ctx: TestContext) -> None:
     samples = [sample(n, table=f"t{n % 500}") for n in range(2000)]
     export(ctx, ExportSFT(validation=0.2, group_by="table", keep_fields=("table",)), *samples)

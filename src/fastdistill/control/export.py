@@ -33,12 +33,12 @@ def export_run(
     if status not in ("complete", "below_floor"):
         raise InputError(f"{folder.run_id}: {status}; only a finished run is exported: run it to its end first")
     pipeline = _pipeline(folder, formats, overrides)
-    place = to or folder.path / "export"
-    if to is not None and to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise EnvironmentFault(f"{to}: is there already; remove it, or choose another folder with --to")
+    place = to.absolute() if to else folder.path / "export"  # the current folder has a name, too
     draft = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
     try:
+        if to is not None and to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise EnvironmentFault(f"{to}: is there already; remove it, or choose another folder with --to")
+        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         context = _Context(draft, Tally(pipeline.steps))
         target = pipeline.target

@@ -337,9 +337,9 @@ class Export(Splits):
         types |= dict.fromkeys(("fd_score", "fd_score_chosen", "fd_score_rejected", "fd_margin"), pa.float64())
         types |= dict.fromkeys(("fd_seed", "fd_attempt", "fd_len_chosen", "fd_len_rejected"), pa.int64())
         types |= {"fd_gates": pa.list_(pa.struct([*texts, ("score", pa.float64())])), "label": pa.bool_()}
-        kept = [f"fd_{field}" for field in self.keep_fields]
-        names = [*SHAPES[shape](Example(frozenset(), [], [], {})), *self.columns(shape), *kept]
-        return pa.schema([(name, types.get(name, pa.string())) for name in names])
+        names = [*SHAPES[shape](Example(frozenset(), [], [], {})), *self.columns(shape)]
+        kept = [(f"fd_{field}", pa.string()) for field in self.keep_fields]
+        return pa.schema([*((name, types.get(name, pa.string())) for name in names), *kept])
 
 
 def candidate_columns(sample: Sample, candidate: Candidate) -> Row:
