@@ -55,7 +55,7 @@ def export_run(
         raise EnvironmentFault(f"{error.filename or place}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    for name, found in context.reports.items():
+    for name, found in context.tally.reports.items():
         print(f"{name}: {', '.join(f'{key} {count}' for key, count in found.items() if isinstance(count, int))}")
     for reason, count in sorted(context.left_out.items()):
         print(f"left out: {count} samples: {reason}")
@@ -92,7 +92,6 @@ class _Context:
         self.dist = dist
         self.tally = tally
         self.left_out: Counter[str] = Counter()
-        self.reports: dict[str, Mapping[str, Any]] = {}
 
     def counted(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
@@ -106,7 +105,7 @@ class _Context:
         self.left_out[f"{failure.step}: {failure.reason}"] += 1
 
     def report(self, step: str, found: Mapping[str, Any]) -> None:
-        self.reports[step] = found
+        self.tally.reports[step] = dict(found)
 
     def model(self, name: str) -> NoReturn:
         raise InputError(f"{name}: an export asks no model")

@@ -417,20 +417,21 @@ def jsonl_file(path: Path) -> Iterator[Write]:
 
 
 @contextmanager
-def parquet_file(path: Path, schema: Any, read_as: Any = None, **options: Any) -> Iterator[Write]:
+def parquet_file(path: Path, schema: Any, **options: Any) -> Iterator[Write]:
     """A Parquet file with this `pyarrow.Schema` that is whole or absent; no rows are a valid file too.
 
-    The same lines give the same bytes, with the same version of pyarrow. `read_as` is the schema that lines are read
-    with where Arrow reads no JSON to the types of `schema`, `options` are those of pyarrow's writer.
+    The same lines give the same bytes, with the same version of pyarrow. `options` are those of pyarrow's writer.
     """
     import pyarrow as pa
     from pyarrow.json import ParseOptions, ReadOptions, read_json
     from pyarrow.parquet import ParquetWriter
 
-    if read_as:
+    halves, wider = pa.list_(pa.float16()), pa.list_(pa.float64())  # for Arrow reads no JSON to half precision
+    read_as = pa.schema([field.with_type(wider) if field.type == halves else field for field in schema])
+    if read_as != schema:
         import pyarrow.compute  # `cast` would, once answers are on their way
 
-    parsing = ParseOptions(explicit_schema=read_as or schema, unexpected_field_behavior="error")
+    parsing = ParseOptions(explicit_schema=read_as, unexpected_field_behavior="error")
     group: list[Any] = []
     size = 0
     writing: Future[None] | None = None
@@ -456,7 +457,7 @@ def parquet_file(path: Path, schema: Any, read_as: Any = None, **options: Any) -
             # Read as JSON, for at the first Python object that it converts pyarrow imports pandas, if it is there.
             reading = ReadOptions(use_threads=False, block_size=len(text))
             table = read_json(pa.BufferReader(text), reading, parsing)
-            group.append(table.cast(schema) if read_as else table)
+            group.append(table if read_as == schema else table.cast(schema))
             size += len(text)
             # The writer keeps some kilobytes for each group until the file's end.
             if size >= BYTES_PER_GROUP:

@@ -27,15 +27,13 @@ class ExportHardCases(StreamStep):
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
         with jsonl_file(ctx.dist / "hard" / "cases.jsonl") as write:
             for sample in samples:
-                row = self._row(sample)
                 try:
-                    line = msgspec.json.encode(row)
+                    if row := self._row(sample):
+                        write(msgspec.json.encode(row) + b"\n")
                 except UnicodeEncodeError as error:
                     failure = SampleError("not_unicode", f"{sample.source}: a lone surrogate in a row: {error}")
                     ctx.discard(sample.failed(self.name, failure))
                     continue
-                if row:
-                    write(line + b"\n")
                 yield sample
 
     def _row(self, sample: Sample) -> dict[str, Any]:

@@ -68,8 +68,7 @@ class ExportLogprobs(Splits):
 
     def writers(self, split: str, dist: Path, files: ExitStack) -> dict[Hashable, Write]:
         halves = ["token_logprobs.list.element", "top_logprobs.list.element"]
-        plain = {"read_as": _schema("parquet", half="float64"), "use_dictionary": False}
-        options = {"parquet": plain | {"use_byte_stream_split": halves}}
+        options: dict[str, dict[str, Any]] = {"parquet": {"use_dictionary": False, "use_byte_stream_split": halves}}
         writers: dict[Hashable, Write] = {}
         for form in self.formats:
             path = dist / FOLDERS[form] / f"{split}.parquet"
@@ -204,11 +203,11 @@ def _row(candidate: Candidate, sample: Sample, scores: Scores) -> dict[str, Any]
     }
 
 
-def _schema(form: str, half: str = "float16") -> Any:
+def _schema(form: str) -> Any:
     import pyarrow as pa
 
     text, ids, nested = pa.string(), pa.list_(pa.int32()), pa.list_(pa.list_(pa.uint8()))
-    texts, halves, turns = pa.list_(text), pa.list_(getattr(pa, half)()), pa.struct([("role", text), ("content", text)])
+    texts, halves, turns = pa.list_(text), pa.list_(pa.float16()), pa.struct([("role", text), ("content", text)])
     types = {
         "parquet": {
             "fd_id": text, "fd_candidate_id": text, "fd_model": text, "temperature": pa.float64(),

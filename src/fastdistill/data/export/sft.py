@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -13,9 +13,6 @@ from fastdistill.data.rationale import rationale_of
 
 ANSWERS = frozenset({Shape.MESSAGES, Shape.PROMPT_COMPLETION, Shape.OPENAI_SFT})
 PROMPTS = frozenset({Shape.PROMPT})
-
-Turn: TypeAlias = tuple[str | None, Messages, str]
-"""What a row is a part of, its prompt, and what is learnt to be said."""
 
 
 class ExportSFT(Export):
@@ -88,17 +85,19 @@ class ExportSFT(Export):
         seen[f"difficulty_to_{edge:g}" if room else f"left_out_difficulty_to_{edge:g}"] += 1
         return room
 
-    def _turns(self, sample: Sample, candidate: Candidate) -> list[Turn]:
+    def _turns(self, sample: Sample, candidate: Candidate) -> Iterator[tuple[str | None, Messages, str]]:
+        """What a row is a part of, its prompt, and what is learnt to be said."""
         prompt = self.prompt(sample, candidate)
         if self.target == "answer_only":
-            return [(None, prompt, candidate.answer)]
+            yield None, prompt, candidate.answer
+            return
         rationale = rationale_of(candidate)
         if self.target == "multitask":
-            turns: list[Turn] = [("label", _tagged(prompt, "[label]"), candidate.answer)]
-            return turns if rationale is None else [*turns, ("rationale", _tagged(prompt, "[rationale]"), rationale)]
-        if rationale is None:
-            return []
-        return [("concat", prompt, self.concat_format.format(rationale=rationale, answer=candidate.answer))]
+            yield "label", _tagged(prompt, "[label]"), candidate.answer
+            if rationale is not None:
+                yield "rationale", _tagged(prompt, "[rationale]"), rationale
+        elif rationale is not None:
+            yield "concat", prompt, self.concat_format.format(rationale=rationale, answer=candidate.answer)
 
 
 def _tagged(prompt: Messages, tag: str) -> Messages:
