@@ -148,6 +148,18 @@ def test_answers_that_could_not_line_up_are_left_out_and_counted(tmp_path: Path)
     assert '"axolotl_rows": 2' in told
 
 
+def test_an_empty_answer_costs_no_other_its_row(tmp_path: Path) -> None:
+    said = candidate("SELECT")
+    tokens = (TokenLogprob("SELECT", -1.0, (("SELECT", -1.0),), 7, (7,)),)
+    answers = [structs.replace(said, completion=structs.replace(said.completion, logprobs=tokens))]
+    empty = candidate("", 1)
+    answers += [structs.replace(empty, completion=structs.replace(empty.completion, logprobs=()))]
+    sample = Sample(0, "t:0", {}, "t", "id", candidates=tuple(answers))
+    with closing(TestContext(tmp_path)) as ctx:
+        list(ExportLogprobs(name="E", formats=("axolotl",), template_tail=1).run(iter([sample]), ctx))
+    assert ctx.reports["E"] == {"axolotl_left_out.text_differs": 1, "axolotl_rows": 1}
+
+
 def test_axolotls_rows_need_ids_and_the_refusal_says_how_to_get_them(tmp_path: Path) -> None:
     step = {"ExportLogprobs": {"formats": ["axolotl"]}}
     with openai_server(says) as server, pytest.raises(InputError, match="token_ids: true"):

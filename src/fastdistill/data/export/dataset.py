@@ -284,19 +284,19 @@ class Export(Splits):
 
     def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[Hashable, bytes]]:
         return [
-            ((shape, example.label), _encode(shaped(example)))
+            ((shape, example.label), _encode(SHAPES[shape](example)))
             for example in self.examples(sample, seen)
-            for shape, shaped in self._wanted
+            for shape in self._wanted
             if shape in example.shapes
         ]
 
     @cached_property
-    def _wanted(self) -> list[tuple[Shape, Callable[[Example], Row]]]:
-        return [(shape, SHAPES[shape]) for shape in dict.fromkeys(self.files("train").values())]
+    def _wanted(self) -> list[Shape]:
+        return [*dict.fromkeys(self.files("train").values())]
 
     def writers(self, split: str, dist: Path, files: ExitStack) -> dict[Hashable, Write]:
         writers: dict[Hashable, Write] = {}
-        for shape, _ in self._wanted:
+        for shape in self._wanted:
             same = [
                 parquet_file(dist / path, self._schema(shape)) if path.endswith(".parquet") else jsonl_file(dist / path)
                 for path, own in self.files(split).items()

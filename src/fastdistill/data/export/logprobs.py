@@ -94,7 +94,7 @@ class ExportLogprobs(Splits):
                 remedy = "set decode_profile.logprobs: true, and ask a server that gives them"
                 raise SampleError("no_logprobs", f"{sample.source}: an answer without log-probabilities; {remedy}")
             needs = [form for form in self.formats if form != "parquet"]
-            if needs and not scores.top_ids:
+            if needs and scores.tokens and not scores.top_ids:
                 asked = "decode_profile: {logprobs: true, token_ids: true, top_logprobs: 20}, with vLLM or llama.cpp"
                 remedy = asked if self.scores is None else f"top_logprobs of {self.scores}"
                 raise InputError(f"{self.name}: {needs[0]} needs ids of each token's alternatives; set {remedy}")
@@ -115,8 +115,8 @@ class ExportLogprobs(Splits):
         completion = candidate.completion
         if completion.finish_reason is not FinishReason.STOP:
             seen["axolotl_left_out.cut"] += 1  # the template would end a turn that the teacher did not end
-        elif not "".join(scores.tokens).startswith(completion.text):
-            seen["axolotl_left_out.text_differs"] += 1  # tokens of thinking, or of a character in pieces
+        elif not scores.tokens or not "".join(scores.tokens).startswith(completion.text):
+            seen["axolotl_left_out.text_differs"] += 1  # tokens of thinking, or of a character in pieces, or none
         else:
             seen["axolotl_rows"] += 1
             k, tail, top_ids = scores.k, self.template_tail, scores.top_ids or ()
