@@ -4,7 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastdistill.control.budget import first_accepted
 from fastdistill.control.card import complete_dataset
@@ -40,24 +40,24 @@ def export_run(
             raise EnvironmentFault(f"{to}: is there already; remove it, or choose another folder with --to")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        context = _Context(draft, Tally(pipeline.steps))
+        written = _Counted(draft, Tally(pipeline.steps))
         target = pipeline.target
-        samples = context.counted(first_accepted(folder.samples(), target.accepted if target else None))
+        samples = written.samples(first_accepted(folder.samples(), target.accepted if target else None))
         for step in pipeline.steps:
             if isinstance(step, Export):
-                samples = step.run(samples, context)
+                samples = step.run(samples, written)
         for _ in samples:
             pass
-        complete_dataset(draft, place.name, pipeline, context.tally)
+        complete_dataset(draft, place.name, pipeline, written.tally)
         shutil.rmtree(place, ignore_errors=True)
         draft.rename(place)
     except OSError as error:
         raise EnvironmentFault(f"{error.filename or place}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    for name, found in context.tally.reports.items():
+    for name, found in written.tally.reports.items():
         print(f"{name}: {', '.join(f'{key} {count}' for key, count in found.items() if isinstance(count, int))}")
-    for reason, count in sorted(context.left_out.items()):
+    for reason, count in sorted(written.left_out.items()):
         print(f"left out: {count} samples: {reason}")
     print(f"written to {place}")
 
@@ -85,15 +85,15 @@ def _pipeline(folder: RunFolder, formats: Sequence[str], overrides: Sequence[str
     return parse_pipeline(config | {"steps": steps})
 
 
-class _Context:
-    """What exports need of a run (`core.step.Context`)."""
+class _Counted:
+    """What exports need of a run (`core.step.Output`), with the samples that they are given and leave out."""
 
     def __init__(self, dist: Path, tally: Tally) -> None:
         self.dist = dist
         self.tally = tally
         self.left_out: Counter[str] = Counter()
 
-    def counted(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+    def samples(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
             self.tally.add(sample)
             if sample.status is Status.OPEN:
@@ -106,12 +106,3 @@ class _Context:
 
     def report(self, step: str, found: Mapping[str, Any]) -> None:
         self.tally.reports[step] = dict(found)
-
-    def model(self, name: str) -> NoReturn:
-        raise InputError(f"{name}: an export asks no model")
-
-    def index(self, name: str) -> NoReturn:
-        raise InputError(f"{name}: an export keeps no index")
-
-    def next_index(self) -> NoReturn:
-        raise InputError("an export loads no records")

@@ -22,7 +22,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from fastdistill.core.canonical import NotCanonical, digest
 from fastdistill.core.errors import SampleError
 from fastdistill.core.files import atomic
-from fastdistill.core.step import Context, StreamStep
+from fastdistill.core.step import Context, Output, StreamStep
 from fastdistill.core.turns import beside
 from fastdistill.core.types import Candidate, Sample, Status
 from fastdistill.data.template import compile_template, render
@@ -178,11 +178,11 @@ class Splits(StreamStep):
             SampleError: the sample can't be written.
         """
 
-    def finish(self, seen: "Counter[str]", ctx: Context) -> None:
+    def finish(self, seen: "Counter[str]", ctx: Output) -> None:
         """Says in the quality report what was written."""
         ctx.report(self.name, dict(sorted(seen.items())))
 
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+    def run(self, samples: Iterator[Sample], ctx: Output) -> Iterator[Sample]:
         seen: Counter[str] = Counter()
         with ExitStack() as own_files:
             files = self._files or own_files

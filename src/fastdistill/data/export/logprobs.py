@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from fastdistill.core.errors import InputError, SampleError
 from fastdistill.core.files import atomic
-from fastdistill.core.step import Context
+from fastdistill.core.step import Output
 from fastdistill.core.types import Candidate, FinishReason, LogprobBasis, Sample
 from fastdistill.data.export.dataset import Splits, Write, in_blocks, parquet_file, row_id
 
@@ -79,7 +79,7 @@ class ExportLogprobs(Splits):
     def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[Hashable, bytes]]:
         return [(form, msgspec.json.encode(row)) for form, row in self._rows(sample, seen)]
 
-    def finish(self, seen: "Counter[str]", ctx: Context) -> None:
+    def finish(self, seen: "Counter[str]", ctx: Output) -> None:
         if k := seen.pop("k", 0):
             # Its DistributionQuantizationConfig, of values that are stored as they are.
             exact = {"d": self.vocab_size, "k": k, "exact_k": k, "exact_dtype": "float16", "polynomial_terms": None}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from fastdistill.core.stats import wilson
-from fastdistill.core.step import Context
+from fastdistill.core.step import Output
 from fastdistill.core.types import Candidate, Outcome, Sample
 from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Shape
 from fastdistill.data.select import best_first
@@ -79,7 +79,7 @@ class ExportPreference(Export):
             columns = self.columns_of(sample, candidate)
             yield Example(LABELLED, self.prompt(sample, candidate), _said(candidate), columns, label=label)
 
-    def finish(self, seen: "Counter[str]", ctx: Context) -> None:
+    def finish(self, seen: "Counter[str]", ctx: Output) -> None:
         longer = asdict(wilson(seen["chosen_longer"], seen["pairs"]))
         rate = {name: value and round(value, 6) for name, value in longer.items()}
         ctx.report(self.name, {"pairs": 0, **dict(sorted(seen.items())), "chosen_longer_rate": rate})
