@@ -31,7 +31,7 @@ from fastdistill.core.canonical import digest
 from fastdistill.core.errors import ConfigError, EnvironmentFault, ExitCode, FatalError
 from fastdistill.core.files import atomic
 from fastdistill.core.step import Gate, SampleStep, Step
-from fastdistill.data.export.dataset import Export, Splits
+from fastdistill.data.export.dataset import Splits
 from fastdistill.model.client import ModelClient
 from fastdistill.model.provider import ModelConfig, Provider
 from fastdistill.pipeline import run_pipeline
@@ -154,7 +154,7 @@ class Pipeline(BaseModel):
             for other in step.steps()
             if other not in names
         ]
-        written = Counter(path for step in self.steps if isinstance(step, Export) for path in step.files("train"))
+        written = Counter(path for step in self.steps if isinstance(step, Splits) for path in step.files("train"))
         if twice := [path for path, count in written.items() if count > 1]:
             problems.append(f"steps: two exports write {', '.join(twice)}; give one other `formats` or `shapes`")
         kept = {(step.test, step.group_by) for step in self.steps if isinstance(step, Splits)}

@@ -56,7 +56,7 @@ class GateCount:
         return wilson(passed, passed + self.outcomes[Outcome.FAIL])
 
     def flag_rate(self, flag: str) -> Rate:
-        counts = self.flags.get(flag, Counter())
+        counts = self.flags[flag]
         return wilson(counts[True], counts.total())
 
 

@@ -165,6 +165,10 @@ class Splits(StreamStep):
             await beside(files.pop_all().close)  # to write what is left takes a tenth of a second, to sync as much
 
     @abstractmethod
+    def files(self, split: str) -> Mapping[str, str]:
+        """The files of one split, and what their rows are."""
+
+    @abstractmethod
     def writers(self, split: str, dist: Path, files: ExitStack) -> dict[Hashable, Write]:
         """What takes the lines of each kind; `files` closes them."""
 
@@ -186,7 +190,8 @@ class Splits(StreamStep):
         seen: Counter[str] = Counter()
         with ExitStack() as own_files:
             files = self._files or own_files
-            writers = {split: self.writers(split, ctx.dist, files) for split in self.splits}
+            splits = ["train"] + ["validation"] * bool(self.validation) + ["test"] * bool(self.test)
+            writers = {split: self.writers(split, ctx.dist, files) for split in splits}
             own = writers["train"]
             for sample in samples:
                 before = dict(seen)
@@ -205,10 +210,6 @@ class Splits(StreamStep):
                     own[kind](line)
                 yield sample
         self.finish(seen, ctx)
-
-    @property
-    def splits(self) -> Sequence[str]:
-        return ["train"] + ["validation"] * bool(self.validation) + ["test"] * bool(self.test)
 
     def split(self, sample: Sample) -> str:
         """Raises SampleError where `group_by` names no field of the record, or one that has no hash."""
@@ -273,7 +274,6 @@ class Export(Splits):
         return FD_COLUMNS
 
     def files(self, split: str) -> dict[str, Shape]:
-        """The files of one split, and what their rows are."""
         short = "valid" if split == "validation" else split
         return {
             path.format(split=split, short=short): shape
@@ -320,10 +320,6 @@ class Export(Splits):
             return asked
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return system + [message for message in asked if message["role"] != "system"]
-
-    def columns_of(self, sample: Sample, candidate: Candidate) -> Row:
-        columns = candidate_columns(sample, candidate)
-        return columns | self.kept(sample) if self.keep_fields else columns
 
     def kept(self, sample: Sample) -> Row:
         return {f"fd_{field}": _text(sample.record.get(field)) for field in self.keep_fields}

@@ -66,13 +66,15 @@ class ExportLogprobs(Splits):
     def gates(self) -> Sequence[str]:
         return () if self.scores is None else (self.scores,)
 
+    def files(self, split: str) -> dict[str, str]:
+        return {f"{FOLDERS[form]}/{split}.parquet": form for form in self.formats}
+
     def writers(self, split: str, dist: Path, files: ExitStack) -> dict[Hashable, Write]:
         halves = ["token_logprobs.list.element", "top_logprobs.list.element"]
         options: dict[str, dict[str, Any]] = {"parquet": {"use_dictionary": False, "use_byte_stream_split": halves}}
         writers: dict[Hashable, Write] = {}
-        for form in self.formats:
-            path = dist / FOLDERS[form] / f"{split}.parquet"
-            file = parquet_file(path, _schema(form), **options.get(form, {}))
+        for path, form in self.files(split).items():
+            file = parquet_file(dist / path, _schema(form), **options.get(form, {}))
             writers[form] = files.enter_context(in_blocks(files.enter_context(file)))
         return writers
 

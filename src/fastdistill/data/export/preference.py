@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from fastdistill.core.stats import wilson
 from fastdistill.core.step import Output
 from fastdistill.core.types import Candidate, Outcome, Sample
-from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Shape
+from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Shape, candidate_columns
 from fastdistill.data.select import best_first
 
 PAIRS = frozenset({Shape.PREFERENCE, Shape.OPENAI_DPO, Shape.LLAMAFACTORY_DPO})
@@ -76,7 +76,7 @@ class ExportPreference(Export):
         both = sample.candidates if self.pair_source == "teacher_vs_student" else better
         for candidate, label in self._labelled(both):
             seen[f"kto_{str(label).lower()}"] += 1
-            columns = self.columns_of(sample, candidate)
+            columns = candidate_columns(sample, candidate) | self.kept(sample)
             yield Example(LABELLED, self.prompt(sample, candidate), _said(candidate), columns, label=label)
 
     def finish(self, seen: "Counter[str]", ctx: Output) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from fastdistill.core.errors import SampleError
 from fastdistill.core.types import Candidate, Outcome, Sample
-from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Messages, Shape
+from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Messages, Shape, candidate_columns
 from fastdistill.data.rationale import rationale_of
 
 ANSWERS = frozenset({Shape.MESSAGES, Shape.PROMPT_COMPLETION, Shape.OPENAI_SFT})
@@ -63,7 +63,7 @@ class ExportSFT(Export):
         written = False
         for candidate in chosen:
             for part, prompt, text in self._turns(sample, candidate):
-                columns = self.columns_of(sample, candidate)
+                columns = candidate_columns(sample, candidate) | self.kept(sample)
                 if part is not None:
                     columns["fd_part"] = part
                     columns["fd_id"] += f"#{part}"
