@@ -6,11 +6,11 @@ columns, a prefix that no trainer gives a meaning. Knows no gate and runs no tra
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from enum import StrEnum
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
@@ -169,11 +169,11 @@ class Splits(StreamStep):
         """The files of one split, and what their rows are."""
 
     @abstractmethod
-    def writers(self, split: str, dist: Path, files: ExitStack) -> dict[Hashable, Write]:
+    def writers(self, split: str, dist: Path, files: ExitStack) -> dict[str, Write]:
         """What takes the lines of each kind; `files` closes them."""
 
     @abstractmethod
-    def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[Hashable, bytes]]:
+    def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[str, bytes]]:
         """The rows of a sample, each a line of JSON without its break.
 
         `seen` counts what is worth a report; it has the samples before, and what is added for one that fails is lost.
@@ -282,9 +282,9 @@ class Export(Splits):
             if shape in self.writes and (shape in self.shapes or format_ not in (Format.PARQUET, Format.JSONL))
         }
 
-    def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[Hashable, bytes]]:
+    def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[str, bytes]]:
         return [
-            ((shape, example.label), _encode(SHAPES[shape](example)))
+            (shape, _encode(SHAPES[shape](example)))
             for example in self.examples(sample, seen)
             for shape in self._wanted
             if shape in example.shapes
@@ -294,8 +294,8 @@ class Export(Splits):
     def _wanted(self) -> list[Shape]:
         return [*dict.fromkeys(self.files("train").values())]
 
-    def writers(self, split: str, dist: Path, files: ExitStack) -> dict[Hashable, Write]:
-        writers: dict[Hashable, Write] = {}
+    def writers(self, split: str, dist: Path, files: ExitStack) -> dict[str, Write]:
+        writers: dict[str, Write] = {}
         for shape in self._wanted:
             same = [
                 parquet_file(dist / path, self._schema(shape)) if path.endswith(".parquet") else jsonl_file(dist / path)
@@ -303,11 +303,8 @@ class Export(Splits):
                 if own is shape
             ]
             write = files.enter_context(in_blocks(*map(files.enter_context, same)))
-            if shape in (Shape.KTO, Shape.LLAMAFACTORY_KTO):
-                write_in_turn = files.enter_context(interleaved(write))
-                writers |= {(shape, label): partial(write_in_turn, label) for label in (True, False)}
-            else:
-                writers[shape, None] = write
+            labelled = shape in (Shape.KTO, Shape.LLAMAFACTORY_KTO)
+            writers[shape] = files.enter_context(interleaved(write)) if labelled else write
         return writers
 
     def prompt(self, sample: Sample, candidate: Candidate) -> Messages:
@@ -380,24 +377,24 @@ def in_blocks(*writes: Write) -> Iterator[Write]:
 
 
 @contextmanager
-def interleaved(write: Write) -> Iterator[Callable[[bool, bytes], None]]:
+def interleaved(write: Write) -> Iterator[Write]:
     """Rows come out shuffled within blocks, both labels evenly mixed: TRL's KTO trainer reads rows in their order.
 
     The shuffle goes by each row's hash, so the same rows come out in the same order.
     """
-    block: list[tuple[bool, bytes]] = []
+    block: list[bytes] = []
 
     def flush() -> None:
         placed = []
-        for label in (True, False):
-            lines = sorted((line for own, line in block if own is label), key=lambda line: sha256(line).digest())
+        for label in (b'"label":true', b'"label":false'):  # in a text, quotes are escaped
+            lines = sorted((line for line in block if label in line), key=lambda line: sha256(line).digest())
             placed += [((place + 0.5) / len(lines), line) for place, line in enumerate(lines)]
         for _, line in sorted(placed, key=itemgetter(0)):
             write(line)
         block.clear()
 
-    def write_in_turn(label: bool, line: bytes) -> None:
-        block.append((label, line))
+    def write_in_turn(line: bytes) -> None:
+        block.append(line)
         if len(block) >= INTERLEAVED_ROWS:
             flush()
 

@@ -6,7 +6,7 @@ is the mass beyond the `k` likeliest.
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -69,16 +69,16 @@ class ExportLogprobs(Splits):
     def files(self, split: str) -> dict[str, str]:
         return {f"{FOLDERS[form]}/{split}.parquet": form for form in self.formats}
 
-    def writers(self, split: str, dist: Path, files: ExitStack) -> dict[Hashable, Write]:
+    def writers(self, split: str, dist: Path, files: ExitStack) -> dict[str, Write]:
         halves = ["token_logprobs.list.element", "top_logprobs.list.element"]
         options: dict[str, dict[str, Any]] = {"parquet": {"use_dictionary": False, "use_byte_stream_split": halves}}
-        writers: dict[Hashable, Write] = {}
+        writers: dict[str, Write] = {}
         for path, form in self.files(split).items():
             file = parquet_file(dist / path, _schema(form), **options.get(form, {}))
             writers[form] = files.enter_context(in_blocks(files.enter_context(file)))
         return writers
 
-    def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[Hashable, bytes]]:
+    def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[str, bytes]]:
         return [(form, msgspec.json.encode(row)) for form, row in self._rows(sample, seen)]
 
     def finish(self, seen: "Counter[str]", ctx: Output) -> None:
