@@ -391,9 +391,9 @@ def test_two_exports_that_would_write_the_same_file_are_found_before_anything_is
         parse_pipeline(made)
     made["steps"][-1]["ExportSFT"]["formats"] = ["mlx"]
     parse_pipeline(made)
-    made["steps"] += ["ExportLogprobs", {"ExportLogprobs": {"template_tail": 1}}]
-    with pytest.raises(ConfigError, match=r"two exports write logprobs/train.parquet"):
-        parse_pipeline(made)
+    for twice, path in (("ExportLogprobs", "logprobs/train.parquet"), ("ExportHardCases", "hard/cases.jsonl")):
+        with pytest.raises(ConfigError, match=f"two exports write {path}"):
+            parse_pipeline(made | {"steps": [*made["steps"], twice, twice]})
 
 
 @pytest.mark.parametrize(

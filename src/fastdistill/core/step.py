@@ -148,6 +148,10 @@ class Step(BaseModel):
 
 
 class StreamStep(Step):
+    def files(self, split: str) -> Mapping[str, str]:
+        """The files of the data set that this step writes for a split, and what their rows are."""
+        return {}
+
     @abstractmethod
     def run(self, samples: Iterator[Any], ctx: Context) -> Iterator[Sample | None]:
         """Yields samples, lazily and in input order; None where one was left out, so that others have their turn.

@@ -165,10 +165,6 @@ class Splits(StreamStep):
             await beside(files.pop_all().close)  # to write what is left takes a tenth of a second, to sync as much
 
     @abstractmethod
-    def files(self, split: str) -> Mapping[str, str]:
-        """The files of one split, and what their rows are."""
-
-    @abstractmethod
     def writers(self, split: str, dist: Path, files: ExitStack) -> dict[str, Write]:
         """What takes the lines of each kind; `files` closes them."""
 

@@ -24,6 +24,9 @@ class ExportHardCases(StreamStep):
 
     max_pass_rate: float = Field(0.0, ge=0, lt=1, description="accepted candidates among those that could be judged")
 
+    def files(self, split: str) -> dict[str, str]:
+        return {"hard/cases.jsonl": "cases"}
+
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
         with jsonl_file(ctx.dist / "hard" / "cases.jsonl") as write:
             for sample in samples:
