@@ -97,7 +97,7 @@ class Tally:
         self.steps = steps
         self.samples = 0
         self.statuses: Counter[Status] = Counter()
-        self.left_at: dict[str, Counter[Status]] = {step.name: Counter() for step in steps}
+        self.left_at: defaultdict[str, Counter[Status]] = defaultdict(Counter)
         self.accepted_samples = 0
         self.undecided_samples = 0  # nothing accepted, and at least one candidate that could not be judged
         self.outcomes: Counter[Outcome] = Counter()
@@ -127,7 +127,7 @@ class Tally:
                 content.sum_up()
         outcomes = [self._candidate(candidate, hashes) for candidate in sample.candidates]
         if status is not Status.OPEN:
-            self.left_at.setdefault(sample.failures[-1].step, Counter())[status] += 1
+            self.left_at[sample.failures[-1].step][status] += 1
             return
         if Outcome.PASS in outcomes:
             self.accepted_samples += 1
@@ -142,7 +142,7 @@ class Tally:
         failure = sample.failures[-1]
         self.statuses[Status.OPEN] -= 1
         self.statuses[sample.status] += 1
-        self.left_at.setdefault(failure.step, Counter())[sample.status] += 1
+        self.left_at[failure.step][sample.status] += 1
         self.failures[failure.step, failure.reason].add(failure.message)
         if sample.accepted:
             self.accepted_samples -= 1
