@@ -153,20 +153,20 @@ class Splits(StreamStep):
             raise ValueError("validation and test: together less than 1, or nothing is left to train on")
         return self
 
-    _files: ExitStack | None = PrivateAttr(None)
-    """Those being written, of a step that is open."""
+    _open: ExitStack | None = PrivateAttr(None)
+    """The files being written, of a step that is open."""
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
-        with ExitStack() as files:
-            self._files = files
-            files.callback(setattr, self, "_files", None)
+        with ExitStack() as stack:
+            self._open = stack
+            stack.callback(setattr, self, "_open", None)
             yield
-            await beside(files.pop_all().close)  # to write what is left takes a tenth of a second, to sync as much
+            await beside(stack.pop_all().close)  # to write what is left takes a tenth of a second, to sync as much
 
     @abstractmethod
-    def writers(self, split: str, dist: Path, files: ExitStack) -> dict[str, Write]:
-        """What takes the lines of each kind; `files` closes them."""
+    def writers(self, split: str, dist: Path, stack: ExitStack) -> dict[str, Write]:
+        """What takes the lines of each kind; `stack` closes it."""
 
     @abstractmethod
     def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[str, bytes]]:
@@ -184,10 +184,10 @@ class Splits(StreamStep):
 
     def run(self, samples: Iterator[Sample], ctx: Output) -> Iterator[Sample]:
         seen: Counter[str] = Counter()
-        with ExitStack() as own_files:
-            files = self._files or own_files
+        with ExitStack() as own_stack:
+            stack = self._open or own_stack
             splits = ["train"] + ["validation"] * bool(self.validation) + ["test"] * bool(self.test)
-            writers = {split: self.writers(split, ctx.dist, files) for split in splits}
+            writers = {split: self.writers(split, ctx.dist, stack) for split in splits}
             own = writers["train"]
             for sample in samples:
                 before = dict(seen)
@@ -290,7 +290,7 @@ class Export(Splits):
     def _wanted(self) -> list[Shape]:
         return [*dict.fromkeys(self.files("train").values())]
 
-    def writers(self, split: str, dist: Path, files: ExitStack) -> dict[str, Write]:
+    def writers(self, split: str, dist: Path, stack: ExitStack) -> dict[str, Write]:
         writers: dict[str, Write] = {}
         for shape in self._wanted:
             same = [
@@ -298,9 +298,9 @@ class Export(Splits):
                 for path, own in self.files(split).items()
                 if own is shape
             ]
-            write = files.enter_context(in_blocks(*map(files.enter_context, same)))
+            write = stack.enter_context(in_blocks(*map(stack.enter_context, same)))
             labelled = shape in (Shape.KTO, Shape.LLAMAFACTORY_KTO)
-            writers[shape] = files.enter_context(interleaved(write)) if labelled else write
+            writers[shape] = stack.enter_context(interleaved(write)) if labelled else write
         return writers
 
     def prompt(self, sample: Sample, candidate: Candidate) -> Messages:

@@ -69,13 +69,13 @@ class ExportLogprobs(Splits):
     def files(self, split: str) -> dict[str, str]:
         return {f"{FOLDERS[form]}/{split}.parquet": form for form in self.formats}
 
-    def writers(self, split: str, dist: Path, files: ExitStack) -> dict[str, Write]:
+    def writers(self, split: str, dist: Path, stack: ExitStack) -> dict[str, Write]:
         halves = ["token_logprobs.list.element", "top_logprobs.list.element"]
         options: dict[str, dict[str, Any]] = {"parquet": {"use_dictionary": False, "use_byte_stream_split": halves}}
         writers: dict[str, Write] = {}
         for path, form in self.files(split).items():
             file = parquet_file(dist / path, _schema(form), **options.get(form, {}))
-            writers[form] = files.enter_context(in_blocks(files.enter_context(file)))
+            writers[form] = stack.enter_context(in_blocks(stack.enter_context(file)))
         return writers
 
     def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[str, bytes]]:
