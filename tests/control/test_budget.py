@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from fastdistill import RunResult
 from fastdistill.control.budget import Progress, first_accepted
 from fastdistill.control.config import parse_pipeline
+from fastdistill.control.export import export_run
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import execute, run_folder, unwatched
 from fastdistill.core.errors import ConfigError, ExitCode, TooManyErrors
@@ -545,6 +546,12 @@ def test_an_accepted_candidate_of_a_sample_that_failed_does_not_count_towards_a_
         result = run(made, tmp_path / "a")
     assert [row["fd_task_id"] for row in rows(result)] == [f"q{at}" for at in range(60) if at % 3][:15]
     assert result.quality["samples"]["accepted"] == 15
+    export_run(result.run_id, ["jsonl"], [], tmp_path / "dist", tmp_path / "a")
+    written = [
+        {path.relative_to(dist): path.read_bytes() for path in dist.rglob("*.*")}
+        for dist in (result.dataset, tmp_path / "dist")
+    ]
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,21 @@ def test_the_same_formats_give_the_same_bytes(finished: Finished, capsys: pytest
     assert all(name.startswith("configs/") or name == "checksums.txt" for name in differ)
 
 
+def test_a_run_that_met_its_target_is_exported_up_to_there(tmp_path: Path) -> None:
+    with openai_server(choose(ANSWERS)) as server:
+        made = config(server.url, write_records(tmp_path), make_database(tmp_path)) | {"target": {"accepted": 5}}
+        result = parse_pipeline(made).run(output_dir=tmp_path / "artifacts", run_id="done")
+    (tmp_path / "again").mkdir()
+    export_run("done", ["parquet", "jsonl"], [], tmp_path / "again" / "dist", tmp_path / "artifacts")
+    assert files(tmp_path / "again" / "dist") == files(result.dataset)
+
+
+def test_the_card_says_what_an_export_left_out(finished: Finished, tmp_path: Path) -> None:
+    export_run("done", ["jsonl"], ["ExportSFT.template='{{ nobody }}'"], tmp_path / "new", finished.root)
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert f"Left out: 0 duplicate, 0 contaminated and {len(RECORDS)} failed records" in card
+
+
 def test_only_what_was_asked_for_is_written_with_other_options(finished: Finished, tmp_path: Path) -> None:
     export_run(
         "done",
@@ -138,6 +153,14 @@ def test_nothing_is_overwritten_and_nothing_half_is_exported(finished: Finished,
     write_json(manifest, {"status": "running"})
     with pytest.raises(InputError, match="running; only a finished run"):
         export_run("killed", ["mlx"], [], None, finished.root)
+
+
+def test_the_folder_where_one_stands_can_be_written_to(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export_run("done", ["mlx"], [], Path(), finished.root)
+    assert "./" + tmp_path.name + "/mlx" in (tmp_path / "configs" / "mlx_lora.yaml").read_text()
 
 
 def test_the_quality_report_tells_what_the_exports_wrote(finished: Finished) -> None:
@@ -368,6 +391,9 @@ def test_two_exports_that_would_write_the_same_file_are_found_before_anything_is
         parse_pipeline(made)
     made["steps"][-1]["ExportSFT"]["formats"] = ["mlx"]
     parse_pipeline(made)
+    for twice, path in (("ExportLogprobs", "logprobs/train.parquet"), ("ExportHardCases", "hard/cases.jsonl")):
+        with pytest.raises(ConfigError, match=f"two exports write {path}"):
+            parse_pipeline(made | {"steps": [*made["steps"], twice, twice]})
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_page_shows_the_figures_of_the_run(result: RunResult) -> None:
         "text2sql below floor",
         "accepted samples 6 of 11 read",
         "accept rate 75.0% 95%: 40.9 to 92.9",
-        "read 11 duplicates 1 failed 1 skipped 0 completed 9 accepted 6 undecided 1",
+        "read 11 duplicates 1 contaminated 0 failed 1 skipped 0 completed 9 accepted 6 undecided 1",
         "min_accepted 1 6 met",
         "accept_rate 90.0% 75.0% [40.9, 92.9] missed",
         "pass rate 88.9% [56.5, 98.0] 8 of 9",
@@ -91,8 +91,10 @@ def test_page_says_where_everything_comes_from(result: RunResult) -> None:
 
 def test_inputs_are_listed_with_their_hashes(result: RunResult) -> None:
     entry = {"path": "/data/<b>train.jsonl", "bytes": 20_300_000, "sha256": digest("train")}
-    shown = page(result, manifest={**result.manifest, "inputs": [entry]}).text
+    gone = {"path": "/data/gone.db", "bytes": None, "sha256": digest("gone")}
+    shown = page(result, manifest={**result.manifest, "inputs": [entry, gone]}).text
     assert f"/data/<b>train.jsonl 20.3 MB {digest('train')}" in shown
+    assert f"/data/gone.db – {digest('gone')}" in shown
 
 
 def test_what_a_model_says_is_text_and_never_markup(result: RunResult) -> None:

@@ -104,6 +104,12 @@ def test_what_could_not_be_judged_is_in_no_rate() -> None:
     assert counts.flag_rate("never_set").rate is None
 
 
+def test_an_undecided_sample_that_an_export_can_not_take_leaves_the_rate() -> None:
+    counts = tally([SAMPLES[0], SAMPLES[1]])
+    counts.leave(SAMPLES[1].failed("RuleFilter", SampleError("missing_field", "no field q")))
+    assert (counts.accept_rate().successes, counts.accept_rate().total, counts.undecided_samples) == (1, 1, 0)
+
+
 def test_stages_add_up() -> None:
     stages = tally(SAMPLES[:7]).stages()
     assert [(stage["samples_in"], stage["samples_kept"]) for stage in stages] == [(7, 5), (5, 5), (5, 5)]

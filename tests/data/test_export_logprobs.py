@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +12,16 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from msgspec import structs
 from pydantic import ValidationError
 
 from fastdistill import Pipeline
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.core.errors import InputError, TeacherError, TooManyErrors
+from fastdistill.core.types import Candidate, Sample, TokenLogprob
 from fastdistill.data.export.logprobs import ExportLogprobs
+from tests.context import TestContext, candidate
 from tests.servers import Call, Reply, garbled, ollama_server, openai_server
 
 ASK = {"logprobs": True, "top_logprobs": 3, "token_ids": True}
@@ -91,6 +95,28 @@ def test_answers_without_logprobs_are_an_error_with_the_remedy(tmp_path: Path) -
         pipeline(teacher(server.url), "ExportLogprobs", decode={}).run(output_dir=tmp_path)
 
 
+@pytest.mark.parametrize(("token", "reason"), [(None, "no_logprobs"), ("\ud800", "not_unicode")])
+def test_a_sample_that_can_not_be_written_is_counted_nowhere(tmp_path: Path, token: str | None, reason: str) -> None:
+    def answered(attempt: int, said: str | None) -> Candidate:
+        logprobs = None if said is None else (TokenLogprob(said, -1.0),)
+        made = candidate("SELECT", attempt)
+        return structs.replace(made, completion=structs.replace(made.completion, logprobs=logprobs))
+
+    good, bad = (
+        Sample(at, f"t:{at}", {}, "t", f"id-{at}", candidates=(answered(0, "SELECT"), answered(1, said)))
+        for at, said in enumerate(["SELECT", token])
+    )
+    with closing(TestContext(tmp_path)) as ctx:
+        assert list(ExportLogprobs(name="E").run(iter([good, bad]), ctx)) == [good]
+    assert ctx.reasons == [reason]
+    assert ctx.reports["E"] == {"rows": 2} == {"rows": pq.read_metadata(ctx.dist / "logprobs/train.parquet").num_rows}
+
+
+def test_a_format_is_named_once() -> None:
+    with pytest.raises(ValidationError, match="names something twice"):
+        ExportLogprobs(formats=("axolotl", "axolotl"))
+
+
 # --- axolotl ---
 
 
@@ -120,6 +146,18 @@ def test_answers_that_could_not_line_up_are_left_out_and_counted(tmp_path: Path)
     assert '"axolotl_left_out.cut": 1' in told
     assert '"axolotl_left_out.text_differs": 1' in told
     assert '"axolotl_rows": 2' in told
+
+
+def test_an_empty_answer_costs_no_other_its_row(tmp_path: Path) -> None:
+    said = candidate("SELECT")
+    tokens = (TokenLogprob("SELECT", -1.0, (("SELECT", -1.0),), 7, (7,)),)
+    answers = [structs.replace(said, completion=structs.replace(said.completion, logprobs=tokens))]
+    empty = candidate("", 1)
+    answers += [structs.replace(empty, completion=structs.replace(empty.completion, logprobs=()))]
+    sample = Sample(0, "t:0", {}, "t", "id", candidates=tuple(answers))
+    with closing(TestContext(tmp_path)) as ctx:
+        list(ExportLogprobs(name="E", formats=("axolotl",), template_tail=1).run(iter([sample]), ctx))
+    assert ctx.reports["E"] == {"axolotl_left_out.text_differs": 1, "axolotl_rows": 1}
 
 
 def test_axolotls_rows_need_ids_and_the_refusal_says_how_to_get_them(tmp_path: Path) -> None:

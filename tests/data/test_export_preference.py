@@ -149,7 +149,7 @@ def test_labels_are_mixed_evenly_and_always_in_the_same_order(ctx: TestContext) 
     def samples() -> Iterator[Sample]:
         for n in range(200):
             outcome = Outcome.PASS if n < 100 else Outcome.FAIL  # all right ones come first
-            yield Sample(n, f"t:{n}", {}, f"t{n}", f"id{n}", {}, (answer(0, f"answer {n}", outcome),))
+            yield Sample(n, f"t:{n}", {}, f"t{n}", f"id{n}", {}, (answer(0, f'answer {n} "label":true', outcome),))
 
     found = []
     for _ in range(2):

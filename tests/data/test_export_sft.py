@@ -175,6 +175,11 @@ def test_kept_fields_are_text(ctx: TestContext) -> None:
     assert lines(ctx.dist / "sft" / "train.jsonl") == [row]
 
 
+def test_a_kept_field_is_text_whatever_other_exports_call_a_number(ctx: TestContext) -> None:
+    export(ctx, ExportSFT(keep_fields=("margin",)), sample(0, margin="wide"))
+    assert pq.read_table(ctx.dist / "sft" / "train.parquet").to_pylist()[0]["fd_margin"] == "wide"
+
+
 def test_a_group_is_never_split_and_the_share_is_near(ctx: TestContext) -> None:
     samples = [sample(n, table=f"t{n % 500}") for n in range(2000)]
     export(ctx, ExportSFT(validation=0.2, group_by="table", keep_fields=("table",)), *samples)
@@ -238,6 +243,7 @@ def test_a_sample_that_can_not_be_written_costs_itself_alone(
         ({"template": "{{ q "}, "line 1 of the template"),
         ({"keep_fields": ["id"]}, "fd_id already"),
         ({"keep_fields": ["q", "q"]}, "twice"),
+        ({"concat_format": "{rational} {answer}"}, "'rational' is unknown; {rationale} and {answer} are known"),
         ({"formats": []}, "at least 1"),
         ({"validation": 1.0}, "less than 1"),
         ({"validation": 0.5, "test": 0.5}, "nothing is left to train on"),

@@ -96,8 +96,10 @@ def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sa
     """The samples up to the one that makes the target full; all of them without a target."""
     accepted = 0
     for sample in samples:
+        if sample.status is Status.SKIPPED and not sample.failures:
+            return  # the ledger has left it out, for it is beyond that one
         yield sample
-        accepted += bool(sample.accepted)
+        accepted += sample.status is Status.OPEN and bool(sample.accepted)
         if accepted == target:
             return
 

@@ -2,19 +2,19 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from fastdistill.control.budget import first_accepted
 from fastdistill.control.card import complete_dataset
 from fastdistill.control.config import merge, nested_override, parse_pipeline, read_yaml
 from fastdistill.control.folder import RunFolder, read_json
-from fastdistill.control.ledger import read_samples
 from fastdistill.control.registry import step_class
 from fastdistill.control.session import Pipeline
 from fastdistill.control.tally import Tally
 from fastdistill.core.errors import ConfigError, EnvironmentFault, InputError
-from fastdistill.core.types import Sample
+from fastdistill.core.types import Sample, Status
 from fastdistill.data.export.dataset import Export, Format, Splits
 
 
@@ -33,33 +33,31 @@ def export_run(
     if status not in ("complete", "below_floor"):
         raise InputError(f"{folder.run_id}: {status}; only a finished run is exported: run it to its end first")
     pipeline = _pipeline(folder, formats, overrides)
-    place = to or folder.path / "export"
-    if to is not None and to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise EnvironmentFault(f"{to}: is there already; remove it, or choose another folder with --to")
+    place = to.absolute() if to else folder.path / "export"  # the current folder has a name, too
     draft = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
     try:
+        if to is not None and to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise EnvironmentFault(f"{to}: is there already; remove it, or choose another folder with --to")
+        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        context = _Context(draft)
-        tally = Tally(pipeline.steps)
-        for sample in read_samples(folder.ledger):
-            tally.add(sample)
-        samples: Iterator[Sample] = read_samples(folder.ledger, "status = 'open'")
+        written = _Counted(draft, Tally(pipeline.steps))
+        target = pipeline.target
+        samples = written.samples(first_accepted(folder.samples(), target.accepted if target else None))
         for step in pipeline.steps:
             if isinstance(step, Export):
-                samples = step.run(samples, context)
+                samples = step.run(samples, written)
         for _ in samples:
             pass
-        complete_dataset(draft, place.name, pipeline, tally)
+        complete_dataset(draft, place.name, pipeline, written.tally)
         shutil.rmtree(place, ignore_errors=True)
         draft.rename(place)
     except OSError as error:
         raise EnvironmentFault(f"{error.filename or place}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    for name, found in context.reports.items():
+    for name, found in written.tally.reports.items():
         print(f"{name}: {', '.join(f'{key} {count}' for key, count in found.items() if isinstance(count, int))}")
-    for reason, count in sorted(context.left_out.items()):
+    for reason, count in sorted(written.left_out.items()):
         print(f"left out: {count} samples: {reason}")
     print(f"written to {place}")
 
@@ -87,26 +85,24 @@ def _pipeline(folder: RunFolder, formats: Sequence[str], overrides: Sequence[str
     return parse_pipeline(config | {"steps": steps})
 
 
-class _Context:
-    """What exports need of a run (`core.step.Context`)."""
+class _Counted:
+    """What exports need of a run (`core.step.Output`), with the samples that they are given and leave out."""
 
-    def __init__(self, dist: Path) -> None:
+    def __init__(self, dist: Path, tally: Tally) -> None:
         self.dist = dist
+        self.tally = tally
         self.left_out: Counter[str] = Counter()
-        self.reports: dict[str, Mapping[str, Any]] = {}
+
+    def samples(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            self.tally.add(sample)
+            if sample.status is Status.OPEN:
+                yield sample
 
     def discard(self, sample: Sample) -> None:
+        self.tally.leave(sample)
         failure = sample.failures[-1]
         self.left_out[f"{failure.step}: {failure.reason}"] += 1
 
     def report(self, step: str, found: Mapping[str, Any]) -> None:
-        self.reports[step] = found
-
-    def model(self, name: str) -> NoReturn:
-        raise InputError(f"{name}: an export asks no model")
-
-    def index(self, name: str) -> NoReturn:
-        raise InputError(f"{name}: an export keeps no index")
-
-    def next_index(self) -> NoReturn:
-        raise InputError("an export loads no records")
+        self.tally.reports[step] = dict(found)

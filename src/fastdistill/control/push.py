@@ -38,7 +38,7 @@ def push_run(run: str, repo: str, *, private: bool, exported: Path | None, outpu
     except HFValidationError as error:
         raise ConfigError(f"--repo: {error}") from error
     except HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else 0
+        code = error.response.status_code
         words = f"{constants.ENDPOINT}: {code}: {error.server_message or error}"
         if code in (401, 403):
             raise ConfigError(f"{words}; set HF_TOKEN to a token that may write to {repo}") from error

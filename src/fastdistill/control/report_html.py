@@ -1,11 +1,9 @@
 """The HTML page of a run: its manifest and reports, to look at. One file, no script, nothing fetched."""
 
 from collections.abc import Mapping
-from functools import cache
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastdistill.control.terminal import clock, dollars, percent
 
@@ -14,7 +12,20 @@ _SIZES = ("B", "kB", "MB", "GB", "TB")
 
 def render_html(manifest: Mapping[str, Any], quality: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
     """The page as one string. Every value is escaped: names, answers and error messages may hold anything."""
-    return _template().render(manifest=manifest, quality=quality, timing=timing)
+    environment = Environment(
+        loader=PackageLoader("fastdistill", "control"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "n": lambda count: f"{count:,}",
+        "interval": percent,
+        "duration": duration,
+        "dollars": dollars,
+        "file_size": file_size,
+        # A place on a bar of full width, for CSS.
+        "place": lambda share: f"{100 * min(max(share, 0), 1):.2f}%",
+    }
+    return environment.get_template("report.html.j2").render(manifest=manifest, quality=quality, timing=timing)
 
 
 def duration(seconds: float) -> str:
@@ -28,24 +39,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 99.5 else clock(seconds)
 
 
-def file_size(count: int) -> str:
-    """`512 B`, `1.5 kB`, `20.3 MB`: powers of 1000, as disks are sold."""
+def file_size(count: int | None) -> str:
+    """`512 B`, `1.5 kB`, `20.3 MB`: powers of 1000, as disks are sold; a dash for a file that has gone."""
+    if count is None:
+        return "–"
     size, unit = float(count), 0
     while size >= 999.95 and unit < len(_SIZES) - 1:
         size, unit = size / 1000, unit + 1
     return f"{size:.1f} {_SIZES[unit]}" if unit else f"{count} B"
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "n": lambda count: f"{count:,}",
-        "interval": percent,
-        "duration": duration,
-        "dollars": dollars,
-        "file_size": file_size,
-        # A place on a bar of full width, for CSS.
-        "place": lambda share: f"{100 * min(max(share, 0), 1):.2f}%",
-    }
-    return environment.from_string(resources.files("fastdistill.control").joinpath("report.html.j2").read_text("utf-8"))

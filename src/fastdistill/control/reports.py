@@ -125,17 +125,16 @@ class Proofs:
         Raises:
             InputError: there is no such parent.
         """
-        parent, role = self._pipeline.lineage.parent, self._pipeline.lineage.role
+        root, origin = self._folder.root, self._pipeline.lineage
+        kind, parent, generation, role = "run" if origin.role is None else "eval", None, 0, origin.role
         if self._lineage is not None:
-            before = read_json(RunFolder(self._folder.root, self._lineage.parent_run_id).manifest)
-            descent = {"parent_run_id": self._lineage.parent_run_id, "generation": before.get("generation", 0)}
-            return {"kind": "regate", **descent, "role": before.get("role")}
-        kind = "run" if role is None else "eval"
-        if parent is None:
-            return {"kind": kind, "parent_run_id": None, "generation": 0, "role": role}
-        found = RunFolder.find(self._folder.root, parent)
-        generation = read_json(found.manifest).get("generation", 0) + 1
-        return {"kind": kind, "parent_run_id": found.run_id, "generation": generation, "role": role}
+            kind, parent = "regate", self._lineage.parent_run_id
+            before = read_json(RunFolder(root, parent).manifest)
+            generation, role = before.get("generation", 0), before.get("role")
+        elif origin.parent is not None:
+            found = RunFolder.find(root, origin.parent)
+            parent, generation = found.run_id, read_json(found.manifest).get("generation", 0) + 1
+        return {"kind": kind, "parent_run_id": parent, "generation": generation, "role": role}
 
     def _quality(self, floor: list[dict[str, Any]]) -> dict[str, Any]:
         tally = self._tally
@@ -197,7 +196,8 @@ class Proofs:
         used |= self._lineage.files if self._lineage else {}
         read = {path.absolute() for step in steps for path in step.inputs() if path.is_file()} - used.keys()
         inputs = used | {path: sha256_file(path) for path in read}
-        outputs = sorted(folder.dist.rglob("*")) if status in ("complete", "below_floor") else ()
+        done = sorted(folder.dist.rglob("*")) if status in ("complete", "below_floor") else ()
+        outputs = {path: sha256_file(path) for path in done if path.is_file()}
         return {
             "schema": 1,
             "run_id": folder.run_id,
@@ -212,10 +212,7 @@ class Proofs:
             "config_sha256": digest(self._pipeline.resolved()),
             "versions": versions() if ended else {},
             "environment": {step.name: facts for step in self._pipeline.steps if (facts := step.environment())},
-            "inputs": [
-                {"path": path.as_posix(), "bytes": path.stat().st_size if path.is_file() else None, "sha256": content}
-                for path, content in sorted(inputs.items())
-            ],
+            "inputs": [_file_entry(path, path, content) for path, content in sorted(inputs.items())],
             "models": {
                 name: {
                     "provider": config.provider,
@@ -236,7 +233,7 @@ class Proofs:
                 for stage in tally.stages()
             ],
             "content_sha256": {stage: str(content) for stage, content in sorted(tally.hashes.items())},
-            "outputs": [_file_entry(path, path.relative_to(folder.path)) for path in outputs if path.is_file()],
+            "outputs": [_file_entry(path, path.relative_to(folder.path), content) for path, content in outputs.items()],
         }
 
 
@@ -269,5 +266,6 @@ def failures_message(tally: Tally) -> str:
     return "\n".join(lines)
 
 
-def _file_entry(path: Path, shown: Path) -> dict[str, Any]:
-    return {"path": shown.as_posix(), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+def _file_entry(path: Path, shown: Path, content: str) -> dict[str, Any]:
+    size = path.stat().st_size if path.is_file() else None  # of an input that has gone since
+    return {"path": shown.as_posix(), "bytes": size, "sha256": content}

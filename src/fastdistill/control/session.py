@@ -30,8 +30,8 @@ from fastdistill.control.tally import Tally
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import ConfigError, EnvironmentFault, ExitCode, FatalError
 from fastdistill.core.files import atomic
-from fastdistill.core.step import Gate, SampleStep, Step
-from fastdistill.data.export.dataset import Export, Splits
+from fastdistill.core.step import Gate, SampleStep, Step, StreamStep
+from fastdistill.data.export.dataset import Splits
 from fastdistill.model.client import ModelClient
 from fastdistill.model.provider import ModelConfig, Provider
 from fastdistill.pipeline import run_pipeline
@@ -154,9 +154,10 @@ class Pipeline(BaseModel):
             for other in step.steps()
             if other not in names
         ]
-        written = Counter(path for step in self.steps if isinstance(step, Export) for path in step.files("train"))
+        written = Counter(path for step in self.steps if isinstance(step, StreamStep) for path in step.files("train"))
         if twice := [path for path, count in written.items() if count > 1]:
-            problems.append(f"steps: two exports write {', '.join(twice)}; give one other `formats` or `shapes`")
+            remedy = "give one other `formats` or `shapes`, or leave it out"
+            problems.append(f"steps: two exports write {', '.join(twice)}; {remedy}")
         kept = {(step.test, step.group_by) for step in self.steps if isinstance(step, Splits)}
         if len(kept) > 1 and any(share for share, _ in kept):
             what = "give all of them the same, or what one keeps for a test is trained on by way of another"

@@ -1,8 +1,7 @@
 """What the commands print about pipelines, runs and samples. Reads what runs left; a preview runs a few samples."""
 
-import fcntl
-import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from fastdistill.control.estimate import estimate, run_shortened
 from fastdistill.control.folder import RunFolder, artifacts_root, read_json
 from fastdistill.control.progress import summary
 from fastdistill.control.session import Pipeline, RunResult
-from fastdistill.control.terminal import clock, dollars, say, show_table
-from fastdistill.core.errors import ExitCode, InputError
+from fastdistill.control.terminal import clock, dollars, printable, say, show_table
+from fastdistill.core.errors import EnvironmentFault, ExitCode, InputError
 from fastdistill.core.stats import Total
 from fastdistill.core.step import Context, SampleStep, StreamStep
 from fastdistill.core.types import Candidate, Outcome, Sample
@@ -89,8 +88,9 @@ def _listed(folder: RunFolder) -> tuple[str, ...]:
 def show_run(run: str, output_dir: Path | None) -> None:
     folder = RunFolder.find(output_dir, run)
     manifest = read_json(folder.manifest)
-    if manifest["message"] or status(folder, manifest) == "killed":
-        say(f"{status(folder, manifest)}: {manifest['message']}")
+    now = status(folder, manifest)
+    if manifest["message"] or now == "killed":
+        _field(now, manifest["message"])
     if folder.quality_report.exists():
         code, reports = ExitCode(manifest["exit_code"] or 0), (folder.quality_report, folder.timing_report)
         summary(RunResult(folder.run_id, folder.path, folder.dist, code, manifest, *map(read_json, reports)), Console())
@@ -100,8 +100,8 @@ def show_sample(run: str, sample_id: str, output_dir: Path | None) -> None:
     """Raises InputError if no sample, or more than one, is meant."""
     folder = RunFolder.find(output_dir, run)
     wanted = sample_id.partition("#")[0]
-    where = "sample_id = ?1 OR task_id = ?1 OR (length(?1) >= 6 AND substr(sample_id, 1, length(?1)) = ?1)"
-    found = list(islice(folder.samples(where, (wanted,)), 6))
+    where = "sample_id = ?1 OR task_id = ?2 OR (length(?1) >= 6 AND substr(sample_id, 1, length(?1)) = ?1)"
+    found = list(islice(folder.samples(where, (wanted, sample_id)), 6))
     if len(found) != 1:
         several = ", ".join(sample.sample_id[:16] for sample in found)
         what = f"several samples begin with {wanted!r}: {several}" if found else f"no sample {wanted!r}"
@@ -111,21 +111,15 @@ def show_sample(run: str, sample_id: str, output_dir: Path | None) -> None:
 
 def status(folder: RunFolder, manifest: dict[str, Any]) -> str:
     """The manifest's status; `killed` for a run that says it is running while nobody holds its folder."""
-    if manifest["status"] != "running":
-        return str(manifest["status"])
-    lock = os.open(folder.path / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return "running"
-    finally:
-        os.close(lock)
-    return "killed"
+    if manifest["status"] == "running":
+        with suppress(EnvironmentFault), folder.held():
+            return "killed"
+    return str(manifest["status"])
 
 
 def print_sample(sample: Sample) -> None:
     """A sample with all that is known of it."""
-    Console().rule(Text(f"{sample.source}  {sample.task_id}"))
+    Console().rule(Text(printable(f"{sample.source}  {sample.task_id}")))
     _field("sample id", sample.sample_id)
     _field("status", sample.status)
     for name, value in sample.record.items():
@@ -166,5 +160,6 @@ def _print_candidate(candidate: Candidate, sample: Sample) -> None:
 
 
 def _field(name: str, value: str, style: str = "") -> None:
-    body = f"\n{value}".replace("\n", "\n    ") if "\n" in value else f" {value}"
-    say(Text(f"{name}:", style="bold") + Text(body, style=style))
+    lines = [printable(line.expandtabs()) for line in value.split("\n")]
+    body = "".join(f"\n    {line}" for line in lines) if len(lines) > 1 else f" {lines[0]}"
+    say(Text(f"{printable(name)}:", style="bold") + Text(body, style=style))

@@ -16,11 +16,28 @@ from typing import Any
 from fastdistill.control.calibration import Calibration
 from fastdistill.core.stats import Rate, wilson
 from fastdistill.core.step import Step
-from fastdistill.core.types import Candidate, Failure, FinishReason, Outcome, Sample, Status
+from fastdistill.core.types import Candidate, FinishReason, Outcome, Sample, Status
 from fastdistill.data.judge import LLMJudge
 
 EXAMPLES = 3
 _HASHED_AT_ONCE = 64  # samples
+
+
+@dataclass(slots=True)
+class Told:
+    """How often something went wrong, and what was said of it, the first few in alphabetical order.
+
+    These are the same ones, whatever order the samples finish in.
+    """
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        if text not in self.examples:
+            insort(self.examples, text)
+            del self.examples[EXAMPLES:]
 
 
 @dataclass(slots=True)
@@ -30,8 +47,7 @@ class GateCount:
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     flags: defaultdict[str, Counter[bool]] = field(default_factory=lambda: defaultdict(Counter))
-    errors: Counter[str] = field(default_factory=Counter)
-    error_examples: dict[str, list[str]] = field(default_factory=dict)
+    errors: defaultdict[str, Told] = field(default_factory=lambda: defaultdict(Told))
     scores: Counter[float] = field(default_factory=Counter)
 
     def pass_rate(self) -> Rate:
@@ -40,14 +56,8 @@ class GateCount:
         return wilson(passed, passed + self.outcomes[Outcome.FAIL])
 
     def flag_rate(self, flag: str) -> Rate:
-        counts = self.flags.get(flag, Counter())
-        return wilson(counts[True], counts[True] + counts[False])
-
-
-@dataclass(slots=True)
-class FailureCount:
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
+        counts = self.flags[flag]
+        return wilson(counts[True], counts.total())
 
 
 class ContentHash:
@@ -87,7 +97,7 @@ class Tally:
         self.steps = steps
         self.samples = 0
         self.statuses: Counter[Status] = Counter()
-        self.left_at: dict[str, Counter[Status]] = {step.name: Counter() for step in steps}
+        self.left_at: defaultdict[str, Counter[Status]] = defaultdict(Counter)
         self.accepted_samples = 0
         self.undecided_samples = 0  # nothing accepted, and at least one candidate that could not be judged
         self.outcomes: Counter[Outcome] = Counter()
@@ -99,7 +109,7 @@ class Tally:
         # (finish reason, provider, model asked for, model served, build) of every candidate's answer
         self._answers: Counter[tuple[FinishReason, str, str, str | None, str | None]] = Counter()
         self.gates: defaultdict[str, GateCount] = defaultdict(GateCount)
-        self.failures: dict[tuple[str, str], FailureCount] = {}
+        self.failures: defaultdict[tuple[str, str], Told] = defaultdict(Told)
         self.hashes: defaultdict[str, ContentHash] = defaultdict(ContentHash)
         self.reports: dict[str, dict[str, Any]] = {}  # by step: what it says of its whole work
         self.calibrations = {step.name: Calibration(step) for step in steps if isinstance(step, LLMJudge)}
@@ -110,14 +120,14 @@ class Tally:
         self.statuses[status] += 1
         if sample.failures and status not in (Status.DUPLICATE, Status.CONTAMINATED, Status.SKIPPED):
             for failure in sample.failures:
-                self._fail(failure)
+                self.failures[failure.step, failure.reason].add(failure.message)
         hashes["samples"].add((sample.sample_id, sample.source))
         if self.samples % _HASHED_AT_ONCE == 0:
             for content in hashes.values():
                 content.sum_up()
         outcomes = [self._candidate(candidate, hashes) for candidate in sample.candidates]
         if status is not Status.OPEN:
-            self.left_at.setdefault(sample.failures[-1].step, Counter())[status] += 1
+            self.left_at[sample.failures[-1].step][status] += 1
             return
         if Outcome.PASS in outcomes:
             self.accepted_samples += 1
@@ -132,9 +142,12 @@ class Tally:
         failure = sample.failures[-1]
         self.statuses[Status.OPEN] -= 1
         self.statuses[sample.status] += 1
-        self.left_at.setdefault(failure.step, Counter())[sample.status] += 1
-        self._fail(failure)
-        self.accepted_samples -= bool(sample.accepted)
+        self.left_at[failure.step][sample.status] += 1
+        self.failures[failure.step, failure.reason].add(failure.message)
+        if sample.accepted:
+            self.accepted_samples -= 1
+        elif any(candidate.outcome is Outcome.ERROR for candidate in sample.candidates):
+            self.undecided_samples -= 1
         for rank, candidate in enumerate(sample.chosen):
             self.selected -= 1
             self.hashes["selected"].remove((candidate.candidate_id, str(rank), candidate.answer))
@@ -235,14 +248,7 @@ class Tally:
             if isinstance(value, bool):
                 gate.flags[name][value] += 1
         if error := detail.get("exec_error"):
-            group = error_group(str(error))
-            gate.errors[group] += 1
-            _keep(gate.error_examples.setdefault(group, []), str(error))
-
-    def _fail(self, failure: Failure) -> None:
-        count = self.failures.setdefault((failure.step, failure.reason), FailureCount())
-        count.count += 1
-        _keep(count.examples, failure.message)
+            gate.errors[error_group(str(error))].add(str(error))
 
 
 def error_group(message: str) -> str:
@@ -251,19 +257,12 @@ def error_group(message: str) -> str:
     `no such column: t.naem` becomes `no such column`, `near "FORM": syntax error` becomes `syntax error`.
     """
     message = re.sub(r'near "[^"]*": ', "", message)
-    return re.sub(r"[:(]\s.*|\s*\(.*|[\"'`][^\"'`]*[\"'`]|\d+", "", message).strip() or message
+    return re.sub(r":\s.*|\(.*|[\"'`][^\"'`]*[\"'`]|\d+", "", message).strip() or message
 
 
 def interval(rate: Rate) -> dict[str, Any]:
     """A rate as the reports write it."""
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(rate).items()}
-
-
-def _keep(examples: list[str], text: str) -> None:
-    """Keeps the first few in alphabetical order: the same ones, whatever order the samples finish in."""
-    if text not in examples:
-        insort(examples, text)
-        del examples[EXAMPLES:]
 
 
 def _gate_report(gate: GateCount) -> dict[str, Any]:
@@ -279,7 +278,7 @@ def _gate_report(gate: GateCount) -> dict[str, Any]:
         report["scores"] = {str(score): count for score, count in sorted(gate.scores.items())}
     if gate.errors:
         report["exec_errors"] = [
-            {"error": group, "count": count, "examples": gate.error_examples[group]}
-            for group, count in sorted(gate.errors.items(), key=lambda item: (-item[1], item[0]))
+            {"error": group, "count": told.count, "examples": told.examples}
+            for group, told in sorted(gate.errors.items(), key=lambda item: (-item[1].count, item[0]))
         ]
     return report

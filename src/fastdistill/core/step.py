@@ -51,20 +51,12 @@ class KeyIndex(Protocol):
         ...
 
 
-class Context(Protocol):
-    """What a run gives its steps."""
+class Output(Protocol):
+    """What a run takes from the steps that write."""
 
     @property
     def dist(self) -> Path:
         """The folder of the data set being written."""
-        ...
-
-    def model(self, name: str) -> Model: ...
-
-    def index(self, name: str) -> KeyIndex: ...
-
-    def next_index(self) -> int:
-        """The index of the next sample that is loaded: 0, 1, 2 ... over all loading steps of the run."""
         ...
 
     def discard(self, sample: Sample) -> None:
@@ -73,6 +65,18 @@ class Context(Protocol):
 
     def report(self, step: str, found: Mapping[str, Any]) -> None:
         """Puts what a step has to say of its whole work into the quality report, with the step's stage."""
+        ...
+
+
+class Context(Output, Protocol):
+    """What a run gives its steps."""
+
+    def model(self, name: str) -> Model: ...
+
+    def index(self, name: str) -> KeyIndex: ...
+
+    def next_index(self) -> int:
+        """The index of the next sample that is loaded: 0, 1, 2 ... over all loading steps of the run."""
         ...
 
 
@@ -144,6 +148,10 @@ class Step(BaseModel):
 
 
 class StreamStep(Step):
+    def files(self, split: str) -> Mapping[str, str]:
+        """The files of the data set that this step writes for a split, and what their rows are."""
+        return {}
+
     @abstractmethod
     def run(self, samples: Iterator[Any], ctx: Context) -> Iterator[Sample | None]:
         """Yields samples, lazily and in input order; None where one was left out, so that others have their turn.

@@ -10,19 +10,19 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from enum import StrEnum
-from functools import partial
+from functools import cached_property
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 import msgspec
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from fastdistill.core.canonical import NotCanonical, digest
 from fastdistill.core.errors import SampleError
 from fastdistill.core.files import atomic
-from fastdistill.core.step import Context, StreamStep
+from fastdistill.core.step import Context, Output, StreamStep
 from fastdistill.core.turns import beside
 from fastdistill.core.types import Candidate, Sample, Status
 from fastdistill.data.template import compile_template, render
@@ -66,13 +66,10 @@ class Shape(StrEnum):
     LLAMAFACTORY_KTO = "llamafactory_kto"
 
 
-Kind: TypeAlias = tuple[Shape, bool | None]
-"""A shape, and a label where it has one."""
-
-
 class Example(msgspec.Struct, frozen=True, gc=False):
-    """One example before it takes a shape."""
+    """One example before it takes its shapes."""
 
+    shapes: frozenset[Shape]
     prompt: Messages
     answer: Messages
     columns: Mapping[str, Any]
@@ -107,7 +104,9 @@ FOLDERS = {
     Shape.PREFERENCE: "preference",
     Shape.KTO: "kto",
 }
-TRAINERS: dict[Format, dict[Shape, str]] = {
+FILES: dict[Format, dict[Shape, str]] = {
+    Format.PARQUET: {shape: f"{folder}/{{split}}.parquet" for shape, folder in FOLDERS.items()},
+    Format.JSONL: {shape: f"{folder}/{{split}}.jsonl" for shape, folder in FOLDERS.items()},
     Format.TRL: {
         Shape.PROMPT_COMPLETION: "sft_pc/{split}.parquet",
         Shape.PREFERENCE: "preference/{split}.parquet",
@@ -122,7 +121,7 @@ TRAINERS: dict[Format, dict[Shape, str]] = {
     Format.MLX: {Shape.MESSAGES: "mlx/{short}.jsonl"},
     Format.OPENAI: {Shape.OPENAI_SFT: "openai/sft_{short}.jsonl", Shape.OPENAI_DPO: "openai/dpo_{short}.jsonl"},
 }
-"""The file that a trainer reads for a shape; `{short}` is `valid` where `{split}` is `validation`."""
+"""The file of a format for a shape, or that a trainer reads; `{short}` is `valid` where `{split}` is `validation`."""
 
 FD_COLUMNS = (
     "fd_id", "fd_sample_id", "fd_candidate_id", "fd_task_id", "fd_model", "fd_seed", "fd_attempt", "fd_score",
@@ -131,14 +130,22 @@ FD_COLUMNS = (
 
 
 class Splits(StreamStep):
-    """A stream step that writes a file for each split. The hash of a sample's group says which split it is in.
+    """Writes rows to files of each split, and passes every sample on. A subclass says which rows and files.
 
-    `validation` is the lower end of the hashes and `test` the upper one: neither share moves a group of the other.
+    The files appear when the run ends well, whole, or not at all. The hash of a sample's group says which split it is
+    in. `validation` is the lower end of the hashes and `test` the upper one: neither share moves a group of the other.
     """
 
     validation: float = Field(0.0, ge=0, lt=1, description="share of the groups that goes to validation.*")
     test: float = Field(0.0, ge=0, lt=1, description="share of the groups that goes to test.*; no config trains on it")
     group_by: str | None = Field(None, description="field whose values are never split; by default each sample is one")
+
+    @field_validator("formats", "shapes", "keep_fields", check_fields=False)
+    @classmethod
+    def _each_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("the list names something twice")
+        return values
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Self:
@@ -146,25 +153,62 @@ class Splits(StreamStep):
             raise ValueError("validation and test: together less than 1, or nothing is left to train on")
         return self
 
-    _files: ClassVar[ExitStack | None] = None
-    """Those being written, of a step that is open, in its own `__dict__`."""
+    _open: ExitStack | None = PrivateAttr(None)
+    """The files being written, of a step that is open."""
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
-        with ExitStack() as files:
-            self.__dict__["_files"] = files
-            files.callback(self.__dict__.pop, "_files")
+        with ExitStack() as stack:
+            self._open = stack
+            stack.callback(setattr, self, "_open", None)
             yield
-            await beside(files.pop_all().close)  # to write what is left takes a tenth of a second, to sync as much
+            await beside(stack.pop_all().close)  # to write what is left takes a tenth of a second, to sync as much
 
-    @property
-    def splits(self) -> Sequence[str]:
-        return ["train"] + ["validation"] * bool(self.validation) + ["test"] * bool(self.test)
+    @abstractmethod
+    def writers(self, split: str, dist: Path, stack: ExitStack) -> dict[str, Write]:
+        """What takes the lines of each kind; `stack` closes it."""
+
+    @abstractmethod
+    def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[str, bytes]]:
+        """The rows of a sample, each a line of JSON without its break.
+
+        `seen` counts what is worth a report; it has the samples before, and what is added for one that fails is lost.
+
+        Raises:
+            SampleError: the sample can't be written.
+        """
+
+    def finish(self, seen: "Counter[str]", ctx: Output) -> None:
+        """Says in the quality report what was written."""
+        ctx.report(self.name, dict(sorted(seen.items())))
+
+    def run(self, samples: Iterator[Sample], ctx: Output) -> Iterator[Sample]:
+        seen: Counter[str] = Counter()
+        with ExitStack() as own_stack:
+            stack = self._open or own_stack
+            splits = ["train"] + ["validation"] * bool(self.validation) + ["test"] * bool(self.test)
+            writers = {split: self.writers(split, ctx.dist, stack) for split in splits}
+            own = writers["train"]
+            for sample in samples:
+                before = dict(seen)
+                try:
+                    rows = self.rows(sample, seen) if sample.status is Status.OPEN else []
+                    if rows and len(writers) > 1:
+                        split = self.split(sample)
+                        seen[f"{split}_samples"] += 1
+                        own = writers[split]
+                except (SampleError, UnicodeEncodeError) as error:
+                    seen = Counter(before)
+                    lone = SampleError("not_unicode", f"{sample.source}: a lone surrogate in a row: {error}")
+                    ctx.discard(sample.failed(self.name, error if isinstance(error, SampleError) else lone))
+                    continue
+                for kind, line in rows:
+                    own[kind](line)
+                yield sample
+        self.finish(seen, ctx)
 
     def split(self, sample: Sample) -> str:
         """Raises SampleError where `group_by` names no field of the record, or one that has no hash."""
-        if not self.validation and not self.test:
-            return "train"
         if self.group_by is not None and self.group_by not in sample.record:
             raise SampleError("missing_field", f"{sample.source}: no field {self.group_by}, which group_by names")
         group = sample.sample_id if self.group_by is None else sample.record[self.group_by]
@@ -176,10 +220,9 @@ class Splits(StreamStep):
 
 
 class Export(Splits):
-    """Writes files of the data set, and passes every sample on. A subclass says what examples a sample gives.
+    """Writes examples as trainers read them. A subclass says which ones a sample gives.
 
-    A row's prompt is what the model was asked, unless `template` or `system_prompt` says what the student will be
-    asked. The files appear when the run ends well, whole, or not at all.
+    A row's prompt is what the model was asked, unless `template` or `system_prompt` says what the student is asked.
     """
 
     writes: ClassVar[frozenset[Shape]]
@@ -190,13 +233,6 @@ class Export(Splits):
     system_prompt: str | None = Field(None, description="in place of the teacher's; empty: none")
     template: str | None = Field(None, description="Jinja; the student's user message, in place of all the teacher saw")
     keep_fields: tuple[str, ...] = Field((), description="fields of the record to keep, as text, in fd_<field>")
-
-    @field_validator("formats", "shapes", "keep_fields")
-    @classmethod
-    def _each_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(values)) < len(values):
-            raise ValueError("the list names something twice")
-        return values
 
     @field_validator("formats", "shapes")
     @classmethod
@@ -223,97 +259,48 @@ class Export(Splits):
     @classmethod
     def offered(cls) -> "set[Format]":
         """The formats that this export has something for."""
-        trainers = {trainer for trainer, files in TRAINERS.items() if cls.writes & files.keys()}
-        return {Format.PARQUET, Format.JSONL} | trainers
+        return {format_ for format_, files in FILES.items() if cls.writes & files.keys()}
 
     @abstractmethod
-    def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
-        """The examples of a sample and the shapes each takes.
-
-        `seen` counts what is worth a report; it has the samples before, and what is added for one that fails is lost.
-
-        Raises:
-            SampleError: the sample can't be written.
-        """
+    def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[Example]:
+        """The examples of a sample; more is said at `rows`."""
 
     def columns(self, shape: Shape) -> tuple[str, ...]:
         """Names of a shape's `fd_` columns, without those of `keep_fields`."""
         return FD_COLUMNS
 
-    def report(self, seen: "Counter[str]") -> dict[str, Any]:
-        """What the quality report says of the rows."""
-        return dict(sorted(seen.items()))
-
     def files(self, split: str) -> dict[str, Shape]:
-        """The files of one split, and what their rows are."""
         short = "valid" if split == "validation" else split
         return {
             path.format(split=split, short=short): shape
             for format_ in self.formats
-            for shape, path in (
-                TRAINERS[format_].items()
-                if format_ in TRAINERS
-                else ((shape, f"{FOLDERS[shape]}/{split}.{format_}") for shape in self.shapes)
-            )
-            if shape in self.writes
+            for shape, path in FILES[format_].items()
+            if shape in self.writes and (shape in self.shapes or format_ not in (Format.PARQUET, Format.JSONL))
         }
 
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
-        seen: Counter[str] = Counter()
-        with ExitStack() as own_files:
-            files = self._files or own_files
-            writers = {split: self._writers(split, ctx.dist, files) for split in self.splits}
-            wanted = [(shape, SHAPES[shape]) for shape in dict.fromkeys(self.files("train").values())]
-            divided = len(writers) > 1
-            own = writers["train"]
-            for sample in samples:
-                before = dict(seen)
-                try:
-                    rows = self._rows(sample, wanted, seen)
-                    if rows and divided:
-                        split = self.split(sample)
-                        seen[f"{split}_samples"] += 1
-                        own = writers[split]
-                except SampleError as error:
-                    seen = Counter(before)
-                    ctx.discard(sample.failed(self.name, error))
-                    continue
-                for kind, line in rows:
-                    own[kind](line)
-                yield sample
-        ctx.report(self.name, self.report(seen))
+    def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[str, bytes]]:
+        return [
+            (shape, _encode(SHAPES[shape](example)))
+            for example in self.examples(sample, seen)
+            for shape in self._wanted
+            if shape in example.shapes
+        ]
 
-    def _rows(
-        self, sample: Sample, wanted: list[tuple[Shape, Callable[[Example], Row]]], seen: "Counter[str]"
-    ) -> list[tuple[Kind, bytes]]:
-        if sample.status is not Status.OPEN:
-            return []
-        try:
-            return [
-                ((shape, example.label), _encode(shaped(example)))
-                for shapes, example in self.examples(sample, seen)
-                for shape, shaped in wanted
-                if shape in shapes
-            ]
-        except UnicodeEncodeError as error:
-            raise SampleError("not_unicode", f"{sample.source}: a lone surrogate in a row: {error}") from error
+    @cached_property
+    def _wanted(self) -> list[Shape]:
+        return [*dict.fromkeys(self.files("train").values())]
 
-    def _writers(self, split: str, dist: Path, stack: ExitStack) -> dict[Kind, Write]:
-        paths: dict[Shape, list[Path]] = {}
-        for path, shape in self.files(split).items():
-            paths.setdefault(shape, []).append(dist / path)
-        writers: dict[Kind, Write] = {}
-        for shape, same in paths.items():
-            files = [
-                parquet_file(path, self._schema(shape)) if path.suffix == ".parquet" else jsonl_file(path)
-                for path in same
+    def writers(self, split: str, dist: Path, stack: ExitStack) -> dict[str, Write]:
+        writers: dict[str, Write] = {}
+        for shape in self._wanted:
+            same = [
+                parquet_file(dist / path, self._schema(shape)) if path.endswith(".parquet") else jsonl_file(dist / path)
+                for path, own in self.files(split).items()
+                if own is shape
             ]
-            write = stack.enter_context(in_blocks(*map(stack.enter_context, files)))
-            if shape in (Shape.KTO, Shape.LLAMAFACTORY_KTO):
-                write_in_turn = stack.enter_context(interleaved(write))
-                writers |= {(shape, label): partial(write_in_turn, label) for label in (True, False)}
-            else:
-                writers[shape, None] = write
+            write = stack.enter_context(in_blocks(*map(stack.enter_context, same)))
+            labelled = shape in (Shape.KTO, Shape.LLAMAFACTORY_KTO)
+            writers[shape] = stack.enter_context(interleaved(write)) if labelled else write
         return writers
 
     def prompt(self, sample: Sample, candidate: Candidate) -> Messages:
@@ -327,10 +314,6 @@ class Export(Splits):
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return system + [message for message in asked if message["role"] != "system"]
 
-    def columns_of(self, sample: Sample, candidate: Candidate) -> Row:
-        columns = candidate_columns(sample, candidate)
-        return columns | self.kept(sample) if self.keep_fields else columns
-
     def kept(self, sample: Sample) -> Row:
         return {f"fd_{field}": _text(sample.record.get(field)) for field in self.keep_fields}
 
@@ -343,9 +326,9 @@ class Export(Splits):
         types |= dict.fromkeys(("fd_score", "fd_score_chosen", "fd_score_rejected", "fd_margin"), pa.float64())
         types |= dict.fromkeys(("fd_seed", "fd_attempt", "fd_len_chosen", "fd_len_rejected"), pa.int64())
         types |= {"fd_gates": pa.list_(pa.struct([*texts, ("score", pa.float64())])), "label": pa.bool_()}
-        kept = [f"fd_{field}" for field in self.keep_fields]
-        names = [*SHAPES[shape](Example([], [], {})), *self.columns(shape), *kept]
-        return pa.schema([(name, types.get(name, pa.string())) for name in names])
+        names = [*SHAPES[shape](Example(frozenset(), [], [], {})), *self.columns(shape)]
+        kept = [(f"fd_{field}", pa.string()) for field in self.keep_fields]
+        return pa.schema([*((name, types.get(name, pa.string())) for name in names), *kept])
 
 
 def candidate_columns(sample: Sample, candidate: Candidate) -> Row:
@@ -390,24 +373,24 @@ def in_blocks(*writes: Write) -> Iterator[Write]:
 
 
 @contextmanager
-def interleaved(write: Write) -> Iterator[Callable[[bool, bytes], None]]:
+def interleaved(write: Write) -> Iterator[Write]:
     """Rows come out shuffled within blocks, both labels evenly mixed: TRL's KTO trainer reads rows in their order.
 
     The shuffle goes by each row's hash, so the same rows come out in the same order.
     """
-    block: list[tuple[bool, bytes]] = []
+    block: list[bytes] = []
 
     def flush() -> None:
         placed = []
-        for label in (True, False):
-            lines = sorted((line for own, line in block if own is label), key=lambda line: sha256(line).digest())
+        for label in (b'"label":true', b'"label":false'):  # in a text, quotes are escaped
+            lines = sorted((line for line in block if label in line), key=lambda line: sha256(line).digest())
             placed += [((place + 0.5) / len(lines), line) for place, line in enumerate(lines)]
         for _, line in sorted(placed, key=itemgetter(0)):
             write(line)
         block.clear()
 
-    def write_in_turn(label: bool, line: bytes) -> None:
-        block.append((label, line))
+    def write_in_turn(line: bytes) -> None:
+        block.append(line)
         if len(block) >= INTERLEAVED_ROWS:
             flush()
 
@@ -423,20 +406,21 @@ def jsonl_file(path: Path) -> Iterator[Write]:
 
 
 @contextmanager
-def parquet_file(path: Path, schema: Any, read_as: Any = None, **options: Any) -> Iterator[Write]:
+def parquet_file(path: Path, schema: Any, **options: Any) -> Iterator[Write]:
     """A Parquet file with this `pyarrow.Schema` that is whole or absent; no rows are a valid file too.
 
-    The same lines give the same bytes, with the same version of pyarrow. `read_as` is the schema that lines are read
-    with where Arrow reads no JSON to the types of `schema`, `options` are those of pyarrow's writer.
+    The same lines give the same bytes, with the same version of pyarrow. `options` are those of pyarrow's writer.
     """
     import pyarrow as pa
     from pyarrow.json import ParseOptions, ReadOptions, read_json
     from pyarrow.parquet import ParquetWriter
 
-    if read_as:
+    halves, wider = pa.list_(pa.float16()), pa.list_(pa.float64())  # for Arrow reads no JSON to half precision
+    read_as = pa.schema([field.with_type(wider) if field.type == halves else field for field in schema])
+    if read_as != schema:
         import pyarrow.compute  # `cast` would, once answers are on their way
 
-    parsing = ParseOptions(explicit_schema=read_as or schema, unexpected_field_behavior="error")
+    parsing = ParseOptions(explicit_schema=read_as, unexpected_field_behavior="error")
     group: list[Any] = []
     size = 0
     # Rows are in no order by which statistics could tell where one is.
@@ -448,7 +432,7 @@ def parquet_file(path: Path, schema: Any, read_as: Any = None, **options: Any) -
             # Read as JSON, for at the first Python object that it converts pyarrow imports pandas, if it is there.
             reading = ReadOptions(use_threads=False, block_size=len(text))
             table = read_json(pa.BufferReader(text), reading, parsing)
-            group.append(table.cast(schema) if read_as else table)
+            group.append(table if read_as == schema else table.cast(schema))
             size += len(text)
             # The writer keeps some kilobytes for each group until the file's end.
             if size >= BYTES_PER_GROUP:

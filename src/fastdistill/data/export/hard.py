@@ -24,18 +24,19 @@ class ExportHardCases(StreamStep):
 
     max_pass_rate: float = Field(0.0, ge=0, lt=1, description="accepted candidates among those that could be judged")
 
+    def files(self, split: str) -> dict[str, str]:
+        return {"hard/cases.jsonl": "cases"}
+
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
         with jsonl_file(ctx.dist / "hard" / "cases.jsonl") as write:
             for sample in samples:
-                row = self._row(sample)
                 try:
-                    line = msgspec.json.encode(row)
+                    if row := self._row(sample):
+                        write(msgspec.json.encode(row) + b"\n")
                 except UnicodeEncodeError as error:
                     failure = SampleError("not_unicode", f"{sample.source}: a lone surrogate in a row: {error}")
                     ctx.discard(sample.failed(self.name, failure))
                     continue
-                if row:
-                    write(line + b"\n")
                 yield sample
 
     def _row(self, sample: Sample) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from itertools import product
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import msgspec
@@ -17,21 +17,24 @@ from pydantic import Field, model_validator
 
 from fastdistill.core.errors import InputError, SampleError
 from fastdistill.core.files import atomic
-from fastdistill.core.step import Context
-from fastdistill.core.types import Candidate, FinishReason, LogprobBasis, Sample, Status
+from fastdistill.core.step import Output
+from fastdistill.core.types import Candidate, FinishReason, LogprobBasis, Sample
 from fastdistill.data.export.dataset import Splits, Write, in_blocks, parquet_file, row_id
 
 FOLDERS = {"parquet": "logprobs", "axolotl": "axolotl_kd", "distillkit": "distillkit"}
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of one sequence of T tokens; the alternatives, k for each token, flat and row by row."""
+    """Log-probabilities of one sequence of T tokens; the alternatives, k for each token, flat and row by row.
 
-    logprob_basis: str
+    A verdict of `ScoreTokens` has the same names in its detail.
+    """
+
+    basis: str
     n_prompt_tokens: int | None
     tokens: Sequence[str]
     token_ids: Sequence[int] | None
-    token_logprobs: Sequence[float]
+    logprobs: Sequence[float]
     k: int = 0
     top_tokens: Sequence[str] = ()
     top_ids: Sequence[int] | None = None
@@ -63,36 +66,28 @@ class ExportLogprobs(Splits):
     def gates(self) -> Sequence[str]:
         return () if self.scores is None else (self.scores,)
 
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
-        seen: Counter[str] = Counter()
-        with ExitStack() as own_files:
-            files = self._files or own_files
-            halves = ["token_logprobs.list.element", "top_logprobs.list.element"]
-            plain = {"read_as": _schema("parquet", half="float64"), "use_dictionary": False}
-            options = plain | {"use_byte_stream_split": halves}
-            writers: dict[tuple[str, str], Write] = {}
-            for form, split in product(self.formats, self.splits):
-                more = options if form == "parquet" else {}
-                file = parquet_file(ctx.dist / FOLDERS[form] / f"{split}.parquet", _schema(form), **more)
-                writers[form, split] = files.enter_context(in_blocks(files.enter_context(file)))
-            for sample in samples:
-                try:
-                    rows = [] if sample.status is not Status.OPEN else list(self._rows(sample, seen))
-                    split = self.split(sample) if rows else "train"
-                except SampleError as error:
-                    ctx.discard(sample.failed(self.name, error))
-                    continue
-                if rows and len(self.splits) > 1:
-                    seen[f"{split}_samples"] += 1
-                for name, row in rows:
-                    writers[name, split](msgspec.json.encode(row))
-                yield sample
+    def files(self, split: str) -> dict[str, str]:
+        return {f"{FOLDERS[form]}/{split}.parquet": form for form in self.formats}
+
+    def writers(self, split: str, dist: Path, stack: ExitStack) -> dict[str, Write]:
+        halves = ["token_logprobs.list.element", "top_logprobs.list.element"]
+        options: dict[str, dict[str, Any]] = {"parquet": {"use_dictionary": False, "use_byte_stream_split": halves}}
+        writers: dict[str, Write] = {}
+        for path, form in self.files(split).items():
+            file = parquet_file(dist / path, _schema(form), **options.get(form, {}))
+            writers[form] = stack.enter_context(in_blocks(stack.enter_context(file)))
+        return writers
+
+    def rows(self, sample: Sample, seen: "Counter[str]") -> list[tuple[str, bytes]]:
+        return [(form, msgspec.json.encode(row)) for form, row in self._rows(sample, seen)]
+
+    def finish(self, seen: "Counter[str]", ctx: Output) -> None:
         if k := seen.pop("k", 0):
             # Its DistributionQuantizationConfig, of values that are stored as they are.
             exact = {"d": self.vocab_size, "k": k, "exact_k": k, "exact_dtype": "float16", "polynomial_terms": None}
             with atomic(ctx.dist / FOLDERS["distillkit"] / "compression_config.yaml") as text:
                 yaml.safe_dump({**exact, "residual_bins": [], "delta_encoding": False, "error_diffusion": False}, text)
-        ctx.report(self.name, dict(sorted(seen.items())))
+        super().finish(seen, ctx)
 
     def _rows(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[str, dict[str, Any]]]:
         for candidate in sample.chosen:
@@ -101,7 +96,7 @@ class ExportLogprobs(Splits):
                 remedy = "set decode_profile.logprobs: true, and ask a server that gives them"
                 raise SampleError("no_logprobs", f"{sample.source}: an answer without log-probabilities; {remedy}")
             needs = [form for form in self.formats if form != "parquet"]
-            if needs and not scores.top_ids:
+            if needs and scores.tokens and not scores.top_ids:
                 asked = "decode_profile: {logprobs: true, token_ids: true, top_logprobs: 20}, with vLLM or llama.cpp"
                 remedy = asked if self.scores is None else f"top_logprobs of {self.scores}"
                 raise InputError(f"{self.name}: {needs[0]} needs ids of each token's alternatives; set {remedy}")
@@ -122,8 +117,8 @@ class ExportLogprobs(Splits):
         completion = candidate.completion
         if completion.finish_reason is not FinishReason.STOP:
             seen["axolotl_left_out.cut"] += 1  # the template would end a turn that the teacher did not end
-        elif not "".join(scores.tokens).startswith(completion.text):
-            seen["axolotl_left_out.text_differs"] += 1  # tokens of thinking, or of a character in pieces
+        elif not scores.tokens or not "".join(scores.tokens).startswith(completion.text):
+            seen["axolotl_left_out.text_differs"] += 1  # tokens of thinking, or of a character in pieces, or none
         else:
             seen["axolotl_rows"] += 1
             k, tail, top_ids = scores.k, self.template_tail, scores.top_ids or ()
@@ -172,11 +167,11 @@ def _own(candidate: Candidate, sample: Sample) -> Scores | None:
     ids = [token.id for token in tokens if token.id is not None]
     top_ids = [id_ for token in tokens for id_ in token.top_ids[:k]]
     return Scores(
-        logprob_basis=completion.logprob_basis or LogprobBasis.UNKNOWN,
+        basis=completion.logprob_basis or LogprobBasis.UNKNOWN,
         n_prompt_tokens=max(prompt_tokens) or None,
         tokens=[token.token for token in tokens],
         token_ids=ids if len(ids) == len(tokens) else None,
-        token_logprobs=[token.logprob for token in tokens],
+        logprobs=[token.logprob for token in tokens],
         k=k,
         top_tokens=[token for token, _ in tops],
         top_ids=top_ids if len(top_ids) == len(tops) else None,
@@ -186,35 +181,35 @@ def _own(candidate: Candidate, sample: Sample) -> Scores | None:
 
 def _given(candidate: Candidate, gate: str) -> Scores | None:
     verdict = candidate.verdict(gate)
-    if verdict is None or "logprobs" not in verdict.detail:
-        return None
-    detail = verdict.detail
-    given = detail["basis"], detail["n_prompt_tokens"], detail["tokens"], detail["token_ids"], detail["logprobs"]
-    more = {name: detail[name] for name in ("k", "top_ids", "top_logprobs", "prompt_ids") if name in detail}
-    return Scores(*given, **more)
+    return Scores(**verdict.detail) if verdict and "logprobs" in verdict.detail else None
 
 
 def _row(candidate: Candidate, sample: Sample, scores: Scores) -> dict[str, Any]:
     parameters = candidate.prompt.parameters
-    given = scores._asdict()
-    del given["prompt_ids"]
-    return given | {
+    return {
         "fd_id": row_id(sample, candidate),
         "fd_candidate_id": candidate.candidate_id,
         "fd_model": candidate.prompt.model,
         "temperature": (parameters.get("options") or {}).get("temperature", parameters.get("temperature")),
+        "logprob_basis": scores.basis,
+        "k": scores.k,
+        "n_prompt_tokens": scores.n_prompt_tokens,
         "cut": bool(candidate.cuts),
+        "token_ids": scores.token_ids,
         "tokens": scores.tokens if scores.token_ids is None else None,
+        "token_logprobs": scores.logprobs,
+        "top_ids": scores.top_ids,
         "top_tokens": scores.top_tokens if scores.top_ids is None else None,
-        "seq_logprob": math.fsum(scores.token_logprobs),
+        "top_logprobs": scores.top_logprobs,
+        "seq_logprob": math.fsum(scores.logprobs),
     }
 
 
-def _schema(form: str, half: str = "float16") -> Any:
+def _schema(form: str) -> Any:
     import pyarrow as pa
 
     text, ids, nested = pa.string(), pa.list_(pa.int32()), pa.list_(pa.list_(pa.uint8()))
-    texts, halves, turns = pa.list_(text), pa.list_(getattr(pa, half)()), pa.struct([("role", text), ("content", text)])
+    texts, halves, turns = pa.list_(text), pa.list_(pa.float16()), pa.struct([("role", text), ("content", text)])
     types = {
         "parquet": {
             "fd_id": text, "fd_candidate_id": text, "fd_model": text, "temperature": pa.float64(),

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from fastdistill.core.stats import wilson
+from fastdistill.core.step import Output
 from fastdistill.core.types import Candidate, Outcome, Sample
-from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Shape
+from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Shape, candidate_columns
 from fastdistill.data.select import best_first
 
 PAIRS = frozenset({Shape.PREFERENCE, Shape.OPENAI_DPO, Shape.LLAMAFACTORY_DPO})
@@ -62,7 +63,7 @@ class ExportPreference(Export):
     def columns(self, shape: Shape) -> tuple[str, ...]:
         return FD_COLUMNS if shape in LABELLED else PAIR_COLUMNS
 
-    def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
+    def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[Example]:
         students = [c for c in sample.candidates if c.step == self.student_step]
         teachers = [c for c in sample.candidates if c.step != self.student_step]
         better = students if self.pair_source == "student_candidates" else teachers
@@ -71,16 +72,17 @@ class ExportPreference(Export):
             seen["pairs"] += 1
             seen[f"pairs_by_{_decided_by(rejected)}"] += 1
             seen["chosen_longer"] += len(chosen.answer) > len(rejected.answer)
-            yield PAIRS, self._example(sample, chosen, rejected)
-        for candidate, label in self._labelled(better, worse):
+            yield self._example(sample, chosen, rejected)
+        both = sample.candidates if self.pair_source == "teacher_vs_student" else better
+        for candidate, label in self._labelled(both):
             seen[f"kto_{str(label).lower()}"] += 1
-            columns = self.columns_of(sample, candidate)
-            yield LABELLED, Example(self.prompt(sample, candidate), _said(candidate), columns, label=label)
+            columns = candidate_columns(sample, candidate) | self.kept(sample)
+            yield Example(LABELLED, self.prompt(sample, candidate), _said(candidate), columns, label=label)
 
-    def report(self, seen: "Counter[str]") -> dict[str, Any]:
+    def finish(self, seen: "Counter[str]", ctx: Output) -> None:
         longer = asdict(wilson(seen["chosen_longer"], seen["pairs"]))
         rate = {name: value and round(value, 6) for name, value in longer.items()}
-        return {"pairs": 0} | super().report(seen) | {"chosen_longer_rate": rate}
+        ctx.report(self.name, {"pairs": 0, **dict(sorted(seen.items())), "chosen_longer_rate": rate})
 
     def _pairs(
         self, better: Sequence[Candidate], worse: Sequence[Candidate], seen: "Counter[str]"
@@ -121,9 +123,8 @@ class ExportPreference(Export):
     def _result(self, candidate: Candidate) -> Any:
         return next((v.detail[self.result] for v in candidate.verdicts if self.result in v.detail), None)
 
-    def _labelled(self, *groups: Sequence[Candidate]) -> Iterator[tuple[Candidate, bool]]:
+    def _labelled(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, bool]]:
         """The best accepted and the worst rejected answers, each text once; also where no pair can be made."""
-        candidates = {c.candidate_id: c for group in groups for c in group}.values()
         right = sorted((c for c in candidates if c.outcome is Outcome.PASS), key=best_first)
         wrong = _worst_first(c for c in candidates if c.outcome is Outcome.FAIL)
         for ranked, label in ((right, True), (wrong, False)):
@@ -143,7 +144,7 @@ class ExportPreference(Export):
             chosen.score, rejected.score, _margin(chosen, rejected), len(chosen.answer), len(rejected.answer),
         )  # fmt: skip
         columns = dict(zip(PAIR_COLUMNS, values, strict=True)) | self.kept(sample)
-        return Example(self.prompt(sample, rejected), _said(chosen), columns, _said(rejected))
+        return Example(PAIRS, self.prompt(sample, rejected), _said(chosen), columns, _said(rejected))
 
 
 def _decided_by(rejected: Candidate) -> str:

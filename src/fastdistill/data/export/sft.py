@@ -2,20 +2,17 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fastdistill.core.errors import SampleError
 from fastdistill.core.types import Candidate, Outcome, Sample
-from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Messages, Shape
+from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Messages, Shape, candidate_columns
 from fastdistill.data.rationale import rationale_of
 
 ANSWERS = frozenset({Shape.MESSAGES, Shape.PROMPT_COMPLETION, Shape.OPENAI_SFT})
 PROMPTS = frozenset({Shape.PROMPT})
-
-Turn: TypeAlias = tuple[str | None, Messages, str]
-"""What a row is a part of, its prompt, and what is learnt to be said."""
 
 
 class ExportSFT(Export):
@@ -39,6 +36,15 @@ class ExportSFT(Export):
         "### RATIONALE\n{rationale}\n\n### ANSWER\n{answer}", description="the assistant's turn of `concat`"
     )
 
+    @field_validator("concat_format")
+    @classmethod
+    def _knows_its_fields(cls, text: str) -> str:
+        try:
+            text.format(rationale="", answer="")
+        except (LookupError, AttributeError) as error:
+            raise ValueError(f"{error} is unknown; {{rationale}} and {{answer}} are known, {{{{ is a brace") from error
+        return text
+
     def gates(self) -> Sequence[str]:
         return () if self.target == "answer_only" else ("SplitRationale",)
 
@@ -47,21 +53,21 @@ class ExportSFT(Export):
             return ("fd_sample_id", "fd_task_id")
         return FD_COLUMNS if self.target == "answer_only" else (*FD_COLUMNS, "fd_part")
 
-    def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[tuple[frozenset[Shape], Example]]:
+    def examples(self, sample: Sample, seen: "Counter[str]") -> Iterator[Example]:
         if Shape.PROMPT in self.shapes and sample.candidates:
             columns = {"fd_sample_id": sample.sample_id, "fd_task_id": sample.task_id} | self.kept(sample)
-            yield PROMPTS, Example(self.prompt(sample, sample.candidates[0]), [], columns)
+            yield Example(PROMPTS, self.prompt(sample, sample.candidates[0]), [], columns)
         chosen = sample.chosen
         if self.difficulty_quotas and chosen and not self._within_quota(sample, seen):
             return
         written = False
         for candidate in chosen:
             for part, prompt, text in self._turns(sample, candidate):
-                columns = self.columns_of(sample, candidate)
+                columns = candidate_columns(sample, candidate) | self.kept(sample)
                 if part is not None:
                     columns["fd_part"] = part
                     columns["fd_id"] += f"#{part}"
-                yield ANSWERS, Example(prompt, [{"role": "assistant", "content": text}], columns)
+                yield Example(ANSWERS, prompt, [{"role": "assistant", "content": text}], columns)
                 seen["rows" if part is None else f"{part}_rows"] += 1
                 written = True
         if chosen and not written:
@@ -79,17 +85,19 @@ class ExportSFT(Export):
         seen[f"difficulty_to_{edge:g}" if room else f"left_out_difficulty_to_{edge:g}"] += 1
         return room
 
-    def _turns(self, sample: Sample, candidate: Candidate) -> list[Turn]:
+    def _turns(self, sample: Sample, candidate: Candidate) -> Iterator[tuple[str | None, Messages, str]]:
+        """What a row is a part of, its prompt, and what is learnt to be said."""
         prompt = self.prompt(sample, candidate)
         if self.target == "answer_only":
-            return [(None, prompt, candidate.answer)]
+            yield None, prompt, candidate.answer
+            return
         rationale = rationale_of(candidate)
         if self.target == "multitask":
-            turns: list[Turn] = [("label", _tagged(prompt, "[label]"), candidate.answer)]
-            return turns if rationale is None else [*turns, ("rationale", _tagged(prompt, "[rationale]"), rationale)]
-        if rationale is None:
-            return []
-        return [("concat", prompt, self.concat_format.format(rationale=rationale, answer=candidate.answer))]
+            yield "label", _tagged(prompt, "[label]"), candidate.answer
+            if rationale is not None:
+                yield "rationale", _tagged(prompt, "[rationale]"), rationale
+        elif rationale is not None:
+            yield "concat", prompt, self.concat_format.format(rationale=rationale, answer=candidate.answer)
 
 
 def _tagged(prompt: Messages, tag: str) -> Messages:
