@@ -84,12 +84,9 @@ class _Narrowed(Struct):
 
 def _thinking(text: str) -> _Narrowed | None:
     """`<think>...</think>` in front, also unclosed, also with its opening tag in the prompt."""
-    if opening := _THINK_OPENS.match(text):
-        closing = _THINK_CLOSES.search(text, opening.end())
-    else:
-        closing = _THINK_CLOSES.search(text)
-        if closing is None:
-            return None
+    closing = _THINK_CLOSES.search(text)
+    if closing is None and not _THINK_OPENS.match(text):
+        return None
     end = closing.end() if closing else len(text)
     return _Narrowed(text[end:], [("thinking", text[:end])])
 
