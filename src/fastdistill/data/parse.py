@@ -190,10 +190,11 @@ def _statement_end(text: str, start: int, closing: str = "") -> int:
     position = start
     depth = 0
     complete = False  # the tokens so far could be a whole query
+    bold = text.find("**", len(text.rstrip("* \t\r\n")))  # what closes it at the end, however often
     while token := _TOKEN.match(text, position):
         kind = token.lastgroup
         whole = complete and depth == 0
-        if kind in ("end", "semicolon"):
+        if kind in ("end", "semicolon") or position == bold:
             return position
         if whole and closing and text.startswith(closing, position):
             return position
@@ -304,7 +305,7 @@ _LABEL = re.compile(r"[#*\s]*+[^\n:：]{0,60}(?:[:：][*\s]*+)?\s*+")
 _QUOTED_BEFORE = re.compile(r"['\"`]++\Z")
 
 # None of these can stand in SQL outside of a string or a comment.
-_MARK = rf"```|</?{_THINK_NAME}>|</\w+>|<\||\[/\w+\]|\*\*(?=\s*+(?:\n|\Z))|(?<=[A-Za-z)\]'\"`])\.(?=\s*+\Z)"
+_MARK = rf"```|</?{_THINK_NAME}>|</\w+>|<\||\[/\w+\]|(?<=[A-Za-z)\]'\"`])\.(?=\s*+\Z)"
 # With none of what may begin such a mark, even in a string, a text that begins like a query ends like one. A line may
 # go on with a keyword that no sentence begins with; the commonest are looked for first.
 _GOES_ON = "|".join(["from", "where", "and", "group", "order", "limit", *sorted(KEYWORDS - _SENTENCE_OPENERS)])
