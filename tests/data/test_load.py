@@ -173,7 +173,7 @@ def test_a_missing_file_is_found_before_the_first_record(ctx: TestContext, tmp_p
 
 def test_a_folder_is_not_a_data_set(ctx: TestContext, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").mkdir()
-    with pytest.raises(InputError, match="not a file"):
+    with pytest.raises(InputError, match="Is a directory; name"):
         load(ctx, LoadJsonl(path=tmp_path / "t.jsonl"))
 
 

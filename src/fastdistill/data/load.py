@@ -111,13 +111,11 @@ def _found(given: Path) -> Path:
     """The absolute path of a file, which is checked before anything is spent."""
     path = given.expanduser().absolute()
     try:
-        if not path.exists():
-            raise InputError(f"{path}: there is no such file; a relative path starts at {Path.cwd()}")
-        if not path.is_file():
-            raise InputError(f"{path}: not a file; name the data set's files themselves")
         path.open("rb").close()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file; a relative path starts at {Path.cwd()}") from error
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; make the file readable") from error
+        raise InputError(f"{path}: {error.strerror}; name a data set's files themselves, readable ones") from error
     return path
 
 
