@@ -31,6 +31,7 @@ class SplitRationale(Gate):
     only with `require: ok`, for an answer can be right without a rationale.
     """
 
+    version: ClassVar[int] = 2
     rewrites: ClassVar[bool] = True
 
     rationale_separator: str = Field("### RATIONALE", description="empty: the rationale begins with the text")
@@ -106,9 +107,8 @@ def rationale_of(candidate: Candidate) -> str | None:
 
 def _separator(text: str) -> "re.Pattern[str]":
     words = r"[ \t]*".join(map(re.escape, text.split()))
-    return re.compile(
-        rf"^[ \t]*(?:\*\*|__)?{words}(?!(?<=\w)\w)[ \t]*:?(?:\*\*|__)?[ \t]*:?", re.IGNORECASE | re.MULTILINE
-    )
+    pattern = rf"^[ \t]*(?:\*\*|__)?{words}(?!(?<=\w)\w)[ \t]*[:：]?(?:\*\*|__)?[ \t]*[:：]?"
+    return re.compile(pattern, re.IGNORECASE | re.MULTILINE)
 
 
 def _squeezed(value: object) -> str:
