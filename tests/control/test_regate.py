@@ -201,12 +201,15 @@ def test_pairs_are_compared_again_as_they_were(tmp_path: Path) -> None:
         pipeline = config(teacher.url, write_records(tmp_path, RECORDS[:24]), make_database(tmp_path))
         pipeline["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": server.url}
         pipeline["steps"][6]["SQLiteExecEval"]["require"] = "exec_pass"
-        pipeline["steps"][7:8] = [{"PairwiseJudge": {"task": "{{ instruction }}"}}]
+        pairs = {"PairwiseJudge": {"task": "{{ instruction }}"}}
+        pipeline["steps"][7:8] = [{"ScoreFromJudge": {"gate": "SQLiteExecEval"}}, pairs]
         result = parse_pipeline(pipeline).run(output_dir=tmp_path / "artifacts", run_id="first")
     assert {c.score for sample in stored(result) for c in sample.chosen} > {1.0}
     again = World(tmp_path, pipeline, result).again()
     assert data_set(again) == data_set(result)
     assert again.manifest["content_sha256"] == result.manifest["content_sha256"]
+    reused = {gate: judged(result, gate) for gate in ("RuleFilter", "SQLiteExecEval")}
+    assert again.manifest["verdicts_reused"] == reused, "a score is no other answer"
 
 
 def prefers_the_longer(call: Call, index: int) -> str:

@@ -265,6 +265,8 @@ class LLMJudge(Gate):
 class ScoreFromJudge(SampleStep):
     """Sets `score`, in 0..1, to the judge's; a candidate without one keeps what it has."""
 
+    rewrites: ClassVar[bool] = False
+
     gate: str = Field("LLMJudge", description="name of the judge")
 
     def gates(self) -> Sequence[str]:
@@ -282,6 +284,7 @@ class PairwiseJudge(SampleStep):
     first, count a half. Of equal answers only the first is compared. What can't be compared leaves scores as they are.
     """
 
+    rewrites: ClassVar[bool] = False
     generates: ClassVar[bool] = False
 
     model: str = Field("judge", description="a name under `models:`")
