@@ -198,9 +198,7 @@ class _Measured(SampleStep):
             "rates": {
                 "golds": golds.total(),
                 "broken_golds": golds[Finding.BROKEN_GOLD],
-                "false_reject_rate": interval(
-                    wilson(golds[Finding.FALSE_REJECT], golds[Finding.FALSE_REJECT] + golds[Finding.PASSED])
-                ),
+                "false_reject_rate": _rate(golds[Finding.FALSE_REJECT], golds[Finding.PASSED]),
                 "mutants": mutants.total(),
                 **_accepts(mutants),
             },
@@ -251,10 +249,11 @@ _OF_MUTANT = {Outcome.PASS: Finding.FALSE_ACCEPT, Outcome.FAIL: Finding.REJECTED
 def _accepts(counts: Counter[Finding]) -> dict[str, Any]:
     """The rate of false accepts, and what it is at most: if nothing that survived is equivalent."""
     accepted, survived, rejected = (counts[f] for f in (Finding.FALSE_ACCEPT, Finding.SURVIVED, Finding.REJECTED))
-    return {
-        "false_accept_rate": interval(wilson(accepted, accepted + rejected)),
-        "at_most": interval(wilson(accepted + survived, accepted + survived + rejected)),
-    }
+    return {"false_accept_rate": _rate(accepted, rejected), "at_most": _rate(accepted + survived, rejected)}
+
+
+def _rate(wrong: int, right: int) -> dict[str, Any]:
+    return interval(wilson(wrong, wrong + right))
 
 
 def _candidate(at: int, text: str) -> Candidate:
