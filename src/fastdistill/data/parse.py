@@ -263,7 +263,8 @@ _FINAL_KEYWORDS = frozenset(_FINAL_KEYWORD_LIST.split())  # a query can end with
 _SENTENCE_OPENERS = frozenset(["as", "by", "for", "if", "in", "no", "to", "with"])
 _AFTER_ALIAS = frozenset(["", *_AFTER_ALIAS_LIST.split()])  # the empty word: the line ends
 
-_GAP = r"(?:\s|--[^\n]*+\n|/\*(?:[^*]|\*(?!/))*+\*/)"
+# A comment's length is bounded, for one that nothing closes would be read to the end of the text at each keyword.
+_GAP = r"(?:\s|--[^\n]*+\n|/\*(?:[^*]|\*(?!/)){0,2000}+\*/)"
 _QUERY_TEXT = rf"""(?:
     (?i:select)(?=[\s*('"`\[/+~-])
   | (?i:with){_GAP}++ (?:(?i:recursive){_GAP}++)? (?:\w++|"[^"\n]*"|`[^`\n]*`|\[[^]\n]*\]) {_GAP}*+
