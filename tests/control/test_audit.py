@@ -88,6 +88,13 @@ def test_an_audit_repeats_and_its_seed_draws_other_mutants(tmp_path: Path) -> No
     assert first["cases"] != other["cases"]
 
 
+def test_gates_are_measured_also_behind_one_that_takes_rationales_out(tmp_path: Path) -> None:
+    made = sql_config(tmp_path, RECORDS[:4])
+    made["steps"].insert(4, {"SplitRationale": {"require": "ok"}})
+    found = audited(made, tmp_path)
+    assert {gate: report["rates"]["golds"] for gate, report in found.items()} == {"RuleFilter": 4, "SQLiteExecEval": 4}
+
+
 def test_python_is_measured_by_the_full_tests(tmp_path: Path) -> None:
     found = audited(python_config(tmp_path, [*DOUBLES, BROKEN]), tmp_path, mutants=9)["PythonExecEval"]
     assert (found["rates"]["golds"], found["rates"]["broken_golds"]) == (3, 1)

@@ -151,6 +151,17 @@ def test_an_answer_that_another_parser_leaves_otherwise_is_judged_again(tmp_path
     assert 0 < again.manifest["verdicts_reused"]["RuleFilter"] < judged(again, "RuleFilter")
 
 
+def test_a_verdict_on_an_answer_with_its_rationale_is_none_on_the_answer_alone(tmp_path: Path) -> None:
+    rules: list[object] = [{"RuleFilter": {"required": ["SELECT"]}}, "SplitRationale"]
+    with openai_server(lambda *_: "### RATIONALE\nSELECT it.\n### ANSWER\nNo.") as server:
+        pipeline = config(server.url, write_records(tmp_path, RECORDS[:2]), make_database(tmp_path))
+        pipeline["steps"][4:] = rules
+        first = parse_pipeline(pipeline).run(output_dir=tmp_path / "artifacts", run_id="first")
+    again = World(tmp_path, pipeline, first).again({"steps": rules[::-1]})
+    passed = [run.quality["candidates"].get("pass", 0) for run in (first, again)]
+    assert passed == [judged(first, "RuleFilter"), 0]
+
+
 def test_another_database_is_another_question(tmp_path: Path) -> None:
     world = made(tmp_path)
     with closing(sqlite3.connect(tmp_path / "dbs" / "city.db")) as database, database:
@@ -190,12 +201,15 @@ def test_pairs_are_compared_again_as_they_were(tmp_path: Path) -> None:
         pipeline = config(teacher.url, write_records(tmp_path, RECORDS[:24]), make_database(tmp_path))
         pipeline["models"]["judge"] = {"provider": "vllm", "model": "judge", "base_url": server.url}
         pipeline["steps"][6]["SQLiteExecEval"]["require"] = "exec_pass"
-        pipeline["steps"][7:8] = [{"PairwiseJudge": {"task": "{{ instruction }}"}}]
+        pairs = {"PairwiseJudge": {"task": "{{ instruction }}"}}
+        pipeline["steps"][7:8] = [{"ScoreFromJudge": {"gate": "SQLiteExecEval"}}, pairs]
         result = parse_pipeline(pipeline).run(output_dir=tmp_path / "artifacts", run_id="first")
     assert {c.score for sample in stored(result) for c in sample.chosen} > {1.0}
     again = World(tmp_path, pipeline, result).again()
     assert data_set(again) == data_set(result)
     assert again.manifest["content_sha256"] == result.manifest["content_sha256"]
+    reused = {gate: judged(result, gate) for gate in ("RuleFilter", "SQLiteExecEval")}
+    assert again.manifest["verdicts_reused"] == reused, "a score is no other answer"
 
 
 def prefers_the_longer(call: Call, index: int) -> str:

@@ -112,7 +112,7 @@ def test_what_cannot_be_read_stops_before_anything_is_spent(ctx: TestContext, tm
         kept(ctx, step(tmp_path / "gone.jsonl"), ITEM)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"question": "x"}\n{"question":\n')
-    with pytest.raises(InputError, match=r"broken\.jsonl:2: not valid JSON"):
+    with pytest.raises(InputError, match=r"broken\.jsonl:2: not a JSON object"):
         kept(ctx, step(broken), ITEM)
 
 

@@ -266,7 +266,7 @@ def written(ctx: TestContext, step: ExportSFT, *candidates: Candidate) -> list[d
 def drawn(index: int, passed: int, failed: int, undecided: int = 0) -> Sample:
     outcomes = [Outcome.PASS] * passed + [Outcome.FAIL] * failed + [Outcome.ERROR] * undecided
     given = [candidate(f"answer {n}", n).judged(Verdict("g", "f", each, "r")) for n, each in enumerate(outcomes)]
-    return sample(index, given).selected(tuple(c.candidate_id for c in given[: min(passed, 2)]))
+    return replace(sample(index, given), selection=tuple(c.candidate_id for c in given[: min(passed, 2)]))
 
 
 def test_a_bin_of_difficulty_has_no_more_samples_than_its_quota_the_first_ones(ctx: TestContext) -> None:

@@ -51,8 +51,8 @@ def test_a_bad_line_costs_itself_alone(ctx: TestContext, tmp_path: Path) -> None
     failures = [sample.failures[0] for sample in ctx.discarded]
     assert {(failure.step, failure.reason) for failure in failures} == {("load", "bad_record")}
     assert failures[0].message.startswith("t.jsonl:2: not valid UTF-8 (byte 0xe9 at 10); re-encode")
-    assert failures[1].message.startswith("t.jsonl:3: not valid JSON")
-    assert failures[2].message.startswith("t.jsonl:4: an array, not a JSON object")
+    assert failures[1].message.startswith("t.jsonl:3: not a JSON object (Input data was truncated)")
+    assert failures[2].message.startswith("t.jsonl:4: not a JSON object (Expected `object`, got `array`)")
 
 
 @pytest.mark.parametrize("text", ["\\ud800", "\\udc00 and more", "\\ud83d\\u0041"])
@@ -173,7 +173,7 @@ def test_a_missing_file_is_found_before_the_first_record(ctx: TestContext, tmp_p
 
 def test_a_folder_is_not_a_data_set(ctx: TestContext, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").mkdir()
-    with pytest.raises(InputError, match="not a file"):
+    with pytest.raises(InputError, match="Is a directory; name"):
         load(ctx, LoadJsonl(path=tmp_path / "t.jsonl"))
 
 

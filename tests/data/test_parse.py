@@ -186,6 +186,7 @@ def test_a_query_comes_out_of_its_wrapping(sql: str) -> None:
         ("SELECT a FROM t\nExplanation: all of them", "SELECT a FROM t", ["prose"]),
         ("SELECT a FROM t\n\nIn this query we take a", "SELECT a FROM t", ["prose"]),
         ("SELECT a FROM t\n\n**Why**\n- x", "SELECT a FROM t", ["prose"]),
+        ("SELECT a FROM t" + "\n**" * 20_000, "SELECT a FROM t", ["markup"]),  # a model that has lost its way
         ("SELECT a FROM t\n1. First, a", "SELECT a FROM t", ["prose"]),
         ("SELECT a FROM t\n\nQuestion: b?\nSQL: SELECT b FROM t;", "SELECT a FROM t", ["prose"]),
         ("<sql>SELECT 1</sql>", "SELECT 1", ["prefix", "markup"]),

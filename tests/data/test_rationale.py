@@ -50,6 +50,7 @@ def test_the_first_of_each_part_counts_and_the_status_tells(
 
 def test_separators_can_be_others_and_the_first_can_be_in_the_prompt() -> None:
     assert split_rationale("6 * 7 = 42\n#### 42", "", "####")[:3] == ("ok", "6 * 7 = 42", "42")
+    assert split_rationale("### 思考：甲\n**### 答案：**乙", "### 思考", "### 答案")[:3] == ("ok", "甲", "乙")
     assert split_rationale("思考：甲\n答案：乙", "思考：", "答案：")[:3] == ("ok", "甲", "乙")
 
 

@@ -73,6 +73,16 @@ def test_each_wave_is_a_new_vote(ctx: TestContext) -> None:
     assert all(sum(v.gate == "MajorityVote" for v in c.verdicts) == 1 for c in second.candidates)
 
 
+def test_whom_a_judge_behind_the_vote_failed_has_a_vote_in_the_next_wave_too(ctx: TestContext) -> None:
+    step = MajorityVote(name="MajorityVote", min_votes=3)
+    first = asyncio.run(step.run(Sample(0, "t", {}, candidates=tuple(results("abb"))), ctx))
+    judged = [c.judged(Verdict("LLMJudge", "f", Outcome.FAIL, "low_score")) for c in first.candidates]
+    second = asyncio.run(step.run(Sample(0, "t", {}, candidates=(*judged, ran(3, "b"))), ctx))
+    votes = [v.detail["votes"] for c in second.candidates if (v := c.verdict("MajorityVote"))]
+    assert votes == [4, 4, 4, 4]
+    assert [c.attempt for c in second.accepted] == [1, 2, 3], "for the judge to judge again: its words are stored"
+
+
 def test_where_gold_is_known_the_vote_is_measured(ctx: TestContext) -> None:
     candidates = [ran(n, "a" if n else "b", gold_match=n > 0) for n in range(8)]
     sample = asyncio.run(MajorityVote(name="MajorityVote").run(Sample(0, "t", {}, candidates=tuple(candidates)), ctx))

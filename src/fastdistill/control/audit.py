@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from msgspec.structs import replace
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 
 from fastdistill.control.audited import audit_file, files_of, is_audited
 from fastdistill.control.folder import RunFolder, artifacts_root, write_json
@@ -91,7 +91,7 @@ def audit(
         folder = RunFolder(Path(scratch), "audit", Path(scratch) / "run")
         result = run_in_loop(execute(shortened, folder, watch or unwatched))
     gates = [step for step in steps if is_audited(step)]
-    if not any(measured.counts):
+    if not measured._counts:
         raise InputError(
             f"{pipeline.name}: no gold answer was found, so there is nothing to measure with; gold_field of an"
             " execution gate names the record's field with it"
@@ -110,9 +110,9 @@ class _Measured(SampleStep):
     judging: tuple[SampleStep, ...]
     mutants: int
     seed: int
-    counts: Counter[tuple[str, str, Finding]] = Field(default_factory=Counter, exclude=True)
-    """By gate, operator and finding."""
 
+    _counts: dict[tuple[str, str], Counter[Finding]] = PrivateAttr(default_factory=dict)
+    """By gate and operator."""
     _cases: dict[str, list[Case]] = PrivateAttr(default_factory=dict)
     _stricter: dict[str, Gate] = PrivateAttr(default_factory=dict)
 
@@ -130,13 +130,12 @@ class _Measured(SampleStep):
         answers = self._answers(sample)
         if not answers:
             raise SampleError("no_gold", f"{sample.source}: no gate finds a gold answer in this record")
-        candidates = tuple(_candidate(at, answer.text) for at, answer in enumerate(answers))
-        if not any(is_generation(step) for step in self.judging):
-            sample = replace(sample, candidates=candidates)
+        given = replace(sample, candidates=tuple(_candidate(at, answer.text) for at, answer in enumerate(answers)))
+        sample = given
         for step in self.judging:
             if is_generation(step):
-                sample = replace(sample, candidates=candidates)
-            elif not isinstance(step, Gate) and not step.models():
+                sample = given
+            elif step.rewrites and not step.models():
                 sample = await step.run(sample, ctx)
             elif is_audited(step):
                 mine = [a for a in answers if a.gate in (None, step.name) and a.gold == (step.gold(sample) or a.gold)]
@@ -165,27 +164,21 @@ class _Measured(SampleStep):
     async def _measure(
         self, gate: Gate, answers: Sequence[_Answer], candidates: Sequence[Candidate], sample: Sample, ctx: Context
     ) -> None:
-        verdicts = await _judged(gate, candidates, sample, ctx)
-        passed = {a.gold for a, v in zip(answers, verdicts, strict=True) if a.operator == GOLD and v.outcome == "pass"}
-        doubtful = [
-            at
-            for at, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True))
-            if answer.may_be_equal and verdict.outcome is Outcome.PASS and answer.gold in passed
-        ]
-        told_apart = set()
+        judged = list(zip(answers, candidates, await _judged(gate, candidates, sample, ctx), strict=True))
+        passed = [(answer, candidate) for answer, candidate, verdict in judged if verdict.outcome is Outcome.PASS]
+        golds = {answer.gold for answer, _ in passed if answer.operator == GOLD}
+        doubtful = [candidate for answer, candidate in passed if answer.may_be_equal and answer.gold in golds]
         if doubtful and (stricter := self._stricter.get(gate.name)):
-            again = await _judged(stricter, [candidates[at] for at in doubtful], sample, ctx)
-            told_apart = {at for at, v in zip(doubtful, again, strict=True) if v.outcome is Outcome.FAIL}
-        for at, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True)):
+            again = await _judged(stricter, doubtful, sample, ctx)
+            doubtful = [c for c, verdict in zip(doubtful, again, strict=True) if verdict.outcome is not Outcome.FAIL]
+        for answer, candidate, verdict in judged:
             if answer.operator == GOLD:
                 finding = _OF_GOLD[verdict.outcome]
-            elif answer.gold not in passed:
+            elif answer.gold not in golds:
                 continue
-            elif verdict.outcome is Outcome.PASS:
-                finding = Finding.SURVIVED if at in doubtful and at not in told_apart else Finding.FALSE_ACCEPT
             else:
-                finding = Finding.REJECTED if verdict.outcome is Outcome.FAIL else Finding.UNDECIDED
-            self.counts[gate.name, answer.operator, finding] += 1
+                finding = Finding.SURVIVED if candidate in doubtful else _OF_MUTANT[verdict.outcome]
+            self._counts.setdefault((gate.name, answer.operator), Counter())[finding] += 1
             if finding not in (Finding.PASSED, Finding.REJECTED):
                 detail = ", ".join(f"{name}={value!r}" for name, value in verdict.detail.items())
                 place = (sample.index, sample.source, sample.sample_id)
@@ -194,10 +187,7 @@ class _Measured(SampleStep):
 
     def report(self, gate: Gate) -> dict[str, Any]:
         """What was found of one gate, as its file has it."""
-        operators: dict[str, Counter[Finding]] = {}
-        for (name, operator, finding), count in sorted(self.counts.items()):
-            if name == gate.name:
-                operators.setdefault(operator, Counter())[finding] = count
+        operators = {at[1]: counts for at, counts in sorted(self._counts.items()) if at[0] == gate.name}
         golds = operators.pop(GOLD, Counter())
         mutants = sum(operators.values(), Counter())
         cases = sorted(self._cases.get(gate.name, ()), key=lambda case: (case.index, case.operator, case.answer))
@@ -208,9 +198,7 @@ class _Measured(SampleStep):
             "rates": {
                 "golds": golds.total(),
                 "broken_golds": golds[Finding.BROKEN_GOLD],
-                "false_reject_rate": interval(
-                    wilson(golds[Finding.FALSE_REJECT], golds[Finding.FALSE_REJECT] + golds[Finding.PASSED])
-                ),
+                "false_reject_rate": _rate(golds[Finding.FALSE_REJECT], golds[Finding.PASSED]),
                 "mutants": mutants.total(),
                 **_accepts(mutants),
             },
@@ -254,20 +242,18 @@ def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 _OF_MUTANTS = (Finding.REJECTED, Finding.FALSE_ACCEPT, Finding.SURVIVED, Finding.UNDECIDED)
-_OF_GOLD = {
-    Outcome.PASS: Finding.PASSED,
-    Outcome.FAIL: Finding.FALSE_REJECT,
-    Outcome.ERROR: Finding.BROKEN_GOLD,
-}
+_OF_GOLD = {Outcome.PASS: Finding.PASSED, Outcome.FAIL: Finding.FALSE_REJECT, Outcome.ERROR: Finding.BROKEN_GOLD}
+_OF_MUTANT = {Outcome.PASS: Finding.FALSE_ACCEPT, Outcome.FAIL: Finding.REJECTED, Outcome.ERROR: Finding.UNDECIDED}
 
 
 def _accepts(counts: Counter[Finding]) -> dict[str, Any]:
     """The rate of false accepts, and what it is at most: if nothing that survived is equivalent."""
     accepted, survived, rejected = (counts[f] for f in (Finding.FALSE_ACCEPT, Finding.SURVIVED, Finding.REJECTED))
-    return {
-        "false_accept_rate": interval(wilson(accepted, accepted + rejected)),
-        "at_most": interval(wilson(accepted + survived, accepted + survived + rejected)),
-    }
+    return {"false_accept_rate": _rate(accepted, rejected), "at_most": _rate(accepted + survived, rejected)}
+
+
+def _rate(wrong: int, right: int) -> dict[str, Any]:
+    return interval(wilson(wrong, wrong + right))
 
 
 def _candidate(at: int, text: str) -> Candidate:

@@ -15,8 +15,8 @@ def audit_file(root: Path, gate: Gate) -> Path:
 
 
 def is_audited(step: Step) -> TypeGuard[Gate]:
-    """Whether an audit measures it: a gate that judges an answer by itself, without a model or another gate."""
-    return isinstance(step, Gate) and not step.models() and not step.gates()
+    """Whether an audit measures it: a gate that only judges an answer, by itself, without a model or another gate."""
+    return isinstance(step, Gate) and not (step.rewrites or step.models() or step.gates())
 
 
 def audit_command(folder: RunFolder) -> str:

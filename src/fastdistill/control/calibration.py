@@ -1,6 +1,7 @@
 """How well a judge does where execution knows better, counted while a run is at work."""
 
-from dataclasses import asdict, replace
+from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from fastdistill.core.agreement import Agreement, Confusion, corrected_rate
@@ -15,9 +16,9 @@ class Calibration:
 
     def __init__(self, judge: LLMJudge) -> None:
         self._judge = judge
-        self._confusion = Confusion()
+        self._confusion: Counter[str] = Counter()
         self._agreement = Agreement()
-        self._unknown = [0, 0]  # judged, and passed, where there is no truth
+        self._unknown: Counter[bool] = Counter()  # passed or not, where there is no truth
 
     def add(self, candidate: Candidate) -> None:
         verdict = candidate.verdict(self._judge.name)
@@ -28,12 +29,10 @@ class Calibration:
         truth = candidate.verdict(self._judge.truth) if self._judge.truth else None
         passed = verdict.outcome is Outcome.PASS
         if truth is None or truth.outcome is Outcome.ERROR:
-            self._unknown[0] += 1
-            self._unknown[1] += passed
+            self._unknown[passed] += 1
             return
         right = truth.outcome is Outcome.PASS
-        cell = f"{'true' if right == passed else 'false'}_{'pass' if passed else 'fail'}"
-        self._confusion = replace(self._confusion, **{cell: getattr(self._confusion, cell) + 1})
+        self._confusion[f"{'true' if right == passed else 'false'}_{'pass' if passed else 'fail'}"] += 1
 
     def report(self) -> dict[str, Any]:
         """The quality report's section.
@@ -42,24 +41,24 @@ class Calibration:
         """
         from fastdistill.control.tally import interval
 
-        seen, judge = self._confusion, self._judge
+        seen, judge = Confusion(**self._confusion), self._judge
         report: dict[str, Any] = {}
         if self._agreement.joint:
             report["agreement"] = {"kappa": self._agreement.kappas(), "alpha": self._agreement.alpha()}
         if judge.truth is None:
             return {**report, "truth": None}
-        right, wrong = seen.true_pass + seen.false_fail, seen.true_fail + seen.false_pass
+        sensitivity, specificity = seen.sensitivity(), seen.specificity()
         fooled = seen.false_pass / judge.calibrate if judge.calibrate else 0.0
         passed = seen.true_pass + fooled
-        judged, accepted = self._unknown
-        corrected = corrected_rate(accepted, judged, seen)
+        judged = self._unknown.total()
+        corrected = corrected_rate(self._unknown[True], judged, seen)
         return {
             **report,
             "truth": judge.truth,
-            "enough": min(right, wrong) >= ENOUGH,
+            "enough": min(sensitivity.total, specificity.total) >= ENOUGH,
             "confusion": asdict(seen),
-            "sensitivity": interval(seen.sensitivity()),
-            "specificity": interval(seen.specificity()),
+            "sensitivity": interval(sensitivity),
+            "specificity": interval(specificity),
             "precision": round(seen.true_pass / passed, 6) if passed and judge.calibrate else None,
             "mcc": seen.mcc(),
             "judged_without_truth": judged,

@@ -41,7 +41,7 @@ def examine(pipeline: Pipeline, output_dir: Path | None) -> bool:
         else:
             say(f"{name}: {config.model}: ready", "green")
             for field in fields(result):
-                say(f"  {field.name.replace('_', ' ')}: {_words(field.name, getattr(result, field.name))}")
+                say(f"  {field.name.replace('_', ' ')}: {_words(getattr(result, field.name))}")
     return not any(isinstance(result, ProviderError) for result in found)
 
 
@@ -59,11 +59,9 @@ async def _probe(config: ModelConfig, like: Prompt | None) -> Capabilities | Pro
         await provider.aclose()
 
 
-def _words(name: str, value: Any) -> str:
-    if name == "models":
-        return ", ".join(value[:10]) + (f" and {len(value) - 10} more" if len(value) > 10 else "")
-    if name == "notes":
-        return "; ".join(value)
+def _words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "; ".join(map(str, value[:10])) + (f" and {len(value) - 10} more" if len(value) > 10 else "")
     if value is None or isinstance(value, bool):
         return {True: "yes", False: "no", None: "not known"}[value]
     return str(value)

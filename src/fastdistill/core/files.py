@@ -39,7 +39,11 @@ def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-        _sync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)  # synced too, so that the rename itself survives a power cut
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except BaseException as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -54,13 +58,3 @@ def sha256_file(path: Path) -> str:
     """sha256 of a file's bytes, 64 hex digits, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself survive a power cut, where the system lets a folder be opened."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,15 +1,15 @@
 """Measures of samples and of scores: pass@k, and how far two sets of scores agree."""
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from statistics import fmean
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from fastdistill.core.compare import Difference
 
-Pairs: TypeAlias = Sequence[tuple[float, float]]
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+Pairs: TypeAlias = "Sequence[tuple[float, float]] | ndarray"
 
 
 def pass_at_k(drawn: int, right: int, k: int) -> float:
@@ -23,30 +23,24 @@ def pass_at_k(drawn: int, right: int, k: int) -> float:
     return 1 - math.prod(1 - k / n for n in range(drawn - right + 1, drawn + 1))
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreAgreement:
-    """How near paired scores are. A correlation has no value (None) where one side is constant."""
+def agreement(pairs: Pairs, epsilon: float = 0.1) -> dict[str, float | None]:
+    """How near paired scores are; `within`: the share of pairs that are no further apart than `epsilon`.
 
-    mae: float
-    rmse: float
-    within: float  # share of the pairs that are no further apart than epsilon
-    pearson: float | None
-    spearman: float | None
+    A correlation has no value (None) where one side is constant. Raises ValueError without pairs.
+    """
+    import numpy
 
-
-def agreement(pairs: Pairs, epsilon: float = 0.1) -> ScoreAgreement:
-    """Raises ValueError without pairs."""
-    if not pairs:
+    if not len(pairs):
         raise ValueError("there are no pairs")
-    gaps = [abs(left - right) for left, right in pairs]
-    left, right = zip(*pairs, strict=True)
-    return ScoreAgreement(
-        mae=fmean(gaps),
-        rmse=math.sqrt(fmean(gap * gap for gap in gaps)),
-        within=fmean(gap <= epsilon + 1e-12 for gap in gaps),
-        pearson=_correlation(left, right),
-        spearman=_correlation(ranks(left), ranks(right)),
-    )
+    left, right = numpy.asarray(pairs).T
+    gaps = abs(left - right)
+    return {
+        "mae": float(gaps.mean()),
+        "rmse": math.sqrt((gaps * gaps).mean()),
+        "within": float((gaps <= epsilon + 1e-12).mean()),
+        "pearson": _correlation(left, right),
+        "spearman": _correlation(ranks(left), ranks(right)),
+    }
 
 
 def agreement_intervals(pairs: Pairs, epsilon: float = 0.1, resamples: int = 1000) -> dict[str, Difference]:
@@ -54,28 +48,30 @@ def agreement_intervals(pairs: Pairs, epsilon: float = 0.1, resamples: int = 100
 
     A correlation's interval is of those draws in which it has a value.
     """
-    import random
+    import numpy
 
-    rng = random.Random(0)
-    drawn = [asdict(agreement(rng.choices(pairs, k=len(pairs)), epsilon)) for _ in range(resamples)]
+    both, rng = numpy.asarray(pairs), numpy.random.default_rng(0)
+    drawn = [agreement(both[rng.integers(len(both), size=len(both))], epsilon) for _ in range(resamples)]
     found = {}
-    for name, estimate in asdict(agreement(pairs, epsilon)).items():
-        values = sorted(one[name] for one in drawn if one[name] is not None)
+    for name, estimate in agreement(pairs, epsilon).items():
+        values = sorted(value for one in drawn if (value := one[name]) is not None)
         low, high = (values[int(q * (len(values) - 1))] for q in (0.025, 0.975)) if values else (None, None)
         found[name] = Difference(estimate, low, high)
     return found
 
 
-def ranks(values: Sequence[float]) -> list[float]:
+def ranks(values: "Sequence[float] | ndarray") -> "ndarray":
     """Ranks from 1; equal values share the mean of theirs."""
-    ordered = sorted(values)
-    return [(bisect_left(ordered, value) + 1 + bisect_right(ordered, value)) / 2 for value in values]
+    import numpy
+
+    _, place, counts = numpy.unique(values, return_inverse=True, return_counts=True)
+    shared: ndarray = (counts.cumsum() - (counts - 1) / 2)[place]
+    return shared
 
 
-def _correlation(left: Sequence[float], right: Sequence[float]) -> float | None:
-    from statistics import StatisticsError, correlation
-
-    try:
-        return correlation(left, right)
-    except StatisticsError:
+def _correlation(left: "ndarray", right: "ndarray") -> float | None:
+    if left.min() == left.max() or right.min() == right.max():
         return None
+    x, y = left - left.mean(), right - right.mean()
+    scale = math.sqrt(x @ x) * math.sqrt(y @ y)
+    return float(x @ y) / scale if scale else None

@@ -55,9 +55,8 @@ def project_mean(values: Sequence[float], population: int) -> Total:
     seen is a lower bound. Two values at least.
     """
     count = len(values)
-    correction = math.sqrt(max(0, population - count) / max(1, population - 1))
-    half = student95(count - 1) * stdev(values) / math.sqrt(count) * correction
-    return _total(fmean(values), half, half, population, seen=sum(values))
+    half = student95(count - 1) * stdev(values) / math.sqrt(count)
+    return _total(fmean(values), half, half, count, population, seen=sum(values))
 
 
 def project_share(successes: int, count: int, population: int) -> Total:
@@ -65,9 +64,7 @@ def project_share(successes: int, count: int, population: int) -> Total:
     rate = wilson(successes, count)
     if rate.rate is None or rate.low is None or rate.high is None:
         raise ValueError("nothing was drawn")
-    correction = math.sqrt(max(0, population - count) / max(1, population - 1))
-    below, above = (rate.rate - rate.low) * correction, (rate.high - rate.rate) * correction
-    total = _total(rate.rate, below, above, population, seen=successes)
+    total = _total(rate.rate, rate.rate - rate.low, rate.high - rate.rate, count, population, seen=successes)
     return Total(total.estimate, total.low, min(total.high, population - (count - successes)))
 
 
@@ -97,8 +94,9 @@ def student95(freedom: int) -> float:
     return z + first / n + second / n**2 + third / n**3
 
 
-def _total(mean: float, below: float, above: float, population: int, *, seen: float) -> Total:
-    return Total(mean * population, max(seen, (mean - below) * population), (mean + above) * population)
+def _total(mean: float, below: float, above: float, count: int, population: int, *, seen: float) -> Total:
+    left = math.sqrt(max(0, population - count) / max(1, population - 1))  # the finite population correction
+    return Total(mean * population, max(seen, (mean - below * left) * population), (mean + above * left) * population)
 
 
 _PER_E = 1 / math.log(1.02)  # buckets

@@ -8,7 +8,7 @@ dataclasses take; no cycle ever goes through one, so the collector need not look
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 from msgspec import Struct, field
@@ -17,9 +17,8 @@ from msgspec.structs import replace
 from fastdistill.core.canonical import canonical_json, digest, joined_digest, pair_digest
 from fastdistill.core.errors import NotAsked, SampleError
 
-Role = Literal["system", "user", "assistant"]
 Message = Mapping[str, str]
-"""`{"role": Role, "content": str}`, as every chat endpoint and trainer writes it."""
+"""`{"role": "system", "user" or "assistant", "content": str}`, as every chat endpoint and trainer writes it."""
 
 PromptColumns: TypeAlias = tuple[str, str, str, str]
 """Provider, model, and the JSON of messages and parameters."""
@@ -246,14 +245,8 @@ class Sample(Struct, frozen=True, gc=False):
     failures: tuple[Failure, ...] = ()
     status: Status = Status.OPEN
 
-    def identified(self, task_id: str, sample_id: str, content: Mapping[str, Any]) -> "Sample":
-        return replace(self, task_id=task_id, sample_id=sample_id, input=content)
-
     def with_candidates(self, candidates: Iterable[Candidate]) -> "Sample":
         return replace(self, candidates=tuple(candidates))
-
-    def selected(self, selection: tuple[str, ...]) -> "Sample":
-        return replace(self, selection=selection)
 
     @property
     def accepted(self) -> tuple[Candidate, ...]:
@@ -275,5 +268,5 @@ class Sample(Struct, frozen=True, gc=False):
         status = Status.SKIPPED if isinstance(error, NotAsked) else Status.FAILED
         return self.left_out(status, Failure(step, error.reason, str(error), error.attempt))
 
-    def left_out(self, status: "Status", failure: "Failure") -> "Sample":
+    def left_out(self, status: Status, failure: Failure) -> "Sample":
         return replace(self, status=status, failures=(*self.failures, failure))

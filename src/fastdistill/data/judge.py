@@ -117,6 +117,8 @@ class LLMJudge(Gate):
             raise ValueError(f"must: {', '.join(unknown)} is not under criteria: {', '.join(self.criteria)}")
         if self.must and self.read == "logprobs":
             raise ValueError("must: a single token has no criteria; use read: json")
+        if len(set(self.judges)) < len(self.judges):
+            raise ValueError(f"judges: {', '.join(self.judges)} has a name twice, and one judge has one word")
         return self
 
     def models(self) -> Sequence[str]:
@@ -179,18 +181,17 @@ class LLMJudge(Gate):
         return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "\n".join(parts)}]
 
     async def _ask(self, name: str, messages: list[Message], ctx: Context) -> _Grade | Verdict:
-        for last in (False, True):
+        while True:
             try:
                 said = await _said(name, messages, self._profile, self.seed, ctx, self._questions)
                 return self._grade(said)
             except NotAsked:
                 raise  # the run ends: that says nothing of the judge
             except SampleError as error:
-                if error.reason != JudgeReason.UNPARSABLE or self.read != "json" or last:
+                if error.reason != JudgeReason.UNPARSABLE or self.read != "json" or len(messages) > 2:
                     return self.verdict(Outcome.ERROR, error.reason, detail=str(error))
                 repair = f"That can't be read: {error}. Return the JSON object alone, in the form asked for."
                 messages = [*messages, {"role": "assistant", "content": said.text}, {"role": "user", "content": repair}]
-        raise AssertionError("the second word is the last")
 
     def _grade(self, said: Completion) -> _Grade:
         """Raises SampleError with the reason why there is none."""
@@ -264,6 +265,8 @@ class LLMJudge(Gate):
 class ScoreFromJudge(SampleStep):
     """Sets `score`, in 0..1, to the judge's; a candidate without one keeps what it has."""
 
+    rewrites: ClassVar[bool] = False
+
     gate: str = Field("LLMJudge", description="name of the judge")
 
     def gates(self) -> Sequence[str]:
@@ -281,6 +284,8 @@ class PairwiseJudge(SampleStep):
     first, count a half. Of equal answers only the first is compared. What can't be compared leaves scores as they are.
     """
 
+    version: ClassVar[int] = 2
+    rewrites: ClassVar[bool] = False
     generates: ClassVar[bool] = False
 
     model: str = Field("judge", description="a name under `models:`")
@@ -326,7 +331,7 @@ class PairwiseJudge(SampleStep):
         system = _SYSTEM.replace("grade one answer", "compare two answers").replace("<answer>", "the answers")
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "\n".join(parts)}]
         completion = await _said(self.model, messages, self.decode_profile, self.seed, ctx)
-        said = completion.text.strip().strip(".*\"'").lower()
+        said = completion.text.strip().strip(".。*\"'").lower()
         if said not in _SHARES:
             raise SampleError(JudgeReason.UNPARSABLE, f"{self.model}: neither A, B nor tie: {said[:100]!r}")
         return _SHARES[said]

@@ -3,6 +3,7 @@
 import gzip
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -110,13 +111,11 @@ def _found(given: Path) -> Path:
     """The absolute path of a file, which is checked before anything is spent."""
     path = given.expanduser().absolute()
     try:
-        if not path.exists():
-            raise InputError(f"{path}: there is no such file; a relative path starts at {Path.cwd()}")
-        if not path.is_file():
-            raise InputError(f"{path}: not a file; name the data set's files themselves")
         path.open("rb").close()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file; a relative path starts at {Path.cwd()}") from error
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; make the file readable") from error
+        raise InputError(f"{path}: {error.strerror}; name a data set's files themselves, readable ones") from error
     return path
 
 
@@ -126,7 +125,7 @@ def _entries_of(path: Path, label: str) -> Iterator[_Entry]:
 
 def _lines(path: Path, label: str) -> Iterator[_Entry]:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with _opened(path) as file:
             for number, line in enumerate(file, 1):
                 if text := line.removeprefix(_BOM).strip():  # a file may be several, one after the other
                     source = f"{label}:{number}"
@@ -167,31 +166,26 @@ def _count(path: Path) -> int:
         from pyarrow.parquet import read_metadata
 
         return int(read_metadata(path).num_rows)
-    last = b""
-    lines = 0
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            lines += piece.count(b"\n")
-            last = piece
-    return lines + (not last.endswith(b"\n") and last != b"")
+    with _opened(path) as file:
+        return sum(1 for _ in file)
+
+
+def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _paths(path: Path | tuple[Path, ...] | None) -> tuple[Path, ...]:
     return (path,) if isinstance(path, Path) else path or ()
 
 
-_decode = msgspec.json.Decoder().decode
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 def _parsed(text: bytes, source: str) -> dict[str, Any] | SampleError:
     try:
-        record = _decode(text)
+        return _decode(text)
     except (ValueError, RecursionError) as error:
         return SampleError("bad_record", f"{source}: {_problem(text, error)}")
-    if isinstance(record, dict):
-        return record
-    kind = {list: "an array", str: "a string", type(None): "null", bool: "true or false"}.get(type(record), "a number")
-    return SampleError("bad_record", f"{source}: {kind}, not a JSON object; write one {{...}} a line")
 
 
 def _problem(text: bytes, error: Exception) -> str:
@@ -204,4 +198,4 @@ def _problem(text: bytes, error: Exception) -> str:
         return f"not valid UTF-8 ({byte}); re-encode the file: iconv -f <its encoding> -t utf-8"
     if has_lone_surrogate(text):
         return "a lone surrogate is no character; write both of its pair, or \\ufffd in its place"
-    return f"not valid JSON ({error}); write one object a line"
+    return f"not a JSON object ({error}); write one a line"

@@ -84,12 +84,9 @@ class _Narrowed(Struct):
 
 def _thinking(text: str) -> _Narrowed | None:
     """`<think>...</think>` in front, also unclosed, also with its opening tag in the prompt."""
-    if opening := _THINK_OPENS.match(text):
-        closing = _THINK_CLOSES.search(text, opening.end())
-    else:
-        closing = _THINK_CLOSES.search(text)
-        if closing is None:
-            return None
+    closing = _THINK_CLOSES.search(text)
+    if closing is None and not _THINK_OPENS.match(text):
+        return None
     end = closing.end() if closing else len(text)
     return _Narrowed(text[end:], [("thinking", text[:end])])
 
@@ -193,10 +190,11 @@ def _statement_end(text: str, start: int, closing: str = "") -> int:
     position = start
     depth = 0
     complete = False  # the tokens so far could be a whole query
+    bold = text.find("**", len(text.rstrip("* \t\r\n")))  # what closes it at the end, however often
     while token := _TOKEN.match(text, position):
         kind = token.lastgroup
         whole = complete and depth == 0
-        if kind in ("end", "semicolon"):
+        if kind in ("end", "semicolon") or position == bold:
             return position
         if whole and closing and text.startswith(closing, position):
             return position
@@ -265,7 +263,8 @@ _FINAL_KEYWORDS = frozenset(_FINAL_KEYWORD_LIST.split())  # a query can end with
 _SENTENCE_OPENERS = frozenset(["as", "by", "for", "if", "in", "no", "to", "with"])
 _AFTER_ALIAS = frozenset(["", *_AFTER_ALIAS_LIST.split()])  # the empty word: the line ends
 
-_GAP = r"(?:\s|--[^\n]*+\n|/\*(?:[^*]|\*(?!/))*+\*/)"
+# A comment's length is bounded, for one that nothing closes would be read to the end of the text at each keyword.
+_GAP = r"(?:\s|--[^\n]*+\n|/\*(?:[^*]|\*(?!/)){0,2000}+\*/)"
 _QUERY_TEXT = rf"""(?:
     (?i:select)(?=[\s*('"`\[/+~-])
   | (?i:with){_GAP}++ (?:(?i:recursive){_GAP}++)? (?:\w++|"[^"\n]*"|`[^`\n]*`|\[[^]\n]*\]) {_GAP}*+
@@ -307,7 +306,7 @@ _LABEL = re.compile(r"[#*\s]*+[^\n:：]{0,60}(?:[:：][*\s]*+)?\s*+")
 _QUOTED_BEFORE = re.compile(r"['\"`]++\Z")
 
 # None of these can stand in SQL outside of a string or a comment.
-_MARK = rf"```|</?{_THINK_NAME}>|</\w+>|<\||\[/\w+\]|\*\*(?=\s*+(?:\n|\Z))|(?<=[A-Za-z)\]'\"`])\.(?=\s*+\Z)"
+_MARK = rf"```|</?{_THINK_NAME}>|</\w+>|<\||\[/\w+\]|(?<=[A-Za-z)\]'\"`])\.(?=\s*+\Z)"
 # With none of what may begin such a mark, even in a string, a text that begins like a query ends like one. A line may
 # go on with a keyword that no sentence begins with; the commonest are looked for first.
 _GOES_ON = "|".join(["from", "where", "and", "group", "order", "limit", *sorted(KEYWORDS - _SENTENCE_OPENERS)])
@@ -322,7 +321,7 @@ _MARKUP = re.compile(r"(?:```|</?\w+>|<\|\w+\|>|\[/\w+\]|\*\*|[.\s])++")
 _TOKEN = re.compile(
     rf"""(?P<end>{_MARK}) | (?P<semicolon>;) | (?P<space>\s++)
     | (?P<comment>--[^\n]*+ | /\*(?:[^*]|\*(?!/))*+(?:\*/|\Z))
-    | (?P<quoted>'(?:[^']|'')*+(?:'|\Z) | "(?:[^"]|"")*+(?:"|\Z) | `(?:[^`]|``)*+(?:`|\Z) | \[[^]\n]*+\])
+    | (?P<quoted>'(?:[^']|'')*+(?:'|\Z) | "(?:[^"]|"")*+(?:"|\Z) | `(?:[^`]|``)*+(?:`|\Z) | \[[^]\n]{{0,200}}+\])
     | (?P<word>[\w$]++) | (?P<open>\() | (?P<close>\)) | (?P<other>.)""",
     re.VERBOSE | re.DOTALL,
 )

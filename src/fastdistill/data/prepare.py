@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
+from msgspec.structs import replace
 from pydantic import Field
 
 from fastdistill.core.canonical import NotCanonical, canonical_json, sample_id
@@ -48,7 +49,7 @@ class CanonicalizeFields(StreamFilter):
         content = _pick(sample, self.fields)
         task_id = self._task_id(sample)
         try:
-            return sample.identified(task_id, sample_id(task_id, _form(content)), content)
+            return replace(sample, task_id=task_id, sample_id=sample_id(task_id, _form(content)), input=content)
         except NotCanonical as error:
             raise SampleError("not_canonical", f"{sample.source}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 import re
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from msgspec.structs import replace
 from pydantic import Field
@@ -30,6 +30,9 @@ class SplitRationale(Gate):
     never exported; the raw text stays in the completion. The status is the verdict's reason, and it fails a candidate
     only with `require: ok`, for an answer can be right without a rationale.
     """
+
+    version: ClassVar[int] = 2
+    rewrites: ClassVar[bool] = True
 
     rationale_separator: str = Field("### RATIONALE", description="empty: the rationale begins with the text")
     answer_separator: str = Field("### ANSWER", min_length=1)
@@ -82,15 +85,13 @@ def split_rationale(text: str, rationale_separator: str, answer_separator: str) 
     if not answers:
         return Split(RationaleStatus.MISSING, "", text)
     first = answers[0]
-    start, end = rationales[0].span() if rationales else (0, 0)
+    opened = next((mark for mark in rationales if mark.end() <= first.start()), None)
+    start, end = opened.span() if opened else (0, 0)
     later = [mark.start() for mark in (*rationales, *answers[1:]) if mark.start() > first.start()]
     stop = min(later, default=len(text))
-    in_order = not rationale_separator or (bool(rationales) and end <= first.start())
-    if not in_order:
-        start = end = 0
     rationale, answer = text[end : first.start()].strip(), text[first.end() : stop].strip()
     rest = tuple(piece for piece in (text[:start].strip(), text[stop:].strip()) if piece)
-    if not in_order:
+    if rationale_separator and not opened:
         status = RationaleStatus.MISSING
     elif later or len(rationales) > 1:
         status = RationaleStatus.DOUBLED
@@ -106,9 +107,8 @@ def rationale_of(candidate: Candidate) -> str | None:
 
 def _separator(text: str) -> "re.Pattern[str]":
     words = r"[ \t]*".join(map(re.escape, text.split()))
-    return re.compile(
-        rf"^[ \t]*(?:\*\*|__)?{words}(?!(?<=\w)\w)[ \t]*:?(?:\*\*|__)?[ \t]*:?", re.IGNORECASE | re.MULTILINE
-    )
+    pattern = rf"^[ \t]*(?:\*\*|__)?{words}(?!(?<=\w)\w)[ \t]*[:：]?(?:\*\*|__)?[ \t]*[:：]?"
+    return re.compile(pattern, re.IGNORECASE | re.MULTILINE)
 
 
 def _squeezed(value: object) -> str:

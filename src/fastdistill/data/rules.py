@@ -72,18 +72,14 @@ class RuleFilter(Gate):
             yield
 
     async def judge(self, candidate: Candidate, sample: Sample, ctx: Context) -> Verdict:
-        answer = candidate.answer
-        return self._finish(candidate.completion) or self._length(answer) or await self._text(answer)
+        return self._end_and_length(candidate.completion, candidate.answer) or await self._text(candidate.answer)
 
-    def _finish(self, completion: Completion) -> Verdict | None:
+    def _end_and_length(self, completion: Completion, answer: str) -> Verdict | None:
         reason = completion.finish_reason
         if reason is FinishReason.CONTENT_FILTER:
             return self._fail(RuleReason.CONTENT_FILTERED)
         if reason is FinishReason.LENGTH and not self.allow_truncated:
             return self._fail(RuleReason.TRUNCATED, tokens=completion.usage.completion_tokens)
-        return None
-
-    def _length(self, answer: str) -> Verdict | None:
         chars = len(answer)
         if self.min_chars and not answer.strip():
             return self._fail(RuleReason.EMPTY, chars=chars)

@@ -80,7 +80,7 @@ class SelectBest(SampleStep):
                 first.setdefault(await self._key(candidate), candidate)
                 await give_turn()
             ranked = list(first.values())
-        return sample.selected(tuple([candidate.candidate_id for candidate in ranked[: self.k]]))
+        return replace(sample, selection=tuple([candidate.candidate_id for candidate in ranked[: self.k]]))
 
     async def _key(self, candidate: Candidate) -> Hashable:
         match self.distinct:

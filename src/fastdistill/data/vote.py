@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
+from itertools import takewhile
 from typing import ClassVar
 
 from msgspec.structs import replace
@@ -33,7 +34,7 @@ class MajorityVote(Gate):
     Defaults follow OpenMathInstruct-2 (arXiv:2410.01560), which votes over up to 32 answers.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     gate: str = Field("SQLiteExecEval", description="the execution gate whose results are counted")
     result: str = Field("result_signature", description="the entry of its verdict's detail that is the result")
@@ -44,8 +45,9 @@ class MajorityVote(Gate):
         return (self.gate,)
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
-        """Votes anew with all candidates there are, since each wave brings more."""
-        bare = [replace(c, verdicts=tuple(v for v in c.verdicts if v.gate != self.name)) for c in sample.candidates]
+        """Votes anew with all candidates there are, since each wave brings more; the gates behind it judge anew too."""
+        before = [tuple(takewhile(lambda verdict: verdict.gate != self.name, c.verdicts)) for c in sample.candidates]
+        bare = [replace(c, verdicts=given) for c, given in zip(sample.candidates, before, strict=True)]
         return await super().run(sample.with_candidates(bare), ctx)
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
