@@ -92,12 +92,12 @@ def syscall(number: int, *arguments: str) -> Attack:
 
 
 FORGED = """
-import json, os, struct
-def spray(message, framed=True):
+import json, os
+def spray(message, whole=True):
     body = json.dumps(message).encode()
     for fd in range(64):
         try:
-            os.write(fd, struct.pack('>I', len(body)) * framed + body)
+            os.write(fd, body + b'\\n' * whole)
         except OSError:
             pass
 """
@@ -210,7 +210,7 @@ ATTACKS = {
     ),
     "sprayed_result": attack(FORGED + "def f(x):\n    spray(['', 'passed', ''])\n    os._exit(0)", R.OPAQUE, R.EXITED),
     "sprayed_report": attack(
-        FORGED + "def f(x):\n    spray(['', 'passed', ''], framed=False)\n    os._exit(0)",
+        FORGED + "def f(x):\n    spray(['', 'passed', ''], whole=False)\n    os._exit(0)",
         R.OPAQUE,
         R.EXITED,
         R.LIMIT_RESULT,
@@ -220,8 +220,8 @@ ATTACKS = {
         FORGED + "spray(['loaded', {'f': ['value', 1]}])\nos._exit(0)", R.EXCEPTION, R.OPAQUE, R.EXITED
     ),
     "forged_nesting": attack(
-        "import os, struct\nbody = b'[' * 1000000\nfor fd in range(64):\n"
-        "    try: os.write(fd, struct.pack('>I', 1000000) + body)\n"
+        "import os\nfor fd in range(64):\n"
+        "    try: os.write(fd, b'[' * 1000000 + b'\\n')\n"
         "    except OSError: pass\nos._exit(0)",
         *(R.OPAQUE, R.EXITED, R.LIMIT_OUTPUT),
     ),
