@@ -150,6 +150,13 @@ def test_a_record_without_gold_is_an_error_where_gold_is_wanted(tmp_path: Path) 
 
 
 @needs_sandbox
+def test_a_sandbox_that_cannot_start_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))
+    with pytest.raises(EnvironmentFault, match=r"can't start: .*full"):
+        judged(PythonExecEval(), MBPP, [ADD, ADD], tmp_path)
+
+
+@needs_sandbox
 def test_a_verdict_of_one_process_is_marked(tmp_path: Path) -> None:
     (found,) = judged(PythonExecEval(mode="solo"), MBPP, [ADD], tmp_path)
     assert found.outcome is Outcome.PASS

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from fastdistill.core.errors import EnvironmentFault
+from fastdistill.core.errors import EnvironmentFault, together
 from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.execution.python_child import PythonReason
@@ -78,9 +78,8 @@ class PythonExecEval(Gate):
                 detail = f"gold: {gold.reason}: {gold.detail}"
                 reason = gold.reason if gold.reason.outcome == "error" else PythonReason.GOLD_INVALID
                 return [self._verdict(PythonEvaluation(reason, detail), pool.level)] * len(candidates)
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(pool.evaluate(replace(job, code=c.answer))) for c in candidates]
-        return [self._verdict(task.result(), pool.level) for task in tasks]
+        found = await together(*(pool.evaluate(replace(job, code=c.answer)) for c in candidates))
+        return [self._verdict(each, pool.level) for each in found]
 
     def gold(self, sample: Sample) -> str | None:
         gold = None if self.gold_field is None else sample.record.get(self.gold_field)
