@@ -109,14 +109,10 @@ class PythonExecEval(Gate):
         return PythonJob(texts[self.gold_field], tests, texts[self.setup_field], entry_point, self.mode)
 
     def _verdict(self, seen: PythonEvaluation, level: IsolationLevel) -> Verdict:
-        detail: dict[str, Any] = {"isolation": str(level)}
-        if seen.detail:
-            detail["detail"] = seen.detail
-        if seen.near_limit:
-            detail["near_limit"] = True
-        if self.mode == "solo":
-            detail["forgeable"] = True
-        return self.verdict(Outcome(seen.reason.outcome), seen.reason, **detail)
+        detail = {"isolation": str(level), "detail": seen.detail, "near_limit": seen.near_limit}
+        detail["forgeable"] = self.mode == "solo"
+        known: dict[str, Any] = {name: value for name, value in detail.items() if value}
+        return self.verdict(Outcome(seen.reason.outcome), seen.reason, **known)
 
 
 _REMEMBERED = 1000

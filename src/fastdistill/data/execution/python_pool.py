@@ -15,15 +15,15 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import BinaryIO, Literal, Self
 
 import fastdistill
-from fastdistill.core.errors import EnvironmentFault
+from fastdistill.core.errors import EnvironmentFault, together
 from fastdistill.core.timing import observe
 from fastdistill.data.execution import sandbox
 from fastdistill.data.execution.python_child import EXIT_STATUS, PythonReason
@@ -122,8 +122,10 @@ class PythonPool:
         self._closed = True
         for lane in self._lanes:
             lane.kill()
-        for _lane in self._lanes:  # each comes back from whoever has it, and those who wait for one give up
-            (await self._idle.get()).stop()
+        # Each comes back from whoever has it, and those who wait for one give up.
+        for lane in [await self._idle.get() for _ in self._lanes]:
+            lane.stop()
+            self._idle.put_nowait(lane)
 
     async def evaluate(self, job: PythonJob) -> PythonEvaluation:
         """Raises `PoolClosedError`, or `EnvironmentFault` if no process starts; all else is a reason."""
@@ -133,24 +135,20 @@ class PythonPool:
             return PythonEvaluation(PythonReason.LIMIT_CODE, f"{len(job.code)} characters")
         if not job.tests:
             return PythonEvaluation(PythonReason.TESTS_INVALID, "no tests")
-        self._check_open()
         called = perf_counter()
         lane = await self._idle.get()
         begun = perf_counter()
         try:
-            self._check_open()
-            evaluation = await lane.judge(job)
-            if evaluation.reason in (PythonReason.WALL_TIMEOUT, PythonReason.SANDBOX_DIED):
-                self._check_open()
+            for _ in range(2):
+                if self._closed:
+                    raise PoolClosedError("python pool: closed before it could answer")
                 evaluation = await lane.judge(job)
+                if evaluation.reason not in (PythonReason.WALL_TIMEOUT, PythonReason.SANDBOX_DIED):
+                    break
             return evaluation
         finally:
             self._idle.put_nowait(lane)
             observe(queued=begun - called, busy=perf_counter() - begun)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise PoolClosedError("python pool: closed before it could answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +157,13 @@ class _Run:
 
     output: bytes
     report: bytes
+    overflowed: bool
     status: int
     """The program's; negative: a signal."""
     cpu_s: float
     killed: bool
-    tester_status: int | None
-    overflowed: bool
-    timed_out: bool
+    tester_status: int | None = None
+    timed_out: bool = False
 
 
 class _Lane:
@@ -259,43 +257,31 @@ class _Lane:
 
     async def _outcome(self, control: socket.socket, outputs: Sequence[socket.socket], longest: Sequence[int]) -> _Run:
         loop = asyncio.get_running_loop()
-        overflowed = timed_out = False
+
+        async def end_of_case() -> bytes:
+            try:
+                async with asyncio.timeout(self._limits.wall_s + _REAP_S):
+                    if ends := await loop.sock_recv(control, 4096):
+                        return ends
+                raise ConnectionResetError
+            except OSError:
+                self.kill()  # and so closes the outputs
+                raise
 
         async def drain(output: socket.socket, most: int) -> bytes:
-            nonlocal overflowed
             output.setblocking(False)
             seen = bytearray()
             with suppress(OSError):  # there is nobody left to kill it
                 while part := await loop.sock_recv(output, 1 << 16):
-                    seen += part[: most + 1 - len(seen)]
-                    if len(seen) > most and not overflowed:
-                        overflowed = True
-                        control.send(KILL)
+                    if len(seen) <= most:
+                        seen += part[: most + 1 - len(seen)]
+                        if len(seen) > most:
+                            control.send(KILL)
             return bytes(seen)
 
-        async def end_of_case(seconds: float) -> bytes:
-            async with asyncio.timeout(seconds):
-                return await loop.sock_recv(control, 4096)
-
-        async with asyncio.TaskGroup() as group:
-            drains = [group.create_task(drain(*one)) for one in zip(outputs, longest, strict=True)]
-            ends = b""
-            with suppress(OSError):
-                try:
-                    ends = await end_of_case(self._limits.wall_s)
-                except TimeoutError:
-                    timed_out = True
-                    control.send(KILL)
-                    ends = await end_of_case(_REAP_S)
-            if not ends:
-                self.kill()
-        if not ends:
-            raise ConnectionResetError
-        output, report = drains[0].result(), b"".join(task.result() for task in drains[1:])
-        processes = json.loads(ends)
-        status, cpu_s, killed = processes["program"]
-        tester_status = processes["tester"][0] if "tester" in processes else None
-        return _Run(output, report, status, cpu_s, killed, tester_status, overflowed, timed_out)
+        ends, output, *report = await together(end_of_case(), *map(drain, outputs, longest))
+        overflowed = any(len(seen) > most for seen, most in zip((output, *report), longest, strict=True))
+        return _Run(output, b"".join(report), overflowed, **json.loads(ends))
 
     def kill(self) -> None:
         """Ends the zygote and all that it runs; whoever listens to it learns that it is gone."""
@@ -305,8 +291,6 @@ class _Lane:
     def stop(self) -> None:
         """Kills, waits until it is gone, and gives back what it used. Nobody may be listening."""
         self.kill()
-        if self._process is not None:
-            self._process.wait()
         self._process = None
         self._resources.close()
 
@@ -326,12 +310,7 @@ class _Lane:
 
     def _start(self) -> None:
         readable = [*sandbox.readable_paths(), str(_PACKAGE)]
-        settings = {
-            "level": self._level,
-            **asdict(self._limits),
-            "readable": readable,
-            "hidden": [str(_PACKAGE.parent)],
-        }
+        settings = {"level": self._level, "readable": readable, **asdict(self._limits)}
         worker = ("-m", "fastdistill.data.execution.python_worker", json.dumps(settings))
         # The interpreter's own isolated mode would ignore PYTHONHASHSEED, on which the order of sets depends.
         command = [sandbox.interpreter(), "-B", "-P", "-S", "-s", "-X", "utf8", *worker]
@@ -341,7 +320,7 @@ class _Lane:
         self._control.setblocking(False)
         self._resources.enter_context(self._control)
         with theirs:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 sandbox.wrapped(command, self._level, readable),
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
@@ -349,16 +328,16 @@ class _Lane:
                 cwd=self._resources.enter_context(tempfile.TemporaryDirectory(prefix="fastdistill-")),
                 start_new_session=True,  # Ctrl-C in the terminal is not for it
             )
+        self._process = self._resources.enter_context(process)
 
 
-@contextmanager
-def _sealed(content: bytes) -> Iterator[BinaryIO]:
+def _sealed(content: bytes) -> BinaryIO:
     """A file in memory that nobody can change any more, to be read from its beginning."""
-    with os.fdopen(os.memfd_create("input", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC), "w+b", buffering=0) as file:
-        file.write(content)
-        file.seek(0)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-        yield file
+    file = os.fdopen(os.memfd_create("input", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC), "w+b", buffering=0)
+    file.write(content)
+    file.seek(0)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    return file
 
 
 def _json(message: object) -> bytes:
