@@ -23,40 +23,29 @@ from fastdistill.data.execution.reason import Reason
 
 
 class PythonReason(Reason):
-    """Why a program was judged as it was: a closed set. Each reason has one `outcome`."""
+    """Why a program was judged as it was; docs/sections/fastdistill/gates.md says of each when."""
 
     PASSED = "passed", "pass"
 
     EMPTY = "empty"
     SYNTAX_ERROR = "syntax_error"
     ASSERTION = "assertion"
-    """A test found a wrong result."""
     MISMATCH = "mismatch"
-    """It printed something else than the expected output."""
     EXCEPTION = "exception"
     MISSING_NAME = "missing_name"
-    """It does not define what the tests call."""
     OPAQUE = "opaque"
-    """It returned something that is not a plain value (an object, a generator, a subclass): see `mode: solo`."""
     EXITED = "exited"
-    """It ended its process instead of answering."""
     CRASHED = "crashed"
-    """It brought its process down: a fault in memory, an abort."""
     LIMIT_CODE = "limit_code"
     LIMIT_CPU = "limit_cpu"
     LIMIT_MEMORY = "limit_memory"
     LIMIT_OUTPUT = "limit_output"
     LIMIT_RESULT = "limit_result"
-    """One returned value is too large."""
 
     GOLD_INVALID = "gold_invalid", "error"
-    """The gold program does not pass its own tests."""
     TESTS_INVALID = "tests_invalid", "error"
-    """No tests, broken ones, or tests that never call the candidate."""
     TESTS_LIMIT = "tests_limit", "error"
-    """The tests themselves ran out of CPU time or memory."""
     WALL_TIMEOUT = "wall_timeout", "error"
-    """The wall clock ran out before the CPU time did: it sleeps, or the machine is too busy."""
     SANDBOX_DIED = "sandbox_died", "error"
 
 
