@@ -219,12 +219,15 @@ ATTACKS = {
     "forged_reply": attack(
         FORGED + "spray(['loaded', {'f': ['value', 1]}])\nos._exit(0)", R.EXCEPTION, R.OPAQUE, R.EXITED
     ),
-    "forged_nesting": attack(
-        "import os\nfor fd in range(64):\n"
-        "    try: os.write(fd, b'[' * 1000000 + b'\\n')\n"
-        "    except OSError: pass\nos._exit(0)",
-        *(R.OPAQUE, R.EXITED, R.LIMIT_OUTPUT),
-    ),
+    **{
+        f"forged_nesting_{depth}": attack(
+            "import os\nfor fd in range(64):\n"
+            f"    try: os.write(fd, b'[' * {depth} + b'\\n')\n"
+            "    except OSError: pass\nos._exit(0)",
+            *(R.OPAQUE, R.EXITED, R.LIMIT_OUTPUT),
+        )
+        for depth in (50_000, 1_000_000)
+    },
     "poisoned_modules": attack(
         "import sys, json\njson.dumps = lambda *a, **k: '[\"value\", 4]'\nsys.modules['ast'] = None\n"
         "sys.modules['json'] = None\ndef f(x): return 0",

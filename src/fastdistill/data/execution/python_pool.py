@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import BinaryIO, Literal, Self
@@ -26,7 +26,7 @@ import fastdistill
 from fastdistill.core.errors import EnvironmentFault, together
 from fastdistill.core.timing import observe
 from fastdistill.data.execution import sandbox
-from fastdistill.data.execution.python_child import EXIT_STATUS, PythonReason
+from fastdistill.data.execution.python_child import EXIT_STATUS, Finding, PythonReason
 from fastdistill.data.execution.python_worker import KILL, READY, Role
 from fastdistill.data.execution.worker_pool import PoolClosedError
 
@@ -196,51 +196,50 @@ class _Lane:
         else:
             run = await self._run("split", [_json(code), _json(task)])
         reason, detail = PythonReason.EXITED, "its process ended"
-        with suppress(ValueError, TypeError, AttributeError):  # half a report, or what a candidate sprayed
+        with suppress(
+            ValueError, TypeError, AttributeError, RecursionError
+        ):  # half a report, or what a candidate sprayed
             signature, word, text = json.loads(run.report)
             if signature == token:
                 reason, detail = PythonReason(word), text.encode(errors="backslashreplace").decode()
-        found = PythonEvaluation(reason, detail or None)
         if reason is PythonReason.EXITED or run.overflowed:
-            found = self._fault(run) or found
-        return replace(found, near_limit=self._is_near_limit(run, found))
-
-    def _is_near_limit(self, run: _Run, found: PythonEvaluation | None) -> bool:
-        # At load the kernel may enforce the limit before its own account of CPU time says so.
-        spent = found is not None and found.reason is PythonReason.LIMIT_CPU
-        return spent or run.cpu_s >= _NEAR_LIMIT * self._limits.cpu_s
+            reason, detail = self._fault(run) or (reason, detail)
+        return PythonEvaluation(reason, detail or None, self._is_near_limit(run, reason))
 
     async def _compare_outputs(self, code: str, pairs: Sequence[InputOutput]) -> PythonEvaluation:
         near_limit = False
         for place, pair in enumerate(pairs, 1):
             stdin, expected = (text.encode(errors="surrogatepass") for text in (pair.input, pair.output))
             run = await self._run("stdio", [_json(code), stdin], 2 * len(expected))
-            found = self._fault(run)
-            near_limit |= self._is_near_limit(run, found)
-            if found is None and run.status:
-                reason = EXIT_STATUS.get(run.status, PythonReason.EXITED)
-                found = PythonEvaluation(reason, f"status {run.status}")
-            elif found is None and _lines(run.output) != _lines(expected):
-                found = PythonEvaluation(PythonReason.MISMATCH, "printed something else")
-            if found:
-                return replace(found, detail=f"test {place}: {found.detail}", near_limit=near_limit)
+            reason, detail = self._fault(run) or (PythonReason.PASSED, "")
+            if reason is PythonReason.PASSED and run.status:
+                reason, detail = EXIT_STATUS.get(run.status, PythonReason.EXITED), f"status {run.status}"
+            elif reason is PythonReason.PASSED and _lines(run.output) != _lines(expected):
+                reason, detail = PythonReason.MISMATCH, "printed something else"
+            near_limit |= self._is_near_limit(run, reason)
+            if reason is not PythonReason.PASSED:
+                return PythonEvaluation(reason, f"test {place}: {detail}", near_limit)
         return PythonEvaluation(PythonReason.PASSED, near_limit=near_limit)
 
-    def _fault(self, run: _Run) -> PythonEvaluation | None:
+    def _is_near_limit(self, run: _Run, reason: PythonReason) -> bool:
+        # At load the kernel may enforce the limit before its own account of CPU time says so.
+        return reason is PythonReason.LIMIT_CPU or run.cpu_s >= _NEAR_LIMIT * self._limits.cpu_s
+
+    def _fault(self, run: _Run) -> Finding | None:
         """What the end of the processes says; None if the program's ended by itself."""
         status = run.status
         if run.overflowed:
-            return PythonEvaluation(PythonReason.LIMIT_OUTPUT, "printed too much")
+            return PythonReason.LIMIT_OUTPUT, "printed too much"
         if status == -signal.SIGXCPU or (status == -signal.SIGKILL and run.cpu_s > self._limits.cpu_s):
-            return PythonEvaluation(PythonReason.LIMIT_CPU, f"more than {self._limits.cpu_s} s of CPU time")
+            return PythonReason.LIMIT_CPU, f"more than {self._limits.cpu_s} s of CPU time"
         if run.timed_out:
-            return PythonEvaluation(PythonReason.WALL_TIMEOUT, f"no end within {self._limits.wall_s} s")
+            return PythonReason.WALL_TIMEOUT, f"no end within {self._limits.wall_s} s"
         if run.tester_status is not None and not run.report:
-            return PythonEvaluation(PythonReason.TESTS_LIMIT, f"the tester {_describe(run.tester_status)}")
+            return PythonReason.TESTS_LIMIT, f"the tester {_describe(run.tester_status)}"
         if status == -signal.SIGKILL:
             # Nothing in the sandbox may send this signal: it was us, or the machine (out of memory), or somebody.
-            return None if run.killed else PythonEvaluation(PythonReason.SANDBOX_DIED, _describe(status))
-        return PythonEvaluation(PythonReason.CRASHED, _describe(status)) if status < 0 else None
+            return None if run.killed else (PythonReason.SANDBOX_DIED, _describe(status))
+        return (PythonReason.CRASHED, _describe(status)) if status < 0 else None
 
     async def _run(self, role: Role, inputs: Sequence[bytes], expected_bytes: int = 0) -> _Run:
         """Runs one case to the end of all its processes. Raises OSError if the zygote dies."""
