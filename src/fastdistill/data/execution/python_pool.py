@@ -196,9 +196,8 @@ class _Lane:
         else:
             run = await self._run("split", [_json(code), _json(task)])
         reason, detail = PythonReason.EXITED, "its process ended"
-        with suppress(
-            ValueError, TypeError, AttributeError, RecursionError
-        ):  # half a report, or what a candidate sprayed
+        # Half a report is none, and so is what a candidate sprayed.
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):
             signature, word, text = json.loads(run.report)
             if signature == token:
                 reason, detail = PythonReason(word), text.encode(errors="backslashreplace").decode()
