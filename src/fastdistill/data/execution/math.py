@@ -114,8 +114,7 @@ class MathExecEval(Gate):
         spellings = list(dict.fromkeys(map(answer_math.canonical, found.answers)))
         whole = MathReason.EXTRACTED if len(found.answers[0]) <= LONGEST else MathReason.UNREADABLE
         reason = whole if len(spellings) == 1 else MathReason.AMBIGUOUS
-        known = told if told is not None and told.outcome is not Outcome.ERROR else None
-        measured = {"gold_match": known.outcome is Outcome.PASS} if known else {}
+        measured = {"gold_match": told.outcome is Outcome.PASS} if told and told.outcome is not Outcome.ERROR else {}
         return self._verdict(reason, answer=" | ".join(spellings[:4]), extracted=found.method, **measured)
 
     async def _compared(self, gold: str, found: Extracted) -> Verdict:
