@@ -181,9 +181,14 @@ def test_levels_are_ordered_and_described() -> None:
     assert wrapped(["python"], IsolationLevel.LANDLOCK, ["/usr"]) == ["python"]
 
 
-def test_a_level_that_does_not_exist_is_refused_when_the_config_is_read() -> None:
+@pytest.mark.parametrize(
+    "options", [{"min_isolation": "none"}, {"limits": {"memory_bytes": -1}}, {"limits": {"cpu_s": 0}}]
+)
+def test_a_level_that_does_not_exist_and_a_limit_that_is_none_are_refused_when_the_config_is_read(
+    options: dict[str, Any],
+) -> None:
     with pytest.raises(ValidationError):
-        PythonExecEval.model_validate({"min_isolation": "none"})
+        PythonExecEval.model_validate(options)
 
 
 def test_limits_and_mode_change_the_fingerprint() -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr
 
 from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
@@ -39,10 +39,10 @@ class MathReason(Reason):
 class MathLimits:
     """What the comparison of one pair of expressions may cost."""
 
-    cpu_s: float = 2.0
-    wall_s: float = 30.0
+    cpu_s: PositiveFloat = 2.0
+    wall_s: PositiveFloat = 30.0
     """A backstop that never blames the answer."""
-    memory_bytes: int = 1 << 30
+    memory_bytes: PositiveInt = 1 << 30
     """Address space of a worker; with sympy it takes about 200 MB of it."""
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import BinaryIO, Literal, Self
 
+from pydantic import PositiveFloat, PositiveInt
+
 import fastdistill
 from fastdistill.core.errors import EnvironmentFault, together
 from fastdistill.core.timing import observe
@@ -45,15 +47,15 @@ _INHERITED = ("LD_LIBRARY_PATH", "PYTHONHOME")
 class PythonLimits:
     """What one case may cost: `cpu_s` and `memory_bytes` hold for each of its processes."""
 
-    cpu_s: int = 3
-    wall_s: float = 30.0
+    cpu_s: PositiveInt = 3
+    wall_s: PositiveFloat = 30.0
     """A backstop, ten times the CPU time, so that a busy machine changes no verdict."""
-    memory_bytes: int = 512 << 20
+    memory_bytes: PositiveInt = 512 << 20
     """Address space; an interpreter takes about 30 MB of it."""
-    code_bytes: int = 100_000
-    output_bytes: int = 64 << 10
+    code_bytes: PositiveInt = 100_000
+    output_bytes: PositiveInt = 64 << 10
     """What a program may print, or twice the expected output if that is more."""
-    result_bytes: int = 4 << 20
+    result_bytes: PositiveInt = 4 << 20
     """One returned value, as JSON."""
 
 
