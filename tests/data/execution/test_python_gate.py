@@ -1,6 +1,9 @@
 """The gate over samples: three forms of tests, broken records, gold, and what a verdict says."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,6 +164,19 @@ def test_a_verdict_of_one_process_is_marked(tmp_path: Path) -> None:
     (found,) = judged(PythonExecEval(mode="solo"), MBPP, [ADD], tmp_path)
     assert found.outcome is Outcome.PASS
     assert found.detail["forgeable"] is True
+
+
+@needs_sandbox
+def test_an_interpreter_that_is_installed_behind_a_link_finds_its_library(tmp_path: Path) -> None:
+    (tmp_path / "python").symlink_to(sys.base_prefix)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "pyvenv.cfg").write_text(f"home = {tmp_path / 'python' / 'bin'}\n")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.symlink_to(tmp_path / "python" / "bin" / Path(sys.executable).resolve().name)
+    program = "from fastdistill.data.execution.sandbox import available_isolation as a; print(*a().levels)"
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([python, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == list(AVAILABLE.levels)
 
 
 @pytest.mark.skipif(IsolationLevel.BUBBLEWRAP in AVAILABLE.levels, reason="bubblewrap works here")

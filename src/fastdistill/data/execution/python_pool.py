@@ -183,9 +183,9 @@ class _Lane:
         pairs = [test for test in job.tests if isinstance(test, InputOutput)]
         try:
             return await (self._compare_outputs(code, pairs) if pairs else self._run_tests(job, code))
-        except OSError:
+        except OSError as error:
             self.stop()
-            return PythonEvaluation(PythonReason.SANDBOX_DIED, "its zygote died")
+            return PythonEvaluation(PythonReason.SANDBOX_DIED, str(error) or "its zygote died")
         except BaseException:
             self.stop()  # the case may still be running
             raise

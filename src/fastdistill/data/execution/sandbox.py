@@ -96,7 +96,9 @@ def available_isolation() -> Isolation:
 
 def readable_paths() -> list[str]:
     """All that the interpreter needs to read in order to run with its standard library."""
-    paths = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix, sys.base_exec_prefix)
+    prefixes = sys.base_prefix, sys.base_exec_prefix
+    resolved = (str(Path(prefix).resolve()) for prefix in prefixes)  # where `interpreter` is, if they are links
+    paths = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", *prefixes, *resolved)
     return [path for path in dict.fromkeys(paths) if Path(path).exists()]
 
 
