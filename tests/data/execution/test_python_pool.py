@@ -594,6 +594,12 @@ def test_a_prompt_is_continued_and_its_helpers_are_the_records_own() -> None:
 
 
 @needs_sandbox
+def test_imports_from_the_future_stand_before_the_setup() -> None:
+    code = f"from __future__ import annotations\n{CORRECT.replace('x)', 'x: Later)', 1)}"
+    assert verdict_on(code, CHECK, setup="import math\n", entry_point="f") is R.PASSED
+
+
+@needs_sandbox
 def test_the_entry_point_may_have_the_name_of_a_builtin_and_no_other_name_may() -> None:
     code = "def sum(a, b): return a + b\ndef len(x): return 7\n"
     assert verdict_on(code, "assert sum(1, 2) == 3", entry_point="sum") is R.PASSED

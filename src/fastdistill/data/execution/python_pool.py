@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -38,6 +39,7 @@ _REAP_S = 10.0
 """Wall seconds for a killed case to be gone."""
 _REPORT_BYTES = 1 << 16
 _NEAR_LIMIT = 0.8
+_FUTURE = re.compile(r"(?:from __future__ import [^\n]*\n)+")
 _PACKAGE = Path(fastdistill.__file__).parent
 _INHERITED = ("LD_LIBRARY_PATH", "PYTHONHOME")
 """All that a zygote inherits, where it is set: what an interpreter may need in order to start."""
@@ -179,7 +181,9 @@ class _Lane:
 
     async def judge(self, job: PythonJob) -> PythonEvaluation:
         """One attempt. Raises EnvironmentFault if no zygote starts."""
-        code = job.setup + ("" if not job.setup or job.setup.endswith("\n") else "\n") + job.code
+        future = _FUTURE.match(job.code)
+        first = future[0] if future else ""  # nothing may stand before it
+        code = first + job.setup + ("" if not job.setup or job.setup.endswith("\n") else "\n") + job.code[len(first) :]
         pairs = [test for test in job.tests if isinstance(test, InputOutput)]
         try:
             return await (self._compare_outputs(code, pairs) if pairs else self._run_tests(job, code))
