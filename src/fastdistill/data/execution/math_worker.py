@@ -52,8 +52,8 @@ class _Judge:
             self._process = _FORK.Process(target=_serve, args=(theirs, *self._limits), daemon=True)
             self._process.start()
             theirs.close()
+        self._answers.send_bytes(line(pair))
         try:
-            self._answers.send_bytes(line(pair))
             return "match" if json.loads(self._answers.recv_bytes()) else "mismatch"
         except (EOFError, OSError):
             self._process.join()

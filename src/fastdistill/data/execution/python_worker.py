@@ -112,7 +112,7 @@ def _watch(control: socket.socket, children: dict[int, str], wall_s: float) -> d
         events = poll.poll(1000 * min(max(0.0, deadline - monotonic()), _EVER_S))
         stop = not events
         if stop:
-            found["timed_out"] = "tester_status" not in found
+            found.setdefault("timed_out", "tester_status" not in found)
             deadline = math.inf
         for descriptor, _ in events:
             if pid := running.pop(descriptor, 0):
