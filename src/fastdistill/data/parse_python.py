@@ -41,7 +41,7 @@ def clean_python(text: str) -> tuple[str, tuple[Cut, ...]]:
         cuts += [Cut("fence", block["closes"]), Cut("prose", text[block.end() :])]
         start, end = block.span("code")
     else:
-        body = _masked(text[start:])
+        body = _STRING_OR_COMMENT.sub(lambda found: "#" * len(found[0]), text[start:])
         first = _CODE_LINE.search(body)
         if first and _PROSE_LINE.search(body, 0, first.start()):
             cuts.append(Cut("prose", text[start : start + first.start()]))
@@ -52,11 +52,6 @@ def clean_python(text: str) -> tuple[str, tuple[Cut, ...]]:
             cuts.append(Cut("prose", text[end:]))
     shown = tuple(Cut(cut.kind, cut.text.strip()) for cut in cuts if cut.text.strip())
     return _BLANK_LINES.sub("", text[start:end]).rstrip(), shown
-
-
-def _masked(text: str) -> str:
-    """The text with its strings and comments blotted out, each piece as long as it was."""
-    return _STRING_OR_COMMENT.sub(lambda found: "#" * len(found[0]), text)
 
 
 _THINKING = re.compile(

@@ -115,7 +115,6 @@ def prepare_humaneval(source: Path, samples: int, seed: int, output: Path | None
 
 
 def _records(source: Path, name: str) -> list[dict[str, Any]]:
-    forms = {"GSM8K": _Worded, "MBPP": _Asserted, "HumanEval": _Checked}
     remedy = f"give {name}'s file as --source, from {_URLS[name]}"
     try:
         content = source.read_bytes()
@@ -127,8 +126,8 @@ def _records(source: Path, name: str) -> list[dict[str, Any]]:
         raise InputError(f"{source}: can't be read ({error}); {remedy}") from error
     records = []
     for number, line in enumerate(map(bytes, lines)):
-        checked = name == "MBPP" and b'"canonical_solution"' in line
-        form: Any = _Checked if checked else forms[name]
+        asserted = name == "MBPP" and b'"canonical_solution"' not in line
+        form: Any = _Worded if name == "GSM8K" else _Asserted if asserted else _Checked
         try:
             if line.strip():
                 records.append(msgspec.json.decode(line, type=form).record(f"{source.stem}-{number:05d}"))

@@ -52,8 +52,7 @@ class MathPool(WorkerPool[tuple[str, str], MathReason]):
     module = "fastdistill.data.execution.math_worker"
     what = "math"
 
-    def __init__(self, workers: int | None = None, limits: MathLimits | None = None) -> None:
-        limits = limits or MathLimits()
+    def __init__(self, workers: int | None, limits: MathLimits) -> None:
         super().__init__(workers, asdict(limits), limits.wall_s, batch=4)
 
     def from_wire(self, message: list[str]) -> MathReason:

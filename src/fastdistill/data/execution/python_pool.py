@@ -111,15 +111,14 @@ class PythonPool:
             raise EnvironmentFault(f"python sandbox: {level or 'isolation'} is not available here: {available}")
         self.level = found
         self._limits = limits or PythonLimits()
-        self._workers = workers or 1 + (os.cpu_count() or 1)  # one more, for a lane waits at times
-        self._closed = True
-
-    async def __aenter__(self) -> Self:
-        self._lanes = [_Lane(self._limits, self.level) for _ in range(self._workers)]
+        workers = workers or 1 + (os.cpu_count() or 1)  # one more, for a lane waits at times
+        self._lanes = [_Lane(self._limits, found) for _ in range(workers)]
         self._idle: asyncio.LifoQueue[_Lane] = asyncio.LifoQueue()
         for lane in self._lanes:
             self._idle.put_nowait(lane)
         self._closed = False
+
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
