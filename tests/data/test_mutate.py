@@ -109,6 +109,14 @@ def test_a_program_that_continues_a_prompt_is_broken_where_it_is() -> None:
     assert python("    return f'{a + 1}'\n", "arithmetic", prompt) == [], "an f-string is left alone"
 
 
+def test_every_mutant_of_a_program_is_a_program() -> None:
+    code = "def f(a):\n    match a:\n        case 1 | {'b': -2}:\n            return a[3]\n    return 4\n"
+    mutants = [mutation.apply() for mutation in mutate_python(code)]
+    assert len(mutants) == len(set(mutants)) == 5
+    for mutant in mutants:
+        ast.parse(mutant)
+
+
 @pytest.mark.parametrize("code", ["def f(:", "    return 1", "\0", "(" * 5000])
 def test_what_is_no_program_has_no_mutants(code: str) -> None:
     assert mutate_python(code) == []

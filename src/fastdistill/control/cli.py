@@ -335,7 +335,7 @@ def wikisql(
 @prepare_app.command()
 def mbpp(source: Published, samples: Samples = 1000, seed: Seed = 13, output: Prepared = None) -> None:
     """MBPP: Python functions to write, with their tests (sanitized-mbpp.json, mbpp.jsonl, or CodeT's)."""
-    from fastdistill.data.code_tasks import prepare_mbpp
+    from fastdistill.data.problems import prepare_mbpp
 
     print(prepare_mbpp(source, samples, seed, output))
 
@@ -343,7 +343,7 @@ def mbpp(source: Published, samples: Samples = 1000, seed: Seed = 13, output: Pr
 @prepare_app.command()
 def humaneval(source: Published, samples: Samples = 1000, seed: Seed = 13, output: Prepared = None) -> None:
     """HumanEval: Python functions to complete, with their tests (HumanEval.jsonl, HumanEval.jsonl.gz)."""
-    from fastdistill.data.code_tasks import prepare_humaneval
+    from fastdistill.data.problems import prepare_humaneval
 
     print(prepare_humaneval(source, samples, seed, output))
 
@@ -356,7 +356,7 @@ def gsm8k(
     output: Prepared = None,
 ) -> None:
     """GSM8K: grade-school problems with their final answers and worked solutions."""
-    from fastdistill.data.gsm8k import prepare_gsm8k
+    from fastdistill.data.problems import prepare_gsm8k
 
     print(prepare_gsm8k(source, samples, seed, output))
 

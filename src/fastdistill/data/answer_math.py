@@ -62,17 +62,15 @@ def compare(gold: str, candidate: str, close: Callable[[Fraction, Fraction], boo
         given = found[1] if (found := _CHOSEN.fullmatch(candidate)) else given if isinstance(given, str) else None
     if wanted is None or given is None:
         return Equality.NOT_PLAIN
-    wanted, given = (v.items[0] if isinstance(v, _Group) and len(v.items) == 1 else v for v in (wanted, given))
-    if isinstance(wanted, _Quantity) and isinstance(given, _Quantity):
-        return _compare_quantities(wanted, given, close)
-    if isinstance(wanted, _Group) and isinstance(given, _Group):
-        if (wanted.brackets == "{}") != (given.brackets == "{}"):
-            return Equality.NOT_PLAIN
-        if wanted.brackets != given.brackets or len(wanted.items) != len(given.items):
-            return Equality.DIFFERENT
-        pairs = {_compare_quantities(*pair, close) for pair in zip(wanted.items, given.items, strict=True)}
-        return next((worst for worst in (Equality.DIFFERENT, Equality.UNIT_UNCLEAR) if worst in pairs), Equality.EQUAL)
-    return Equality.EQUAL if wanted == given else Equality.DIFFERENT
+    if isinstance(wanted, str) or isinstance(given, str):
+        return Equality.EQUAL if wanted == given else Equality.DIFFERENT
+    if wanted.brackets != given.brackets and min(len(wanted.items), len(given.items)) > 1:
+        return Equality.NOT_PLAIN if "{}" in (wanted.brackets, given.brackets) else Equality.DIFFERENT
+    if len(wanted.items) != len(given.items):
+        return Equality.DIFFERENT
+    pairs = {_compare_quantities(*pair, close) for pair in zip(wanted.items, given.items, strict=True)}
+    worst_first = (Equality.NOT_PLAIN, Equality.DIFFERENT, Equality.UNIT_UNCLEAR, Equality.EQUAL)
+    return next(worst for worst in worst_first if worst in pairs)
 
 
 def canonical(answer: str) -> str:
@@ -85,9 +83,8 @@ def canonical(answer: str) -> str:
         return "".join(answer.split())
     if isinstance(plain, str):
         return plain
-    group = plain if isinstance(plain, _Group) else _Group("{}", (plain,))
-    numbers = ", ".join(str(item.number) for item in group.items)
-    return numbers if len(group.items) == 1 else f"{group.brackets[0]}{numbers}{group.brackets[1]}"
+    numbers = ", ".join(str(item.number) for item in plain.items)
+    return numbers if len(plain.items) == 1 else f"{plain.brackets[0]}{numbers}{plain.brackets[1]}"
 
 
 def clean(text: str) -> str:
@@ -135,16 +132,16 @@ class _Quantity:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    brackets: str  # `{}` for what has no order
+    brackets: str  # `{}` for what has no order, or is one number alone
     items: tuple[_Quantity, ...]
 
 
-def _parsed(text: str) -> _Quantity | _Group | str | None:
+def _parsed(text: str) -> _Group | str | None:
     """What a cleaned answer is, if it is plain. A choice is its letter; words are themselves, in lower case."""
     if len(text) > LONGEST:
         return None
     if quantity := _quantity(text):
-        return quantity
+        return _Group("{}", (quantity,))
     if choice := re.fullmatch(r"\(?([A-J])\)?", text):
         return choice[1]
     if re.fullmatch(r"[^\W\d_]{2,}(?:[ '-]+[^\W\d_]+)*", text):

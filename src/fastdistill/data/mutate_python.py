@@ -67,8 +67,9 @@ def _walk(node: ast.AST, parent: ast.AST | None = None) -> Iterator[tuple[ast.ex
     """Expressions and statements that stand in the text, each with its parent."""
     if isinstance(node, ast.expr | ast.stmt):
         yield node, parent
-    # What stands in an f-string has no place of its own before Python 3.12; an annotation decides nothing.
-    if not isinstance(node, ast.JoinedStr):
+    # What stands in an f-string has no place of its own before Python 3.12; a pattern of `match` takes no calculation;
+    # an annotation decides nothing.
+    if not isinstance(node, ast.JoinedStr | ast.pattern):
         for name, value in ast.iter_fields(node):
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST) and name not in ("annotation", "returns"):

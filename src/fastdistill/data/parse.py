@@ -6,6 +6,7 @@ answer, untouched. It never repairs: what is not SQL stays as it is, for the gat
 
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
 from msgspec import Struct
 
@@ -22,6 +23,8 @@ class CleanSqlOutput(SampleStep):
     Thinking, code fences, labels, prose, further statements, quotes around the whole and the final semicolon go.
     Cleaning a clean answer changes nothing.
     """
+
+    version: ClassVar[int] = 2
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         return await rewritten(sample, _cleaned)

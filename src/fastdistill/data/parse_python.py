@@ -30,34 +30,28 @@ def clean_python(text: str) -> tuple[str, tuple[Cut, ...]]:
     if len(text) > LONGEST:
         return text, ()
     start, end = 0, len(text)
-    before: list[Cut] = []
-    after: list[Cut] = []
+    cuts: list[Cut] = []
     if thinking := _THINKING.match(text):
         start = thinking.end()
-        before.append(Cut("thinking", text[:start]))
+        cuts.append(Cut("thinking", text[:start]))
     blocks = list(_FENCED.finditer(text, start))
     if blocks:
         block = next((b for b in blocks if _DEFINITION.search(b["code"])), blocks[0])
-        before += [Cut("prose", text[start : block.start()]), Cut("fence", block["opens"])]
-        after += [Cut("fence", block["closes"]), Cut("prose", text[block.end() :])]
+        cuts += [Cut("prose", text[start : block.start()]), Cut("fence", block["opens"])]
+        cuts += [Cut("fence", block["closes"]), Cut("prose", text[block.end() :])]
         start, end = block.span("code")
     else:
-        body = _masked(text[start:])
+        body = _STRING_OR_COMMENT.sub(lambda found: "#" * len(found[0]), text[start:])
         first = _CODE_LINE.search(body)
         if first and _PROSE_LINE.search(body, 0, first.start()):
-            before.append(Cut("prose", text[start : start + first.start()]))
+            cuts.append(Cut("prose", text[start : start + first.start()]))
             body, start = body[first.start() :], start + first.start()
         last = _PROSE_LINE.search(body)
         if last and body[: last.start()].strip():
             end = start + last.start()
-            after.append(Cut("prose", text[end:]))
-    cuts = (Cut(cut.kind, cut.text.strip()) for cut in (*before, *after) if cut.text.strip())
-    return _BLANK_LINES.sub("", text[start:end]).rstrip(), tuple(cuts)
-
-
-def _masked(text: str) -> str:
-    """The text with its strings and comments blotted out, each piece as long as it was."""
-    return _STRING_OR_COMMENT.sub(lambda found: "#" * len(found[0]), text)
+            cuts.append(Cut("prose", text[end:]))
+    shown = tuple(Cut(cut.kind, cut.text.strip()) for cut in cuts if cut.text.strip())
+    return _BLANK_LINES.sub("", text[start:end]).rstrip(), shown
 
 
 _THINKING = re.compile(

@@ -11,8 +11,7 @@ from pydantic import Field, model_validator
 
 from fastdistill.core.step import Context, Gate
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, Verdict
-from fastdistill.data.execution.pattern_worker import Rule
-from fastdistill.data.execution.patterns import CPU_S, PatternPool
+from fastdistill.data.execution.patterns import CPU_S, PatternPool, Rule
 from fastdistill.data.execution.reason import Reason
 from fastdistill.data.execution.worker_pool import Cause, Death
 from fastdistill.data.sql_parser import parsed, parser

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from pydantic import ValidationError
 
 from fastdistill.core.types import Outcome, Sample, Verdict
 from fastdistill.data.execution.math import MathExecEval, MathLimits, MathPool, MathReason
@@ -231,6 +232,11 @@ def test_a_tolerance_holds_only_where_it_is_given(tmp_path: Path) -> None:
     near = [Outcome.PASS, Outcome.FAIL, Outcome.PASS]
     assert [v.outcome for v in judge(tmp_path, pairs, tolerance=1e-3)] == near
     assert [v.outcome for v in judge(tmp_path, pairs, absolute_tolerance=0.0011)] == near
+
+
+def test_a_limit_that_would_be_none_is_refused_when_the_config_is_read() -> None:
+    with pytest.raises(ValidationError, match=r"limits\.cpu_s"):
+        MathExecEval.model_validate({"limits": {"cpu_s": 0}})
 
 
 def test_the_last_number_counts_only_where_it_is_wanted(tmp_path: Path) -> None:

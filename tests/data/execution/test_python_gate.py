@@ -1,6 +1,9 @@
 """The gate over samples: three forms of tests, broken records, gold, and what a verdict says."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,10 +153,30 @@ def test_a_record_without_gold_is_an_error_where_gold_is_wanted(tmp_path: Path) 
 
 
 @needs_sandbox
+def test_a_sandbox_that_cannot_start_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))
+    with pytest.raises(EnvironmentFault, match=r"can't start: .*full"):
+        judged(PythonExecEval(), MBPP, [ADD, ADD], tmp_path)
+
+
+@needs_sandbox
 def test_a_verdict_of_one_process_is_marked(tmp_path: Path) -> None:
     (found,) = judged(PythonExecEval(mode="solo"), MBPP, [ADD], tmp_path)
     assert found.outcome is Outcome.PASS
     assert found.detail["forgeable"] is True
+
+
+@needs_sandbox
+def test_an_interpreter_that_is_installed_behind_a_link_finds_its_library(tmp_path: Path) -> None:
+    (tmp_path / "python").symlink_to(sys.base_prefix)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "pyvenv.cfg").write_text(f"home = {tmp_path / 'python' / 'bin'}\n")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.symlink_to(tmp_path / "python" / "bin" / Path(sys.executable).resolve().name)
+    program = "from fastdistill.data.execution.sandbox import available_isolation as a; print(*a().levels)"
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([python, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == list(AVAILABLE.levels)
 
 
 @pytest.mark.skipif(IsolationLevel.BUBBLEWRAP in AVAILABLE.levels, reason="bubblewrap works here")
@@ -174,9 +197,14 @@ def test_levels_are_ordered_and_described() -> None:
     assert wrapped(["python"], IsolationLevel.LANDLOCK, ["/usr"]) == ["python"]
 
 
-def test_a_level_that_does_not_exist_is_refused_when_the_config_is_read() -> None:
+@pytest.mark.parametrize(
+    "options", [{"min_isolation": "none"}, {"limits": {"memory_bytes": -1}}, {"limits": {"cpu_s": 0}}]
+)
+def test_a_level_that_does_not_exist_and_a_limit_that_is_none_are_refused_when_the_config_is_read(
+    options: dict[str, Any],
+) -> None:
     with pytest.raises(ValidationError):
-        PythonExecEval.model_validate({"min_isolation": "none"})
+        PythonExecEval.model_validate(options)
 
 
 def test_limits_and_mode_change_the_fingerprint() -> None:

@@ -92,12 +92,12 @@ def syscall(number: int, *arguments: str) -> Attack:
 
 
 FORGED = """
-import json, os, struct
-def spray(message, framed=True):
+import json, os
+def spray(message, whole=True):
     body = json.dumps(message).encode()
     for fd in range(64):
         try:
-            os.write(fd, struct.pack('>I', len(body)) * framed + body)
+            os.write(fd, body + b'\\n' * whole)
         except OSError:
             pass
 """
@@ -210,7 +210,7 @@ ATTACKS = {
     ),
     "sprayed_result": attack(FORGED + "def f(x):\n    spray(['', 'passed', ''])\n    os._exit(0)", R.OPAQUE, R.EXITED),
     "sprayed_report": attack(
-        FORGED + "def f(x):\n    spray(['', 'passed', ''], framed=False)\n    os._exit(0)",
+        FORGED + "def f(x):\n    spray(['', 'passed', ''], whole=False)\n    os._exit(0)",
         R.OPAQUE,
         R.EXITED,
         R.LIMIT_RESULT,
@@ -219,12 +219,15 @@ ATTACKS = {
     "forged_reply": attack(
         FORGED + "spray(['loaded', {'f': ['value', 1]}])\nos._exit(0)", R.EXCEPTION, R.OPAQUE, R.EXITED
     ),
-    "forged_nesting": attack(
-        "import os, struct\nbody = b'[' * 1000000\nfor fd in range(64):\n"
-        "    try: os.write(fd, struct.pack('>I', 1000000) + body)\n"
-        "    except OSError: pass\nos._exit(0)",
-        *(R.OPAQUE, R.EXITED, R.LIMIT_OUTPUT),
-    ),
+    **{
+        f"forged_nesting_{depth}": attack(
+            "import os\nfor fd in range(64):\n"
+            f"    try: os.write(fd, b'[' * {depth} + b'\\n')\n"
+            "    except OSError: pass\nos._exit(0)",
+            *(R.OPAQUE, R.EXITED, R.LIMIT_OUTPUT),
+        )
+        for depth in (50_000, 1_000_000)
+    },
     "poisoned_modules": attack(
         "import sys, json\njson.dumps = lambda *a, **k: '[\"value\", 4]'\nsys.modules['ast'] = None\n"
         "sys.modules['json'] = None\ndef f(x): return 0",
@@ -588,6 +591,12 @@ def test_a_prompt_is_continued_and_its_helpers_are_the_records_own() -> None:
     forged = "    return 1\ndef double(x): return 0\n"
     assert verdict_on(forged, check, setup=prompt, entry_point="solve") is R.ASSERTION
     assert verdict_on("    return x", "assert same(3) == 3", setup="def same(x):") is R.PASSED
+
+
+@needs_sandbox
+def test_imports_from_the_future_stand_before_the_setup() -> None:
+    code = f"from __future__ import annotations\n{CORRECT.replace('x)', 'x: Later)', 1)}"
+    assert verdict_on(code, CHECK, setup="import math\n", entry_point="f") is R.PASSED
 
 
 @needs_sandbox

@@ -75,8 +75,9 @@ def test_deep_and_cyclic_values_do_not_cross() -> None:
 
 
 FORGED = [
-    *({"set": [[1]]}, {"tuple": 3}, {"dict": [1]}, {"dict": [[[], 1]]}, {"int": "x"}, {"int": 3}, {"Fraction": "1 0"}),
-    *({"a": 1, "b": 2}, {}, {"object": []}, {"range": "1 2 0"}, {"Decimal": "x"}, {"date": "y"}, {"bytes": None}),
+    *({"set": [[1]]}, {"tuple": 3}, {"dict": [1]}, {"dict": [[], 1]}, {"int": ["x"]}, {"int": 3}, {"int": []}),
+    *({"Fraction": [1, 0]}, {"Fraction": ["1e1000000000"]}, {"range": [1, 2, 0]}, {"complex": [1, 2, 3]}),
+    *({"a": 1, "b": 2}, {}, {"object": []}, {"Decimal": ["x"]}, {"date": ["y"]}, {"bytes": [3]}, {"bytes": None}),
 ]
 
 

@@ -110,6 +110,11 @@ def test_a_database_that_cannot_be_copied_is_an_error(ctx: TestContext, folder: 
     assert verdicts[1].reason == "constant"
 
 
+def test_a_limit_that_is_none_is_refused() -> None:
+    with pytest.raises(ValidationError, match="cpu_s: must be more than 0"):
+        SQLiteExecEval.model_validate({"db_path": "a.sqlite", "limits": {"cpu_s": 0}})
+
+
 def test_perturbations_need_a_gold_to_compare_with() -> None:
     with pytest.raises(ValidationError, match="perturbations: only with require: gold_match"):
         SQLiteExecEval(db_path="a.db", require="exec_pass", perturbations=1)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr
 
 from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
@@ -39,10 +39,10 @@ class MathReason(Reason):
 class MathLimits:
     """What the comparison of one pair of expressions may cost."""
 
-    cpu_s: float = 2.0
-    wall_s: float = 30.0
+    cpu_s: PositiveFloat = 2.0
+    wall_s: PositiveFloat = 30.0
     """A backstop that never blames the answer."""
-    memory_bytes: int = 1 << 30
+    memory_bytes: PositiveInt = 1 << 30
     """Address space of a worker; with sympy it takes about 200 MB of it."""
 
 
@@ -52,8 +52,7 @@ class MathPool(WorkerPool[tuple[str, str], MathReason]):
     module = "fastdistill.data.execution.math_worker"
     what = "math"
 
-    def __init__(self, workers: int | None = None, limits: MathLimits | None = None) -> None:
-        limits = limits or MathLimits()
+    def __init__(self, workers: int | None, limits: MathLimits) -> None:
         super().__init__(workers, asdict(limits), limits.wall_s, batch=4)
 
     def from_wire(self, message: list[str]) -> MathReason:
@@ -114,8 +113,7 @@ class MathExecEval(Gate):
         spellings = list(dict.fromkeys(map(answer_math.canonical, found.answers)))
         whole = MathReason.EXTRACTED if len(found.answers[0]) <= LONGEST else MathReason.UNREADABLE
         reason = whole if len(spellings) == 1 else MathReason.AMBIGUOUS
-        known = told if told is not None and told.outcome is not Outcome.ERROR else None
-        measured = {"gold_match": known.outcome is Outcome.PASS} if known else {}
+        measured = {"gold_match": told.outcome is Outcome.PASS} if told and told.outcome is not Outcome.ERROR else {}
         return self._verdict(reason, answer=" | ".join(spellings[:4]), extracted=found.method, **measured)
 
     async def _compared(self, gold: str, found: Extracted) -> Verdict:

@@ -16,6 +16,9 @@ import resource
 import signal
 import sys
 import warnings
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from typing import Any, Literal
 
 from fastdistill.data.execution.worker_process import Channel, confine_process, line
@@ -40,58 +43,47 @@ class _Judge:
     """The forked process, and another one whenever it has died."""
 
     def __init__(self, cpu_s: float, memory_bytes: int) -> None:
-        self._cpu_s = cpu_s
-        self._memory_bytes = memory_bytes
-        self._pid = 0
+        self._limits = cpu_s, memory_bytes
+        self._process: ForkProcess | None = None
 
     def ask(self, pair: list[str]) -> Finding:
-        if not self._pid:
-            self._fork()
-        self._questions.write(line(pair))
-        self._questions.flush()
-        if (found := self._findings.readline()).endswith(b"\n"):
-            return "match" if json.loads(found) else "mismatch"
-        status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        self._pid = 0
-        self._questions.close()
-        self._findings.close()
-        return "unreadable" if status == _UNREADABLE else "compare_budget"
-
-    def _fork(self) -> None:
-        (asked, ask), (told, tell) = os.pipe(), os.pipe()
-        self._pid = os.fork()
-        if self._pid:
-            os.close(asked)
-            os.close(tell)
-            self._questions, self._findings = os.fdopen(ask, "wb"), os.fdopen(told, "rb")
-            return
-        status = _UNREADABLE  # whatever math-verify raises: the end of this process is the boundary
+        if self._process is None:
+            self._answers, theirs = _FORK.Pipe()
+            self._process = _FORK.Process(target=_serve, args=(theirs, *self._limits), daemon=True)
+            self._process.start()
+            theirs.close()
+        self._answers.send_bytes(line(pair))
         try:
-            for descriptor, place in ((asked, 0), (tell, 1)):
-                os.dup2(descriptor, place)
-            os.closerange(3, 256)  # whoever waits for the supervisor's end waits for no judge
-            if sys.platform == "linux":
-                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            self._serve()
-        except (MemoryError, RecursionError):
-            status = _SPENT
-        finally:
-            os._exit(status)
+            return "match" if json.loads(self._answers.recv_bytes()) else "mismatch"
+        except (EOFError, OSError):
+            self._process.join()
+            raised = self._process.exitcode == _RAISED
+            self._process = None
+            self._answers.close()
+            return "unreadable" if raised else "compare_budget"
 
-    def _serve(self) -> None:
-        for question in os.fdopen(0, "rb"):
-            gold, candidate = json.loads(question)
+
+_FORK = get_context("fork")
+_RAISED = 1  # the exit status of a process that an exception ends: whatever math-verify raises
+_PR_SET_PDEATHSIG = 1
+
+
+def _serve(questions: Connection, cpu_s: float, memory_bytes: int) -> None:
+    os.dup2(2, 1)  # whoever waits for the supervisor's end waits for no judge
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        while True:
+            gold, candidate = json.loads(questions.recv_bytes())
             peak = _peak_bytes()
-            signal.setitimer(signal.ITIMER_PROF, self._cpu_s)  # kills with SIGPROF
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)  # kills with SIGPROF
             equal = _equal(gold, candidate)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            if not equal and _peak_bytes() > max(peak, self._memory_bytes // 2):
+            if not equal and _peak_bytes() > max(peak, memory_bytes // 2):
                 raise MemoryError  # which sympy takes for a difference
-            os.write(1, line(equal))
-
-
-_UNREADABLE, _SPENT = 3, 4
-_PR_SET_PDEATHSIG = 1
+            questions.send_bytes(line(equal))
+    except (MemoryError, RecursionError):
+        os._exit(3)
 
 
 def _peak_bytes() -> int:

@@ -1,17 +1,25 @@
 """Searches texts for regular expressions, of which one may take for ever: here for 5 ms, and then in a worker.
 
 Python keeps its lock for as long as a search takes, so that nothing else goes on; but in the main thread it looks for
-signals meanwhile. Elsewhere (a notebook's run has a thread of its own) all is searched in workers.
+signals meanwhile. Elsewhere (a notebook's run has a thread of its own) all is searched in workers. As a program, this
+is such a worker, which may be killed.
 """
 
+import json
+import re
 import signal
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Self, TypeAlias
 
-from fastdistill.data.execution.pattern_worker import Broken, Rule, first_broken
 from fastdistill.data.execution.worker_pool import Death, WorkerPool
+from fastdistill.data.execution.worker_process import Channel, confine_process
 
+Rule = tuple[re.Pattern[str], bool]
+"""A pattern, and whether it must be found; otherwise it must not."""
+Broken = tuple[int, str | None, int | None]
+"""The place of a rule, and what was found, with where it begins, if that is what breaks it."""
 CPU_S = 1.0
 """For one pattern in one text. A pattern that takes so long takes exponentially long, or the text is enormous."""
 _LIMITS = {"cpu_s": CPU_S, "memory_bytes": 1 << 30}
@@ -22,7 +30,7 @@ _Job: TypeAlias = tuple[list[tuple[str, int, bool]], str]
 
 
 class PatternPool(WorkerPool[_Job, Broken | Death | None]):
-    module = "fastdistill.data.execution.pattern_worker"
+    module = "fastdistill.data.execution.patterns"
     what = "pattern"
 
     def __init__(self, rules: Sequence[Rule]) -> None:
@@ -42,14 +50,14 @@ class PatternPool(WorkerPool[_Job, Broken | Death | None]):
             signal.signal(signal.SIGVTALRM, self._before)
 
     async def first_broken(self, text: str) -> Broken | Death | None:
-        """As the function of this name, or how a worker died of it; the place of the pattern is its phase."""
+        """The first rule that a text breaks, or how a worker died of it: the place of the pattern is its phase."""
         global _armed
         if self._here:
             try:
                 _armed = True
                 signal.setitimer(signal.ITIMER_VIRTUAL, _TURN_S)
                 try:
-                    return first_broken(self._rules, text)
+                    return _first_broken(self._rules, text)
                 finally:
                     _armed = False  # the signal may have come, and not have been looked at
                     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -78,3 +86,31 @@ def _ring(*_: object) -> None:
     if _armed:
         _armed = False
         raise _Interrupted
+
+
+def _first_broken(rules: Sequence[Rule], text: str, enter: Callable[[int], object] = int) -> Broken | None:
+    """The first rule that a text breaks. Calls `enter` before each is looked at, with its place."""
+    for at, (pattern, wanted) in enumerate(rules):
+        enter(at)
+        found = pattern.search(text)
+        if (found is not None) is not wanted:
+            return (at, found[0][:200], found.start()) if found else (at, None, None)
+    return None
+
+
+def _serve() -> None:
+    limits = json.loads(sys.argv[1])
+    confine_process(limits["memory_bytes"])
+    channel = Channel(limits["cpu_s"])
+
+    def judge(job: _Job) -> Broken | None:
+        rules = [(re.compile(pattern, flags), wanted) for pattern, flags, wanted in job[0]]
+        broken = _first_broken(rules, job[1], lambda at: channel.enter(str(at)))
+        channel.enter(None)
+        return broken
+
+    channel.serve(judge)
+
+
+if __name__ == "__main__":
+    _serve()

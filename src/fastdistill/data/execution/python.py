@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from fastdistill.core.errors import EnvironmentFault
+from fastdistill.core.errors import EnvironmentFault, together
 from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.execution.python_child import PythonReason
@@ -27,7 +27,7 @@ class PythonExecEval(Gate):
     imported, and no file can be written. A verdict's detail names the isolation that was in force.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
     alone: ClassVar[bool] = True
 
@@ -78,9 +78,8 @@ class PythonExecEval(Gate):
                 detail = f"gold: {gold.reason}: {gold.detail}"
                 reason = gold.reason if gold.reason.outcome == "error" else PythonReason.GOLD_INVALID
                 return [self._verdict(PythonEvaluation(reason, detail), pool.level)] * len(candidates)
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(pool.evaluate(replace(job, code=c.answer))) for c in candidates]
-        return [self._verdict(task.result(), pool.level) for task in tasks]
+        found = await together(*(pool.evaluate(replace(job, code=c.answer)) for c in candidates))
+        return [self._verdict(each, pool.level) for each in found]
 
     def gold(self, sample: Sample) -> str | None:
         gold = None if self.gold_field is None else sample.record.get(self.gold_field)
@@ -110,14 +109,10 @@ class PythonExecEval(Gate):
         return PythonJob(texts[self.gold_field], tests, texts[self.setup_field], entry_point, self.mode)
 
     def _verdict(self, seen: PythonEvaluation, level: IsolationLevel) -> Verdict:
-        detail: dict[str, Any] = {"isolation": str(level)}
-        if seen.detail:
-            detail["detail"] = seen.detail
-        if seen.near_limit:
-            detail["near_limit"] = True
-        if self.mode == "solo":
-            detail["forgeable"] = True
-        return self.verdict(Outcome(seen.reason.outcome), seen.reason, **detail)
+        detail = {"isolation": str(level), "detail": seen.detail, "near_limit": seen.near_limit}
+        detail["forgeable"] = self.mode == "solo"
+        known: dict[str, Any] = {name: value for name, value in detail.items() if value}
+        return self.verdict(Outcome(seen.reason.outcome), seen.reason, **known)
 
 
 _REMEMBERED = 1000

@@ -18,45 +18,34 @@ from importlib import import_module
 from types import CodeType, ModuleType
 from typing import Any
 
-from fastdistill.data.execution.python_values import NotPlainError, decode, encode, receive, send
+from fastdistill.data.execution.python_values import Channel, NotPlainError, decode, encode
 from fastdistill.data.execution.reason import Reason
 
 
 class PythonReason(Reason):
-    """Why a program was judged as it was: a closed set. Each reason has one `outcome`."""
+    """Why a program was judged as it was; docs/sections/fastdistill/gates.md says of each when."""
 
     PASSED = "passed", "pass"
 
     EMPTY = "empty"
     SYNTAX_ERROR = "syntax_error"
     ASSERTION = "assertion"
-    """A test found a wrong result."""
     MISMATCH = "mismatch"
-    """It printed something else than the expected output."""
     EXCEPTION = "exception"
     MISSING_NAME = "missing_name"
-    """It does not define what the tests call."""
     OPAQUE = "opaque"
-    """It returned something that is not a plain value (an object, a generator, a subclass): see `mode: solo`."""
     EXITED = "exited"
-    """It ended its process instead of answering."""
     CRASHED = "crashed"
-    """It brought its process down: a fault in memory, an abort."""
     LIMIT_CODE = "limit_code"
     LIMIT_CPU = "limit_cpu"
     LIMIT_MEMORY = "limit_memory"
     LIMIT_OUTPUT = "limit_output"
     LIMIT_RESULT = "limit_result"
-    """One returned value is too large."""
 
     GOLD_INVALID = "gold_invalid", "error"
-    """The gold program does not pass its own tests."""
     TESTS_INVALID = "tests_invalid", "error"
-    """No tests, broken ones, or tests that never call the candidate."""
     TESTS_LIMIT = "tests_limit", "error"
-    """The tests themselves ran out of CPU time or memory."""
     WALL_TIMEOUT = "wall_timeout", "error"
-    """The wall clock ran out before the CPU time did: it sleeps, or the machine is too busy."""
     SANDBOX_DIED = "sandbox_died", "error"
 
 
@@ -73,17 +62,18 @@ _LONGEST_TEXT = 300
 # The program: a process with nothing in it but the candidate.
 
 
-def run_program(channel: int | None = None) -> int:
-    """Runs the candidate; then answers calls, if there is a channel, or else ends as the interpreter would."""
-    module = _fresh_module("__main__" if channel is None else "candidate")
+def run_program(socket: int | None = None) -> int:
+    """Runs the candidate; then answers calls, if there is a socket, or else ends as the interpreter would."""
+    module = _fresh_module("__main__" if socket is None else "candidate")
     finding = _load(_task(), module)
-    if channel is None:
+    if socket is None:
         return _finish(finding)
-    receive(channel)
-    send(channel, ["failed", *finding] if finding else ["loaded"])
+    channel = Channel(socket)
+    channel.receive()
+    channel.send(["failed", *finding] if finding else ["loaded"])
     while True:
-        name, *call = receive(channel)
-        send(channel, _answer(getattr(module, name), *map(decode, call)) if call else _kind(module, name))
+        name, *call = channel.receive()
+        channel.send(_answer(getattr(module, name), *map(decode, call)) if call else _kind(module, name))
 
 
 def _task() -> Any:
@@ -119,13 +109,12 @@ def _finish(finding: Finding | None) -> int:
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     sys.stdout.flush()
-    match finding:
-        case None:
-            return 0
-        case PythonReason.EXITED, text:
-            return int(text) & 0xFF if text.removeprefix("-").isdecimal() else 1
-        case reason, _:
-            return next(status for status, meaning in EXIT_STATUS.items() if meaning is reason)
+    if finding is None:
+        return 0
+    reason, text = finding
+    if reason is PythonReason.EXITED:
+        return int(text) & 0xFF if text.removeprefix("-").isdecimal() else 1
+    return next(status for status, meaning in EXIT_STATUS.items() if meaning is reason)
 
 
 def _kind(module: ModuleType, name: str) -> list[Any]:
@@ -147,10 +136,10 @@ def _answer(function: Callable[..., object], arguments: list[Any], keywords: dic
 # The tester: a process with the tests, and in `solo` with the candidate as well.
 
 
-def run_tester(channel: int | None = None, result_bytes: int = 0) -> int:
-    """Runs the tests against the candidate at the other end of the channel, or in its own namespace; reports."""
+def run_tester(socket: int | None = None, result_bytes: int = 0) -> int:
+    """Runs the tests against the candidate at the other end of the socket, or in its own namespace; reports."""
     task = _task()
-    remote = None if channel is None else _Remote(channel, result_bytes, task["entry_point"])
+    remote = None if socket is None else _Remote(Channel(socket), result_bytes, task["entry_point"])
     finding = None
     with suppress(_JudgedError):
         finding = _judge(task, remote)
@@ -174,7 +163,7 @@ class _Remote(dict[str, Any]):
     All that comes from there may be forged, and is only ever taken as data.
     """
 
-    def __init__(self, channel: int, result_bytes: int, entry_point: str | None) -> None:
+    def __init__(self, channel: Channel, result_bytes: int, entry_point: str | None) -> None:
         super().__init__(__name__="tests")
         self._channel = channel
         self._result_bytes = result_bytes
@@ -223,8 +212,8 @@ class _Remote(dict[str, Any]):
 
     def _ask(self, request: object) -> object:
         try:
-            send(self._channel, request)
-            return receive(self._channel, self._result_bytes)
+            self._channel.send(request)
+            return self._channel.receive(self._result_bytes)
         except (EOFError, OSError) as error:
             raise self._end(PythonReason.EXITED, "its process ended") from error
         except OverflowError as error:

@@ -10,23 +10,26 @@ import asyncio
 import fcntl
 import json
 import os
+import re
 import secrets
 import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import BinaryIO, Literal, Self
 
+from pydantic import PositiveFloat, PositiveInt
+
 import fastdistill
-from fastdistill.core.errors import EnvironmentFault
+from fastdistill.core.errors import EnvironmentFault, together
 from fastdistill.core.timing import observe
 from fastdistill.data.execution import sandbox
-from fastdistill.data.execution.python_child import EXIT_STATUS, PythonReason
+from fastdistill.data.execution.python_child import EXIT_STATUS, Finding, PythonReason
 from fastdistill.data.execution.python_worker import KILL, READY, Role
 from fastdistill.data.execution.worker_pool import PoolClosedError
 
@@ -36,6 +39,7 @@ _REAP_S = 10.0
 """Wall seconds for a killed case to be gone."""
 _REPORT_BYTES = 1 << 16
 _NEAR_LIMIT = 0.8
+_FUTURE = re.compile(r"(?:from __future__ import [^\n]*\n)+")
 _PACKAGE = Path(fastdistill.__file__).parent
 _INHERITED = ("LD_LIBRARY_PATH", "PYTHONHOME")
 """All that a zygote inherits, where it is set: what an interpreter may need in order to start."""
@@ -45,15 +49,15 @@ _INHERITED = ("LD_LIBRARY_PATH", "PYTHONHOME")
 class PythonLimits:
     """What one case may cost: `cpu_s` and `memory_bytes` hold for each of its processes."""
 
-    cpu_s: int = 3
-    wall_s: float = 30.0
+    cpu_s: PositiveInt = 3
+    wall_s: PositiveFloat = 30.0
     """A backstop, ten times the CPU time, so that a busy machine changes no verdict."""
-    memory_bytes: int = 512 << 20
+    memory_bytes: PositiveInt = 512 << 20
     """Address space; an interpreter takes about 30 MB of it."""
-    code_bytes: int = 100_000
-    output_bytes: int = 64 << 10
+    code_bytes: PositiveInt = 100_000
+    output_bytes: PositiveInt = 64 << 10
     """What a program may print, or twice the expected output if that is more."""
-    result_bytes: int = 4 << 20
+    result_bytes: PositiveInt = 4 << 20
     """One returned value, as JSON."""
 
 
@@ -107,23 +111,24 @@ class PythonPool:
             raise EnvironmentFault(f"python sandbox: {level or 'isolation'} is not available here: {available}")
         self.level = found
         self._limits = limits or PythonLimits()
-        self._workers = workers or 1 + (os.cpu_count() or 1)  # one more, for a lane waits at times
-        self._closed = True
-
-    async def __aenter__(self) -> Self:
-        self._lanes = [_Lane(self._limits, self.level) for _ in range(self._workers)]
+        workers = workers or 1 + (os.cpu_count() or 1)  # one more, for a lane waits at times
+        self._lanes = [_Lane(self._limits, found) for _ in range(workers)]
         self._idle: asyncio.LifoQueue[_Lane] = asyncio.LifoQueue()
         for lane in self._lanes:
             self._idle.put_nowait(lane)
         self._closed = False
+
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._closed = True
         for lane in self._lanes:
             lane.kill()
-        for _lane in self._lanes:  # each comes back from whoever has it, and those who wait for one give up
-            (await self._idle.get()).stop()
+        # Each comes back from whoever has it, and those who wait for one give up.
+        for lane in [await self._idle.get() for _ in self._lanes]:
+            lane.stop()
+            self._idle.put_nowait(lane)
 
     async def evaluate(self, job: PythonJob) -> PythonEvaluation:
         """Raises `PoolClosedError`, or `EnvironmentFault` if no process starts; all else is a reason."""
@@ -133,24 +138,20 @@ class PythonPool:
             return PythonEvaluation(PythonReason.LIMIT_CODE, f"{len(job.code)} characters")
         if not job.tests:
             return PythonEvaluation(PythonReason.TESTS_INVALID, "no tests")
-        self._check_open()
         called = perf_counter()
         lane = await self._idle.get()
         begun = perf_counter()
         try:
-            self._check_open()
-            evaluation = await lane.judge(job)
-            if evaluation.reason in (PythonReason.WALL_TIMEOUT, PythonReason.SANDBOX_DIED):
-                self._check_open()
+            for _ in range(2):
+                if self._closed:
+                    raise PoolClosedError("python pool: closed before it could answer")
                 evaluation = await lane.judge(job)
+                if evaluation.reason not in (PythonReason.WALL_TIMEOUT, PythonReason.SANDBOX_DIED):
+                    break
             return evaluation
         finally:
             self._idle.put_nowait(lane)
             observe(queued=begun - called, busy=perf_counter() - begun)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise PoolClosedError("python pool: closed before it could answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +160,13 @@ class _Run:
 
     output: bytes
     report: bytes
+    overflowed: bool
     status: int
     """The program's; negative: a signal."""
     cpu_s: float
     killed: bool
-    tester_status: int | None
-    overflowed: bool
-    timed_out: bool
+    tester_status: int | None = None
+    timed_out: bool = False
 
 
 class _Lane:
@@ -179,13 +180,15 @@ class _Lane:
 
     async def judge(self, job: PythonJob) -> PythonEvaluation:
         """One attempt. Raises EnvironmentFault if no zygote starts."""
-        code = job.setup + ("" if not job.setup or job.setup.endswith("\n") else "\n") + job.code
+        future = _FUTURE.match(job.code)
+        first = future[0] if future else ""  # nothing may stand before it
+        code = first + job.setup + ("" if not job.setup or job.setup.endswith("\n") else "\n") + job.code[len(first) :]
         pairs = [test for test in job.tests if isinstance(test, InputOutput)]
         try:
             return await (self._compare_outputs(code, pairs) if pairs else self._run_tests(job, code))
-        except OSError:
+        except OSError as error:
             self.stop()
-            return PythonEvaluation(PythonReason.SANDBOX_DIED, "its zygote died")
+            return PythonEvaluation(PythonReason.SANDBOX_DIED, str(error) or "its zygote died")
         except BaseException:
             self.stop()  # the case may still be running
             raise
@@ -198,51 +201,49 @@ class _Lane:
         else:
             run = await self._run("split", [_json(code), _json(task)])
         reason, detail = PythonReason.EXITED, "its process ended"
-        with suppress(ValueError, TypeError, AttributeError):  # half a report, or what a candidate sprayed
+        # Half a report is none, and so is what a candidate sprayed.
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):
             signature, word, text = json.loads(run.report)
             if signature == token:
                 reason, detail = PythonReason(word), text.encode(errors="backslashreplace").decode()
-        found = PythonEvaluation(reason, detail or None)
         if reason is PythonReason.EXITED or run.overflowed:
-            found = self._fault(run) or found
-        return replace(found, near_limit=self._is_near_limit(run, found))
-
-    def _is_near_limit(self, run: _Run, found: PythonEvaluation | None) -> bool:
-        # At load the kernel may enforce the limit before its own account of CPU time says so.
-        spent = found is not None and found.reason is PythonReason.LIMIT_CPU
-        return spent or run.cpu_s >= _NEAR_LIMIT * self._limits.cpu_s
+            reason, detail = self._fault(run) or (reason, detail)
+        return PythonEvaluation(reason, detail or None, self._is_near_limit(run, reason))
 
     async def _compare_outputs(self, code: str, pairs: Sequence[InputOutput]) -> PythonEvaluation:
         near_limit = False
         for place, pair in enumerate(pairs, 1):
             stdin, expected = (text.encode(errors="surrogatepass") for text in (pair.input, pair.output))
             run = await self._run("stdio", [_json(code), stdin], 2 * len(expected))
-            found = self._fault(run)
-            near_limit |= self._is_near_limit(run, found)
-            if found is None and run.status:
-                reason = EXIT_STATUS.get(run.status, PythonReason.EXITED)
-                found = PythonEvaluation(reason, f"status {run.status}")
-            elif found is None and _lines(run.output) != _lines(expected):
-                found = PythonEvaluation(PythonReason.MISMATCH, "printed something else")
-            if found:
-                return replace(found, detail=f"test {place}: {found.detail}", near_limit=near_limit)
+            reason, detail = self._fault(run) or (PythonReason.PASSED, "")
+            if reason is PythonReason.PASSED and run.status:
+                reason, detail = EXIT_STATUS.get(run.status, PythonReason.EXITED), f"status {run.status}"
+            elif reason is PythonReason.PASSED and _lines(run.output) != _lines(expected):
+                reason, detail = PythonReason.MISMATCH, "printed something else"
+            near_limit |= self._is_near_limit(run, reason)
+            if reason is not PythonReason.PASSED:
+                return PythonEvaluation(reason, f"test {place}: {detail}", near_limit)
         return PythonEvaluation(PythonReason.PASSED, near_limit=near_limit)
 
-    def _fault(self, run: _Run) -> PythonEvaluation | None:
+    def _is_near_limit(self, run: _Run, reason: PythonReason) -> bool:
+        # At load the kernel may enforce the limit before its own account of CPU time says so.
+        return reason is PythonReason.LIMIT_CPU or run.cpu_s >= _NEAR_LIMIT * self._limits.cpu_s
+
+    def _fault(self, run: _Run) -> Finding | None:
         """What the end of the processes says; None if the program's ended by itself."""
         status = run.status
         if run.overflowed:
-            return PythonEvaluation(PythonReason.LIMIT_OUTPUT, "printed too much")
+            return PythonReason.LIMIT_OUTPUT, "printed too much"
         if status == -signal.SIGXCPU or (status == -signal.SIGKILL and run.cpu_s > self._limits.cpu_s):
-            return PythonEvaluation(PythonReason.LIMIT_CPU, f"more than {self._limits.cpu_s} s of CPU time")
+            return PythonReason.LIMIT_CPU, f"more than {self._limits.cpu_s} s of CPU time"
         if run.timed_out:
-            return PythonEvaluation(PythonReason.WALL_TIMEOUT, f"no end within {self._limits.wall_s} s")
+            return PythonReason.WALL_TIMEOUT, f"no end within {self._limits.wall_s} s"
         if run.tester_status is not None and not run.report:
-            return PythonEvaluation(PythonReason.TESTS_LIMIT, f"the tester {_describe(run.tester_status)}")
+            return PythonReason.TESTS_LIMIT, f"the tester {_describe(run.tester_status)}"
         if status == -signal.SIGKILL:
             # Nothing in the sandbox may send this signal: it was us, or the machine (out of memory), or somebody.
-            return None if run.killed else PythonEvaluation(PythonReason.SANDBOX_DIED, _describe(status))
-        return PythonEvaluation(PythonReason.CRASHED, _describe(status)) if status < 0 else None
+            return None if run.killed else (PythonReason.SANDBOX_DIED, _describe(status))
+        return (PythonReason.CRASHED, _describe(status)) if status < 0 else None
 
     async def _run(self, role: Role, inputs: Sequence[bytes], expected_bytes: int = 0) -> _Run:
         """Runs one case to the end of all its processes. Raises OSError if the zygote dies."""
@@ -259,43 +260,31 @@ class _Lane:
 
     async def _outcome(self, control: socket.socket, outputs: Sequence[socket.socket], longest: Sequence[int]) -> _Run:
         loop = asyncio.get_running_loop()
-        overflowed = timed_out = False
+
+        async def end_of_case() -> bytes:
+            try:
+                async with asyncio.timeout(self._limits.wall_s + _REAP_S):
+                    if ends := await loop.sock_recv(control, 4096):
+                        return ends
+                raise ConnectionResetError
+            except OSError:
+                self.kill()  # and so closes the outputs
+                raise
 
         async def drain(output: socket.socket, most: int) -> bytes:
-            nonlocal overflowed
             output.setblocking(False)
             seen = bytearray()
             with suppress(OSError):  # there is nobody left to kill it
                 while part := await loop.sock_recv(output, 1 << 16):
-                    seen += part[: most + 1 - len(seen)]
-                    if len(seen) > most and not overflowed:
-                        overflowed = True
-                        control.send(KILL)
+                    if len(seen) <= most:
+                        seen += part[: most + 1 - len(seen)]
+                        if len(seen) > most:
+                            control.send(KILL)
             return bytes(seen)
 
-        async def end_of_case(seconds: float) -> bytes:
-            async with asyncio.timeout(seconds):
-                return await loop.sock_recv(control, 4096)
-
-        async with asyncio.TaskGroup() as group:
-            drains = [group.create_task(drain(*one)) for one in zip(outputs, longest, strict=True)]
-            ends = b""
-            with suppress(OSError):
-                try:
-                    ends = await end_of_case(self._limits.wall_s)
-                except TimeoutError:
-                    timed_out = True
-                    control.send(KILL)
-                    ends = await end_of_case(_REAP_S)
-            if not ends:
-                self.kill()
-        if not ends:
-            raise ConnectionResetError
-        output, report = drains[0].result(), b"".join(task.result() for task in drains[1:])
-        processes = json.loads(ends)
-        status, cpu_s, killed = processes["program"]
-        tester_status = processes["tester"][0] if "tester" in processes else None
-        return _Run(output, report, status, cpu_s, killed, tester_status, overflowed, timed_out)
+        ends, output, *report = await together(end_of_case(), *map(drain, outputs, longest))
+        overflowed = any(len(seen) > most for seen, most in zip((output, *report), longest, strict=True))
+        return _Run(output, b"".join(report), overflowed, **json.loads(ends))
 
     def kill(self) -> None:
         """Ends the zygote and all that it runs; whoever listens to it learns that it is gone."""
@@ -305,8 +294,6 @@ class _Lane:
     def stop(self) -> None:
         """Kills, waits until it is gone, and gives back what it used. Nobody may be listening."""
         self.kill()
-        if self._process is not None:
-            self._process.wait()
         self._process = None
         self._resources.close()
 
@@ -326,12 +313,7 @@ class _Lane:
 
     def _start(self) -> None:
         readable = [*sandbox.readable_paths(), str(_PACKAGE)]
-        settings = {
-            "level": self._level,
-            **asdict(self._limits),
-            "readable": readable,
-            "hidden": [str(_PACKAGE.parent)],
-        }
+        settings = {"level": self._level, "readable": readable, **asdict(self._limits)}
         worker = ("-m", "fastdistill.data.execution.python_worker", json.dumps(settings))
         # The interpreter's own isolated mode would ignore PYTHONHASHSEED, on which the order of sets depends.
         command = [sandbox.interpreter(), "-B", "-P", "-S", "-s", "-X", "utf8", *worker]
@@ -341,7 +323,7 @@ class _Lane:
         self._control.setblocking(False)
         self._resources.enter_context(self._control)
         with theirs:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 sandbox.wrapped(command, self._level, readable),
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
@@ -349,16 +331,16 @@ class _Lane:
                 cwd=self._resources.enter_context(tempfile.TemporaryDirectory(prefix="fastdistill-")),
                 start_new_session=True,  # Ctrl-C in the terminal is not for it
             )
+        self._process = self._resources.enter_context(process)
 
 
-@contextmanager
-def _sealed(content: bytes) -> Iterator[BinaryIO]:
+def _sealed(content: bytes) -> BinaryIO:
     """A file in memory that nobody can change any more, to be read from its beginning."""
-    with os.fdopen(os.memfd_create("input", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC), "w+b", buffering=0) as file:
-        file.write(content)
-        file.seek(0)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-        yield file
+    file = os.fdopen(os.memfd_create("input", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC), "w+b", buffering=0)
+    file.write(content)
+    file.seek(0)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    return file
 
 
 def _json(message: object) -> bytes:

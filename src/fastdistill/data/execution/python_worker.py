@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import gc
 import json
+import math
 import os
 import random
 import select
@@ -17,7 +18,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from typing import Literal
+from time import monotonic
+from typing import Any, Literal
 
 from fastdistill.data.execution.python_child import run_program, run_tester
 from fastdistill.data.execution.sandbox import DESCRIPTORS, IsolationLevel, confine_process, confine_zygote
@@ -26,8 +28,9 @@ Role = Literal["split", "solo", "stdio"]
 READY, KILL = b"ready", b"kill"
 
 _WARM = "bisect cmath copy functools heapq inspect io itertools math operator re statistics string textwrap typing"
-_GRACE_MS = 500
+_GRACE_S = 0.5
 """For a program to end by itself once its tester has; it may be dying already, and of what is worth knowing."""
+_EVER_S = 1e6  # as long as `poll` can wait
 _PYTHON = ctypes.PyDLL(None)
 
 
@@ -39,19 +42,20 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     confine_zygote(IsolationLevel(settings["level"]), settings["memory_bytes"], [*settings["readable"], "."])
-    sys.argv, sys.path = ["program.py"], [path for path in sys.path if path not in settings["hidden"]]
+    sys.argv = ["program.py"]
+    sys.path.remove(os.environ["PYTHONPATH"])
     os.environ.clear()
     random.seed(0)
     gc.freeze()
     with socket.socket(fileno=0) as control, suppress(BrokenPipeError):  # the pool is gone
         control.send(READY)
-        _serve(control, settings["cpu_s"], settings["result_bytes"])
+        _serve(control, settings["cpu_s"], settings["wall_s"], settings["result_bytes"])
 
 
-def _serve(control: socket.socket, cpu_s: int, result_bytes: int) -> None:
+def _serve(control: socket.socket, cpu_s: int, wall_s: float, result_bytes: int) -> None:
     """Runs one case after the other until the pool hangs up.
 
-    In: a role with its files. Out: how each of the case's processes ended. While a case runs, any message kills it.
+    In: a role with its files. Out: how the case's processes ended. While a case runs, any message kills it.
     """
     null = 1  # our own standard output leads nowhere
     while True:
@@ -73,7 +77,7 @@ def _serve(control: socket.socket, cpu_s: int, result_bytes: int) -> None:
                 continue  # asks to kill a case that has just ended
         for descriptor in files:
             os.close(descriptor)
-        control.send(json.dumps(_watch(control, children)).encode())
+        control.send(json.dumps(_watch(control, children, wall_s)).encode())
 
 
 def _fork(run: Callable[[], int], cpu_s: int, *descriptors: int) -> int:
@@ -96,34 +100,39 @@ def _fork(run: Callable[[], int], cpu_s: int, *descriptors: int) -> int:
         os._exit(status)
 
 
-def _watch(control: socket.socket, children: dict[int, str]) -> dict[str, tuple[int, float, bool]]:
-    """Waits for all children: each one's exit status (negative: a signal), CPU seconds, and whether we killed it."""
-    ended = {}
-    killed: set[int] = set()
-    patience = None
+def _watch(control: socket.socket, children: dict[int, str], wall_s: float) -> dict[str, Any]:
+    """Waits for all children, or kills them. Found are the fields of `python_pool`'s `_Run` that we know."""
+    found: dict[str, Any] = {"killed": False}
+    deadline = monotonic() + wall_s
     running = {os.pidfd_open(pid): pid for pid in children}
     poll = select.poll()
     for descriptor in (control.fileno(), *running):
         poll.register(descriptor, select.POLLIN)
     while running:
-        events = poll.poll(patience)
+        events = poll.poll(1000 * min(max(0.0, deadline - monotonic()), _EVER_S))
         stop = not events
+        if stop:
+            found.setdefault("timed_out", "tester_status" not in found)
+            deadline = math.inf
         for descriptor, _ in events:
             if pid := running.pop(descriptor, 0):
                 _, status, usage = os.wait4(pid, 0)
                 poll.unregister(descriptor)
                 os.close(descriptor)
-                ended[children[pid]] = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, pid in killed
+                status = os.waitstatus_to_exitcode(status)
                 if children[pid] == "tester":
-                    patience = _GRACE_MS
+                    found["tester_status"] = status
+                    deadline = min(deadline, monotonic() + _GRACE_S)
+                else:
+                    found |= {"status": status, "cpu_s": usage.ru_utime + usage.ru_stime}
             else:
                 stop = True
                 if not control.recv(64):
                     poll.unregister(descriptor)
         for pid in running.values() if stop else ():
-            killed.add(pid)
+            found["killed"] = True
             os.kill(pid, signal.SIGKILL)
-    return ended
+    return found
 
 
 if __name__ == "__main__":

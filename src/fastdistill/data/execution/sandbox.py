@@ -96,7 +96,9 @@ def available_isolation() -> Isolation:
 
 def readable_paths() -> list[str]:
     """All that the interpreter needs to read in order to run with its standard library."""
-    paths = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix, sys.base_exec_prefix)
+    prefixes = sys.base_prefix, sys.base_exec_prefix
+    resolved = (str(Path(prefix).resolve()) for prefix in prefixes)  # where `interpreter` is, if they are links
+    paths = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", *prefixes, *resolved)
     return [path for path in dict.fromkeys(paths) if Path(path).exists()]
 
 
@@ -204,9 +206,10 @@ _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445
 _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 1, 1 << 2, 1 << 3
 _READ = _READ_FILE | _READ_DIR
 
-# System calls by number, on x86_64 and (-: not there) on aarch64. What is not named is refused: processes, sockets
-# to the outside, tracing, shared memory, mounts, users, and all that changes a file, its folder or its attributes.
-_ALLOWED = """
+# System calls by number, on x86_64 and (-: not there) on aarch64; those in `_RULES` under conditions. What is not
+# named is refused: processes, sockets to the outside, tracing, shared memory, mounts, users, and all that changes a
+# file, its folder or its attributes.
+_CALLS = """
 read 0 63  write 1 64  readv 19 65  writev 20 66  pread64 17 67  pwrite64 18 68  lseek 8 62  close 3 57
 close_range 436 436  fstat 5 80  newfstatat 262 79  statx 332 291  faccessat 269 48  faccessat2 439 439
 readlinkat 267 78  getdents64 217 61  getcwd 79 17  chdir 80 49  fchdir 81 50  mmap 9 222  munmap 11 215
@@ -223,8 +226,6 @@ dup3 292 24  ppoll 271 73  pselect6 270 72  epoll_create1 291 20  epoll_ctl 233 
 sendto 44 206  recvfrom 45 207  shutdown 48 210  getsockname 51 204  getsockopt 55 209  stat 4 -  lstat 6 -  access 21 -
 readlink 89 -  pipe 22 -  dup2 33 -  poll 7 -  select 23 -  time 201 -  getpgrp 111 -  epoll_create 213 -
 epoll_wait 232 -  pause 34 -  alarm 37 -  getdents 78 -  arch_prctl 158 -
-"""
-_CONDITIONAL = """
 openat 257 56  clone 56 220  fcntl 72 25  ioctl 16 29  socketpair 53 199  prlimit64 302 261  kill 62 129
 tgkill 234 131  clone3 435 435
 """
@@ -271,43 +272,32 @@ _DENY = _instruction(_RETURN, _ERRNO | _EPERM)
 
 
 @cache
-def _numbers(table: str) -> dict[str, int]:
-    """This machine's numbers of the calls in a table."""
-    words = table.split()
-    column = _ARCHITECTURES[platform.machine()][1]
-    return {words[i]: int(words[i + column]) for i in range(0, len(words), 3) if words[i + column] != "-"}
-
-
-@cache
 def _filter() -> bytes:
     """The filter, in which `_ANYBODY` is still to be replaced."""
-    numbers = _numbers(_ALLOWED).values()
-    plain = b"".join(_instruction(_EQUAL, n, len(numbers) - i) for i, n in enumerate(numbers))
+    architecture, column = _ARCHITECTURES[platform.machine()]
+    words = _CALLS.split()
+    numbers = {words[i]: int(words[i + column]) for i in range(0, len(words), 3) if words[i + column] != "-"}
+    clone3 = numbers.pop("clone3")
+    rules = b""
+    for name, conditions in _RULES.items():
+        allowed = b"".join(map(_condition, conditions)) + _instruction(_RETURN, _ALLOW)
+        rules += _instruction(_EQUAL, numbers.pop(name), 0, len(allowed) // _INSTRUCTION.size) + allowed
     return b"".join(
         (
             _instruction(_LOAD, 4),
-            _instruction(_EQUAL, _ARCHITECTURES[platform.machine()][0], 1),
+            _instruction(_EQUAL, architecture, 1),
             _instruction(_RETURN, _KILL_PROCESS),
             _instruction(_LOAD, 0),
-            plain,
+            *(_instruction(_EQUAL, number, len(numbers) - i) for i, number in enumerate(numbers.values())),
             _instruction(_JUMP, 1),
             _instruction(_RETURN, _ALLOW),
             # glibc then falls back on clone, whose flags a filter can see.
-            _instruction(_EQUAL, _numbers(_CONDITIONAL)["clone3"], 0, 1),
+            _instruction(_EQUAL, clone3, 0, 1),
             _instruction(_RETURN, _ERRNO | _ENOSYS),
-            _rules(_RULES),
+            rules,
             _DENY,
         )
     )
-
-
-def _rules(rules: Mapping[str, Sequence[_Condition]]) -> bytes:
-    """Allows each call under all of its conditions, and refuses it otherwise."""
-    program = b""
-    for name, conditions in rules.items():
-        body = b"".join(map(_condition, conditions)) + _instruction(_RETURN, _ALLOW)
-        program += _instruction(_EQUAL, _numbers(_CONDITIONAL)[name], 0, len(body) // _INSTRUCTION.size) + body
-    return program
 
 
 def _condition(condition: _Condition) -> bytes:

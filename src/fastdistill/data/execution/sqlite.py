@@ -105,6 +105,13 @@ class SQLiteExecEval(Gate):
             compile_template(text)
         return text
 
+    @field_validator("limits")
+    @classmethod
+    def _limits_something(cls, limits: SqlLimits) -> SqlLimits:
+        if odd := [name for name, limit in asdict(limits).items() if limit <= 0]:
+            raise ValueError(f"{', '.join(odd)}: must be more than 0")
+        return limits
+
     @model_validator(mode="after")
     def _gold_to_match(self) -> Self:
         if self.require == "gold_match" and self.gold_field is None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
+from fastdistill.core.errors import EnvironmentFault
 from fastdistill.data.execution.worker_process import FIRST_PHASE, line
 
 _START_S = 30.0
@@ -36,7 +37,7 @@ class PoolClosedError(Exception):
     """The pool was closed before it could answer."""
 
 
-class WorkerStartError(Exception):
+class WorkerStartError(EnvironmentFault):
     """A worker process could not be started: nothing can be judged."""
 
 
