@@ -14,7 +14,7 @@ from functools import cached_property
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import msgspec
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -427,7 +427,12 @@ def parquet_file(path: Path, schema: Any, **options: Any) -> Iterator[Write]:
     options = {"compression": "zstd", "write_statistics": False} | options
     with atomic(path, "wb") as file, ParquetWriter(file, schema, **options) as writer:
 
-        def take(text: bytes) -> None:
+        def compress(rows: Any) -> None:
+            writer.write_table(rows)
+            # By itself mimalloc keeps what is free for the next group: how much, depends on the time.
+            pa.default_memory_pool().release_unused()
+
+        def read(text: bytes) -> None:
             nonlocal size
             # Read as JSON, for at the first Python object that it converts pyarrow imports pandas, if it is there.
             reading = ReadOptions(use_threads=False, block_size=len(text))
@@ -436,41 +441,41 @@ def parquet_file(path: Path, schema: Any, **options: Any) -> Iterator[Write]:
             size += len(text)
             # The writer keeps some kilobytes for each group until the file's end.
             if size >= BYTES_PER_GROUP:
-                write_group()
+                write_group(pa.concat_tables(group))
+                group.clear()
+                size = 0
 
-        def write_group() -> None:
-            nonlocal size
-            writer.write_table(pa.concat_tables(group))
-            group.clear()
-            size = 0
-            # By itself mimalloc keeps what is free for the next group: how much, depends on the time.
-            pa.default_memory_pool().release_unused()
+        with _one_ahead(_compressing, compress) as write_group:
+            with _one_ahead(_reading, read) as write:
+                yield write
+            if group:
+                write_group(pa.concat_tables(group))
 
-        with _at_a_time_beside(take) as write:
-            yield write
-        if group:
-            write_group()
+
+T = TypeVar("T")
 
 
 @contextmanager
-def _at_a_time_beside(take: Write) -> Iterator[Write]:
-    """Has what is written taken in a thread, which takes one piece while the next is being made."""
-    taken: Future[object] | None = None
+def _one_ahead(pool: ThreadPoolExecutor, take: Callable[[T], None]) -> Iterator[Callable[[T], None]]:
+    """Has each piece taken in a thread, while the next is being made."""
+    taken: Future[None] | None = None
 
-    def write(text: bytes) -> None:
+    def hand_over(piece: T) -> None:
         nonlocal taken
         if taken is not None:
             taken.result()
-        taken = _columnar.submit(take, text)
+        taken = pool.submit(take, piece)
 
     try:
-        yield write
+        yield hand_over
     finally:
         if taken is not None:
             taken.result()
 
 
-_columnar = ThreadPoolExecutor(1, "parquet")
+# To read half a megabyte takes some milliseconds, to compress ten times as much far longer: the loop waits for neither.
+_reading = ThreadPoolExecutor(1, "parquet-reading")
+_compressing = ThreadPoolExecutor(1, "parquet-compressing")
 
 
 def _text(value: Any) -> str | None:
