@@ -50,8 +50,8 @@ def agreement_intervals(pairs: Pairs, epsilon: float = 0.1, resamples: int = 100
     """
     import numpy
 
-    both, rng = numpy.asarray(pairs), numpy.random.default_rng(0)
-    drawn = [agreement(both[rng.integers(len(both), size=len(both))], epsilon) for _ in range(resamples)]
+    both, rng = numpy.asarray(pairs), numpy.random.RandomState(0)  # which draws the same in every version of numpy
+    drawn = [agreement(both[rng.randint(len(both), size=len(both))], epsilon) for _ in range(resamples)]
     found = {}
     for name, estimate in agreement(pairs, epsilon).items():
         values = sorted(value for one in drawn if (value := one[name]) is not None)
