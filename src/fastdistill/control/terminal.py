@@ -79,10 +79,11 @@ def percent(rate: Rate | Mapping[str, Any]) -> str:
 
 
 def points(found: "Difference") -> str:
-    """`+3.2 points [0.1, 6.3]`, or a dash."""
-    if found.estimate is None or found.low is None or found.high is None:
+    """`+3.2 points [0.1, 6.3]`, without an interval where there is none, or a dash."""
+    if found.estimate is None:
         return "–"
-    return f"{100 * found.estimate:+.1f} points [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    interval = "" if found.low is None or found.high is None else f" [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    return f"{100 * found.estimate:+.1f} points{interval}"
 
 
 def figure(value: float | None, form: str) -> str:
