@@ -1,6 +1,7 @@
 """What a user may get wrong: one clear message with place and remedy, an exit code of its kind, and no traceback."""
 
 import json
+import os
 import shlex
 import sqlite3
 import subprocess
@@ -59,6 +60,25 @@ class World:
 def world(tmp_path: Path, command: Command) -> Iterator[World]:
     with openai_server(choose(ANSWERS), context=5000) as server:
         yield World(tmp_path, server, write_records(tmp_path), make_database(tmp_path), command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("output", "code"), [("> /dev/full", 8), ("2> /dev/full", 0), ("<&- >&- 2>&-", 0)])
+def test_an_output_that_takes_nothing_costs_no_run(world: World, output: str, code: int) -> None:
+    arguments = [argument for argument in world.arguments() if argument != "--quiet"]
+    command = [sys.executable, "-m", "fastdistill.control.cli", *arguments]
+    done = subprocess.run(
+        ["sh", "-c", f"{shlex.join(command)} {output}"],
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # buffers are flushed once more at the end
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    told = "error: the output: No space left on device\n"
+    assert done.stderr.endswith(told if code else "") and "Traceback" not in done.stderr
+    (manifest,) = world.folder.rglob("manifest.json")
+    assert json.loads(manifest.read_bytes())["status"] == "complete"
 
 
 def test_a_missing_file(world: World) -> None:

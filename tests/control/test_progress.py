@@ -248,10 +248,13 @@ def test_speed_is_that_of_the_last_seconds(tmp_path: Path) -> None:
 def test_a_run_that_winds_down_says_so(tmp_path: Path) -> None:
     run, _ = ran(tmp_path)
     run.stop(Interrupted("interrupted"))
+    run.models["teacher"].meter.in_flight = 2
     console = terminal()
     console.print(Onlooker(run).picture())
-    assert "stopping: 0 requests in flight" in shown(console)
-    assert "stopping: 0 requests in flight" in Onlooker(run).line()
+    assert "stopping: 2 requests in flight" in shown(console)
+    assert "stopping: 2 requests in flight" in Onlooker(run).line()
+    run.models["teacher"].meter.in_flight = 0
+    assert Onlooker(run).line().endswith("  stopping")  # and no more of Ctrl-C
 
 
 def test_without_a_terminal_there_are_plain_lines_and_one_at_the_end(tmp_path: Path) -> None:

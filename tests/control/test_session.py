@@ -687,6 +687,25 @@ def test_source_that_is_not_installed_runs_to_its_end(finished: Finished, tmp_pa
     assert manifest["versions"]["fastdistill"] == "not installed"
 
 
+def test_what_a_server_says_can_not_steer_the_terminal(finished: Finished, tmp_path: Path, command: Command) -> None:
+    with openai_server(teacher, faults=lambda _: status(401, "go \x1b]0;mine\x07", times=None)) as server:
+        here = ["-c", finished.config_file, "-o", tmp_path, "--set", f"models.teacher.base_url={server.url}"]
+        found, ran = command("doctor", *here), command("pipeline", "run", *here)
+    assert (found.code, ran.code) == (4, 4)
+    assert "401: go" in found.out and "401: go" in ran.err
+    assert "\x1b" not in found.out + ran.err
+
+
+def test_a_terminal_that_knows_ascii_alone_is_told_all(finished: Finished) -> None:
+    run = finished.result.run_id
+    arguments = ["compare", run, run, "-o", str(finished.artifacts)]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    told = subprocess.check_output(
+        [sys.executable, "-m", "fastdistill.control.cli", *arguments], env={**os.environ, **ascii_only}, text=True
+    )
+    assert f"{run} \\u2212 {run}, on" in told
+
+
 def test_doctor_asks_first_as_the_run_will(finished: Finished, tmp_path: Path, command: Command) -> None:
     with openai_server(teacher) as server:
         here, hot = (f"models.teacher.base_url={server.url}", "steps.TextGeneration.decode_profile.temperature=0.7")

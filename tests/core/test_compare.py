@@ -40,8 +40,9 @@ def test_the_interval_holds_the_mean_and_does_not_depend_on_the_order(
 ) -> None:
     found = paired_bootstrap(differences, resamples=400)
     assert found.estimate == pytest.approx(sum(difference for _, difference in differences) / len(differences))
-    assert found.low is not None and found.high is not None
-    assert -1 <= found.low <= found.high <= 1
+    if len({group for group, _ in differences}) > 1:
+        assert found.low is not None and found.high is not None
+        assert -1 <= found.low <= found.high <= 1
     shuffled = list(differences)
     dice.shuffle(shuffled)
     assert paired_bootstrap(shuffled, resamples=400) == found
@@ -67,6 +68,10 @@ def test_pairs_of_one_group_count_as_one() -> None:
 
 def test_nothing_to_compare_is_no_difference() -> None:
     assert paired_bootstrap([]) == Difference(None, None, None)
+
+
+def test_one_group_alone_has_no_interval() -> None:
+    assert paired_bootstrap([("city", 1.0), ("city", 0.0)]) == Difference(0.5, None, None)
 
 
 def _width(found: Difference) -> float:

@@ -2,15 +2,18 @@
 
 import asyncio
 import inspect
+import os
 import signal
 import sys
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from fastdistill.control.progress import live, summary
+from fastdistill.control.terminal import printable
 from fastdistill.core.errors import ExitCode, FatalError
 
 if TYPE_CHECKING:
@@ -48,24 +51,43 @@ Json = Annotated[Path | None, typer.Option(help="Write all of it to this file.")
 
 def main(arguments: "Sequence[str] | None" = None) -> NoReturn:
     """The `fastdistill` command; without `arguments`, those of the process."""
+    while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed by who called: uvloop aborts if it is given one
+        pass
+    os.close(lowest)
+    nothing = Path(os.devnull)
+    sys.stdout, sys.stderr = sys.stdout or nothing.open("w"), sys.stderr or nothing.open("w")
+    if isinstance(sys.stdout, TextIOWrapper):  # as stderr is: a run must not end for a dash in an ASCII locale
+        sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores the latter
             signal.signal(number, signal.default_int_handler)
     try:
-        app(arguments)
+        try:
+            app(arguments)
+        except SystemExit:  # also of a command that ends well
+            sys.stdout.flush()
+            raise
     except FatalError as error:
         fail(str(error), error.exit_code)
+    except OSError as error:
+        fail(f"{error.filename or 'the output'}: {error.strerror or error}", ExitCode.ENVIRONMENT)
     except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as ended:
         # On Ctrl-C typer ends without a word.
         if getattr(ended, "code", ExitCode.INTERRUPTED) != ExitCode.INTERRUPTED:
             raise
         fail("interrupted; what was paid for is stored: run the same command again to go on", ExitCode.INTERRUPTED)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # or the interpreter tries once more, and ends with a code of its own
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(ExitCode.OK)
 
 
 def fail(message: str, code: ExitCode) -> NoReturn:
     """Ends the command with one clear message and no traceback."""
-    lines = message.splitlines()
+    lines = [printable(line) for line in message.splitlines()]  # a server or a record may be quoted
     with suppress(OSError):  # the terminal may have gone, which is what ends the command
         print("\n".join([f"error: {lines[0]}", *(f"       {line}" for line in lines[1:])]), file=sys.stderr)
     sys.exit(code)

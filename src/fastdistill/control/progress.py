@@ -117,7 +117,9 @@ class Onlooker:
             yield words + (f", retries: {tallied(dict(meter.retries))}" if meter.retries else "")
         if run.stopping:
             in_flight = sum(model.meter.in_flight for model in run.models.values())
-            yield f"stopping: {in_flight} requests in flight are coming home; Ctrl-C again ends at once"
+            # The last picture of a run that has ended badly stays, when nothing is left to wait for.
+            coming = f": {in_flight} requests in flight are coming home; Ctrl-C again ends at once"
+            yield "stopping" + (coming if in_flight else "")
 
     def _speeds(self) -> list[float]:
         """Samples, accepted samples and each model's completion tokens, a second."""

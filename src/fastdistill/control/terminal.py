@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def say(words: "str | Text" = "", style: str = "", console: "Console | None" = None) -> None:
-    """One line, as it is: never wrapped, for a path or a command is there to be copied, and no markup is obeyed."""
+    """Words as they are: never wrapped, for a path or a command is there to be copied; nothing in them is obeyed."""
     from rich.console import Console
 
+    words = "\n".join(map(printable, words.split("\n"))) if isinstance(words, str) else words
     (console or Console()).print(words, style=style, markup=False, soft_wrap=True)
 
 
@@ -30,20 +31,31 @@ def show_table(
     `>` before a header puts its column to the right; where all headers are empty, there is no head. Strings are cleared
     of what could steer the terminal or be read as markup: they may come from a model or a server.
     """
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = console or Console()
     head = any(header.strip(">") for header in headers)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=head)
+    shown = [[Text(printable(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    least = 0
     for at, header in enumerate(headers):
-        right = header.startswith(">")
+        right, name = header.startswith(">"), header.removeprefix(">")
         justify: JustifyMethod = "right" if right else "left"
-        table.add_column(header.removeprefix(">"), justify=justify, no_wrap=right or at == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
+        whole = right or at == 0
+        texts = [name, *(cell.plain for cell in (row[at] for row in shown) if isinstance(cell, Text))]
+        widest = max(cell_len(part) for text in texts for part in ([text] if whole else text.split(" ")))
+        width = widest if whole else min(widest, 16)
+        table.add_column(name, justify=justify, no_wrap=whole, overflow="fold", min_width=width)
+        least += width + 2
+    for row in shown:
+        table.add_row(*row)
+    if least - 2 > console.width:  # the terminal wraps the lines: a figure or an id that is cut would be another one
+        table.width = least
     if table.row_count:
-        (console or Console()).print(table)
+        console.print(table, crop=False)
 
 
 def clock(seconds: float) -> str:
@@ -67,10 +79,11 @@ def percent(rate: Rate | Mapping[str, Any]) -> str:
 
 
 def points(found: "Difference") -> str:
-    """`+3.2 points [0.1, 6.3]`, or a dash."""
-    if found.estimate is None or found.low is None or found.high is None:
+    """`+3.2 points [0.1, 6.3]`, without an interval where there is none, or a dash."""
+    if found.estimate is None:
         return "–"
-    return f"{100 * found.estimate:+.1f} points [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    interval = "" if found.low is None or found.high is None else f" [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    return f"{100 * found.estimate:+.1f} points{interval}"
 
 
 def figure(value: float | None, form: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An estimate with its 95% interval; all None where there was nothing to compare."""
+    """An estimate with its 95% interval, None for a single group; all None where there was nothing to compare."""
 
     estimate: float | None
     low: float | None
@@ -50,8 +50,8 @@ def paired_bootstrap(differences: Iterable[tuple[object, float]], resamples: int
     for group, difference in differences:
         total, size = groups.get(group, (0.0, 0))
         groups[group] = (total + difference, size + 1)
-    if not groups:
-        return Difference(None, None, None)
+    if len(groups) < 2:  # of one alone, every draw is the same: that says nothing of how groups differ
+        return Difference(next((total / size for total, size in groups.values()), None), None, None)
     # Groups of the same total and size are interchangeable: how often each kind is drawn is multinomial.
     kinds = sorted(Counter(groups.values()).items())
     totals = numpy.array([total for (total, _), _ in kinds])
