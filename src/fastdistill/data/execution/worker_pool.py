@@ -207,8 +207,8 @@ class _Lane(Generic[Job, Result]):
                 return await self._pool.died(job, death, self._judge_alone)
         return ticket.future.result()
 
-    async def _start(self) -> None:
-        """Sees to it that there is a worker."""
+    async def _start(self, killed: bool = False) -> None:
+        """Sees to it that there is a worker. One that is killed before it is ready, as for memory, starts once more."""
         if self._process is not None and self._process.poll() is None:
             return
         await self.stop()  # it died while idle
@@ -221,8 +221,10 @@ class _Lane(Generic[Job, Result]):
             await self.stop()
             raise WorkerStartError(f"{what}: not ready within {_START_S} s") from error
         except ConnectionError as error:
-            status = _describe(await self.stop())
-            raise WorkerStartError(f"{what}: {status} before it was ready; see its stderr") from error
+            status = await self.stop()
+            if status < 0 and not killed:
+                return await self._start(killed=True)
+            raise WorkerStartError(f"{what}: {_describe(status)} before it was ready; see its stderr") from error
         except OSError as error:
             raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
 
