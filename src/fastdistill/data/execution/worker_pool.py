@@ -222,9 +222,9 @@ class _Lane(Generic[Job, Result]):
             raise WorkerStartError(f"{what}: not ready within {_START_S} s") from error
         except ConnectionError as error:
             status = await self.stop()
-            if status < 0 and not killed:
-                return await self._start(killed=True)
-            raise WorkerStartError(f"{what}: {_describe(status)} before it was ready; see its stderr") from error
+            if status >= 0 or killed:
+                raise WorkerStartError(f"{what}: {_describe(status)} before it was ready; see its stderr") from error
+            await self._start(killed=True)
         except OSError as error:
             raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
 
