@@ -155,9 +155,11 @@ class _Lane(Generic[Job, Result]):
 
     async def judge(self, tickets: deque[_Ticket[Job, Result]]) -> None:
         """Answers all tickets, removing each; raises `WorkerStartError`, leaving those it did not answer."""
-        if await self._run(tickets) is None:
-            return
-        runs = 1 if len(tickets) == 1 else 2  # the only one that is left is the one that was running
+        runs = 2
+        if len(tickets) > 1:
+            if await self._run(tickets) is None:
+                return
+            runs = 1 if len(tickets) == 1 else 2  # the only one that is left is the one that was running
         while tickets:
             tickets[0].answer(await self._judge_alone(tickets[0].job, runs))
             tickets.popleft()
