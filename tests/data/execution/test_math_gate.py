@@ -266,6 +266,27 @@ def test_a_wall_clock_that_runs_out_blames_nobody_and_leaves_no_process() -> Non
     assert _processes(mark) == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_a_judge_holds_nothing_that_outlives_its_supervisor() -> None:
+    """Elsewhere than on Linux, only the end of what it reads tells it that the supervisor is gone."""
+
+    async def held() -> list[int]:
+        async with MathPool(1, MathLimits()) as pool:
+            assert await pool.evaluate((r"\pi", r"\frac{2\pi}{2}")) is MathReason.MATCH
+            return [_sockets(judge) for supervisor in _children(os.getpid()) for judge in _children(supervisor)]
+
+    assert asyncio.run(held()) == [1]
+
+
+def _sockets(process: int) -> int:
+    return sum(file.readlink().name.startswith("socket:") for file in Path(f"/proc/{process}/fd").iterdir())
+
+
+def _children(parent: int) -> list[int]:
+    tasks = Path(f"/proc/{parent}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
 def _processes(argument: bytes) -> int:
     """Processes with this in their arguments, wherever they hang."""
     found = []

@@ -347,6 +347,29 @@ def test_a_relative_path_is_relative_to_the_caller(database: Path, monkeypatch: 
     assert judge(SqlJob(database.name, "SELECT 1"))[0].reason is SqlReason.EXECUTED
 
 
+def test_what_spends_its_cpu_time_alone_is_not_run_again(
+    database: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    python, starts = tmp_path / "python", tmp_path / "starts"
+    python.write_text(f'#!/bin/sh\necho >> {starts}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    (verdict,) = judge(SqlJob(str(database), ENDLESS_CALL), workers=1, limits=SqlLimits(cpu_s=0.2))
+    assert verdict.reason is SqlReason.LIMIT_CPU
+    assert len(starts.read_text()) == 2  # the second worker is asked what else there is to say
+
+
+def test_a_worker_that_is_killed_while_it_starts_ends_no_run(
+    database: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    python, been = tmp_path / "python", tmp_path / "been"
+    python.write_text(f'#!/bin/sh\nmkdir {been} 2> /dev/null && kill -9 $$\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert judge(SqlJob(str(database), "SELECT 1"), workers=1)[0].reason is SqlReason.EXECUTED
+    assert been.exists()
+
+
 @pytest.mark.parametrize(
     ("executable", "message"),
     [

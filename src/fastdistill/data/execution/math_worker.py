@@ -49,7 +49,7 @@ class _Judge:
     def ask(self, pair: list[str]) -> Finding:
         if self._process is None:
             self._answers, theirs = _FORK.Pipe()
-            self._process = _FORK.Process(target=_serve, args=(theirs, *self._limits), daemon=True)
+            self._process = _FORK.Process(target=_serve, args=(self._answers, theirs, *self._limits), daemon=True)
             self._process.start()
             theirs.close()
         self._answers.send_bytes(line(pair))
@@ -68,8 +68,9 @@ _RAISED = 1  # the exit status of a process that an exception ends: whatever mat
 _PR_SET_PDEATHSIG = 1
 
 
-def _serve(questions: Connection, cpu_s: float, memory_bytes: int) -> None:
-    os.dup2(2, 1)  # whoever waits for the supervisor's end waits for no judge
+def _serve(supervisors: Connection, questions: Connection, cpu_s: float, memory_bytes: int) -> None:
+    for descriptor in (0, 1, supervisors.fileno()):  # whoever waits for the supervisor's end waits for no judge
+        os.dup2(2, descriptor)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:

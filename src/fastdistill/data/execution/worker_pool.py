@@ -155,9 +155,11 @@ class _Lane(Generic[Job, Result]):
 
     async def judge(self, tickets: deque[_Ticket[Job, Result]]) -> None:
         """Answers all tickets, removing each; raises `WorkerStartError`, leaving those it did not answer."""
-        if await self._run(tickets) is None:
-            return
-        runs = 1 if len(tickets) == 1 else 2  # the only one that is left is the one that was running
+        runs = 2
+        if len(tickets) > 1:
+            if await self._run(tickets) is None:
+                return
+            runs = 1 if len(tickets) == 1 else 2  # the only one that is left is the one that was running
         while tickets:
             tickets[0].answer(await self._judge_alone(tickets[0].job, runs))
             tickets.popleft()
@@ -207,8 +209,8 @@ class _Lane(Generic[Job, Result]):
                 return await self._pool.died(job, death, self._judge_alone)
         return ticket.future.result()
 
-    async def _start(self) -> None:
-        """Sees to it that there is a worker."""
+    async def _start(self, killed: bool = False) -> None:
+        """Sees to it that there is a worker. One that is killed before it is ready, as for memory, starts once more."""
         if self._process is not None and self._process.poll() is None:
             return
         await self.stop()  # it died while idle
@@ -221,8 +223,10 @@ class _Lane(Generic[Job, Result]):
             await self.stop()
             raise WorkerStartError(f"{what}: not ready within {_START_S} s") from error
         except ConnectionError as error:
-            status = _describe(await self.stop())
-            raise WorkerStartError(f"{what}: {status} before it was ready; see its stderr") from error
+            status = await self.stop()
+            if status >= 0 or killed:
+                raise WorkerStartError(f"{what}: {_describe(status)} before it was ready; see its stderr") from error
+            await self._start(killed=True)
         except OSError as error:
             raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
 
