@@ -378,13 +378,9 @@ def test_a_process_that_is_killed_within_an_answer_breaks_that_off_and_is_starte
     async def go() -> None:
         async with aclosing(EmbeddedProvider(EmbeddedConfig())) as provider:
             await provider.probe()
-            (pid,) = (int(pid) for task in Path("/proc/self/task").iterdir() for pid in _children(task))
             asked = asyncio.create_task(provider.complete(scored, seed=1, n=32))
             await asyncio.sleep(0.1)  # for it to be sent
-            with closing(os.fdopen(os.open(f"/proc/{pid}/fd/1", os.O_RDONLY))) as pipe:
-                while int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder) < 60_000:
-                    time.sleep(0.01)  # holds the loop, so that nothing is read of an answer that does not fit the pipe
-            os.kill(pid, signal.SIGKILL)
+            _kill_within_an_answer()
             with pytest.raises(ProviderError) as caught:
                 await asked
             assert caught.value.kind is ErrorKind.RESET
@@ -393,8 +389,13 @@ def test_a_process_that_is_killed_within_an_answer_breaks_that_off_and_is_starte
     asyncio.run(asyncio.wait_for(go(), 60))
 
 
-def _children(task: Path) -> list[str]:
-    return (task / "children").read_text().split()
+def _kill_within_an_answer() -> None:
+    """Holds the loop, so that nothing is read of an answer until it fills the pipe, which is smaller than it."""
+    (pid,) = (int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split())
+    with Path(f"/proc/{pid}/fd/1").open("rb") as pipe:
+        while int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder) < 60_000:
+            time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_long_word_is_encoded_as_the_short_ones_in_it_are() -> None:
