@@ -8,11 +8,15 @@ import os
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import asyncio
+import fcntl
 import json
 import math
+import signal
 import sqlite3
 import subprocess
 import sys
+import termios
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import aclosing, closing, contextmanager, suppress
@@ -365,6 +369,33 @@ def test_a_request_that_takes_too_long_is_called_off_and_the_next_is_answered() 
 
     answers: list[Completion] = []
     asyncio.run(asyncio.wait_for(go(), 60))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_a_process_that_is_killed_within_an_answer_breaks_that_off_and_is_started_again() -> None:
+    scored = Prompt("embedded", "text2sql", PROMPT, {"max_tokens": 64, "logprobs": True, "top_logprobs": 20})
+
+    async def go() -> None:
+        async with aclosing(EmbeddedProvider(EmbeddedConfig())) as provider:
+            await provider.probe()
+            asked = asyncio.create_task(provider.complete(scored, seed=1, n=32))
+            await asyncio.sleep(0.1)  # for it to be sent
+            _kill_within_an_answer()
+            with pytest.raises(ProviderError) as caught:
+                await asked
+            assert caught.value.kind is ErrorKind.RESET
+            assert len(await provider.complete(scored, seed=1, n=1)) == 1
+
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
+def _kill_within_an_answer() -> None:
+    """Holds the loop, so that nothing is read of an answer until it fills the pipe, which is smaller than it."""
+    (pid,) = (int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split())
+    with Path(f"/proc/{pid}/fd/1").open("rb") as pipe:
+        while int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder) < 60_000:
+            time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_long_word_is_encoded_as_the_short_ones_in_it_are() -> None:

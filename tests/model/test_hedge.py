@@ -19,7 +19,9 @@ class Race:
         self.called_off: list[str] = []
         self.ends = {name: asyncio.get_running_loop().create_future() for name in ("first", "second")}
         hedge = Hedge[str](lambda waited: 0.0)
-        self.task = asyncio.ensure_future(hedge.first_of(self._ask("first"), lambda: self._ask("second")))
+        self.sent = True
+        again, sent = (lambda: self._ask("second")), (lambda: self.sent)
+        self.task = asyncio.ensure_future(hedge.first_of(self._ask("first"), again, sent))
 
     async def _ask(self, name: str) -> str:
         try:
@@ -58,6 +60,19 @@ def test_the_first_answer_wins_and_the_other_request_is_called_off(winner: str, 
     run(go)
 
 
+def test_a_failure_does_not_wait_for_a_second_request_that_is_in_line_for_its_slot() -> None:
+    async def go() -> None:
+        race = Race()
+        race.sent = False
+        await settle()
+        await race.end("first", ProviderError(ErrorKind.RESET, "broken"))
+        with pytest.raises(ProviderError, match="broken"):
+            await race.task
+        assert race.called_off == ["second"]
+
+    run(go)
+
+
 def test_who_does_not_straggle_is_asked_once() -> None:
     async def go() -> None:
         asked = []
@@ -66,7 +81,7 @@ def test_who_does_not_straggle_is_asked_once() -> None:
             asked.append(True)
             return "second"
 
-        assert await Hedge[str](lambda waited: 5.0).first_of(asyncio.sleep(0, "first"), again) == "first"
+        assert await Hedge[str](lambda waited: 5.0).first_of(asyncio.sleep(0, "first"), again, bool) == "first"
         assert asked == []
 
     run(go)
@@ -87,7 +102,7 @@ def test_stragglers_are_asked_again_one_after_the_other_the_oldest_first() -> No
         hedge = Hedge[str](lambda waited: 0.0 if waited >= 0.02 and len(asked) < free else 0.01)
         races = []
         for name in "abc":
-            races.append(asyncio.create_task(hedge.first_of(asyncio.sleep(9, "late"), partial(again, name))))
+            races.append(asyncio.create_task(hedge.first_of(asyncio.sleep(9, "late"), partial(again, name), bool)))
             await asyncio.sleep(0.002)
         await two.wait()
         await asyncio.sleep(0.05)

@@ -129,6 +129,16 @@ def test_an_answer_beyond_the_cap_is_not_read_on(kind: Transports) -> None:
     assert str(MAX_BODY) in str(error)
 
 
+def test_a_header_with_a_line_end_is_refused(kind: Transports) -> None:
+    async def go(url: str) -> None:
+        async with aclosing(kind()) as client:
+            await client.request("POST", url, headers={"Authorization": "a\nb"}, body=BODY, timeout=5)
+
+    with raw_server([OK]) as (url, _), pytest.raises(ProviderError) as caught:
+        asyncio.run(go(url))
+    assert caught.value.kind is ErrorKind.BAD_REQUEST
+
+
 def test_redirects_are_not_followed(kind: Transports) -> None:
     with raw_server([b"HTTP/1.1 301 Moved\r\nLocation: http://x.invalid/\r\nContent-Length: 0\r\n\r\n"]) as (url, _):
         response = post(kind, url)

@@ -369,7 +369,8 @@ class ModelClient:
                 with flight:
                     answered = self._complete(endpoint, prompt, draws)
                     if self._hedge is not None:
-                        answered = self._hedge.first_of(answered, partial(self._again, endpoint, prompt, draws, flight))
+                        again = partial(self._again, endpoint, prompt, draws, flight)
+                        answered = self._hedge.first_of(answered, again, lambda: flight.asked > 1)
                     completions = await answered
                     # Counted before the reservation ends, lest a budget sees neither.
                     tokens = flight.answered(completions, characters)

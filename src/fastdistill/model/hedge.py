@@ -23,8 +23,10 @@ class Hedge(Generic[T]):
         self._alone: dict[_Race[T], None] = {}  # the oldest first
         self._looks = False
 
-    async def first_of(self, first: Awaitable[T], again: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """What `first` brings, or `again()` if that is started and is faster.
+    async def first_of(
+        self, first: Awaitable[T], again: Callable[[], Coroutine[Any, Any, T]], sent: Callable[[], bool]
+    ) -> T:
+        """What `first` brings, or `again()` if that is started and is faster. `sent` says whether it is out of line.
 
         The first runs in the task of the caller, so that a request which does not straggle costs no task.
 
@@ -45,7 +47,7 @@ class Hedge(Generic[T]):
             return race.second.result()
         except ProviderError as error:
             race.over = True
-            if race.second is None:
+            if race.second is None or not sent():  # it may wait for the very slot that this one holds
                 raise
             try:
                 return await race.second

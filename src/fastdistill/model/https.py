@@ -49,6 +49,8 @@ class AiohttpTransport:
             raise ProviderError(ErrorKind.TIMEOUT, f"{url}: no answer within {timeout:g} s") from error
         except aiohttp.ClientResponseError as error:
             raise ProviderError(ErrorKind.GARBLED, f"{url}: the answer is not HTTP ({error.message})") from error
+        except ValueError as error:  # a header that was to be sent has a line end in it
+            raise ProviderError(ErrorKind.BAD_REQUEST, f"{url}: {error}") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ProviderError(ErrorKind.RESET, f"{url}: the connection broke ({error})") from error
         lines = {name.lower(): value for name, value in response.headers.items()}

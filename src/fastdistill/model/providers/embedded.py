@@ -137,7 +137,7 @@ class EmbeddedProvider(Provider):
 
     async def _read(self, process: Process) -> None:
         assert process.stdout is not None
-        while line := await process.stdout.readline():
+        while (line := await process.stdout.readline()).endswith(b"\n"):  # else it died within it
             result = msgspec.json.decode(line, type=Result)
             waiting = self._waiting.get(result.id)
             if waiting is not None and not waiting.done():
