@@ -1,4 +1,4 @@
-"""Searches texts for regular expressions, of which one may take for ever: here for 5 ms, and then in a worker.
+"""Searches texts for regular expressions, of which one may take for ever: here for some milliseconds, then in a worker.
 
 Python keeps its lock for as long as a search takes, so that nothing else goes on; but in the main thread it looks for
 signals meanwhile. Elsewhere (a notebook's run has a thread of its own) all is searched in workers. As a program, this
@@ -24,7 +24,7 @@ CPU_S = 1.0
 """For one pattern in one text. A pattern that takes so long takes exponentially long, or the text is enormous."""
 _LIMITS = {"cpu_s": CPU_S, "memory_bytes": 1 << 30}
 _WALL_S = 30.0
-_TURN_S = 0.005  # of the CPU
+_TURN_S = 0.001  # of the CPU, and the kernel adds one or two of its ticks of some milliseconds
 
 _Job: TypeAlias = tuple[list[tuple[str, int, bool]], str]
 
