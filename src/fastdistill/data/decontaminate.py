@@ -19,7 +19,7 @@ from fastdistill.data.load import LoadJsonl, records
 # A word; a Chinese or Japanese character is one of its own, for nothing is between them.
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 
-_RUNS_AT_ONCE = 1_000  # between two turns of the event loop
+_RUNS_AT_ONCE = 400  # between two turns of the event loop
 
 
 class Decontaminate(StreamFilter):

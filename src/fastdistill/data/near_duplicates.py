@@ -13,7 +13,7 @@ from fastdistill.core.types import Failure, Sample, Status
 from fastdistill.data.decontaminate import words
 
 _PERMUTATIONS = 128  # an estimate of 0.8 is then off by 0.035, one standard deviation
-_RUNS_AT_ONCE = 1000  # between two turns of the event loop; each takes some kilobytes for as long
+_RUNS_AT_ONCE = 500  # between two turns of the event loop; each takes some kilobytes for as long
 _LONGEST = 10_000
 """Characters of code that is parsed; what is longer stays as it is."""
 
@@ -52,11 +52,13 @@ class NearDuplicates(StreamFilter):
             seen: set[str] = set()
             starts = range(max(1, len(text) - self.shingle + 1))
             for begin in range(0, len(starts), _RUNS_AT_ONCE):
-                if begin:
+                if len(starts) > _RUNS_AT_ONCE:
                     yield
                 new = {text[at : at + self.shingle] for at in starts[begin : begin + _RUNS_AT_ONCE]} - seen
                 sketch.update_batch([run.encode() for run in new])
                 seen |= new
+            if len(starts) > _RUNS_AT_ONCE:
+                yield
             values = sketch.hashvalues
             buckets = [hash((at, values[band].tobytes())) for at, band in enumerate(bands)]
             known = [bucket for bucket in buckets if bucket in nearby]
