@@ -165,9 +165,7 @@ def test_nor_does_a_slow_pattern(tmp_path: Path, watched: Watched) -> None:
         made["steps"] = [*made["steps"][:3], {"TextGeneration": generation}, {"RuleFilter": rules}, "ExportSFT"]
         result, held = watched(made, server)
     assert result.quality["samples"]["accepted"] == 6
-    # Six searches of a third of a second each. The timer that cuts them is looked at when the kernel ticks, which a
-    # virtual machine may do late once.
-    assert sorted(held)[-2][0] < 0.02, sorted(held, reverse=True)[:5]
+    assert max(held)[0] < 0.02, sorted(held, reverse=True)[:5]
 
 
 def test_nor_does_an_export_in_the_middle(tmp_path: Path, watched: Watched) -> None:

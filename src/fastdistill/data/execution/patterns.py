@@ -38,6 +38,7 @@ class PatternPool(WorkerPool[_Job, Broken | Death | None]):
         self._rules = rules
         self._sent = [(pattern.pattern, pattern.flags, wanted) for pattern, wanted in rules]
         self._here = threading.current_thread() is threading.main_thread()
+        self._slow = 0  # searches under way in workers: their load would have the timer come late
 
     async def __aenter__(self) -> Self:
         if self._here:
@@ -52,7 +53,7 @@ class PatternPool(WorkerPool[_Job, Broken | Death | None]):
     async def first_broken(self, text: str) -> Broken | Death | None:
         """The first rule that a text breaks, or how a worker died of it: the place of the pattern is its phase."""
         global _armed
-        if self._here:
+        if self._here and not self._slow:
             try:
                 _armed = True
                 signal.setitimer(signal.ITIMER_VIRTUAL, _TURN_S)
@@ -63,7 +64,11 @@ class PatternPool(WorkerPool[_Job, Broken | Death | None]):
                     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             except _Interrupted:
                 pass
-        return await self.evaluate((self._sent, text))
+        self._slow += 1
+        try:
+            return await self.evaluate((self._sent, text))
+        finally:
+            self._slow -= 1
 
     def from_wire(self, message: Any) -> Broken | None:
         return message and tuple(message)
