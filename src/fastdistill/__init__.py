@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fastdistill.data.parse_python import CleanPythonOutput as CleanPythonOutput
     from fastdistill.data.prepare import CanonicalizeFields as CanonicalizeFields
     from fastdistill.data.prepare import Deduplicate as Deduplicate
+    from fastdistill.data.prepare import Shard as Shard
     from fastdistill.data.rationale import SplitRationale as SplitRationale
     from fastdistill.data.rules import RuleFilter as RuleFilter
     from fastdistill.data.score_tokens import ScoreTokens as ScoreTokens

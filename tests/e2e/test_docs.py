@@ -410,8 +410,9 @@ def test_the_math_page_tells_what_its_gate_says(plays: dict[Path, Future[list[st
 
 @pytest.mark.slow
 def test_a_repeated_run_of_the_reproducibility_page_pays_nothing(plays: dict[Path, Future[list[str]]]) -> None:
-    (printed,) = plays[DOCS / "reproducibility.md"].result()
+    printed, shards = plays[DOCS / "reproducibility.md"].result()
     assert "0 answers paid, 80 from the store" in printed
+    assert shards.count("40 new answers, 0 known ones") == 2
 
 
 @pytest.mark.slow

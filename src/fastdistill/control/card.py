@@ -55,6 +55,7 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Mapping[str, int]) -
         f" {gate.outcomes[Outcome.ERROR]} | {percent(gate.pass_rate())} |"
         for name, gate in tally.gates.items()
     ]
+    elsewhere = tally.statuses[Status.ELSEWHERE]
     lines = [
         f"# {pipeline.name}",
         "",
@@ -77,7 +78,7 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Mapping[str, int]) -
         *(f"| {path} | {rows} |" for path, rows in files.items()),
         "",
         f"Left out: {tally.statuses[Status.DUPLICATE]} duplicate, {tally.statuses[Status.CONTAMINATED]} contaminated"
-        f" and {tally.failed} failed records.",
+        f" and {tally.failed} failed records" + (f"; {elsewhere} are of other shards." if elsewhere else "."),
         "The licence of the records and the teachers' terms apply; `checksums.txt` has the sha256 of every file,",
         "and the run's manifest says where every row comes from.",
     ]

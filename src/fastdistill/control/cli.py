@@ -120,8 +120,19 @@ def with_pipeline(command: "Callable[..., None]") -> "Callable[..., None]":
 
 @pipeline_app.command()
 @with_pipeline
-def run(pipeline: "Pipeline", output_dir: OutputDir = None, run_id: RunId = None, quiet: Quiet = False) -> None:
+def run(
+    pipeline: "Pipeline",
+    output_dir: OutputDir = None,
+    run_id: RunId = None,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="One part of N: 0/4, 1/4, 2/4 or 3/4.")] = None,
+    quiet: Quiet = False,
+) -> None:
     """Distil the data set. After a crash or Ctrl-C, run the same command again: it goes on where it was."""
+    if shard is not None:
+        index, _, of = shard.partition("/")
+        if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+            fail(f"--shard {shard}: four shards are 0/4, 1/4, 2/4 and 3/4", ExitCode.CONFIG)
+        pipeline = pipeline.shard(int(index), int(of))
     _ended(pipeline.run(output_dir=output_dir, run_id=run_id, watch=None if quiet else live), quiet)
 
 
@@ -239,6 +250,17 @@ def diff_runs(
     from fastdistill.control.diff import show_diff
 
     show_diff(run_a, run_b, output_dir, group_by, json)
+
+
+@app.command("merge")
+def merge_stores(
+    roots: Annotated[list[Path], typer.Argument(help="Artifacts roots of other machines, or copies of them.")],
+    output_dir: OutputDir = None,
+) -> None:
+    """Bring the answers of several artifacts roots into one. What was there already stays as it is."""
+    from fastdistill.control.merge import merge
+
+    merge(roots, output_dir)
 
 
 @app.command()

@@ -177,10 +177,12 @@ def _funnel(quality: Mapping[str, Any], message: str) -> _Cells:
     counted = " up to the target" if message.startswith("target: ") else ""  # answers beyond it are paid for, too
     notes = {
         "completed": f"{candidates['generated']:,} candidates{counted}, {candidates['selected']:,} selected",
+        "elsewhere": "of other shards",
         "accepted": f"{percent(samples['accept_rate'])} of the decided" if samples["completed"] else "",
         "undecided": "a gate could not judge" if samples["undecided"] else "",
     }
-    for name in ("read", "duplicates", "contaminated", "failed", "skipped", "completed", "accepted", "undecided"):
+    before = ["read", "duplicates", "contaminated", *(["elsewhere"] if samples.get("elsewhere") else []), "failed"]
+    for name in (*before, "skipped", "completed", "accepted", "undecided"):
         count = samples.get(name, 0)
         style = STYLES.get(name, "") if count else "dim"
         bar = ProgressBar(max(samples["read"], 1), count, 20, complete_style=style, finished_style=style)
@@ -307,6 +309,7 @@ def _counts(tally: "Tally") -> dict[str, int]:
         "failed": statuses[Status.FAILED],
         "duplicates": statuses[Status.DUPLICATE],
         "contaminated": statuses[Status.CONTAMINATED],
+        "elsewhere": statuses[Status.ELSEWHERE],
         "skipped": statuses[Status.SKIPPED],
     }
 

@@ -11,6 +11,7 @@ STEPS = {
     "LoadJsonl": "fastdistill.data.load",
     "CanonicalizeFields": "fastdistill.data.prepare",
     "Deduplicate": "fastdistill.data.prepare",
+    "Shard": "fastdistill.data.prepare",
     "NearDuplicates": "fastdistill.data.near_duplicates",
     "Decontaminate": "fastdistill.data.decontaminate",
     "TextGeneration": "fastdistill.data.generate",

@@ -146,6 +146,7 @@ class Proofs:
                 "read": tally.samples,
                 "duplicates": tally.statuses[Status.DUPLICATE],
                 "contaminated": tally.statuses[Status.CONTAMINATED],
+                "elsewhere": tally.statuses[Status.ELSEWHERE],
                 "failed": tally.failed,
                 "skipped": tally.statuses[Status.SKIPPED],
                 "completed": tally.statuses[Status.OPEN],

@@ -32,6 +32,7 @@ from fastdistill.core.errors import ConfigError, EnvironmentFault, ExitCode, Fat
 from fastdistill.core.files import atomic
 from fastdistill.core.step import Gate, SampleStep, Step, StreamStep
 from fastdistill.data.export.dataset import Splits
+from fastdistill.data.prepare import Shard
 from fastdistill.model.client import ModelClient
 from fastdistill.model.provider import ModelConfig, Provider
 from fastdistill.pipeline import run_pipeline
@@ -185,6 +186,12 @@ class Pipeline(BaseModel):
         models = {name: [config.provider, config.model, config.parameters()] for name, config in self.models.items()}
         steps = [[step.name, step.fingerprint] for step in self.steps]
         return f"{self.name}-{digest([self.name, models, steps])[:8]}"
+
+    def shard(self, index: int, of: int) -> "Pipeline":
+        """What the `index`-th of so many machines has to do. The floor is for the whole data set, and left out."""
+        at = next((at for at, step in enumerate(self.steps) if isinstance(step, SampleStep)), len(self.steps))
+        steps = (*self.steps[:at], Shard(index=index, of=of), *self.steps[at:])
+        return Pipeline.model_validate(dict(self) | {"steps": steps, "require": Floor()})
 
     def resolved(self) -> dict[str, Any]:
         """The whole configuration with its defaults, as YAML would have it, without secrets."""

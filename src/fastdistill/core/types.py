@@ -227,6 +227,7 @@ class Status(StrEnum):
     OPEN = "open"
     DUPLICATE = "duplicate"  # left out on purpose, with the reason in `failures`
     CONTAMINATED = "contaminated"  # holds an item of an evaluation file; left out on purpose too
+    ELSEWHERE = "elsewhere"  # another shard's; left out on purpose too
     FAILED = "failed"  # a step could not handle it
     SKIPPED = "skipped"  # the run had enough, or could spend no more, before it was done
 

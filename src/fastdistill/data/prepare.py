@@ -3,10 +3,10 @@
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, Self
 
 from msgspec.structs import replace
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fastdistill.core.canonical import NotCanonical, canonical_json, sample_id
 from fastdistill.core.errors import ConfigError, SampleError
@@ -88,6 +88,34 @@ class Deduplicate(StreamFilter):
             if first is None:
                 return sample
             return _duplicate(sample, self.name, f"{sample.source}: the same content as {first}")
+
+        return look
+
+
+class Shard(StreamFilter):
+    """Leaves out the samples that other machines work on. A sample's shard is its id modulo `of`, wherever it lies.
+
+    Steps that compare samples with each other belong before it: each machine reads all records.
+    """
+
+    index: int = Field(ge=0, description="0 for the first")
+    of: int = Field(ge=1, description="how many machines share the records")
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> Self:
+        if self.index >= self.of:
+            raise ValueError(f"index {self.index}: {self.of} shards are numbered from 0 to {self.of - 1}")
+        return self
+
+    def looking(self, ctx: Context) -> Callable[[Sample], Sample]:
+        def look(sample: Sample) -> Sample:
+            if not sample.sample_id:
+                raise ConfigError(f"{self.name}: samples have no id yet; put CanonicalizeFields before it")
+            shard = int(sample.sample_id, 16) % self.of
+            if shard == self.index:
+                return sample
+            message = f"{sample.source}: of shard {shard}/{self.of}"
+            return sample.left_out(Status.ELSEWHERE, Failure(self.name, "elsewhere", message))
 
         return look
 
