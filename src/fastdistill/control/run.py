@@ -206,7 +206,7 @@ class Indexes:
         # An empty name is SQLite's own temporary file: it spills to disk and is never seen by anybody else.
         self._connection = sqlite3.connect("", isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=OFF")
-        self._connection.execute("PRAGMA cache_size=-4000")
+        self._connection.execute("PRAGMA cache_size=-1000")
         self._opened = 0
 
     def open(self, name: str) -> KeyIndex:
