@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -254,6 +255,20 @@ def test_a_run_that_is_stopped_while_it_asks_nobody_does_not_pass_for_complete(t
     made = Pipeline(name="stopped", steps=(load, CanonicalizeFields(fields=("question",)), Interrupting()))
     with pytest.raises(Interrupted):
         made.run(output_dir=tmp_path)
+
+
+def test_a_notebook_that_is_interrupted_leaves_no_run_at_work_behind_it(tmp_path: Path) -> None:
+    load = LoadJsonl(rows=tuple({"question": str(at)} for at in range(500)))
+    made = Pipeline(name="stopped", steps=(load, CanonicalizeFields(fields=("question",)), Interrupting()))
+
+    async def cell() -> None:
+        made.run(output_dir=tmp_path)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="run the same command again"):
+        asyncio.run(cell())
+    assert "fastdistill" not in [thread.name for thread in threading.enumerate()]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_times_of_nanoseconds_are_no_end_of_a_run(tmp_path: Path) -> None:

@@ -290,9 +290,6 @@ class _Brake:
 @contextmanager
 def stops_on_signals(brake: _Brake, folder: RunFolder) -> Iterator[None]:
     """The first Ctrl-C (SIGTERM, SIGHUP) lets answers in flight come home, the second ends at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
@@ -308,16 +305,34 @@ def stops_on_signals(brake: _Brake, folder: RunFolder) -> Iterator[None]:
             )
         )
 
+    if isinstance(thread := threading.current_thread(), _Beside):
+        thread.stop = partial(loop.call_soon_threadsafe, stop)
+    with _signals(lambda number: loop.add_signal_handler(number, stop), loop.remove_signal_handler):
+        yield
+
+
+@contextmanager
+def _signals(handle: Callable[[int], object], release: Callable[[int], object]) -> Iterator[None]:
+    """Has what asks a process to end handled otherwise, where signals come to: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # as nohup has it
     for number in handled:
-        loop.add_signal_handler(number, stop)
+        handle(number)
     try:
         yield
     finally:
         for number in handled:
-            loop.remove_signal_handler(number)
+            release(number)
             signal.signal(number, before[number] or signal.SIG_DFL)  # None: it was not set from Python
+
+
+class _Beside(threading.Thread):
+    """A run beside a loop that runs already; who waits for it has the signals, and hands them on."""
+
+    stop: Callable[[], object] = staticmethod(lambda: None)  # nothing is asked yet
 
 
 def run_in_loop(work: Coroutine[Any, Any, RunResult]) -> RunResult:
@@ -334,9 +349,10 @@ def run_in_loop(work: Coroutine[Any, Any, RunResult]) -> RunResult:
         except BaseException as error:
             results.append(error)
 
-    thread = threading.Thread(target=target, name="fastdistill")
-    thread.start()
-    thread.join()
+    thread = _Beside(target=target, name="fastdistill")
+    with _signals(lambda number: signal.signal(number, lambda *_: thread.stop()), lambda _: None):
+        thread.start()
+        thread.join()
     if isinstance(results[0], BaseException):
         raise results[0]
     return results[0]
