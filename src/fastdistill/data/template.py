@@ -29,11 +29,13 @@ class Template:
 
     @cached_property
     def compiled(self) -> "jinja2.Template":
-        """In it an unknown field is an error, and no Python object can be reached."""
+        """In it an unknown field is an error, as is a null to be written, and no Python object can be reached."""
         from jinja2 import StrictUndefined
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True, finalize=_written
+        )
         return environment.from_string(self.text)
 
 
@@ -67,7 +69,9 @@ def render(template: Template, sample: Sample) -> str:
     record = sample.record
     if template.plain is not None:
         try:
-            return template.plain.format_map(record)
+            text = template.plain.format_map(record)
+            if "None" not in text:  # or Jinja tells a null from such a text
+                return text
         except KeyError:
             pass  # Jinja knows more names than the record's, and what to say of one that nobody knows
         except ValueError as error:  # an integer that Python does not write
@@ -78,9 +82,17 @@ def render(template: Template, sample: Sample) -> str:
     try:
         return template.compiled.render(record)
     except UndefinedError as error:
-        fields = ", ".join(sample.record)
+        fields = ", ".join(name if value is not None else f"{name} (null)" for name, value in record.items())
         raise SampleError(
             "missing_field", f"{sample.source}: the template: {error.message}; the record has: {fields}"
         ) from error
     except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
         raise SampleError("template_error", f"{sample.source}: the template: {error}") from error
+
+
+def _written(value: object) -> object:
+    from jinja2 import UndefinedError
+
+    if value is None:  # or every such record is asked about "None"
+        raise UndefinedError("a null has no text; give it one, like {{ field or 'unknown' }}, or leave the record out")
+    return value
