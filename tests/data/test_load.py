@@ -190,6 +190,7 @@ def test_no_record_at_all_is_an_error(ctx: TestContext, step: dict[str, object])
         ({"path": "a.jsonl", "rows": []}, "either path or rows"),
         ({"path": []}, "empty"),
         ({"path": "a.json"}, "jq -c"),
+        ({"path": "b/a.csv"}, r"read_csv\('b/a.csv'\), 'b/a.parquet'"),
         ({"path": "a.jsonl", "limit": 0}, "greater than 0"),
     ],
 )

@@ -129,7 +129,8 @@ class Pipeline(BaseModel):
         ]
         kinds = [type(step).__name__ for step in self.steps]
         first_sample_step = next((at for at, step in enumerate(self.steps) if isinstance(step, SampleStep)), None)
-        if first_sample_step is not None and "CanonicalizeFields" not in kinds[:first_sample_step]:
+        could = {"CanonicalizeFields", "Step"}  # the latter stands for one that could not be read
+        if first_sample_step is not None and could.isdisjoint(kinds[:first_sample_step]):
             problems.append(
                 f"steps[{first_sample_step}].{kinds[first_sample_step]}: CanonicalizeFields must come before it,"
                 " for it gives each sample its id"

@@ -17,6 +17,10 @@ from fastdistill.core.step import Context, StreamStep
 from fastdistill.core.types import Sample
 
 _ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".parquet")
+_CONVERT = {
+    ".json": "jq -c '.[]' {0} > {1}.jsonl",
+    ".csv": "python -c \"from pyarrow import csv, parquet as p; p.write_table(csv.read_csv('{0}'), '{1}.parquet')\"",
+}
 _PARQUET_ROWS = 256  # rows decoded at a time
 _BOM, _GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"
 
@@ -39,10 +43,9 @@ class LoadJsonl(StreamStep):
     def _known_endings(cls, path: Path | tuple[Path, ...] | None) -> Path | tuple[Path, ...] | None:
         for each in _paths(path):
             if not each.name.endswith(_ENDINGS):
-                raise ValueError(
-                    f"{each}: a data set ends in {', '.join(_ENDINGS)}; a JSON array becomes one with "
-                    f"`jq -c '.[]' {each.name} > {each.stem}.jsonl`"
-                )
+                command = _CONVERT.get(each.suffix, "").format(each, each.with_suffix("") if each.suffix else "")
+                how = f"; make it one with `{command}`" if command else ""
+                raise ValueError(f"{each}: a data set ends in {', '.join(_ENDINGS)}{how}")
         return path
 
     @model_validator(mode="after")
