@@ -485,10 +485,8 @@ def test_an_error_inside_a_running_event_loop_is_the_same_error(world: World) ->
 
 def test_repeated_steps_are_numbered_and_names_of_your_own_stay() -> None:
     steps = (RuleFilter(), RuleFilter(name="short", max_chars=9), RuleFilter(), RuleFilter(name="RuleFilter#2"))
-    pipeline = Pipeline(name="names", steps=(CanonicalizeFields(fields=("a",)), *steps))
-    assert [step.name for step in pipeline.steps] == [
-        "CanonicalizeFields", "RuleFilter", "short", "RuleFilter#3", "RuleFilter#2",
-    ]  # fmt: skip
+    pipeline = Pipeline(name="names", steps=(LoadJsonl(rows=({},)), CanonicalizeFields(fields=("a",)), *steps))
+    assert [step.name for step in pipeline.steps[2:]] == ["RuleFilter", "short", "RuleFilter#3", "RuleFilter#2"]
 
 
 def test_repeated_gates_all_judge_and_are_reported_apart(world: World) -> None:
@@ -506,7 +504,7 @@ def test_repeated_gates_all_judge_and_are_reported_apart(world: World) -> None:
     [
         ({"name": "a/b"}, "name"),
         ({"steps": ()}, "steps"),
-        ({"models": {}}, r"steps\[1\]\.TextGeneration: 'teacher' is not under models: \(none\)"),
+        ({"models": {}}, r"steps\[2\]\.TextGeneration: 'teacher' is not under models: \(none\)"),
         ({"models": {"teacher": {"provider": "vlm", "model": "m"}}}, "did you mean vllm"),
         ({"models": {"teacher": {"provider": "vllm", "model": "m", "timeout": -1}}}, "timeout"),
         (
@@ -520,6 +518,7 @@ def test_repeated_gates_all_judge_and_are_reported_apart(world: World) -> None:
             r"max_tokens: 512 is more than models\.teacher\.tokens_per_minute \(100\)",
         ),
         ({"step": ()}, "step"),
+        ({"steps": (CanonicalizeFields(fields=("a",)),)}, r"steps\[0\]\.CanonicalizeFields: brings no records"),
     ],
     ids=str,
 )
@@ -527,7 +526,7 @@ def test_what_does_not_fit_is_refused_when_the_pipeline_is_built(change: Mapping
     right: dict[str, Any] = {
         "name": "right",
         "models": {"teacher": {"provider": "vllm", "model": "m"}},
-        "steps": (CanonicalizeFields(fields=("a",)), TextGeneration(template="{{ a }}")),
+        "steps": (LoadJsonl(rows=({},)), CanonicalizeFields(fields=("a",)), TextGeneration(template="{{ a }}")),
     }
     Pipeline(**right)
     with pytest.raises(ValidationError, match=message):

@@ -30,7 +30,7 @@ from fastdistill.control.tally import Tally
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import ConfigError, EnvironmentFault, ExitCode, FatalError
 from fastdistill.core.files import atomic
-from fastdistill.core.step import Gate, SampleStep, Step, StreamStep
+from fastdistill.core.step import Gate, SampleStep, Step, StreamFilter, StreamStep
 from fastdistill.data.export.dataset import Splits
 from fastdistill.model.client import ModelClient
 from fastdistill.model.provider import ModelConfig, Provider
@@ -135,6 +135,8 @@ class Pipeline(BaseModel):
                 f"steps[{first_sample_step}].{kinds[first_sample_step]}: CanonicalizeFields must come before it,"
                 " for it gives each sample its id"
             )
+        if isinstance(self.steps[0], StreamFilter | Splits):  # or the run would complete, with nothing
+            problems.append(f"steps[0].{kinds[0]}: brings no records; begin with LoadJsonl")
         gates = [step.name for step in self.steps if isinstance(step, Gate)]
         named = [(f"require.pass_rate.{gate}", gate) for gate in self.require.pass_rate]
         named += [(f"{place}.gate", gate) for place, step in placed for gate in step.gates()]
