@@ -23,7 +23,16 @@ from msgspec.structs import replace
 from pydantic import ValidationError
 
 import fastdistill
-from fastdistill import CanonicalizeFields, Deduplicate, LoadJsonl, Pipeline, RuleFilter, RunResult, TextGeneration
+from fastdistill import (
+    CanonicalizeFields,
+    Deduplicate,
+    LoadJsonl,
+    MathExecEval,
+    Pipeline,
+    RuleFilter,
+    RunResult,
+    TextGeneration,
+)  # fmt: skip
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.run import ActiveRun
@@ -222,6 +231,16 @@ def test_one_prompt_that_breaks_the_server_is_counted_apart(world: World) -> Non
     (failure,) = result.quality["failures"]
     assert (failure["step"], failure["reason"], failure["count"]) == ("TextGeneration", "server_error", 1)
     assert "CUDA" in failure["examples"][0] or "500" in failure["examples"][0]
+
+
+def test_a_run_of_which_no_answer_could_be_judged_does_not_pass_for_done(world: World) -> None:
+    with openai_server(teacher) as server:
+        gates = (RuleFilter(max_chars=200), MathExecEval(gold_field="gold"))
+        result = quick(server, world.records, *gates).run(output_dir=world.folder / "artifacts")
+    assert result.exit_code == 5
+    said = result.manifest["message"].splitlines()
+    assert said[0].startswith("no sample is accepted, and 60 of 61 could not be judged")
+    assert said[1:] == ["MathExecEval: gold_invalid 60"]
 
 
 def test_a_run_that_is_stopped_accounts_for_every_record_that_it_took(world: World) -> None:
