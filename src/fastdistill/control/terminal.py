@@ -100,7 +100,7 @@ def tallied(counts: Mapping[str, int]) -> str:
 
 def counted(found: Mapping[str, Any]) -> str:
     """`rows 180, train_samples 130`: what an export says of its work, as far as it is numbers."""
-    return ", ".join(f"{name} {count:,}" for name, count in found.items() if isinstance(count, int))
+    return ", ".join(f"{name} {count:,}" for name, count in found.items() if isinstance(count, int)) or "nothing"
 
 
 def printable(text: str) -> str:
