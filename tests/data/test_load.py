@@ -62,6 +62,13 @@ def test_half_a_surrogate_pair_is_named_with_its_line_and_a_remedy(ctx: TestCont
     assert failure.message.startswith("t.jsonl:1: a lone surrogate is no character; write both of its pair")
 
 
+@pytest.mark.parametrize("value", ["NaN", "[-Infinity]"])
+def test_what_python_writes_though_it_is_no_json_is_named(ctx: TestContext, tmp_path: Path, value: str) -> None:
+    load(ctx, LoadJsonl(path=write(tmp_path / "t.jsonl", f'{{"a": {value}}}')))
+    (failure,) = ctx.discarded[0].failures
+    assert failure.message == "t.jsonl:1: NaN and Infinity are no JSON; write null in their place"
+
+
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"a": "\\ud800"}', "null", '"text"', "1", "true", '{"a":1}{"a":2}'])
 def test_no_line_breaks_the_reader(ctx: TestContext, tmp_path: Path, line: str) -> None:
     load(ctx, LoadJsonl(path=write(tmp_path / "t.jsonl", line, "{}")))

@@ -1,8 +1,10 @@
 """Reads records from JSON Lines and Parquet, one at a time. Knows nothing of what a record means."""
 
 import gzip
+import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from io import BufferedReader
 from itertools import chain, islice
 from pathlib import Path
@@ -201,4 +203,7 @@ def _problem(text: bytes, error: Exception) -> str:
         return f"not valid UTF-8 ({byte}); re-encode the file: iconv -f <its encoding> -t utf-8"
     if has_lone_surrogate(text):
         return "a lone surrogate is no character; write both of its pair, or \\ufffd in its place"
-    return f"not a JSON object ({error}); write one a line"
+    with suppress(ValueError, RecursionError):
+        if isinstance(json.loads(text), dict):  # Python reads what it should not write
+            return "NaN and Infinity are no JSON; write null in their place"
+    return f"not a JSON object ({error}); write one a line, as `jq -c '.[]'` makes them of an array"
