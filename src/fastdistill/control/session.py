@@ -210,6 +210,7 @@ class Pipeline(BaseModel):
         Args:
             output_dir: the artifacts root; by default FASTDISTILL_ARTIFACTS_DIR, or `./artifacts`.
             run_id: a name of your own for the run's folder.
+            watch: what looks on, like `fastdistill.control.progress.live`, which shows how far the run is.
 
         Raises:
             FatalError: the run could not be finished; everything that was paid for is stored.
