@@ -210,7 +210,8 @@ class ServedConfig(ModelConfig):
         variable, default = cls.defaults(provider)
         url = fields.get("base_url") or os.environ.get(variable) or default
         key = fields.get("api_key") or os.environ.get(f"{provider.upper()}_API_KEY") or None
-        return {**fields, "base_url": url, "api_key": key}
+        # A file of variables, written on Windows or mounted as a secret, leaves a line end.
+        return {**fields, "base_url": url, "api_key": key.strip() if isinstance(key, str) else key}
 
     @field_validator("base_url")
     @classmethod
