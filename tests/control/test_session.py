@@ -635,6 +635,14 @@ def test_a_preview_stores_its_answers_and_leaves_no_run(finished: Finished, tmp_
     assert again.out == ended.out
 
 
+def test_a_preview_of_records_that_all_fail_shows_as_many_as_it_was_asked_for(
+    finished: Finished, tmp_path: Path, command: Command
+) -> None:
+    misspelt = "steps.CanonicalizeFields.fields=[instructoin]"
+    ended = command("pipeline", "preview", "-c", finished.config_file, "-o", tmp_path, "-n", 2, "--set", misspelt)
+    assert ended.out.count("no field instructoin") == 2
+
+
 def test_runs_are_listed_and_shown(finished: Finished, command: Command) -> None:
     listed = command("runs", "list", "-o", finished.artifacts)
     assert listed.code == 0
