@@ -286,9 +286,12 @@ def test_a_part_that_can_not_be_read_neither_hides_nor_moves_the_problems_of_oth
     config["steps"][2] = {"Deduplicate": {"feilds": []}}
     config["steps"][3]["TextGeneration"]["model"] = "teecher"
     config["steps"] += [{"LLMJudge": {"task": "x"}}, {"ScoreFromExecEval": {"gate": "SQLiteExecEvil"}}]
+    config["steps"] += [{"SQLiteExecEval": {"dbpath": "a.db"}}, "ScoreFromExecEval"]
     assert problems(config) == [
         "models.judge.provider: olama is not known; did you mean ollama?",
         "steps[2].Deduplicate.feilds: unknown key; did you mean fields?",
+        "steps[7].SQLiteExecEval.db_path: required, but not given",
+        "steps[7].SQLiteExecEval.dbpath: unknown key; did you mean db_path?",
         "steps[3].TextGeneration: 'teecher' is not under models: (teacher, judge)",
         "steps[6].ScoreFromExecEval: there is no gate 'SQLiteExecEvil'; there are: RuleFilter, LLMJudge",
     ]

@@ -70,7 +70,10 @@ def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) 
     bare = ModelConfig(provider="unread", model="unread", price=Price())
     parts = {
         "models": {name: _read(parse_model, body, f"models.{name}", problems) or bare for name, body in models.items()},
-        "steps": [_read(_step, item, f"steps[{at}]", problems) or Step() for at, item in enumerate(steps)] or [Step()],
+        "steps": [
+            _read(_step, item, f"steps[{at}]", problems) or Step(name=_kind(item)) for at, item in enumerate(steps)
+        ]
+        or [Step()],
     }
     pipeline = _read(partial(validated, Pipeline), config | parts, "", problems)
     if pipeline is None or problems:
@@ -248,9 +251,14 @@ def _place(items: list[Any], name: str) -> int:
     named = [at for at, item in enumerate(items) if item == name or (isinstance(item, dict) and name in item)]
     if len(named) == 1:
         return named[0]
-    known = [str(item if isinstance(item, str) else next(iter(item), "")) for item in items]
+    known = [_kind(item) for item in items]
     many = "is there several times: use its number instead" if named else f"is not there; {suggest(name, known)}"
     raise ConfigError(f"steps.{name}: {many}")
+
+
+def _kind(item: object) -> str:
+    """Which step an item of the list names."""
+    return str(next(iter(item), "") if isinstance(item, dict) else item)
 
 
 def _join(path: str, part: str) -> str:

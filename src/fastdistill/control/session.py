@@ -124,13 +124,15 @@ class Pipeline(BaseModel):
             if model in self.models and (limit := self.models[model].tokens_per_minute) and most > limit
         ]
         names = [step.name for step in self.steps]
+        unread = {step.name for step in self.steps if type(step) is Step}  # what is wrong with these is told already
         problems += [
-            f"steps: two are named {name!r}; a name is given once" for name in {*names} if names.count(name) > 1
+            f"steps: two are named {name!r}; a name is given once"
+            for name in {*names} - unread
+            if names.count(name) > 1
         ]
         kinds = [type(step).__name__ for step in self.steps]
         first_sample_step = next((at for at, step in enumerate(self.steps) if isinstance(step, SampleStep)), None)
-        could = {"CanonicalizeFields", "Step"}  # the latter stands for one that could not be read
-        if first_sample_step is not None and could.isdisjoint(kinds[:first_sample_step]):
+        if first_sample_step is not None and "CanonicalizeFields" not in {*kinds[:first_sample_step], *unread}:
             problems.append(
                 f"steps[{first_sample_step}].{kinds[first_sample_step]}: CanonicalizeFields must come before it,"
                 " for it gives each sample its id"
@@ -143,7 +145,7 @@ class Pipeline(BaseModel):
         problems += [
             f"{place}: there is no gate {gate!r}; there are: {', '.join(gates) or 'none'}"
             for place, gate in named
-            if gate not in gates
+            if gate not in gates and gate not in unread
         ]
         problems += [  # a judge would never be calibrated, and never say so
             f"{place}: {gate} must come before it, for it reads {gate}'s verdicts"
