@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -196,6 +197,7 @@ def test_no_record_at_all_is_an_error(ctx: TestContext, step: dict[str, object])
         ({}, "either path or rows"),
         ({"path": "a.jsonl", "rows": []}, "either path or rows"),
         ({"path": []}, "empty"),
+        ({"rows": [{"q": "x", "n": numpy.float32(1)}]}, "numpy.float32'>; give plain values"),
         ({"path": "a.json"}, "jq -c"),
         ({"path": "b/a.csv"}, r"read_csv\('b/a.csv'\), 'b/a.parquet'"),
         ({"path": "a.jsonl", "limit": 0}, "greater than 0"),

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeAlias
 
 import msgspec
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticSerializationError, to_json
 
 from fastdistill.core.canonical import has_lone_surrogate
 from fastdistill.core.errors import InputError, SampleError
@@ -56,6 +57,10 @@ class LoadJsonl(StreamStep):
             raise ValueError("give either path or rows")
         if self.path == ():
             raise ValueError("path: the list is empty")
+        try:
+            to_json(self.rows)
+        except PydanticSerializationError as error:
+            raise ValueError(f"rows: {error}; give plain values of Python, like int(n) of numpy's") from error
         return self
 
     def inputs(self) -> Sequence[Path]:
