@@ -26,6 +26,8 @@ class Template:
 
     text: str
     plain: str | None
+    fields: tuple[str, ...] = ()
+    """Those of `plain`."""
 
     @cached_property
     def compiled(self) -> "jinja2.Template":
@@ -47,8 +49,8 @@ def compile_template(text: str) -> Template:
         parts = re.split(_FIELD, re.sub(r"\r\n|\r", "\n", text), flags=re.ASCII)
         if _RESERVED.isdisjoint(name.lower() for name in parts[1::2]):
             parts[::2] = [part.replace("{", "{{").replace("}", "}}") for part in parts[::2]]
-            parts[1::2] = [f"{{{name}!s}}" for name in parts[1::2]]
-            return Template(text, "".join(parts))
+            fields, parts[1::2] = (*parts[1::2],), [f"{{{name}!s}}" for name in parts[1::2]]
+            return Template(text, "".join(parts), fields)
     template = Template(text, None)
 
     from jinja2 import TemplateSyntaxError
@@ -69,9 +71,8 @@ def render(template: Template, sample: Sample) -> str:
     record = sample.record
     if template.plain is not None:
         try:
-            text = template.plain.format_map(record)
-            if "None" not in text:  # or Jinja tells a null from such a text
-                return text
+            if None not in map(record.__getitem__, template.fields):  # what is wrong with a null, Jinja says
+                return template.plain.format_map(record)
         except KeyError:
             pass  # Jinja knows more names than the record's, and what to say of one that nobody knows
         except ValueError as error:  # an integer that Python does not write
