@@ -186,6 +186,16 @@ def test_a_key_given_twice_is_refused_with_its_place(tmp_path: Path) -> None:
         read_yaml(path)
 
 
+def test_a_template_without_quotes_is_told_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bare\.yaml:2:12: a template, .* needs quotes"):
+        read_yaml(layer(tmp_path, "bare", "a: 1\ntemplate: {{ q }}\n"))
+
+
+def test_one_file_is_named_by_itself_and_as_a_text_too(tmp_path: Path) -> None:
+    path = layer(tmp_path, "base", BASE)
+    assert load_pipeline(str(path)) == load_pipeline(path) == load_pipeline([str(path)])
+
+
 def test_what_looks_like_a_date_is_text(tmp_path: Path) -> None:
     base = layer(tmp_path, "base", BASE)
     for day in ("2026-01-05", "2026-02-30"):
@@ -258,17 +268,32 @@ def test_an_unknown_key_deep_in_a_step_is_told_with_the_names_that_are_there() -
     assert "require.exec_pas_rate: unknown key; did you mean exec_pass_rate?" in told
 
 
+def test_what_is_wrong_is_told_in_words_of_yaml() -> None:
+    config = copy.deepcopy(BASE)
+    config["steps"][1] = {"CanonicalizeFields": {"fields": "question"}}
+    config["steps"][3]["TextGeneration"]["decode_profile"] = {"temperature": "hot"}
+    path = "steps[3].TextGeneration.decode_profile.temperature"
+    assert problems(config) == [
+        "steps[1].CanonicalizeFields.fields: must be a list, like [a, b] (given: 'question')",
+        f"{path}: Input should be a valid number, unable to parse string as a number (given: 'hot')",
+        f"{path}: must be a list, like [a, b] (given: 'hot')",
+    ]
+
+
 def test_a_part_that_can_not_be_read_neither_hides_nor_moves_the_problems_of_others() -> None:
     config = copy.deepcopy(BASE)
     config["models"]["judge"] = {"provider": "olama", "model": "m"}
     config["steps"][2] = {"Deduplicate": {"feilds": []}}
     config["steps"][3]["TextGeneration"]["model"] = "teecher"
     config["steps"] += [{"LLMJudge": {"task": "x"}}, {"ScoreFromExecEval": {"gate": "SQLiteExecEvil"}}]
+    config["steps"] += [{"SQLiteExecEval": {"dbpath": "a.db"}}, "ScoreFromExecEval"]
     assert problems(config) == [
         "models.judge.provider: olama is not known; did you mean ollama?",
         "steps[2].Deduplicate.feilds: unknown key; did you mean fields?",
+        "steps[7].SQLiteExecEval.db_path: required, but not given",
+        "steps[7].SQLiteExecEval.dbpath: unknown key; did you mean db_path?",
         "steps[3].TextGeneration: 'teecher' is not under models: (teacher, judge)",
-        "steps[6].ScoreFromExecEval.gate: there is no gate 'SQLiteExecEvil'; there are: RuleFilter, LLMJudge",
+        "steps[6].ScoreFromExecEval: there is no gate 'SQLiteExecEvil'; there are: RuleFilter, LLMJudge",
     ]
 
 

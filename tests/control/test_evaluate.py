@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastdistill.control.compare import measure, noise_floor, pair
+from fastdistill.control.compare import Item, measure, noise_floor, pair
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.evaluate import evaluation
 from fastdistill.control.folder import RunFolder
@@ -241,6 +241,15 @@ def test_generations_are_chained_and_the_chain_is_tested(world: World, command: 
     runs = [measure(world.found(first)), *[measure(world.found(second))] * 3]
     stop = advice(runs, [pair(after, before) for before, after in pairwise(runs[1:])])
     assert stop == ["stop: the last two generations can't be told from their parents"]
+    right, wrong = Item("", (True,) * 8, (None,) * 8, 4), Item("", (False,) * 8, (None,) * 8, 0)
+    before, few = replace(runs[0], items={"a": right, "b": wrong}), {"a": Item("", (True,), (None,), 1)}
+    # The same answers, of fewer records or fewer draws, have not fallen.
+    assert advice([before, replace(before, items={"b": wrong})], []) == []
+    assert advice([before, replace(before, items=few)], []) == []
+    assert advice([replace(before, items=few), before], []) == []
+    fallen = replace(before, items={"a": replace(right, distinct=1)})
+    (said,) = advice([before, fallen], [])
+    assert said == "stop: distinct answers have fallen from 0.50 to 0.12 of the accepted: a collapse"
 
 
 def test_a_parent_that_is_not_there_is_told_before_anything_is_asked(world: World) -> None:

@@ -182,13 +182,15 @@ for name in get_dataset_config_names("./dist"):
 
 
 @pytest.mark.slow
-def test_the_datasets_library_loads_every_config_and_split(finished: Finished, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_", ["parquet", "jsonl"])
+def test_the_datasets_library_loads_every_config_and_split(finished: Finished, tmp_path: Path, format_: str) -> None:
+    export_run("done", [format_], [], tmp_path / "dist", finished.root)
     own = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", LOAD],
         env=own | offline | {"HOME": str(tmp_path)},
-        cwd=finished.result.dataset.parent,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=100,

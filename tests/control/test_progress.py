@@ -16,6 +16,7 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
+from fastdistill import ExportSFT
 from fastdistill.control.budget import Budget, Target
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.ledger import Ledger
@@ -356,6 +357,13 @@ def test_summary_tells_what_was_reached_and_where_it_lies(tmp_path: Path) -> Non
     assert "900 prompt, 180 completion; 5.5556 accepted samples per 1000" in shown(console)
     assert "9 answers paid, 0 from the store" in shown(console)
     assert "2 asked a second time" in " ".join(lines)
+
+
+def test_summary_tells_of_a_split_that_no_sample_came_to(tmp_path: Path) -> None:
+    steps = (LoadJsonl(rows=({"q": "a"},)), CanonicalizeFields(fields=("q",)), ExportSFT(validation=0.5))
+    console = terminal()
+    summary(Pipeline(name="empty", steps=steps).run(output_dir=tmp_path), console)
+    assert "ExportSFT train_samples 0, validation_samples 0" in words(shown(console))
 
 
 def test_summary_fits_80_columns_but_for_what_is_copied(tmp_path: Path) -> None:

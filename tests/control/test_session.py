@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,16 @@ from msgspec.structs import replace
 from pydantic import ValidationError
 
 import fastdistill
-from fastdistill import CanonicalizeFields, Deduplicate, LoadJsonl, Pipeline, RuleFilter, RunResult, TextGeneration
+from fastdistill import (
+    CanonicalizeFields,
+    Deduplicate,
+    LoadJsonl,
+    MathExecEval,
+    Pipeline,
+    RuleFilter,
+    RunResult,
+    TextGeneration,
+)  # fmt: skip
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.run import ActiveRun
@@ -223,6 +233,16 @@ def test_one_prompt_that_breaks_the_server_is_counted_apart(world: World) -> Non
     assert "CUDA" in failure["examples"][0] or "500" in failure["examples"][0]
 
 
+def test_a_run_of_which_no_answer_could_be_judged_does_not_pass_for_done(world: World) -> None:
+    with openai_server(teacher) as server:
+        gates = (RuleFilter(max_chars=200), MathExecEval(gold_field="gold"))
+        result = quick(server, world.records, *gates).run(output_dir=world.folder / "artifacts")
+    assert result.exit_code == 5
+    said = result.manifest["message"].splitlines()
+    assert said[0].startswith("no sample is accepted, and 60 of 61 could not be judged")
+    assert said[1:] == ["MathExecEval: gold_invalid 60"]
+
+
 def test_a_run_that_is_stopped_accounts_for_every_record_that_it_took(world: World) -> None:
     def script(call: Call, index: int) -> str:
         if asked(server) == 3 and index == 0:
@@ -254,6 +274,20 @@ def test_a_run_that_is_stopped_while_it_asks_nobody_does_not_pass_for_complete(t
     made = Pipeline(name="stopped", steps=(load, CanonicalizeFields(fields=("question",)), Interrupting()))
     with pytest.raises(Interrupted):
         made.run(output_dir=tmp_path)
+
+
+def test_a_notebook_that_is_interrupted_leaves_no_run_at_work_behind_it(tmp_path: Path) -> None:
+    load = LoadJsonl(rows=tuple({"question": str(at)} for at in range(500)))
+    made = Pipeline(name="stopped", steps=(load, CanonicalizeFields(fields=("question",)), Interrupting()))
+
+    async def cell() -> None:
+        made.run(output_dir=tmp_path)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="run the same command again"):
+        asyncio.run(cell())
+    assert "fastdistill" not in [thread.name for thread in threading.enumerate()]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_times_of_nanoseconds_are_no_end_of_a_run(tmp_path: Path) -> None:
@@ -470,10 +504,8 @@ def test_an_error_inside_a_running_event_loop_is_the_same_error(world: World) ->
 
 def test_repeated_steps_are_numbered_and_names_of_your_own_stay() -> None:
     steps = (RuleFilter(), RuleFilter(name="short", max_chars=9), RuleFilter(), RuleFilter(name="RuleFilter#2"))
-    pipeline = Pipeline(name="names", steps=(CanonicalizeFields(fields=("a",)), *steps))
-    assert [step.name for step in pipeline.steps] == [
-        "CanonicalizeFields", "RuleFilter", "short", "RuleFilter#3", "RuleFilter#2",
-    ]  # fmt: skip
+    pipeline = Pipeline(name="names", steps=(LoadJsonl(rows=({},)), CanonicalizeFields(fields=("a",)), *steps))
+    assert [step.name for step in pipeline.steps[2:]] == ["RuleFilter", "short", "RuleFilter#3", "RuleFilter#2"]
 
 
 def test_repeated_gates_all_judge_and_are_reported_apart(world: World) -> None:
@@ -491,7 +523,7 @@ def test_repeated_gates_all_judge_and_are_reported_apart(world: World) -> None:
     [
         ({"name": "a/b"}, "name"),
         ({"steps": ()}, "steps"),
-        ({"models": {}}, r"steps\[1\]\.TextGeneration: 'teacher' is not under models: \(none\)"),
+        ({"models": {}}, r"steps\[2\]\.TextGeneration: 'teacher' is not under models: \(none\)"),
         ({"models": {"teacher": {"provider": "vlm", "model": "m"}}}, "did you mean vllm"),
         ({"models": {"teacher": {"provider": "vllm", "model": "m", "timeout": -1}}}, "timeout"),
         (
@@ -505,6 +537,7 @@ def test_repeated_gates_all_judge_and_are_reported_apart(world: World) -> None:
             r"max_tokens: 512 is more than models\.teacher\.tokens_per_minute \(100\)",
         ),
         ({"step": ()}, "step"),
+        ({"steps": (CanonicalizeFields(fields=("a",)),)}, r"steps\[0\]\.CanonicalizeFields: brings no records"),
     ],
     ids=str,
 )
@@ -512,7 +545,7 @@ def test_what_does_not_fit_is_refused_when_the_pipeline_is_built(change: Mapping
     right: dict[str, Any] = {
         "name": "right",
         "models": {"teacher": {"provider": "vllm", "model": "m"}},
-        "steps": (CanonicalizeFields(fields=("a",)), TextGeneration(template="{{ a }}")),
+        "steps": (LoadJsonl(rows=({},)), CanonicalizeFields(fields=("a",)), TextGeneration(template="{{ a }}")),
     }
     Pipeline(**right)
     with pytest.raises(ValidationError, match=message):
@@ -600,6 +633,14 @@ def test_a_preview_stores_its_answers_and_leaves_no_run(finished: Finished, tmp_
     again = command("pipeline", "preview", "-c", finished.config_file, "-o", tmp_path, "-n", 2)
     assert asked(finished.server) - before == 2
     assert again.out == ended.out
+
+
+def test_a_preview_of_records_that_all_fail_shows_as_many_as_it_was_asked_for(
+    finished: Finished, tmp_path: Path, command: Command
+) -> None:
+    misspelt = "steps.CanonicalizeFields.fields=[instructoin]"
+    ended = command("pipeline", "preview", "-c", finished.config_file, "-o", tmp_path, "-n", 2, "--set", misspelt)
+    assert ended.out.count("no field instructoin") == 2
 
 
 def test_runs_are_listed_and_shown(finished: Finished, command: Command) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -60,6 +61,13 @@ def test_half_a_surrogate_pair_is_named_with_its_line_and_a_remedy(ctx: TestCont
     load(ctx, LoadJsonl(path=write(tmp_path / "t.jsonl", f'{{"a": "{text}"}}')))
     (failure,) = ctx.discarded[0].failures
     assert failure.message.startswith("t.jsonl:1: a lone surrogate is no character; write both of its pair")
+
+
+@pytest.mark.parametrize("value", ["NaN", "[-Infinity]"])
+def test_what_python_writes_though_it_is_no_json_is_named(ctx: TestContext, tmp_path: Path, value: str) -> None:
+    load(ctx, LoadJsonl(path=write(tmp_path / "t.jsonl", f'{{"a": {value}}}')))
+    (failure,) = ctx.discarded[0].failures
+    assert failure.message == "t.jsonl:1: NaN and Infinity are no JSON; write null in their place"
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"a": "\\ud800"}', "null", '"text"', "1", "true", '{"a":1}{"a":2}'])
@@ -189,7 +197,9 @@ def test_no_record_at_all_is_an_error(ctx: TestContext, step: dict[str, object])
         ({}, "either path or rows"),
         ({"path": "a.jsonl", "rows": []}, "either path or rows"),
         ({"path": []}, "empty"),
+        ({"rows": [{"q": "x", "n": numpy.float32(1)}]}, "numpy.float32'>; give plain values"),
         ({"path": "a.json"}, "jq -c"),
+        ({"path": "b/a.csv"}, r"read_csv\('b/a.csv'\), 'b/a.parquet'"),
         ({"path": "a.jsonl", "limit": 0}, "greater than 0"),
     ],
 )

@@ -353,6 +353,19 @@ def test_what_the_model_does_not_take_is_an_error_at_once(parameters: dict[str, 
     assert place in str(error)
 
 
+def test_files_where_the_command_runs_are_not_taken_for_pythons_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+
+    async def go() -> None:
+        async with aclosing(EmbeddedProvider(EmbeddedConfig())) as provider:
+            await provider.probe()
+
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
 def test_a_request_that_takes_too_long_is_called_off_and_the_next_is_answered() -> None:
     def asked(tokens: int) -> Prompt:
         return Prompt("embedded", "text2sql", PROMPT, {"temperature": 5.0, "max_tokens": tokens})

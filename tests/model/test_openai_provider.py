@@ -155,7 +155,7 @@ def test_a_base_url_that_is_none_or_holds_a_secret_is_an_error(url: str) -> None
 
 def test_defaults_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_BASE_URL", "http://gpu:9/")
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("VLLM_API_KEY", "secret\r\n")
     found = OpenAIConfig(provider="vllm", model="m")
     assert found.base_url == "http://gpu:9/v1"
     assert found.api_key is not None and found.api_key.get_secret_value() == "secret"

@@ -3,7 +3,7 @@
 Facts of the run only, no clock.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from fastdistill.control.tally import Tally
 from fastdistill.control.terminal import percent
 from fastdistill.core.files import atomic, sha256_file
 from fastdistill.core.types import Outcome, Status
+from fastdistill.data.export.dataset import FOLDERS
 from fastdistill.data.export.trainers import trainer_files
 from fastdistill.data.generate import TextGeneration
 
@@ -40,11 +41,14 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Mapping[str, int]) -
         "license": "other",
         "task_categories": ["text-generation"],
         "tags": ["distillation", "synthetic", "fastdistill"],
-        "configs": _configs(map(Path, files)),
+        "configs": _configs([*map(Path, files)]),
     }
-    teachers = [f"- `{name}`: {config.model} ({config.provider})" for name, config in pipeline.models.items()]
+    models = [f"- `{name}`: {config.model} ({config.provider})" for name, config in pipeline.models.items()]
     generation = [
-        {step.name: step.model_dump(mode="json", exclude_defaults=True, exclude={"name"})}
+        {
+            step.name: step.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
+            | ({"until": step.until.model_dump(mode="json")} if step.until else {})
+        }
         for step in pipeline.steps
         if isinstance(step, TextGeneration)
     ]
@@ -63,8 +67,8 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Mapping[str, int]) -
         f" {tally.selected} selected for {tally.accepted_samples} samples"
         f" (accepted: {percent(tally.accept_rate())}).",
         "",
-        "Teachers:",
-        *(teachers or ["- none"]),
+        "Models:",
+        *(models or ["- none"]),
         "",
         *(asked if generation else []),
         "Gates, over candidates, with Wilson 95% intervals:",
@@ -98,9 +102,14 @@ def _files_in(dist: Path) -> list[Path]:
     return sorted(path for path in dist.rglob("*") if path.is_file())
 
 
-def _configs(files: Iterable[Path]) -> list[dict[str, object]]:
-    """One config for each folder of Parquet files, every split named: a bare glob would mix validation into train."""
+def _configs(files: Sequence[Path]) -> list[dict[str, object]]:
+    """One config for each folder, every split named: a bare glob would mix validation into train.
+
+    Its Parquet files, or else its JSON Lines, where these are of the shapes that come in both.
+    """
     tables = [path for path in files if path.suffix == ".parquet"]
+    others = {*FOLDERS.values()} - {path.parent.as_posix() for path in tables}
+    tables += [path for path in files if path.parent.as_posix() in others]
     folders = sorted({path.parent for path in tables}, key=lambda path: (path.name[:3] != "sft", path))
     return [
         {

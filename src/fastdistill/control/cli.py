@@ -346,7 +346,7 @@ def export(
 @app.command()
 @with_pipeline
 def doctor(pipeline: "Pipeline", output_dir: OutputDir = None) -> None:
-    """Ask each model's endpoint what it is and what it honours (a few one-token requests), and look at this machine."""
+    """Ask each model's endpoint what it is and what it honours (a few tiny requests), and look at this machine."""
     from fastdistill.control.doctor import examine
 
     if not examine(pipeline, output_dir):

@@ -31,9 +31,17 @@ class Item:
     group: str
     right: tuple[bool, ...]
     scores: tuple[float | None, ...]
+    distinct: int
+    """Of the answers that were right."""
 
     def pass_at(self, k: int) -> float:
         return pass_at_k(len(self.right), sum(self.right), k)
+
+
+def diversity(items: Sequence[Item]) -> float | None:
+    """Distinct accepted answers for each accepted one: 1 where none was given twice."""
+    accepted = sum(sum(item.right) for item in items)
+    return sum(item.distinct for item in items) / accepted if accepted else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,7 @@ class Measured:
     gates: Mapping[str, Rate]  # first draws that it passed, of those that it could judge
     k: int
     pass_at_k: Difference  # over groups
-    diversity: float | None  # distinct accepted answers for each accepted one: 1 where none was given twice
+    diversity: float | None
     mean_tokens: float | None  # of an answer's completion
     items: Mapping[str, Item]  # by sample id
 
@@ -99,7 +107,7 @@ def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
     models: set[str] = set()
     gates: defaultdict[str, GateCount] = defaultdict(GateCount)
     tokens: list[int] = []
-    distinct = undecided = 0
+    undecided = 0
     for sample in folder.samples(ENDED):
         group, drawn = group_of(sample, group_by), sorted(sample.candidates, key=attrgetter("attempt"))
         models.update(candidate.prompt.model for candidate in drawn)
@@ -109,15 +117,14 @@ def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
         judged = [candidate for candidate in drawn if candidate.outcome is not Outcome.ERROR]
         right = tuple(candidate.outcome is Outcome.PASS for candidate in judged)
         scores = tuple(candidate.score for candidate in judged)
-        items[sample.sample_id] = Item(group, right or (False,), scores or (None,))
-        distinct += len({candidate.answer for candidate in judged if candidate.outcome is Outcome.PASS})
+        distinct = len({candidate.answer for candidate in judged if candidate.outcome is Outcome.PASS})
+        items[sample.sample_id] = Item(group, right or (False,), scores or (None,), distinct)
         tokens += [candidate.completion.usage.completion_tokens for candidate in judged]
         for verdict in (verdict for first in drawn[:1] for verdict in first.verdicts):
             if not verdict.detail.get("calibration"):  # which decides nothing
                 gates[verdict.gate].outcomes[verdict.outcome] += 1
-    found = items.values()
+    found = [*items.values()]
     k = min([K, *(len(item.right) for item in found)]) if found else 0
-    accepted = sum(sum(item.right) for item in found)
     return Measured(
         run_id=folder.run_id,
         role=read_json(folder.manifest).get("role"),
@@ -128,7 +135,7 @@ def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
         gates={name: gate.pass_rate() for name, gate in gates.items()},
         k=k,
         pass_at_k=paired_bootstrap((item.group, item.pass_at(k)) for item in found),
-        diversity=distinct / accepted if accepted else None,
+        diversity=diversity(found),
         mean_tokens=fmean(tokens) if tokens else None,
         items=items,
     )

@@ -26,14 +26,23 @@ Parsed = TypeVar("Parsed", bound=BaseModel)
 
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}|[^}]*\}?)")
 _SECRET = {"api_key", "headers", "base_url"}  # a URL may have a password in it
+_WORDS = {  # those of YAML in place of Python's
+    "tuple_type": "must be a list, like [a, b]",
+    "dict_type": "must be a mapping, like {a: b}",
+    "model_type": "must be a mapping, like {a: b}",
+    "too_short": "is empty",
+}
 
 
-def load_pipeline(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Pipeline:
-    """The pipeline of some YAML files and `a.b=c` overrides; raises as `load_layers` and `parse_pipeline` do."""
-    return parse_pipeline(load_layers(layers, overrides))
+def load_pipeline(layers: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Pipeline:
+    """The pipeline of one YAML file or several, and of `a.b=c` overrides.
+
+    Raises as `load_layers` and `parse_pipeline` do.
+    """
+    return parse_pipeline(load_layers([layers] if isinstance(layers, str | Path) else layers, overrides))
 
 
-def load_layers(layers: Sequence[Path], overrides: Sequence[str] = (), base: Any = None) -> Any:
+def load_layers(layers: Sequence[str | Path], overrides: Sequence[str] = (), base: Any = None) -> Any:
     """Some YAML files and `a.b=c` overrides, one laid on the other, the first on `base`.
 
     Raises ConfigError if a file can't be read, or a layer changes a step that is not there.
@@ -61,7 +70,10 @@ def parse_pipeline(config: object, environment: Mapping[str, str] = os.environ) 
     bare = ModelConfig(provider="unread", model="unread", price=Price())
     parts = {
         "models": {name: _read(parse_model, body, f"models.{name}", problems) or bare for name, body in models.items()},
-        "steps": [_read(_step, item, f"steps[{at}]", problems) or Step() for at, item in enumerate(steps)] or [Step()],
+        "steps": [
+            _read(_step, item, f"steps[{at}]", problems) or Step(name=_kind(item)) for at, item in enumerate(steps)
+        ]
+        or [Step()],
     }
     pipeline = _read(partial(validated, Pipeline), config | parts, "", problems)
     if pipeline is None or problems:
@@ -80,26 +92,32 @@ def parse_model(config: object, path: str) -> ModelConfig:
     return validated(kind, config, path)
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(given: str | Path) -> Any:
     """A YAML file, with duplicate keys refused.
 
     Raises:
         ConfigError: it is missing, not UTF-8, or not YAML; names file, line and column.
     """
+    path = Path(given)
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path.absolute()}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from error
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    return _yaml(text, str(path)) or {}
+
+
+def _yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _Loader) or {}
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: {error.problem or error.context}") from error
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise ConfigError(f"{source}{place}: {problem}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def merge(base: Any, over: Any) -> Any:
@@ -149,12 +167,12 @@ def interpolate(value: Any, environment: Mapping[str, str], problems: list[str],
         name, default = match.groups()
         if name is None:
             problems.append(f"{path}: {match[0]!r} is no variable; write ${{NAME}} or ${{NAME:-default}}")
-            return ""
+            return match[0]
         found = environment.get(name) or default
         if found is None:
             state = "empty" if name in environment else "not set"
             problems.append(f"{path}: the environment variable {name} is {state}: set it, or use ${{{name}:-default}}")
-        return found or ""
+        return match[0] if found is None else found
 
     return _VARIABLE.sub(replacement, value)
 
@@ -192,10 +210,10 @@ def _described(error: ValidationError, path: str, model: type[BaseModel]) -> Ite
     for problem in error.errors():
         place = path
         for part in problem["loc"]:
-            if "[" in str(part):
+            if "[" in str(part) or part in ("str", "int", "float", "bool"):
                 continue  # which type of a union was tried
             place = f"{place}[{part}]" if isinstance(part, int) else _join(place, str(part))
-        message = problem["msg"].removeprefix("Value error, ")
+        message = _WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
         if problem["type"] == "extra_forbidden":
             message = f"unknown key; {suggest(str(problem['loc'][-1]), _fields_at(model, problem['loc'][:-1]))}"
         elif problem["type"] == "missing":
@@ -220,10 +238,7 @@ def nested_override(override: str) -> Any:
     path, equals, text = override.partition("=")
     if not equals or not path.strip("."):
         raise ConfigError(f"--set {override}: write it as path=value, like models.teacher.model=llama3")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
+    value = _yaml(text, f"--set {override}: the value is not YAML")
     for part in reversed(re.findall(r"[^.\[\]]+", path)):
         value = {part: value}
     return value
@@ -236,9 +251,14 @@ def _place(items: list[Any], name: str) -> int:
     named = [at for at, item in enumerate(items) if item == name or (isinstance(item, dict) and name in item)]
     if len(named) == 1:
         return named[0]
-    known = [str(item if isinstance(item, str) else next(iter(item), "")) for item in items]
+    known = [_kind(item) for item in items]
     many = "is there several times: use its number instead" if named else f"is not there; {suggest(name, known)}"
     raise ConfigError(f"steps.{name}: {many}")
+
+
+def _kind(item: object) -> str:
+    """Which step an item of the list names."""
+    return str(next(iter(item), "") if isinstance(item, dict) else item)
 
 
 def _join(path: str, part: str) -> str:
@@ -249,16 +269,16 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, instead of silently taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        seen: list[Any] = []
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue  # `<<: *anchor` is not a key; what stands beside it wins over what it brings
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | float | bool):
-                if key in seen:
-                    problem = f"the key {key!r} is given twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-                seen.add(key)
+            is_mapping = isinstance(key, dict)
+            if is_mapping or key in seen:
+                problem = "a template, {{ ... }}, needs quotes" if is_mapping else f"the key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 

@@ -13,6 +13,7 @@ from fastdistill.control.folder import RunFolder, read_json
 from fastdistill.control.registry import step_class
 from fastdistill.control.session import Pipeline
 from fastdistill.control.tally import Tally
+from fastdistill.control.terminal import counted
 from fastdistill.core.errors import ConfigError, EnvironmentFault, InputError
 from fastdistill.core.types import Sample, Status
 from fastdistill.data.export.dataset import Export, Format, Splits
@@ -56,7 +57,7 @@ def export_run(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     for name, found in written.tally.reports.items():
-        print(f"{name}: {', '.join(f'{key} {count}' for key, count in found.items() if isinstance(count, int))}")
+        print(f"{name}: {counted(found)}")
     for reason, count in sorted(written.left_out.items()):
         print(f"left out: {count} samples: {reason}")
     print(f"written to {place}")

@@ -105,7 +105,8 @@ class RunFolder:
         if run in known or len(begun) == 1:
             return known[run if run in known else begun[0]]
         what = f"several runs begin with {run!r}" if begun else f"no run {run!r}"
-        there = ", ".join(begun or known) or "none"
+        names = begun or [*known]
+        there = ", ".join(names[:9] + ["…"] * (len(names) > 9)) or "none"
         raise InputError(f"{artifacts_root(root)}: {what}; there are: {there} (is --output-dir right?)")
 
 

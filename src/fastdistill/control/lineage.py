@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from fastdistill.control.compare import Measured, Pair, indistinct, measure, pair
+from fastdistill.control.compare import K, Measured, Pair, diversity, indistinct, measure, pair
 from fastdistill.control.folder import RunFolder, read_json
 from fastdistill.control.terminal import points, say, show_table
 
@@ -51,15 +51,17 @@ def show_lineage(run: str, output_dir: Path | None, group_by: str | None) -> Non
 
 
 def advice(runs: Sequence[Measured], steps: Sequence[Pair]) -> list[str]:
-    """Reasons to stop, each in a sentence; `steps` compare each run with its parent."""
+    """Reasons to stop, each in a sentence, of the records that are shared; `steps` compare each run with its parent."""
     said = []
     if len(steps) >= 2 and all(indistinct(step.difference) for step in steps[-2:]):
         said.append("stop: the last two generations can't be told from their parents")
-    first, last = runs[0], runs[-1]
-    before, after = first.pass_at_k.estimate, last.pass_at_k.estimate
-    if before and after is not None and after < (1 - COLLAPSE) * before:
-        said.append(f"stop: pass@k has fallen from {before:.1%} to {after:.1%} since generation 0")
-    one, other = first.diversity, last.diversity
+    both = [(item, runs[-1].items[key]) for key, item in runs[0].items.items() if key in runs[-1].items]
+    k = min([K, *(len(item.right) for items in both for item in items)])
+    before, after = (sum(items[at].pass_at(k) for items in both) / max(len(both), 1) for at in (0, 1))
+    if after < (1 - COLLAPSE) * before:
+        said.append(f"stop: pass@{k} has fallen from {before:.1%} to {after:.1%} since generation 0")
+    alike = [items for items in both if len(items[0].right) == len(items[1].right)]  # more draws say more twice
+    one, other = (diversity([items[at] for items in alike]) for at in (0, 1))
     if one and other is not None and other < (1 - COLLAPSE) * one:
         said.append(f"stop: distinct answers have fallen from {one:.2f} to {other:.2f} of the accepted: a collapse")
     return said

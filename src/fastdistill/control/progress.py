@@ -15,7 +15,7 @@ from threading import Event, Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
-from fastdistill.control.terminal import clock, cut, dollars, percent, printable, say, show_table, tallied
+from fastdistill.control.terminal import clock, counted, cut, dollars, percent, printable, say, show_table, tallied
 from fastdistill.core.types import Outcome, Status
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def summary(result: "RunResult", console: "Console") -> None:
         (("failed at", ">count", "reason", "for example"), _failures(quality["failures"])),
         (("", ""), _models(quality["tokens"], timing["models"])),
         (("floor", ">required", "reached", ""), _floor(quality["floor"])),
+        (("export", "written"), [(s["step"], counted(s["report"])) for s in quality["stages"] if "report" in s]),
     ):
         if rows := list(found):
             say(console=console)

@@ -18,11 +18,12 @@ from fastdistill.control.card import complete_dataset
 from fastdistill.control.folder import RunFolder, read_json, write_json
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.tally import Tally, interval
+from fastdistill.control.terminal import tallied
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import EnvironmentFault, ExitCode, FatalError
 from fastdistill.core.files import atomic, sha256_file
 from fastdistill.core.step import SampleStep
-from fastdistill.core.types import Failure, Status
+from fastdistill.core.types import Failure, Outcome, Status
 
 if TYPE_CHECKING:
     from fastdistill.control.session import Pipeline, RunResult
@@ -83,6 +84,8 @@ class Proofs:
             code, message = enough.exit_code, enough.message
         elif self._tally.failed:
             code, message = ExitCode.PARTIAL, failures_message(self._tally)
+        elif self._tally.undecided_samples and not self._tally.accepted_samples:
+            code, message = ExitCode.PARTIAL, undecided_message(self._tally)
         return self._write(run, floor, status, code, message)
 
     def abort(self, run: ActiveRun | None, error: FatalError) -> None:
@@ -265,6 +268,13 @@ def failures_message(tally: Tally) -> str:
     for (step, reason), count in sorted(tally.failures.items(), key=lambda item: -item[1].count):
         lines.append(f"{step}: {reason} ({count.count}): {count.examples[0]}")
     return "\n".join(lines)
+
+
+def undecided_message(tally: Tally) -> str:
+    """Of a run that accepted nothing: how many samples no gate could judge, and why, as with a wrong `gold_field`."""
+    gates = [f"{name}: {tallied(gate.reasons)}" for name, gate in tally.gates.items() if gate.outcomes[Outcome.ERROR]]
+    undecided = f"{tally.undecided_samples} of {tally.samples} could not be judged"
+    return "\n".join([f"no sample is accepted, and {undecided}; `fastdistill explain` shows why", *gates])
 
 
 def _file_entry(path: Path, shown: Path, content: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from fastdistill.control.tally import Tally
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import ConfigError, EnvironmentFault, ExitCode, FatalError
 from fastdistill.core.files import atomic
-from fastdistill.core.step import Gate, SampleStep, Step, StreamStep
+from fastdistill.core.step import Gate, SampleStep, Step, StreamFilter, StreamStep
 from fastdistill.data.export.dataset import Splits
 from fastdistill.data.prepare import Shard
 from fastdistill.model.client import ModelClient
@@ -125,23 +125,28 @@ class Pipeline(BaseModel):
             if model in self.models and (limit := self.models[model].tokens_per_minute) and most > limit
         ]
         names = [step.name for step in self.steps]
+        unread = {step.name for step in self.steps if type(step) is Step}  # what is wrong with these is told already
         problems += [
-            f"steps: two are named {name!r}; a name is given once" for name in {*names} if names.count(name) > 1
+            f"steps: two are named {name!r}; a name is given once"
+            for name in {*names} - unread
+            if names.count(name) > 1
         ]
         kinds = [type(step).__name__ for step in self.steps]
         first_sample_step = next((at for at, step in enumerate(self.steps) if isinstance(step, SampleStep)), None)
-        if first_sample_step is not None and "CanonicalizeFields" not in kinds[:first_sample_step]:
+        if first_sample_step is not None and "CanonicalizeFields" not in {*kinds[:first_sample_step], *unread}:
             problems.append(
                 f"steps[{first_sample_step}].{kinds[first_sample_step]}: CanonicalizeFields must come before it,"
                 " for it gives each sample its id"
             )
+        if isinstance(self.steps[0], StreamFilter | Splits):  # or the run would complete, with nothing
+            problems.append(f"steps[0].{kinds[0]}: brings no records; begin with LoadJsonl")
         gates = [step.name for step in self.steps if isinstance(step, Gate)]
         named = [(f"require.pass_rate.{gate}", gate) for gate in self.require.pass_rate]
-        named += [(f"{place}.gate", gate) for place, step in placed for gate in step.gates()]
+        named += [(place, gate) for place, step in placed for gate in step.gates()]
         problems += [
             f"{place}: there is no gate {gate!r}; there are: {', '.join(gates) or 'none'}"
             for place, gate in named
-            if gate not in gates
+            if gate not in gates and gate not in unread
         ]
         problems += [  # a judge would never be calibrated, and never say so
             f"{place}: {gate} must come before it, for it reads {gate}'s verdicts"
@@ -214,6 +219,7 @@ class Pipeline(BaseModel):
         Args:
             output_dir: the artifacts root; by default FASTDISTILL_ARTIFACTS_DIR, or `./artifacts`.
             run_id: a name of your own for the run's folder.
+            watch: what looks on, like `fastdistill.control.progress.live`, which shows how far the run is.
 
         Raises:
             FatalError: the run could not be finished; everything that was paid for is stored.
@@ -297,9 +303,6 @@ class _Brake:
 @contextmanager
 def stops_on_signals(brake: _Brake, folder: RunFolder) -> Iterator[None]:
     """The first Ctrl-C (SIGTERM, SIGHUP) lets answers in flight come home, the second ends at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
@@ -315,16 +318,34 @@ def stops_on_signals(brake: _Brake, folder: RunFolder) -> Iterator[None]:
             )
         )
 
+    if isinstance(thread := threading.current_thread(), _Beside):
+        thread.stop = partial(loop.call_soon_threadsafe, stop)
+    with _signals(lambda number: loop.add_signal_handler(number, stop), loop.remove_signal_handler):
+        yield
+
+
+@contextmanager
+def _signals(handle: Callable[[int], object], release: Callable[[int], object]) -> Iterator[None]:
+    """Has what asks a process to end handled otherwise, where signals come to: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # as nohup has it
     for number in handled:
-        loop.add_signal_handler(number, stop)
+        handle(number)
     try:
         yield
     finally:
         for number in handled:
-            loop.remove_signal_handler(number)
+            release(number)
             signal.signal(number, before[number] or signal.SIG_DFL)  # None: it was not set from Python
+
+
+class _Beside(threading.Thread):
+    """A run beside a loop that runs already; who waits for it has the signals, and hands them on."""
+
+    stop: Callable[[], object] = staticmethod(lambda: None)  # nothing is asked yet
 
 
 def run_in_loop(work: Coroutine[Any, Any, RunResult]) -> RunResult:
@@ -341,9 +362,10 @@ def run_in_loop(work: Coroutine[Any, Any, RunResult]) -> RunResult:
         except BaseException as error:
             results.append(error)
 
-    thread = threading.Thread(target=target, name="fastdistill")
-    thread.start()
-    thread.join()
+    thread = _Beside(target=target, name="fastdistill")
+    with _signals(lambda number: signal.signal(number, lambda *_: thread.stop()), lambda _: None):
+        thread.start()
+        thread.join()
     if isinstance(results[0], BaseException):
         raise results[0]
     return results[0]

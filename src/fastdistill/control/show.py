@@ -17,19 +17,27 @@ from fastdistill.control.session import Pipeline, RunResult
 from fastdistill.control.terminal import clock, dollars, printable, say, show_table
 from fastdistill.core.errors import EnvironmentFault, ExitCode, InputError
 from fastdistill.core.stats import Total
-from fastdistill.core.step import Context, SampleStep, StreamStep
+from fastdistill.core.step import Context, SampleStep, StreamFilter
 from fastdistill.core.types import Candidate, Outcome, Sample
 
 _STYLE = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.ERROR: "yellow"}
 
 
-class FirstSamples(StreamStep):
-    """Lets the first `n` samples through."""
+class FirstSamples(StreamFilter):
+    """Lets the first `n` samples through, or fewer once `n` were left out: all are where a field is misspelt."""
 
     n: int
 
-    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
-        return islice(samples, self.n)
+    def looking(self, ctx: Context) -> Callable[[Sample], Sample]:
+        return lambda sample: sample
+
+    def run(self, samples: Iterator[Sample | None], ctx: Context) -> Iterator[Sample | None]:
+        room = {True: self.n, False: self.n}
+        for sample in super().run(samples, ctx):
+            yield sample
+            room[sample is None] -= 1
+            if not room[sample is None]:
+                return
 
 
 def show_info(pipeline: Pipeline, output_dir: Path | None) -> None:

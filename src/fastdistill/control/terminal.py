@@ -98,6 +98,11 @@ def tallied(counts: Mapping[str, int]) -> str:
     return ", ".join(words if len(words) <= 6 else [*words[:6], f"{len(words) - 6} more kinds"])
 
 
+def counted(found: Mapping[str, Any]) -> str:
+    """`rows 180, train_samples 130`: what an export says of its work, as far as it is numbers."""
+    return ", ".join(f"{name} {count:,}" for name, count in found.items() if isinstance(count, int)) or "nothing"
+
+
 def printable(text: str) -> str:
     """Text that can't steer the terminal."""
     return "".join(char if char.isprintable() else " " for char in text)

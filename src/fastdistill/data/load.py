@@ -1,8 +1,10 @@
 """Reads records from JSON Lines and Parquet, one at a time. Knows nothing of what a record means."""
 
 import gzip
+import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from io import BufferedReader
 from itertools import chain, islice
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, Self, TypeAlias
 
 import msgspec
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticSerializationError, to_json
 
 from fastdistill.core.canonical import has_lone_surrogate
 from fastdistill.core.errors import InputError, SampleError
@@ -17,6 +20,10 @@ from fastdistill.core.step import Context, StreamStep
 from fastdistill.core.types import Sample
 
 _ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".parquet")
+_CONVERT = {
+    ".json": "jq -c '.[]' {0} > {1}.jsonl",
+    ".csv": "python -c \"from pyarrow import csv, parquet as p; p.write_table(csv.read_csv('{0}'), '{1}.parquet')\"",
+}
 _PARQUET_ROWS = 256  # rows decoded at a time
 _BOM, _GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"
 
@@ -39,10 +46,9 @@ class LoadJsonl(StreamStep):
     def _known_endings(cls, path: Path | tuple[Path, ...] | None) -> Path | tuple[Path, ...] | None:
         for each in _paths(path):
             if not each.name.endswith(_ENDINGS):
-                raise ValueError(
-                    f"{each}: a data set ends in {', '.join(_ENDINGS)}; a JSON array becomes one with "
-                    f"`jq -c '.[]' {each.name} > {each.stem}.jsonl`"
-                )
+                command = _CONVERT.get(each.suffix, "").format(each, each.with_suffix("") if each.suffix else "")
+                how = f"; make it one with `{command}`" if command else ""
+                raise ValueError(f"{each}: a data set ends in {', '.join(_ENDINGS)}{how}")
         return path
 
     @model_validator(mode="after")
@@ -51,6 +57,10 @@ class LoadJsonl(StreamStep):
             raise ValueError("give either path or rows")
         if self.path == ():
             raise ValueError("path: the list is empty")
+        try:
+            to_json(self.rows)
+        except PydanticSerializationError as error:
+            raise ValueError(f"rows: {error}; give plain values of Python, like int(n) of numpy's") from error
         return self
 
     def inputs(self) -> Sequence[Path]:
@@ -198,4 +208,7 @@ def _problem(text: bytes, error: Exception) -> str:
         return f"not valid UTF-8 ({byte}); re-encode the file: iconv -f <its encoding> -t utf-8"
     if has_lone_surrogate(text):
         return "a lone surrogate is no character; write both of its pair, or \\ufffd in its place"
-    return f"not a JSON object ({error}); write one a line"
+    with suppress(ValueError, RecursionError):
+        if isinstance(json.loads(text), dict):  # Python reads what it should not write
+            return "NaN and Infinity are no JSON; write null in their place"
+    return f"not a JSON object ({error}); write one a line, as `jq -c '.[]'` makes them of an array"

@@ -26,14 +26,18 @@ class Template:
 
     text: str
     plain: str | None
+    fields: tuple[str, ...] = ()
+    """Those of `plain`."""
 
     @cached_property
     def compiled(self) -> "jinja2.Template":
-        """In it an unknown field is an error, and no Python object can be reached."""
+        """In it an unknown field is an error, as is a null to be written, and no Python object can be reached."""
         from jinja2 import StrictUndefined
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True, finalize=_written
+        )
         return environment.from_string(self.text)
 
 
@@ -45,8 +49,8 @@ def compile_template(text: str) -> Template:
         parts = re.split(_FIELD, re.sub(r"\r\n|\r", "\n", text), flags=re.ASCII)
         if _RESERVED.isdisjoint(name.lower() for name in parts[1::2]):
             parts[::2] = [part.replace("{", "{{").replace("}", "}}") for part in parts[::2]]
-            parts[1::2] = [f"{{{name}!s}}" for name in parts[1::2]]
-            return Template(text, "".join(parts))
+            fields, parts[1::2] = (*parts[1::2],), [f"{{{name}!s}}" for name in parts[1::2]]
+            return Template(text, "".join(parts), fields)
     template = Template(text, None)
 
     from jinja2 import TemplateSyntaxError
@@ -67,7 +71,8 @@ def render(template: Template, sample: Sample) -> str:
     record = sample.record
     if template.plain is not None:
         try:
-            return template.plain.format_map(record)
+            if None not in map(record.__getitem__, template.fields):  # what is wrong with a null, Jinja says
+                return template.plain.format_map(record)
         except KeyError:
             pass  # Jinja knows more names than the record's, and what to say of one that nobody knows
         except ValueError as error:  # an integer that Python does not write
@@ -78,9 +83,17 @@ def render(template: Template, sample: Sample) -> str:
     try:
         return template.compiled.render(record)
     except UndefinedError as error:
-        fields = ", ".join(sample.record)
+        fields = ", ".join(name if value is not None else f"{name} (null)" for name, value in record.items())
         raise SampleError(
             "missing_field", f"{sample.source}: the template: {error.message}; the record has: {fields}"
         ) from error
     except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
         raise SampleError("template_error", f"{sample.source}: the template: {error}") from error
+
+
+def _written(value: object) -> object:
+    from jinja2 import UndefinedError
+
+    if value is None:  # or every such record is asked about "None"
+        raise UndefinedError("a null has no text; give it one, like {{ field or 'unknown' }}, or leave the record out")
+    return value

@@ -194,9 +194,9 @@ class ServedConfig(ModelConfig):
         """One base URL as it is used; ValueError if it is not a server's, or has a secret in it."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"base_url: {url!r} is not an http:// or https:// address")
+            raise ValueError(f"{url!r} is not an http:// or https:// address")
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("base_url: no user, password or query here; they would be written to files; use `api_key`")
+            raise ValueError("no user, password or query here; they would be written to files; use `api_key`")
         return parts.geturl()
 
     @model_validator(mode="before")
@@ -210,7 +210,8 @@ class ServedConfig(ModelConfig):
         variable, default = cls.defaults(provider)
         url = fields.get("base_url") or os.environ.get(variable) or default
         key = fields.get("api_key") or os.environ.get(f"{provider.upper()}_API_KEY") or None
-        return {**fields, "base_url": url, "api_key": key}
+        # A file of variables, written on Windows or mounted as a secret, leaves a line end.
+        return {**fields, "base_url": url, "api_key": key.strip() if isinstance(key, str) else key}
 
     @field_validator("base_url")
     @classmethod

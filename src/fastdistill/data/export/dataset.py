@@ -183,10 +183,10 @@ class Splits(StreamStep):
         ctx.report(self.name, dict(sorted(seen.items())))
 
     def run(self, samples: Iterator[Sample], ctx: Output) -> Iterator[Sample]:
-        seen: Counter[str] = Counter()
+        splits = ["train"] + ["validation"] * bool(self.validation) + ["test"] * bool(self.test)
+        seen = Counter({f"{split}_samples": 0 for split in splits} if len(splits) > 1 else {})
         with ExitStack() as own_stack:
             stack = self._open or own_stack
-            splits = ["train"] + ["validation"] * bool(self.validation) + ["test"] * bool(self.test)
             writers = {split: self.writers(split, ctx.dist, stack) for split in splits}
             own = writers["train"]
             for sample in samples:

@@ -124,7 +124,7 @@ class EmbeddedProvider(Provider):
         async with self._starting:
             if self._worker is None or self._worker[0].returncode is not None:
                 await self.aclose()
-                command = [sys.executable, "-m", "fastdistill.model.embedded.worker"]
+                command = [sys.executable, "-P", "-m", "fastdistill.model.embedded.worker"]
                 command += [] if self._config.path is None else [str(self._config.path)]
                 process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, limit=_LINE_LIMIT)
                 assert process.stdout is not None
