@@ -48,7 +48,7 @@ class TextGeneration(SampleStep):
     other (`seed: null` leaves it to the server).
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     rewrites: ClassVar[bool] = False
 
     model: str = Field("teacher", description="a name under `models:`")
