@@ -7,6 +7,7 @@ with those batches, so none is paid for twice. Wire: https://platform.openai.com
 
 import asyncio
 import io
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from contextvars import Context
@@ -23,7 +24,7 @@ from msgspec import Struct
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import EnvironmentFault, FatalError, NotAsked, TeacherError, TimeUp
 from fastdistill.core.files import atomic
-from fastdistill.core.turns import Queue, give_turn
+from fastdistill.core.turns import give_turn
 from fastdistill.model.client import Brake
 from fastdistill.model.provider import ATTEMPT, ErrorKind, ProviderError
 from fastdistill.model.providers.openai import BatchOptions, OpenAIConfig, OpenAIProvider
@@ -33,7 +34,7 @@ LARGEST = 100 * 10**6  # bytes of one batch: half of what OpenAI takes
 KEPT = 30 * 86_400 * 10**9  # nanoseconds; OpenAI deletes the answers of a batch after 30 days
 CLOCKS_DIFFER = 3600  # seconds, at most, between the server's clock and ours
 SLOWEST = 10  # times `poll_s`
-AT_ONCE = 16  # answers, between two turns of the event loop
+AT_ONCE = 16  # who wait for the same, between two turns of the event loop
 
 _ENDPOINT = "/v1/chat/completions"
 _ENDED = {"completed", "failed", "expired", "cancelled"}
@@ -72,7 +73,7 @@ class BatchProvider(OpenAIProvider):
         self._recalled: asyncio.Task[dict[str, list[tuple[_Batch, str]]]] | None = None
         self._gathering: _Batch | None = None
         self._at_server: set[_Batch] = set()
-        self._awake = Queue(AT_ONCE)  # all who waited for a batch would hold the loop
+        self._waiting: dict[asyncio.Task[Any], deque[asyncio.Future[None]]] = {}
         self._tasks: list[asyncio.Task[Any]] = []  # ended by aclose
         if self._official:
             self._limit_name = "max_completion_tokens"  # every model takes it; to learn it would cost a batch
@@ -88,7 +89,7 @@ class BatchProvider(OpenAIProvider):
         key = digest({**body, **apart})[:32]
         if self._recalled is None:
             self._recalled = self._start(self._recall())
-        earlier = (await asyncio.shield(self._recalled)).get(key, [])
+        earlier = (await self._shared(self._recalled)).get(key, [])
         while earlier:
             answer = await self._answer(*earlier.pop())
             if isinstance(answer, Response) and answer.status == 200:
@@ -115,8 +116,7 @@ class BatchProvider(OpenAIProvider):
         """The answer of a batch to one of its requests, or what it is to be told."""
         if batch.ended is None:
             batch.ended = self._start(self._carry(batch))
-        state, answers = await asyncio.shield(batch.ended)
-        await self._awake.turn()
+        state, answers = await self._shared(batch.ended)
         answer = answers.pop(custom_id, "this request was not answered")
         if isinstance(answer, Response):
             return answer
@@ -129,6 +129,27 @@ class BatchProvider(OpenAIProvider):
         task = asyncio.create_task(work, context=Context())  # for many samples, not for the one at work
         self._tasks.append(task)
         return task
+
+    async def _shared(self, task: asyncio.Task[T]) -> T:
+        """What a task brings to many: they go on a few at a time, for all at once would hold the loop."""
+        if not task.done() or task in self._waiting:
+            if task not in self._waiting:
+                self._waiting[task] = deque()
+                task.add_done_callback(self._wake)
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting[task].append(turn)
+            await turn
+        return task.result()
+
+    def _wake(self, task: asyncio.Task[Any]) -> None:
+        waiting = self._waiting[task]
+        for turn in [waiting.popleft() for _ in range(min(AT_ONCE, len(waiting)))]:
+            if not turn.done():  # else it was cancelled
+                turn.set_result(None)
+        if waiting:
+            asyncio.get_running_loop().call_soon(self._wake, task)
+        else:
+            del self._waiting[task]
 
     # --- one batch, from its first request to its answers ---
 
