@@ -297,7 +297,7 @@ def test_answers_of_a_batch_leave_the_event_loop_to_others_in_between(tmp_path: 
     turns: list[int] = []
 
     class Counting(asyncio.SelectorEventLoop):
-        def call_soon(self, *args: Any, **context: Any) -> asyncio.Handle:
+        def call_soon(self, *args: Any, **context: Any) -> asyncio.Handle:  # type: ignore[override]
             turns[-1:] = [turns[-1] + 1] if turns else []
             return super().call_soon(*args, **context)
 

@@ -155,7 +155,7 @@ def test_a_base_url_that_is_none_or_holds_a_secret_is_an_error(url: str) -> None
 
 def test_defaults_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_BASE_URL", "http://gpu:9/")
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("VLLM_API_KEY", "secret\n")
     found = OpenAIConfig(provider="vllm", model="m")
     assert found.base_url == "http://gpu:9/v1"
     assert found.api_key is not None and found.api_key.get_secret_value() == "secret"
@@ -273,7 +273,7 @@ def test_whole_floats_are_counts_and_what_can_not_be_one_is_as_if_nothing_was_to
 
 
 def test_content_may_come_in_parts_with_the_thinking_among_them() -> None:
-    text = [{"type": "text", "text": "SELECT "}, {"type": "text", "text": "1"}]
+    text = [{"type": "text", "text": "SELECT "}, {"type": "output_text", "text": "1"}]
     thinking = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
     choices = [
         {"index": at, "message": {"content": parts}, "finish_reason": "stop"}
@@ -415,6 +415,14 @@ def test_a_choice_that_failed_leaves_the_others() -> None:
     with openai_server(extra={"choices": choices}) as server:
         [answers] = complete(server, n=2)
     assert [answer.text for answer in answers] == ["x"]
+
+
+@pytest.mark.parametrize("nothing", [None, "", False, {}])
+def test_an_error_that_says_nothing_is_none(nothing: object) -> None:
+    choices = [{"index": 0, "error": nothing, "message": {"content": "x"}}]
+    with openai_server(extra={"choices": choices, "error": nothing}) as server:
+        [[answer]] = complete(server)
+    assert answer.text == "x"
 
 
 def test_retry_after_is_handed_on() -> None:

@@ -192,7 +192,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
 
     def _completion(self, response: Response, num_ctx: int) -> Completion:
         answer = self._decode(response, _decode_answer)
-        if answer.error is not None:
+        if answer.error:
             raise self._fault(response)
         if not answer.done:
             raise self._garbled("it ends before `done`", response)
