@@ -275,6 +275,28 @@ def test_an_endpoint_that_comes_up_late_is_probed_then_and_used(tmp_path: Path) 
         run(go())
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["it had answered", "it was not there at first contact"])
+def test_an_endpoint_that_comes_to_serve_another_model_is_left_out_and_the_others_go_on(
+    tmp_path: Path, late: bool
+) -> None:
+    def unknown(call: Call) -> Fault | None:
+        return status(404, "The model `teacher` does not exist") if late or call.number > 20 else None
+
+    async def go() -> None:
+        if not late:
+            await changed.start()
+        async with asking([changed.url, server.url], tmp_path) as asker:
+            work = asyncio.create_task(asker.ask_all(600))
+            await until(lambda: answers(server).total() > 20)
+            if late:
+                await changed.start()
+            assert complete(await work, 600)
+        assert 0 < changed.latest.counters.requests < 40
+
+    with restartable(latency=quick, faults=unknown) as changed, openai_server(latency=quick) as server:
+        run(go())
+
+
 def test_while_all_are_down_everybody_waits_and_nothing_is_lost(tmp_path: Path) -> None:
     async def go() -> None:
         async with asking([one.url, other.url], tmp_path) as asker:

@@ -494,6 +494,8 @@ class ModelClient:
                 endpoint.limit.broke()
                 # What no endpoint can answer is the prompts' fault; what others do answer is this one's.
                 endpoint.broke(begun, now, cools=self._others_are_well(endpoint))
+            case ErrorKind.NO_MODEL if self._others_are_well(endpoint):  # it was started anew, with another one
+                endpoint.cool(begun, now)
         error.elsewhere = several and endpoint.cooling_until > now
 
     def _others_are_well(self, endpoint: Endpoint) -> bool:
