@@ -423,6 +423,18 @@ def test_an_answer_that_was_read_and_not_stored_is_read_again_for_the_same_draw_
         assert lines(server) == [2, 2, 2]
 
 
+def test_a_batch_that_the_server_has_forgotten_is_told_with_its_record(tmp_path: Path) -> None:
+    with openai_server() as server:
+        ask(server, tmp_path)
+        [record] = tmp_path.rglob("*.json")
+        server.batches[0]["id"] = "another"
+        told = ask(server, tmp_path)
+        assert all(isinstance(each, TeacherError) and "or remove it to ask anew" in str(each) for each in told)
+        assert str(record) in str(told[0])
+        record.unlink()
+        assert all(isinstance(answer, list) for answer in ask(server, tmp_path))
+
+
 def test_records_are_dropped_when_the_server_has_deleted_the_answers(tmp_path: Path) -> None:
     with openai_server() as server:
         ask(server, tmp_path)

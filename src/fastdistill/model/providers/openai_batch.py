@@ -204,7 +204,7 @@ class BatchProvider(OpenAIProvider):
         self._at_server.add(batch)
         look = partial(self._call, _decode_state, "GET", f"/batches/{batch.id}")
         delays = self._delays()
-        while (state := await self._patiently(look)).status not in _ENDED:
+        while (state := await self._patiently(look, batch)).status not in _ENDED:
             try:
                 await self._wait(next(delays))
             except FatalError as reason:
@@ -219,7 +219,7 @@ class BatchProvider(OpenAIProvider):
         answers: _Answers = {}
         for file_id in (state.error_file_id, state.output_file_id):  # of two lines for a request, the better one stays
             if file_id is not None:
-                answers |= await self._patiently(partial(self._lines, file_id))
+                answers |= await self._patiently(partial(self._lines, file_id), batch)
         return answers
 
     async def _lines(self, file_id: str) -> _Answers:
@@ -291,8 +291,9 @@ class BatchProvider(OpenAIProvider):
 
     # --- the wire ---
 
-    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def _patiently(self, work: Callable[[], Awaitable[T]], batch: _Batch | None = None) -> T:
         """What `work` brings, which is tried again for as long as a batch is worth it; then the whole run stops."""
+        record = batch.path if batch else self._records
         delays = islice(self._delays(), self._config.max_retries)
         while True:
             try:
@@ -301,8 +302,8 @@ class BatchProvider(OpenAIProvider):
                 delay = next(delays, None)
                 if delay is None or error.kind in _LASTS:
                     raise TeacherError(
-                        f"{error}; what was submitted is on record in {self._records}: run again to go on with it,"
-                        " or remove a record to ask anew"
+                        f"{error}; what was submitted is on record in {record}: run again to go on with it,"
+                        f" or remove {'it' if batch else 'a record'} to ask anew"
                     ) from error
                 await self._wait(max(delay, error.retry_after or 0.0))
 
