@@ -355,6 +355,24 @@ def test_who_waits_for_endpoints_that_are_down_does_not_hold_up_the_end(tmp_path
         run(go())
 
 
+def test_who_waits_for_first_contact_with_a_late_endpoint_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    async def go() -> None:
+        await gone.start()
+        async with asking([late.url, gone.url], tmp_path) as asker:
+            assert complete(await asker.ask_all(20), 20)
+            await gone.stop()
+            await late.start()
+            work = asyncio.gather(*(asker.ask(f"R{number}") for number in range(20)), return_exceptions=True)
+            await until(lambda: late.latest.counters.requests > 0)
+            await asyncio.sleep(0.1)
+            asker.brake.pull(EnvironmentFault("stop"))
+            assert all(isinstance(end, EnvironmentFault) for end in await work)
+
+    busy = {PROBE: status(504, times=None, Retry_After="60")}  # longer than the test may take
+    with restartable() as gone, restartable(faults=busy) as late:
+        run(go())
+
+
 def test_a_short_outage_of_all_costs_no_request_however_many_endpoints_refuse_it(tmp_path: Path) -> None:
     async def go(endpoints: int) -> None:
         (folder := tmp_path / str(endpoints)).mkdir()

@@ -216,7 +216,7 @@ class ModelClient:
                     error.elsewhere = len(self.router.endpoints) > 1
                     return error
                 failures.append(error.kind)
-                await asyncio.sleep(decision.delay)
+                await self._back_off(decision.delay, error.kind, perf_counter())
             else:
                 self.meter.probed(Usage(*endpoint.capabilities.probe_tokens))
                 endpoint.asks_n = endpoint.capabilities.n is True
