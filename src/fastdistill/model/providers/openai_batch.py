@@ -7,7 +7,6 @@ with those batches, so none is paid for twice. Wire: https://platform.openai.com
 
 import asyncio
 import io
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from contextvars import Context
@@ -73,8 +72,7 @@ class BatchProvider(OpenAIProvider):
         self._recalled: asyncio.Task[dict[str, list[tuple[_Batch, str]]]] | None = None
         self._gathering: _Batch | None = None
         self._at_server: set[_Batch] = set()
-        self._waiting: dict[asyncio.Task[Any], deque[asyncio.Future[None]]] = {}
-        self._tasks: list[asyncio.Task[Any]] = []  # ended by aclose
+        self._tasks: dict[asyncio.Task[Any], asyncio.Semaphore] = {}  # ended by aclose; the door to what each brings
         if self._official:
             self._limit_name = "max_completion_tokens"  # every model takes it; to learn it would cost a batch
 
@@ -127,29 +125,18 @@ class BatchProvider(OpenAIProvider):
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work, context=Context())  # for many samples, not for the one at work
-        self._tasks.append(task)
+        self._tasks[task] = asyncio.Semaphore(0)
+        task.add_done_callback(self._open)
         return task
+
+    def _open(self, task: asyncio.Task[Any]) -> None:
+        for _ in range(AT_ONCE):
+            self._tasks[task].release()
 
     async def _shared(self, task: asyncio.Task[T]) -> T:
         """What a task brings to many: they go on a few at a time, for all at once would hold the loop."""
-        if not task.done() or task in self._waiting:
-            if task not in self._waiting:
-                self._waiting[task] = deque()
-                task.add_done_callback(self._wake)
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting[task].append(turn)
-            await turn
-        return task.result()
-
-    def _wake(self, task: asyncio.Task[Any]) -> None:
-        waiting = self._waiting[task]
-        for turn in [waiting.popleft() for _ in range(min(AT_ONCE, len(waiting)))]:
-            if not turn.done():  # else it was cancelled
-                turn.set_result(None)
-        if waiting:
-            asyncio.get_running_loop().call_soon(self._wake, task)
-        else:
-            del self._waiting[task]
+        async with self._tasks[task]:
+            return task.result()
 
     # --- one batch, from its first request to its answers ---
 
