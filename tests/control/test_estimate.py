@@ -96,6 +96,14 @@ def test_an_estimate_probes_through_the_gates_and_the_run_does_not_pay_again(tmp
     )
 
 
+def test_an_estimate_costs_no_more_than_the_run_may(tmp_path: Path) -> None:
+    with openai_server(choose(ANSWERS)) as server:
+        made = plan(tmp_path, server.url) | {"budget": {"max_tokens": 1}}
+        with pytest.raises(InputError, match=r"budget\.max_tokens"):
+            estimate(parse_pipeline(made), tmp_path / "artifacts", 20)
+        assert not any("Question:" in prompt for prompt in server.counters.prompts)
+
+
 def test_the_same_samples_are_drawn_again(tmp_path: Path) -> None:
     with openai_server(choose(ANSWERS)) as server:
         pipeline = parse_pipeline(plan(tmp_path, server.url))

@@ -183,10 +183,18 @@ def test_waves_go_on_in_the_list_of_temperatures(tmp_path: Path) -> None:
     assert (rows(again), bodies) == (rows(made[0][0]), [])
 
 
-def test_a_teacher_that_is_there_twice_is_refused(tmp_path: Path) -> None:
-    ladder: dict[str, Any] = {"teachers": ["teacher", "teacher"], "until": {"accepted": 1}}
-    made = config("http://localhost:1", tmp_path / "r.jsonl", tmp_path / "d.db", **ladder)
-    with pytest.raises(ConfigError, match="teacher is there twice"):
+@pytest.mark.parametrize(
+    ("ladder", "message"),
+    [
+        ({"teachers": ["teacher", "teacher"]}, "teacher is there twice"),
+        ({"teachers": ["teacher", "large"], "num_generations": 4, "until": {"wave": 2}}, "large is never asked.*: 4;"),
+    ],
+)
+def test_a_teacher_that_is_there_twice_or_never_asked_is_refused(
+    tmp_path: Path, ladder: dict[str, Any], message: str
+) -> None:
+    made = config("http://localhost:1", tmp_path / "r.jsonl", tmp_path / "d.db", **{"until": {"accepted": 1}, **ladder})
+    with pytest.raises(ConfigError, match=message):
         parse_pipeline(made)
 
 

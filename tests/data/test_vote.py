@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
@@ -81,6 +82,16 @@ def test_whom_a_judge_behind_the_vote_failed_has_a_vote_in_the_next_wave_too(ctx
     votes = [v.detail["votes"] for c in second.candidates if (v := c.verdict("MajorityVote"))]
     assert votes == [4, 4, 4, 4]
     assert [c.attempt for c in second.accepted] == [1, 2, 3], "for the judge to judge again: its words are stored"
+
+
+def test_who_has_lost_since_the_last_wave_keeps_no_score(ctx: TestContext) -> None:
+    step = MajorityVote(name="MajorityVote", min_votes=3)
+    first = asyncio.run(step.run(Sample(0, "t", {}, candidates=tuple(results("aab"))), ctx))
+    scored = [replace(c, score=0.9) if c in first.accepted else c for c in first.candidates]
+    more = Sample(0, "t", {}, candidates=(*scored, *(ran(n, "b") for n in (3, 4, 5))))
+    second = asyncio.run(step.run(more, ctx))
+    assert [c.outcome.value for c in second.candidates] == ["fail", "fail", "pass", "pass", "pass", "pass"]
+    assert [c.score for c in second.candidates] == [None] * 6
 
 
 def test_where_gold_is_known_the_vote_is_measured(ctx: TestContext) -> None:

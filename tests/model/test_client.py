@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -592,7 +592,7 @@ def test_choices_that_are_together_more_than_a_minute_allows_are_asked_for_one_b
     assert requests(server) == 20
 
 
-def test_an_outage_that_outlasts_the_retries_is_waited_out_once(tmp_path: Path) -> None:
+def test_an_outage_that_outlasts_the_retries_is_waited_out_once_and_then_looked_after(tmp_path: Path) -> None:
     async def go() -> None:
         with ExitStack() as up:
             server = up.enter_context(openai_server(port=(port := free_port())))
@@ -606,5 +606,11 @@ def test_an_outage_that_outlasts_the_retries_is_waited_out_once(tmp_path: Path) 
                 with pytest.raises(Unreachable, match="nobody answers"):
                     await asker.ask("Q3")
                 assert asker.client.meter.retries.total() == begun
+                found: list[Any] = []
+                while not found:  # some seconds later one looks again
+                    await asyncio.sleep(0.1)
+                    with suppress(Unreachable):
+                        found = await asker.ask("Q3")
+                assert all(isinstance(answer, Answer) for answer in [*found, *await asker.ask("Q4")])
 
     run(go())

@@ -275,6 +275,30 @@ def test_an_endpoint_that_comes_up_late_is_probed_then_and_used(tmp_path: Path) 
         run(go())
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["it had answered", "it was not there at first contact"])
+def test_an_endpoint_that_comes_to_serve_another_model_is_left_out_and_the_others_go_on(
+    tmp_path: Path, late: bool
+) -> None:
+    def unknown(call: Call) -> Fault | None:
+        return status(404, "The model `teacher` does not exist") if late or call.number > 20 else None
+
+    async def go() -> None:
+        if not late:
+            await changed.start()
+        async with asking([changed.url, server.url], tmp_path) as asker:
+            asked = 50
+            assert complete(await asker.ask_all(asked), asked)
+            if late:
+                await changed.start()
+            while changed.latest.counters.requests <= (0 if late else 20):
+                asked += 50
+                assert complete(await asker.ask_all(asked), asked)
+            assert complete(await asker.ask_all(asked + 50), asked + 50)
+
+    with restartable(latency=quick, faults=unknown) as changed, openai_server(latency=quick) as server:
+        run(go())
+
+
 def test_while_all_are_down_everybody_waits_and_nothing_is_lost(tmp_path: Path) -> None:
     async def go() -> None:
         async with asking([one.url, other.url], tmp_path) as asker:
@@ -330,6 +354,24 @@ def test_who_waits_for_endpoints_that_are_down_does_not_hold_up_the_end(tmp_path
 
     busy = {"Q": rate_limited("60", times=None)}
     with openai_server(faults=busy) as one, openai_server(faults=busy) as other:
+        run(go())
+
+
+def test_who_waits_for_first_contact_with_a_late_endpoint_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    async def go() -> None:
+        await gone.start()
+        async with asking([late.url, gone.url], tmp_path) as asker:
+            assert complete(await asker.ask_all(20), 20)
+            await gone.stop()
+            await late.start()
+            work = asyncio.gather(*(asker.ask(f"R{number}") for number in range(20)), return_exceptions=True)
+            await until(lambda: late.latest.counters.requests > 0)
+            await asyncio.sleep(0.1)
+            asker.brake.pull(EnvironmentFault("stop"))
+            assert all(isinstance(end, EnvironmentFault) for end in await work)
+
+    busy = {PROBE: status(504, times=None, Retry_After="60")}  # longer than the test may take
+    with restartable() as gone, restartable(faults=busy) as late:
         run(go())
 
 

@@ -215,6 +215,14 @@ def test_counts_that_are_left_out_are_zero() -> None:
     assert (answer.text, answer.usage.completion_tokens) == ("", 0)
 
 
+def test_what_is_null_is_as_if_left_out() -> None:
+    said = done(message={"content": "x", "thinking": None}, done_reason=None, logprobs=None, eval_count=None)
+    with ollama_server(faults={1: garbled(said), 2: garbled(done(message={"content": None}))}) as server:
+        answer = complete(server)
+        assert (answer.text, answer.thinking, answer.finish_reason) == ("x", None, FinishReason.STOP)
+        assert complete(server).text == ""
+
+
 def test_an_answer_cut_by_num_predict_says_so() -> None:
     with ollama_server(lambda call, index: "one two three") as server:
         answer = complete(server, max_tokens=2)

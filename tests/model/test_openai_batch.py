@@ -293,28 +293,31 @@ def test_answers_that_can_not_be_read_are_left_for_the_next_run(tmp_path: Path, 
 
 
 def test_answers_of_a_batch_leave_the_event_loop_to_others_in_between(tmp_path: Path) -> None:
-    turns, ends = 0, []
+    """Neither those who wait for a batch nor those who wait for the records of earlier ones go on all at once."""
+    turns: list[int] = []
 
-    async def among_others(provider: BatchProvider, brake: Brake) -> list[Result]:
+    class Counting(asyncio.SelectorEventLoop):
+        def call_soon(self, *args: Any, **context: Any) -> asyncio.Handle:  # type: ignore[override]
+            turns[-1:] = [turns[-1] + 1] if turns else []
+            return super().call_soon(*args, **context)
+
+    async def go() -> None:
         async def take_turns() -> None:
-            nonlocal turns
             while True:
-                turns += 1
+                turns.append(0)
                 await asyncio.sleep(0)
 
-        async def ask_one(each: Prompt) -> list[Completion]:
-            answer = await provider.complete(each, seed=7, n=1)
-            ends.append(turns)
-            return answer
+        provider = OpenAIProvider.in_run(model(server.url, size=160), tmp_path, Brake())
+        async with provider:
+            asked = [asyncio.create_task(provider.complete(prompt(f"{at}"), seed=7, n=1)) for at in range(160)]
+            await asyncio.sleep(0)
+            other = asyncio.create_task(take_turns())
+            assert all([len(answers) == 1 for answers in await asyncio.gather(*asked)])
+            other.cancel()
 
-        other = asyncio.create_task(take_turns())
-        results = await asyncio.gather(*(ask_one(prompt(f"question {number}")) for number in range(160)))
-        other.cancel()
-        return [*results]
-
-    with openai_server() as server:
-        talk(server, tmp_path, among_others, size=160)
-    assert max(ends.count(turn) for turn in ends) <= AT_ONCE
+    with openai_server() as server, asyncio.Runner(loop_factory=Counting) as runner:
+        runner.run(go())
+    assert max(turns[1:]) < 5 * AT_ONCE
 
 
 # --- nothing is paid for twice ---
@@ -418,6 +421,18 @@ def test_an_answer_that_was_read_and_not_stored_is_read_again_for_the_same_draw_
         assert lines(server) == [2, 2]
         assert drawn(0, revision="of May") != first, "another state of the model"
         assert lines(server) == [2, 2, 2]
+
+
+def test_a_batch_that_the_server_has_forgotten_is_told_with_its_record(tmp_path: Path) -> None:
+    with openai_server() as server:
+        ask(server, tmp_path)
+        [record] = tmp_path.rglob("*.json")
+        server.batches[0]["id"] = "another"
+        told = ask(server, tmp_path)
+        assert all(isinstance(each, TeacherError) and "or remove it to ask anew" in str(each) for each in told)
+        assert str(record) in str(told[0])
+        record.unlink()
+        assert all(isinstance(answer, list) for answer in ask(server, tmp_path))
 
 
 def test_records_are_dropped_when_the_server_has_deleted_the_answers(tmp_path: Path) -> None:

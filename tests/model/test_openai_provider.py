@@ -273,7 +273,7 @@ def test_whole_floats_are_counts_and_what_can_not_be_one_is_as_if_nothing_was_to
 
 
 def test_content_may_come_in_parts_with_the_thinking_among_them() -> None:
-    text = [{"type": "text", "text": "SELECT "}, {"type": "text", "text": "1"}]
+    text = [{"type": "text", "text": "SELECT "}, {"type": "output_text", "text": "1"}]
     thinking = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
     choices = [
         {"index": at, "message": {"content": parts}, "finish_reason": "stop"}
@@ -415,6 +415,14 @@ def test_a_choice_that_failed_leaves_the_others() -> None:
     with openai_server(extra={"choices": choices}) as server:
         [answers] = complete(server, n=2)
     assert [answer.text for answer in answers] == ["x"]
+
+
+@pytest.mark.parametrize("nothing", [None, "", False, {}])
+def test_an_error_that_says_nothing_is_none(nothing: object) -> None:
+    choices = [{"index": 0, "error": nothing, "message": {"content": "x"}}]
+    with openai_server(extra={"choices": choices, "error": nothing}) as server:
+        [[answer]] = complete(server)
+    assert answer.text == "x"
 
 
 def test_retry_after_is_handed_on() -> None:

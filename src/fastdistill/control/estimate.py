@@ -85,11 +85,12 @@ class Estimate:
 def run_shortened(pipeline: Pipeline, few: StreamStep, output_dir: Path | None) -> tuple[list[Sample], dict[str, Any]]:
     """Runs `few` samples up to the last step that works on samples; the samples and the timing report.
 
-    The response store is the shared one, and there is no run folder.
+    The response store is the shared one, and there is no run folder. They may cost no more than the run may.
     """
     at = [place for place, step in enumerate(pipeline.steps) if isinstance(step, SampleStep)] or [len(pipeline.steps)]
     steps = (*pipeline.steps[: at[0]], few, *pipeline.steps[at[0] : at[-1] + 1])
-    shortened = Pipeline(name=pipeline.name, models=pipeline.models, steps=steps, max_error_rate=1)
+    name, models, budget = pipeline.name, pipeline.models, pipeline.budget
+    shortened = Pipeline(name=name, models=models, steps=steps, budget=budget, max_error_rate=1)
     with TemporaryDirectory(prefix="fastdistill-") as scratch:
         folder = RunFolder(artifacts_root(output_dir), "preview", Path(scratch) / "run")
         result = run_in_loop(execute(shortened, folder, unwatched))

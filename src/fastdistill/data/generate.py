@@ -93,6 +93,11 @@ class TextGeneration(SampleStep):
             raise ValueError(
                 f"teachers: {', '.join(twice)} is there twice; `escalate_after` says how often each is asked"
             )
+        if self.teachers and self.teachers[-1] not in map(self._teacher, range(self.num_generations)):
+            raise ValueError(
+                f"teachers: {self.teachers[-1]} is never asked, for its turn is after num_generations:"
+                f" {self.num_generations}; raise that, or lower escalate_after or until.wave"
+            )
         options = self.generation_kwargs.get("options") or {}
         ways = islice(cycle(self._own_ways), self.num_generations)
         greedy = Counter(variant for variant, p in ways if options.get("temperature", p.temperature) == 0)

@@ -34,7 +34,7 @@ class MajorityVote(Gate):
     Defaults follow OpenMathInstruct-2 (arXiv:2410.01560), which votes over up to 32 answers.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     gate: str = Field("SQLiteExecEval", description="the execution gate whose results are counted")
     result: str = Field("result_signature", description="the entry of its verdict's detail that is the result")
@@ -48,7 +48,14 @@ class MajorityVote(Gate):
         """Votes anew with all candidates there are, since each wave brings more; the gates behind it judge anew too."""
         before = [tuple(takewhile(lambda verdict: verdict.gate != self.name, c.verdicts)) for c in sample.candidates]
         bare = [replace(c, verdicts=given) for c, given in zip(sample.candidates, before, strict=True)]
-        return await super().run(sample.with_candidates(bare), ctx)
+        voted = await super().run(sample.with_candidates(bare), ctx)
+        return voted.with_candidates(map(self._without_stale_score, sample.candidates, voted.candidates))
+
+    def _without_stale_score(self, before: Candidate, now: Candidate) -> Candidate:
+        """Who has lost since the last wave is not judged again behind the vote, and keeps no score from there."""
+        verdict = before.verdict(self.name)
+        passed = verdict is not None and verdict.outcome is Outcome.PASS
+        return replace(now, score=None) if passed and now.outcome is Outcome.FAIL else now
 
     async def judge_all(self, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
         executed = [candidate.verdict(self.gate) for candidate in candidates]

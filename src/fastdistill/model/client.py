@@ -80,6 +80,7 @@ class ModelClient:
         self._probing = asyncio.Lock()
         self._probed = False
         self._refusal: TeacherError | None = None
+        self._refuses_until = 0.0  # by perf_counter
         self._unstorable: FatalError | None = None
         self._asking: dict[str, list[asyncio.Future[None]]] = {}  # by key, those who wait for the same answer
         self._asked_with: tuple[DecodeProfile | None, dict[str, Any], dict[str, Any]] = (None, {}, {})
@@ -131,21 +132,26 @@ class ModelClient:
     async def ready(self, like: Prompt | None = None) -> None:
         """Contacts the endpoints, once, and learns what they honour; `like` as for `Provider.probe`.
 
+        After an outage that outlasted all retries one request looks again now and then, and the others are refused.
+
         Raises:
             TeacherError: none can be used, or one refuses for good; the message says what to do.
             NotAsked: the run has enough.
         """
         if self._probed:
             return
+        before = self._refusal
+        if before is not None and (perf_counter() < self._refuses_until or self._probing.locked()):
+            raise before
         async with self._probing:
-            if self._refusal is not None:
+            if before is None and self._refusal is not None:
                 raise self._refusal
             if not self._probed:
                 errors = await self._probe_all(like)
                 hopeless = [error for error in errors if error.kind in (ErrorKind.AUTH, ErrorKind.NO_MODEL)]
                 if hopeless or len(errors) == len(self.router.endpoints):
                     raise self._refused((hopeless or errors)[0])
-                self._probed = True
+                self._probed, self._refusal = True, None
 
     async def _probe_all(self, like: Prompt | None) -> list[ProviderError]:
         """What is wrong with endpoints. One that says nothing is not waited for long once another is there."""
@@ -169,7 +175,7 @@ class ModelClient:
 
     def _refused(self, error: ProviderError) -> TeacherError:
         """What this and every later request is told: an outage is waited out once."""
-        self._probed = False
+        self._probed, self._refuses_until = False, perf_counter() + _REFUSES_FOR
         self._refusal = (Unreachable if error.kind in _GONE else TeacherError)(f"{self.name}: {error}")
         return self._refusal
 
@@ -210,7 +216,7 @@ class ModelClient:
                     error.elsewhere = len(self.router.endpoints) > 1
                     return error
                 failures.append(error.kind)
-                await asyncio.sleep(decision.delay)
+                await self._back_off(decision.delay, error.kind, perf_counter())
             else:
                 self.meter.probed(Usage(*endpoint.capabilities.probe_tokens))
                 endpoint.asks_n = endpoint.capabilities.n is True
@@ -494,6 +500,8 @@ class ModelClient:
                 endpoint.limit.broke()
                 # What no endpoint can answer is the prompts' fault; what others do answer is this one's.
                 endpoint.broke(begun, now, cools=self._others_are_well(endpoint))
+            case ErrorKind.NO_MODEL if self._others_are_well(endpoint):  # it was started anew, with another one
+                endpoint.cool(begun, now)
         error.elsewhere = several and endpoint.cooling_until > now
 
     def _others_are_well(self, endpoint: Endpoint) -> bool:
@@ -530,6 +538,7 @@ class ModelClient:
 
 _PROBED_WITHIN = 10.0  # seconds, for an endpoint while there is another
 _LOOKS_EVERY = 0.25  # seconds
+_REFUSES_FOR = 5.0  # seconds
 _SCOUTS_EVERY = 0.1  # seconds
 _OVER_WHEN_ANSWERED = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}
 """Faults of a server or of the network, not of its load: an answer to somebody else shows that they are over."""

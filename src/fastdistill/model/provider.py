@@ -209,9 +209,9 @@ class ServedConfig(ModelConfig):
             raise ValueError("base_url: the list is empty; name a server, or leave it out")
         variable, default = cls.defaults(provider)
         url = fields.get("base_url") or os.environ.get(variable) or default
-        key = fields.get("api_key") or os.environ.get(f"{provider.upper()}_API_KEY") or None
-        # A file of variables, written on Windows or mounted as a secret, leaves a line end.
-        return {**fields, "base_url": url, "api_key": key.strip() if isinstance(key, str) else key}
+        key = fields.get("api_key") or os.environ.get(f"{provider.upper()}_API_KEY") or ""
+        # A file that it comes from, like a mounted secret, leaves a line end.
+        return {**fields, "base_url": url, "api_key": (key.strip() or None) if isinstance(key, str) else key}
 
     @field_validator("base_url")
     @classmethod

@@ -8,7 +8,8 @@
 | 500 and other 5xx | again once, or four times while the server answers nobody else; then the sample is given up: |
 | | a poisoned prompt can break a server. Where other endpoints answer: again, as above |
 | context too long, any other 4xx, not recorded | the sample is given up |
-| wrong key, redirect, unknown model, unsupported parameter | the run stops: every request would end like this |
+| wrong key, redirect, unknown model, unsupported parameter | the run stops: every request would end like this; |
+| | but a model unknown at one endpoint that is known at others: again, there |
 | retries used up | the sample is given up; but the run stops if nobody listens any more |
 
 A 504 is a timeout. A 408, 429, 502 or 503 costs half a retry: with the default of 8 retries an outage of 2 minutes is
@@ -59,14 +60,15 @@ def decide(
         uniform: a random number in [0, 1), which spreads the retries.
     """
     reason = error.kind.value
-    if error.kind in _FATAL:
+    moves = error.kind is ErrorKind.NO_MODEL and error.elsewhere
+    if error.kind in _FATAL and not moves:
         return Stop()
     poisoned = failures.count(ErrorKind.SERVER) >= (1 if error.others_answered else 4) and not error.elsewhere
     if error.kind in _HOPELESS or (error.kind is ErrorKind.SERVER and poisoned):
         return GiveUp(reason)
     spent = sum(0.5 if kind in _THROTTLED else 1.0 for kind in (*failures, error.kind))
     if spent > max_retries:
-        return Stop() if error.kind is ErrorKind.REFUSED else GiveUp(reason)
+        return Stop() if moves or error.kind is ErrorKind.REFUSED else GiveUp(reason)
     alike = sum((kind in _AWAY) == (error.kind in _AWAY) for kind in failures)
     # The exponent is bounded only so that a long list of failures can't overflow the power.
     backoff = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** min(alike, 16))

@@ -192,7 +192,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
 
     def _completion(self, response: Response, num_ctx: int) -> Completion:
         answer = self._decode(response, _decode_answer)
-        if answer.error is not None:
+        if answer.error:
             raise self._fault(response)
         if not answer.done:
             raise self._garbled("it ends before `done`", response)
@@ -201,7 +201,7 @@ class OllamaProvider(HttpProvider[OllamaConfig]):
             size = f"the prompt has {usage.prompt_tokens} tokens, num_ctx is {num_ctx}"
             raise self._failed(ErrorKind.TOO_LONG, 200, f"{size}: it may have been cut; raise `num_ctx`", response)
         return completion(
-            answer.message.content,
+            answer.message.content or "",
             answer.message.thinking or None,
             answer.logprobs or None,
             finish=answer.done_reason or "stop",
@@ -265,15 +265,15 @@ class _Show(Struct):
 
 
 class _Message(Struct, frozen=True):
-    content: str = ""
-    thinking: str = ""
+    content: str | None = ""  # Go leaves out what others write as null
+    thinking: str | None = ""
 
 
 class _Answer(Struct):
     model: str | None = None
     message: _Message = _Message()
     done: bool = False
-    done_reason: str = ""
+    done_reason: str | None = ""
     prompt_eval_count: Count = 0
     eval_count: Count = 0
     logprobs: list[Token] | None = None

@@ -391,11 +391,11 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         if response.status != 200:
             raise self._error(response, body)
         answer = self._decode(response, decode_answer)
-        if answer.error is not None:
+        if answer.error:  # some gateways write one that is empty
             raise self._error(response, body)
         completions = completions_of(answer, n, self._basis)
         if not completions:
-            fault = next((choice.error for choice in answer.choices or () if choice.error is not None), None)
+            fault = next((choice.error for choice in answer.choices or () if choice.error), None)
             if fault is None:
                 raise self._garbled("no choices", response)
             said = Response(response.status, response.headers, msgspec.json.encode({"error": fault}))

@@ -62,7 +62,7 @@ class _Message(Struct):
 def _text(content: str | list[_Part] | None) -> str:
     """The text of a message, whole or in parts."""
     if isinstance(content, list):
-        return "".join([part.text or "" for part in content if part.type == "text"])
+        return "".join([part.text or "" for part in content if part.type.endswith("text")])  # `output_text` too
     return content or ""
 
 
@@ -168,7 +168,7 @@ _decode_scores = Decoder(dict[int, _Score] | None).decode
 
 def completions_of(answer: ChatAnswer, n: int, basis: LogprobBasis = LogprobBasis.UNKNOWN) -> list[Completion]:
     """Up to `n` completions, in the order of their index."""
-    choices = [choice for choice in answer.choices or () if choice.message is not None and choice.error is None]
+    choices = [choice for choice in answer.choices or () if choice.message is not None and not choice.error]
     if len(choices) > 1:
         choices = sorted(choices, key=lambda choice: choice.index)[:n]
     tokens = [*map(_tokens, choices)]

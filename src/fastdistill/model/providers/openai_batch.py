@@ -23,7 +23,7 @@ from msgspec import Struct
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import EnvironmentFault, FatalError, NotAsked, TeacherError, TimeUp
 from fastdistill.core.files import atomic
-from fastdistill.core.turns import Queue, give_turn
+from fastdistill.core.turns import give_turn
 from fastdistill.model.client import Brake
 from fastdistill.model.provider import ATTEMPT, ErrorKind, ProviderError
 from fastdistill.model.providers.openai import BatchOptions, OpenAIConfig, OpenAIProvider
@@ -33,7 +33,7 @@ LARGEST = 100 * 10**6  # bytes of one batch: half of what OpenAI takes
 KEPT = 30 * 86_400 * 10**9  # nanoseconds; OpenAI deletes the answers of a batch after 30 days
 CLOCKS_DIFFER = 3600  # seconds, at most, between the server's clock and ours
 SLOWEST = 10  # times `poll_s`
-AT_ONCE = 16  # answers, between two turns of the event loop
+AT_ONCE = 16  # who wait for the same, between two turns of the event loop
 
 _ENDPOINT = "/v1/chat/completions"
 _ENDED = {"completed", "failed", "expired", "cancelled"}
@@ -72,8 +72,7 @@ class BatchProvider(OpenAIProvider):
         self._recalled: asyncio.Task[dict[str, list[tuple[_Batch, str]]]] | None = None
         self._gathering: _Batch | None = None
         self._at_server: set[_Batch] = set()
-        self._awake = Queue(AT_ONCE)  # all who waited for a batch would hold the loop
-        self._tasks: list[asyncio.Task[Any]] = []  # ended by aclose
+        self._tasks: dict[asyncio.Task[Any], asyncio.Semaphore] = {}  # ended by aclose; the door to what each brings
         if self._official:
             self._limit_name = "max_completion_tokens"  # every model takes it; to learn it would cost a batch
 
@@ -88,7 +87,7 @@ class BatchProvider(OpenAIProvider):
         key = digest({**body, **apart})[:32]
         if self._recalled is None:
             self._recalled = self._start(self._recall())
-        earlier = (await asyncio.shield(self._recalled)).get(key, [])
+        earlier = (await self._shared(self._recalled)).get(key, [])
         while earlier:
             answer = await self._answer(*earlier.pop())
             if isinstance(answer, Response) and answer.status == 200:
@@ -115,8 +114,7 @@ class BatchProvider(OpenAIProvider):
         """The answer of a batch to one of its requests, or what it is to be told."""
         if batch.ended is None:
             batch.ended = self._start(self._carry(batch))
-        state, answers = await asyncio.shield(batch.ended)
-        await self._awake.turn()
+        state, answers = await self._shared(batch.ended)
         answer = answers.pop(custom_id, "this request was not answered")
         if isinstance(answer, Response):
             return answer
@@ -127,8 +125,18 @@ class BatchProvider(OpenAIProvider):
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work, context=Context())  # for many samples, not for the one at work
-        self._tasks.append(task)
+        self._tasks[task] = asyncio.Semaphore(0)
+        task.add_done_callback(self._open)
         return task
+
+    def _open(self, task: asyncio.Task[Any]) -> None:
+        for _ in range(AT_ONCE):
+            self._tasks[task].release()
+
+    async def _shared(self, task: asyncio.Task[T]) -> T:
+        """What a task brings to many: they go on a few at a time, for all at once would hold the loop."""
+        async with self._tasks[task]:
+            return task.result()
 
     # --- one batch, from its first request to its answers ---
 
@@ -183,7 +191,7 @@ class BatchProvider(OpenAIProvider):
         self._at_server.add(batch)
         look = partial(self._call, _decode_state, "GET", f"/batches/{batch.id}")
         delays = self._delays()
-        while (state := await self._patiently(look)).status not in _ENDED:
+        while (state := await self._patiently(look, batch)).status not in _ENDED:
             try:
                 await self._wait(next(delays))
             except FatalError as reason:
@@ -198,7 +206,7 @@ class BatchProvider(OpenAIProvider):
         answers: _Answers = {}
         for file_id in (state.error_file_id, state.output_file_id):  # of two lines for a request, the better one stays
             if file_id is not None:
-                answers |= await self._patiently(partial(self._lines, file_id))
+                answers |= await self._patiently(partial(self._lines, file_id), batch)
         return answers
 
     async def _lines(self, file_id: str) -> _Answers:
@@ -270,8 +278,9 @@ class BatchProvider(OpenAIProvider):
 
     # --- the wire ---
 
-    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def _patiently(self, work: Callable[[], Awaitable[T]], batch: _Batch | None = None) -> T:
         """What `work` brings, which is tried again for as long as a batch is worth it; then the whole run stops."""
+        record = batch.path if batch else self._records
         delays = islice(self._delays(), self._config.max_retries)
         while True:
             try:
@@ -280,8 +289,8 @@ class BatchProvider(OpenAIProvider):
                 delay = next(delays, None)
                 if delay is None or error.kind in _LASTS:
                     raise TeacherError(
-                        f"{error}; what was submitted is on record in {self._records}: run again to go on with it,"
-                        " or remove a record to ask anew"
+                        f"{error}; what was submitted is on record in {record}: run again to go on with it,"
+                        f" or remove {'it' if batch else 'a record'} to ask anew"
                     ) from error
                 await self._wait(max(delay, error.retry_after or 0.0))
 
