@@ -161,8 +161,8 @@ def clause(sql: str, *words: str) -> int | None:
 def break_ties(sql: str, width: int, direction: Literal["ASC", "DESC"]) -> str:
     """`sql` with every result column, in `direction`, as its last sort keys: a total order of its rows.
 
-    `COLLATE BINARY` keeps rows apart that a column's own collation would leave tied; but where UNION, INTERSECT or EXCEPT
-    leave one of equal rows, it would change which are equal.
+    `COLLATE BINARY` keeps rows apart that a column's own collation would leave tied; but where UNION, INTERSECT
+    or EXCEPT leave one of equal rows, it would change which are equal.
     """
     tokens = tokenize(sql)
     pairs = ((a.word, b.word) for a, b in pairwise(tokens) if not a.depth)
