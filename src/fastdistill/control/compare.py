@@ -6,6 +6,7 @@ Reads the ledgers of runs, mostly of `fastdistill eval`. The last run is what th
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
@@ -26,14 +27,22 @@ K = 8  # of pass@k, or fewer where fewer were drawn
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What became of one record: of its draws in their order, those that could be judged."""
+    """What became of one record: of its draws in their order, those that could be judged; none were all wrong."""
 
     group: str
     right: tuple[bool, ...]
     scores: tuple[float | None, ...]
 
+    @property
+    def first(self) -> bool:
+        return self.right[:1] == (True,)
+
+    @property
+    def share(self) -> float:
+        return fmean(self.right or (0,))
+
     def pass_at(self, k: int) -> float:
-        return pass_at_k(len(self.right), sum(self.right), k)
+        return pass_at_k(len(self.right), sum(self.right), k) if self.right else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +118,14 @@ def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
         judged = [candidate for candidate in drawn if candidate.outcome is not Outcome.ERROR]
         right = tuple(candidate.outcome is Outcome.PASS for candidate in judged)
         scores = tuple(candidate.score for candidate in judged)
-        items[sample.sample_id] = Item(group, right or (False,), scores or (None,))
+        items[sample.sample_id] = Item(group, right, scores)
         distinct += len({candidate.answer for candidate in judged if candidate.outcome is Outcome.PASS})
         tokens += [candidate.completion.usage.completion_tokens for candidate in judged]
         for verdict in (verdict for first in drawn[:1] for verdict in first.verdicts):
             if not verdict.detail.get("calibration"):  # which decides nothing
                 gates[verdict.gate].outcomes[verdict.outcome] += 1
     found = items.values()
-    k = min([K, *(len(item.right) for item in found)]) if found else 0
+    k = common_k(found) if found else 0
     accepted = sum(sum(item.right) for item in found)
     return Measured(
         run_id=folder.run_id,
@@ -124,7 +133,7 @@ def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
         model=", ".join(sorted(models)),
         samples=len(items),
         undecided=undecided,
-        accuracy=wilson(sum(item.right[0] for item in found), len(items)),
+        accuracy=wilson(sum(item.first for item in found), len(items)),
         gates={name: gate.pass_rate() for name, gate in gates.items()},
         k=k,
         pass_at_k=paired_bootstrap((item.group, item.pass_at(k)) for item in found),
@@ -136,9 +145,9 @@ def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
 
 def pair(one: Measured, other: Measured, epsilon: float = 0.1) -> Pair:
     """`one` against `other`: `won` counts first draws that are right in `one` alone."""
-    both = [(item, other.items[key]) for key, item in one.items.items() if key in other.items]
-    k = min([K, *(len(item.right) for items in both for item in items)])
-    firsts = [(a.right[0], b.right[0]) for a, b in both]
+    both = shared(one, other)
+    k = common_k(chain(*both))
+    firsts = [(a.first, b.first) for a, b in both]
     won, lost = firsts.count((True, False)), firsts.count((False, True))
     return Pair(
         run=one.run_id,
@@ -149,10 +158,20 @@ def pair(one: Measured, other: Measured, epsilon: float = 0.1) -> Pair:
         won=won,
         lost=lost,
         p_value=mcnemar(lost, won),
-        difference=paired_bootstrap((a.group, fmean(a.right) - fmean(b.right)) for a, b in both),
+        difference=paired_bootstrap((a.group, a.share - b.share) for a, b in both),
         pass_at_k=paired_bootstrap((a.group, a.pass_at(k) - b.pass_at(k)) for a, b in both),
-        scores=_agreement([(a.scores[0], b.scores[0]) for a, b in both], epsilon),
+        scores=_agreement([(a.scores[0], b.scores[0]) for a, b in both if a.scores and b.scores], epsilon),
     )
+
+
+def shared(one: Measured, other: Measured) -> list[tuple[Item, Item]]:
+    """The records that both have."""
+    return [(item, other.items[key]) for key, item in one.items.items() if key in other.items]
+
+
+def common_k(items: Iterable[Item]) -> int:
+    """The k at which all of them have a pass@k: one that no answer came to has it at any."""
+    return min([K, *(len(item.right) for item in items if item.right)])
 
 
 def noise_floor(run: Measured, epsilon: float = 0.1) -> Mapping[str, Difference] | None:
