@@ -268,7 +268,7 @@ def test_a_part_that_can_not_be_read_neither_hides_nor_moves_the_problems_of_oth
         "models.judge.provider: olama is not known; did you mean ollama?",
         "steps[2].Deduplicate.feilds: unknown key; did you mean fields?",
         "steps[3].TextGeneration: 'teecher' is not under models: (teacher, judge)",
-        "steps[6].ScoreFromExecEval.gate: there is no gate 'SQLiteExecEvil'; there are: RuleFilter, LLMJudge",
+        "steps[6].ScoreFromExecEval: there is no gate 'SQLiteExecEvil'; there are: RuleFilter, LLMJudge",
     ]
 
 

@@ -136,7 +136,7 @@ class Pipeline(BaseModel):
             )
         gates = [step.name for step in self.steps if isinstance(step, Gate)]
         named = [(f"require.pass_rate.{gate}", gate) for gate in self.require.pass_rate]
-        named += [(f"{place}.gate", gate) for place, step in placed for gate in step.gates()]
+        named += [(place, gate) for place, step in placed for gate in step.gates()]
         problems += [
             f"{place}: there is no gate {gate!r}; there are: {', '.join(gates) or 'none'}"
             for place, gate in named
