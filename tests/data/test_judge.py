@@ -373,7 +373,7 @@ def test_pairs_are_compared_in_both_orders_and_a_judge_who_takes_the_first_decid
 
     def shorter(call: Call, index: int) -> str:
         a, b = re.findall(r"<answer [AB]>\n(.*?)\n</answer", asked(call), re.DOTALL) or ("", "")
-        return "**A。**" if len(a) < len(b) else "B."
+        return "**Answer: [A]。**" if len(a) < len(b) else "(B)."
 
     # A score that execution has given is replaced.
     judged_ = run(tmp_path / "fair", shorter, scored=True)

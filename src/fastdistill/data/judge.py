@@ -284,7 +284,7 @@ class PairwiseJudge(SampleStep):
     first, count a half. Of equal answers only the first is compared. What can't be compared leaves scores as they are.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     rewrites: ClassVar[bool] = False
     generates: ClassVar[bool] = False
 
@@ -331,13 +331,14 @@ class PairwiseJudge(SampleStep):
         system = _SYSTEM.replace("grade one answer", "compare two answers").replace("<answer>", "the answers")
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "\n".join(parts)}]
         completion = await _said(self.model, messages, self.decode_profile, self.seed, ctx)
-        said = completion.text.strip().strip(".。*\"'").lower()
+        said = completion.text.lower().strip(_AROUND).removeprefix("answer").strip(_AROUND)
         if said not in _SHARES:
             raise SampleError(JudgeReason.UNPARSABLE, f"{self.model}: neither A, B nor tie: {said[:100]!r}")
         return _SHARES[said]
 
 
 _SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+_AROUND = " \t\n.。:*\"'`()[]"
 
 
 async def _said(
