@@ -48,7 +48,7 @@ def extract(text: str, *, last_number: bool = False) -> Extracted | None:
         return Extracted((plain[-1],), "hashes")
     if sentences := _SENTENCE.findall(text[-_AT_THE_END:]):
         return Extracted((clean(_SENTENCE_END.split(sentences[-1])[0]),), "sentence")
-    if last_number and (numbers := re.findall(rf"[-−]?[$€£]?(?:{NUMBER})", text)):
+    if last_number and (numbers := _LAST_NUMBER.findall(text)):
         return Extracted((clean(numbers[-1]),), "last_number")
     return None
 
@@ -247,6 +247,9 @@ def _boxes(text: str) -> list[str]:
 
 _THOUSANDS = r"\d{1,3}(?:[, ]\d{3})+(?!\d)"
 NUMBER = rf"(?:{_THOUSANDS}|\d+)(?:\.\d*)?|\.\d+"
+_LAST_NUMBER = re.compile(
+    rf"(?:(?<!\d)[-−])?[$€£]?(?:\\[dt]?frac\{{\d+\}}\{{\d+\}}|(?<![/\d])\d+/\d+(?!\d*[/.]\d)|{NUMBER})"
+)
 _QUANTITY = re.compile(
     rf"""(?:(?P<name>[a-zA-Z]\w?)\s*=\s*)? (?P<sign>[-+]?)\s*(?P<currency>[$€£¥]?)\s*(?P<inner_sign>[-+]?)
     (?: (?P<number>{NUMBER}) (?:\\overline\{{(?P<repeats>\d+)\}})?

@@ -257,6 +257,8 @@ def test_the_last_number_counts_only_where_it_is_wanted(tmp_path: Path) -> None:
     assert judge(tmp_path, pairs)[0].reason is MathReason.NO_ANSWER
     (found,) = judge(tmp_path, pairs, extract="last_number")
     assert (found.outcome, found.detail["extracted"]) == (Outcome.PASS, "last_number")
+    whole: list[tuple[object, str]] = [("3/4", "It is 3/4."), ("3/4", r"it is \frac{3}{4}"), ("3", "pages 10-3")]
+    assert all(verdict.outcome is Outcome.PASS for verdict in judge(tmp_path, whole, extract="last_number"))
 
 
 def test_a_wall_clock_that_runs_out_blames_nobody_and_leaves_no_process() -> None:
