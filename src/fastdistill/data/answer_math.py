@@ -36,8 +36,8 @@ class Extracted:
 def extract(text: str, *, last_number: bool = False) -> Extracted | None:
     """The final answer of a text, or None if it gives none. What it thinks in `<think>` is not looked at.
 
-    The last complete `\\boxed{}` counts, else the last `####`, else "the answer is" at the end, else (if wanted) the
-    last number. Different boxes in one paragraph leave open which is final.
+    The last complete `\\boxed{}` counts, else the last `####`, else "the answer is" or a heading at the end, else (if
+    wanted) the last number. Different boxes in one paragraph leave open which is final.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0][-_TAIL:]
     if boxes := [box for box in map(clean, _boxes(text)[-_MOST:]) if box]:
@@ -265,8 +265,11 @@ _QUANTITY = re.compile(
 _CHOSEN = re.compile(r"\(?([A-J])(?:\)?|[).:]+(?!.*(?:\([A-J]\)|\b(?:and|or)\b))(.*))")
 _LABEL = re.compile(r"\A\(?[A-J][):]+\s*(?=\S)")
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)")
-_SENTENCE = re.compile(r"(?i)\banswer\b[^\n.:=]{0,40}?(?:\bis\b|:|=)[\s:*]*(\S[^\n]*)")
-_SENTENCE_END = re.compile(r"(?<=.)[.!?;]\s|, (?:so|because|since|which)\b")
+_SENTENCE = re.compile(
+    r"(?im)(?:\banswers?\b[^\n.:=]{0,40}?(?:\b(?:is|are)\b|:|=)|^\W*(?:final )?answer\W*\n)[\s:*]*"
+    r"(?=(\S[^\n]*))[^\n.!?]*"
+)
+_SENTENCE_END = re.compile(r"(?<=.)[.!?;](?:\s|$)|, (?:so|because|since|which)\b")
 _COSTLY = re.compile(r"\^\{[^{}]*\^\{[^{}]*\^|\^\s*\{?\s*-?\d{5}|!\s*\)*\s*!")
 
 _VULGAR = re.compile(r"(?<=\d)[¼-¾⅐-⅞]")

@@ -113,6 +113,8 @@ CASES = [
         # where the answer stands
         ("P", "72", "48 + 24 = 72\n#### 72"), ("P", "72", "#### Step 1: add\n48 + 24\n#### $72"),
         ("P", "5", "The answer is 5."), ("P", "5", "Final answer: **5**"),
+        ("P", "5", "**Final Answer**\n\n$5$"), ("P", "5", "### Answer\n5 cm"), ("P", "2, 3", "Answers are 2 and 3."),
+        ("P", "5", "His answer is 4. The answer is 5!"), ("P", "5", "The answer is 5, since the answer is odd."),
         ("P", "5", "The answer is $5$. I hope this helps!"), ("P", "2,125", "#### 2125\n"),
         ("F", "2", "The answer is 2 or 3 or 4."), ("F", "5", r"<think>\boxed{5}</think> I do not know"),
         ("F", "5", ""), ("F", "5", "It is 5."), ("F", "5", "\0\x01\ufffd" * 99),
