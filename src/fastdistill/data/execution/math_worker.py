@@ -130,7 +130,8 @@ def _expression(text: str, is_complex: bool, one_case: bool) -> Any:
     return found.xreplace({symbol: I for symbol in found.free_symbols if is_complex and symbol.name == "i"})
 
 
-_THROWN_AWAY = re.compile(r"\\ldots|\d_|[A-Za-z}]'")  # by latex2sympy: dots, a base, a prime
+# By latex2sympy: dots, a base, a prime, what a set is of.
+_THROWN_AWAY = re.compile(r"\\ldots|\d_|[A-Za-z}]'|\\\{[^}]*:")
 _DECIMAL = re.compile(r"(\d*)\.(\d+)")
 _TO_LATEX = [
     (re.compile(pattern), latex)
@@ -141,6 +142,7 @@ _TO_LATEX = [
         (r"(?<=\d)[eE]([-+]?\d+)(?!\d)", r"\\cdot 10^{\1}"),
         (r"\\varnothing", r"\\emptyset"),
         (r"\*\*", "^"),
+        (r"\^\s*(-\d+)", r"^{\1}"),
         (r"\*", r"\\cdot "),
     )
 ]
