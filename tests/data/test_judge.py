@@ -403,3 +403,9 @@ def test_a_judge_that_can_not_work_is_a_config_error(fields: dict[str, Any]) -> 
     with pytest.raises(ValidationError):
         LLMJudge.model_validate({"task": "{{ question }}", **fields})
     assert PairwiseJudge(task="x").models() == ("judge",)
+
+
+def test_the_card_calls_no_judge_a_teacher(tmp_path: Path) -> None:
+    result, _, _ = judged(tmp_path, knows, records=4)
+    card = (result.dataset / "README.md").read_text()
+    assert "- `teacher`: teacher (vllm)\n- `judge`: judge (vllm), which gave no answers\n" in card

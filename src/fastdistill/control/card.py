@@ -12,6 +12,7 @@ import yaml
 from fastdistill.control.tally import Tally
 from fastdistill.control.terminal import percent
 from fastdistill.core.files import atomic, sha256_file
+from fastdistill.core.step import is_generation
 from fastdistill.core.types import Outcome, Status
 from fastdistill.data.export.trainers import trainer_files
 from fastdistill.data.generate import TextGeneration
@@ -42,7 +43,11 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Mapping[str, int]) -
         "tags": ["distillation", "synthetic", "fastdistill"],
         "configs": _configs(map(Path, files)),
     }
-    teachers = [f"- `{name}`: {config.model} ({config.provider})" for name, config in pipeline.models.items()]
+    answering = {name for step in pipeline.steps if is_generation(step) for name in step.models()}
+    models = [
+        f"- `{name}`: {config.model} ({config.provider}){'' if name in answering else ', which gave no answers'}"
+        for name, config in pipeline.models.items()
+    ]
     generation = [
         {step.name: step.model_dump(mode="json", exclude_defaults=True, exclude={"name"})}
         for step in pipeline.steps
@@ -62,8 +67,8 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Mapping[str, int]) -
         f" {tally.selected} selected for {tally.accepted_samples} samples"
         f" (accepted: {percent(tally.accept_rate())}).",
         "",
-        "Teachers:",
-        *(teachers or ["- none"]),
+        "Models:",
+        *(models or ["- none"]),
         "",
         *(asked if generation else []),
         "Gates, over candidates, with Wilson 95% intervals:",
