@@ -27,22 +27,15 @@ K = 8  # of pass@k, or fewer where fewer were drawn
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What became of one record: of its draws in their order, those that could be judged; none were all wrong."""
+    """What became of one record: of its draws in their order, those that could be judged; without any, a wrong one."""
 
     group: str
     right: tuple[bool, ...]
     scores: tuple[float | None, ...]
-
-    @property
-    def first(self) -> bool:
-        return self.right[:1] == (True,)
-
-    @property
-    def share(self) -> float:
-        return fmean(self.right or (0,))
+    answered: bool
 
     def pass_at(self, k: int) -> float:
-        return pass_at_k(len(self.right), sum(self.right), k) if self.right else 0.0
+        return pass_at_k(len(self.right), sum(self.right), k) if self.answered else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +111,7 @@ def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
         judged = [candidate for candidate in drawn if candidate.outcome is not Outcome.ERROR]
         right = tuple(candidate.outcome is Outcome.PASS for candidate in judged)
         scores = tuple(candidate.score for candidate in judged)
-        items[sample.sample_id] = Item(group, right, scores)
+        items[sample.sample_id] = Item(group, right or (False,), scores or (None,), bool(judged))
         distinct += len({candidate.answer for candidate in judged if candidate.outcome is Outcome.PASS})
         tokens += [candidate.completion.usage.completion_tokens for candidate in judged]
         for verdict in (verdict for first in drawn[:1] for verdict in first.verdicts):
@@ -133,7 +126,7 @@ def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
         model=", ".join(sorted(models)),
         samples=len(items),
         undecided=undecided,
-        accuracy=wilson(sum(item.first for item in found), len(items)),
+        accuracy=wilson(sum(item.right[0] for item in found), len(items)),
         gates={name: gate.pass_rate() for name, gate in gates.items()},
         k=k,
         pass_at_k=paired_bootstrap((item.group, item.pass_at(k)) for item in found),
@@ -147,7 +140,7 @@ def pair(one: Measured, other: Measured, epsilon: float = 0.1) -> Pair:
     """`one` against `other`: `won` counts first draws that are right in `one` alone."""
     both = shared(one, other)
     k = common_k(chain(*both))
-    firsts = [(a.first, b.first) for a, b in both]
+    firsts = [(a.right[0], b.right[0]) for a, b in both]
     won, lost = firsts.count((True, False)), firsts.count((False, True))
     return Pair(
         run=one.run_id,
@@ -158,9 +151,9 @@ def pair(one: Measured, other: Measured, epsilon: float = 0.1) -> Pair:
         won=won,
         lost=lost,
         p_value=mcnemar(lost, won),
-        difference=paired_bootstrap((a.group, a.share - b.share) for a, b in both),
+        difference=paired_bootstrap((a.group, fmean(a.right) - fmean(b.right)) for a, b in both),
         pass_at_k=paired_bootstrap((a.group, a.pass_at(k) - b.pass_at(k)) for a, b in both),
-        scores=_agreement([(a.scores[0], b.scores[0]) for a, b in both if a.scores and b.scores], epsilon),
+        scores=_agreement([(a.scores[0], b.scores[0]) for a, b in both], epsilon),
     )
 
 
@@ -171,7 +164,7 @@ def shared(one: Measured, other: Measured) -> list[tuple[Item, Item]]:
 
 def common_k(items: Iterable[Item]) -> int:
     """The k at which all of them have a pass@k: one that no answer came to has it at any."""
-    return min([K, *(len(item.right) for item in items if item.right)])
+    return min([K, *(len(item.right) for item in items if item.answered)])
 
 
 def noise_floor(run: Measured, epsilon: float = 0.1) -> Mapping[str, Difference] | None:
