@@ -147,11 +147,19 @@ def test_an_unreadable_word_is_asked_for_once_more(tmp_path: Path, broken: str |
     assert result.quality["samples"]["accepted"] > 0
 
 
-def test_a_judge_that_can_not_be_read_is_an_error_and_never_a_rejection(tmp_path: Path) -> None:
-    result, samples, _ = judged(tmp_path, lambda call, index: "I like it.", records=4)
+@pytest.mark.parametrize("said", ["I like it.", '{"x":' * 3000 + "1" + "}" * 3000])
+def test_a_judge_that_can_not_be_read_is_an_error_and_never_a_rejection(tmp_path: Path, said: str) -> None:
+    result, samples, _ = judged(tmp_path, lambda call, index: said, records=4)
     assert {(v.outcome, v.reason) for _, v in verdicts(samples)} == {(Outcome.ERROR, "judge_unparsable")}
     assert result.quality["samples"]["accepted"] == 0
     assert result.quality["samples"]["undecided"] > 0
+
+
+def test_a_rubric_is_read_among_words_and_however_its_values_are_written(tmp_path: Path) -> None:
+    said = rubric(5).replace("5", '"5"').replace("true", '"true"').replace('"because"', "null")
+    _, samples, judge = judged(tmp_path, lambda call, index: f"My grade:\n{said}\nDone {{so}}.", records=4)
+    assert {v.reason for _, v in verdicts(samples)} == {"good"}
+    assert not any(len(body["messages"]) > 2 for body in judge.counters.bodies)  # none was asked for again
 
 
 def test_a_judge_that_breaks_is_an_error(tmp_path: Path) -> None:
