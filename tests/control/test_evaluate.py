@@ -13,12 +13,12 @@ from fastdistill.control.compare import Item, measure, noise_floor, pair
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.evaluate import evaluation
 from fastdistill.control.folder import RunFolder
-from fastdistill.control.lineage import advice, chain
-from fastdistill.control.session import Pipeline, RunResult
+from fastdistill.control.lineage import advice, ancestry
+from fastdistill.control.session import Origin, Pipeline, RunResult
 from fastdistill.control.tally import interval
 from fastdistill.core.errors import ConfigError, InputError, TeacherError
 from tests.command import Command
-from tests.servers import Call, openai_server
+from tests.servers import Call, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
 # Of the answers of `world`, the first two are right; the third runs and is wrong; the others can't run.
@@ -233,7 +233,7 @@ def test_generations_are_chained_and_the_chain_is_tested(world: World, command: 
     ).run(output_dir=world.folder / "artifacts", run_id="born-1")  # fmt: skip
     assert (first.manifest["generation"], first.manifest["parent_run_id"]) == (0, None)
     assert (second.manifest["generation"], second.manifest["parent_run_id"]) == (1, "born-0")
-    assert [folder.run_id for folder in chain(world.folder / "artifacts", "born-1")] == ["born-0", "born-1"]
+    assert [folder.run_id for folder in ancestry(world.folder / "artifacts", "born-1")] == ["born-0", "born-1"]
     done = command("lineage", "born-1", *world.root)
     assert done.code == 0, done.err
     assert "against generation 0" in done.out
@@ -241,8 +241,8 @@ def test_generations_are_chained_and_the_chain_is_tested(world: World, command: 
     runs = [measure(world.found(first)), *[measure(world.found(second))] * 3]
     stop = advice(runs, [pair(after, before) for before, after in pairwise(runs[1:])])
     assert stop == ["stop: the last two generations can't be told from their parents"]
-    right, wrong = Item("", (True,) * 8, (None,) * 8, 4), Item("", (False,) * 8, (None,) * 8, 0)
-    before, few = replace(runs[0], items={"a": right, "b": wrong}), {"a": Item("", (True,), (None,), 1)}
+    right, wrong = Item("", (True,) * 8, (None,) * 8, True, 4), Item("", (False,) * 8, (None,) * 8, True, 0)
+    before, few = replace(runs[0], items={"a": right, "b": wrong}), {"a": Item("", (True,), (None,), True, 1)}
     # The same answers, of fewer records or fewer draws, have not fallen.
     assert advice([before, replace(before, items={"b": wrong})], []) == []
     assert advice([before, replace(before, items=few)], []) == []
@@ -250,6 +250,27 @@ def test_generations_are_chained_and_the_chain_is_tested(world: World, command: 
     fallen = replace(before, items={"a": replace(right, distinct=1)})
     (said,) = advice([before, fallen], [])
     assert said == "stop: distinct answers have fallen from 0.50 to 0.12 of the accepted: a collapse"
+
+
+def test_a_record_without_an_answer_changes_no_k_and_a_regate_is_no_generation(world: World, command: Command) -> None:
+    world.evaluate("teacher", draws=8)
+    lost = RECORDS[30]["instruction"]
+    with openai_server(script, models=tuple(SKILL), faults={lost: status(400, times=None)}) as server:
+        again = evaluation(
+            parse_pipeline(config(server.url, world.folder / "train.jsonl", world.folder / "city.db")),
+            world.folder / "eval.jsonl", role="student", changes={"model": "student"}, draws=8,
+        ).model_copy(update={"lineage": Origin(parent="cities-eval-teacher")})  # fmt: skip
+        again.run(output_dir=world.folder / "artifacts", run_id="next")
+    gates = world.folder / "gates.yaml"
+    gates.write_text("steps: {RuleFilter: {max_chars: 400}}")
+    assert command("regate", "next", "--config", gates, "--run-id", "judged", *world.root).code == 5
+    first, last = (measure(RunFolder.find(world.folder / "artifacts", run)) for run in ("cities-eval", "next"))
+    assert (first.k, last.k, len(last.items)) == (8, 8, len(EVAL))
+    both = [(before.pass_at(8), last.items[key].pass_at(8)) for key, before in first.items.items()]
+    assert 0 < sum(before for before, _ in both) - sum(after for _, after in both) <= 1
+    told = command("lineage", "judged", *world.root).out
+    assert [line.split()[0] for line in told.splitlines()[1:4]] == ["0", "1", "1"]
+    assert "pass@k has fallen" not in told
 
 
 def test_a_parent_that_is_not_there_is_told_before_anything_is_asked(world: World) -> None:

@@ -380,6 +380,7 @@ def test_what_one_export_keeps_for_a_test_no_other_trains_on() -> None:
     made = config("http://localhost:1", Path("train.jsonl"), Path("city.db"))
     made["steps"][-1] = {"ExportSFT": {"test": 0.1}}
     made["steps"].append("ExportLogprobs")
+    made["steps"][3]["TextGeneration"]["decode_profile"] = {"logprobs": True}
     with pytest.raises(ConfigError, match="exports differ in `test` or `group_by`; give all of them the same"):
         parse_pipeline(made)
     made["steps"][-1] = {"ExportLogprobs": {"test": 0.1}}

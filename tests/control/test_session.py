@@ -41,7 +41,7 @@ from fastdistill.core.errors import EnvironmentFault
 from fastdistill.core.step import Context, SampleStep, StreamStep
 from fastdistill.core.types import Sample
 from tests.command import Command
-from tests.servers import Call, Server, openai_server, status
+from tests.servers import Call, Server, choose, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
 
 
@@ -671,6 +671,21 @@ def test_a_row_is_explained_from_any_of_its_names(finished: Finished, command: C
     assert "train.jsonl:" in told
 
 
+def test_a_row_whose_record_came_twice_and_a_record_without_an_id_are_explained_too(
+    tmp_path: Path, command: Command
+) -> None:
+    broken = {key: value for key, value in RECORDS[1].items() if key != "instruction"}
+    records, database = write_records(tmp_path, [RECORDS[0], RECORDS[0], broken]), make_database(tmp_path)
+    with openai_server(choose(ANSWERS)) as server:
+        made = parse_pipeline(config(server.url, records, database) | {"max_error_rate": 1})
+        result = made.run(output_dir=tmp_path / "artifacts")
+    (first, *_) = rows(result)
+    told = command("explain", result.run_id, first["fd_id"], "-o", tmp_path / "artifacts").out
+    assert "selected as 1" in told and "status: duplicate" in told
+    told = command("explain", result.run_id, "train.jsonl:3", "-o", tmp_path / "artifacts").out
+    assert "status: failed" in told and "missing_field" in told
+
+
 def test_the_candidates_of_a_sample_are_told_apart(finished: Finished, command: Command) -> None:
     told = command("explain", finished.result.run_id, "city-0000", "-o", finished.artifacts).out
     assert [f"attempt {n} (seed " in told for n in range(3)] == [True] * 3
@@ -680,7 +695,7 @@ def test_the_candidates_of_a_sample_are_told_apart(finished: Finished, command: 
     ("arguments", "code", "message"),
     [
         (("explain", "RUN", "no-such-sample"), 3, "no sample 'no-such-sample'"),
-        (("explain", "RUN", ""), 3, "give a sample id, 6 digits or more of it, or a task id"),
+        (("explain", "RUN", ""), 3, "give a sample id, 6 digits or more of it, a task id, or a place"),
         (("explain", "no-such-run", "city-0000"), 3, "no run 'no-such-run'; there are: cities-"),
         (("runs", "show", "no-such-run"), 3, "no run 'no-such-run'"),
     ],

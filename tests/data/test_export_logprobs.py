@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from fastdistill import Pipeline
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.ledger import read_samples
-from fastdistill.core.errors import InputError, TeacherError, TooManyErrors
+from fastdistill.core.errors import ConfigError, InputError, TeacherError, TooManyErrors
 from fastdistill.core.types import Candidate, Sample, TokenLogprob
 from fastdistill.data.export.logprobs import ExportLogprobs
 from tests.context import TestContext, candidate
@@ -90,9 +90,12 @@ def test_stored_answers_give_the_same_file(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
-def test_answers_without_logprobs_are_an_error_with_the_remedy(tmp_path: Path) -> None:
-    with openai_server(says) as server, pytest.raises(TooManyErrors, match="logprobs: true"):
-        pipeline(teacher(server.url), "ExportLogprobs", decode={}).run(output_dir=tmp_path)
+def test_logprobs_that_nobody_asks_for_or_gives_are_an_error_with_the_remedy(tmp_path: Path) -> None:
+    with openai_server(says, logprobs=False) as server:
+        with pytest.raises(ConfigError, match="no answer would have log-probabilities"):
+            pipeline(teacher(server.url), "ExportLogprobs", decode={"top_logprobs": 3})
+        with pytest.raises(TooManyErrors, match="logprobs: true"):
+            pipeline(teacher(server.url), "ExportLogprobs").run(output_dir=tmp_path)
 
 
 @pytest.mark.parametrize(("token", "reason"), [(None, "no_logprobs"), ("\ud800", "not_unicode")])

@@ -314,9 +314,10 @@ def test_concat_puts_the_rationale_first(ctx: TestContext) -> None:
     assert row["completion"][0]["content"] == "because #### SELECT 1"
 
 
-def test_concat_of_a_sample_without_any_rationale_is_left_out_with_a_reason(ctx: TestContext) -> None:
-    assert written(ctx, ExportSFT(target="concat"), accepted()) == []
-    assert ctx.reasons == ["no_rationale"]
+def test_concat_leaves_out_and_counts_a_sample_without_any_rationale_and_it_fails_no_run(ctx: TestContext) -> None:
+    step = ExportSFT(target="concat", difficulty_quotas={1: 1})
+    assert written(ctx, step, accepted()) == [] and not ctx.reasons
+    assert ctx.reports[step.name] == {"left_out_no_rationale": 1}  # it takes no place in a bin
 
 
 def test_answer_only_knows_nothing_of_rationales(ctx: TestContext) -> None:

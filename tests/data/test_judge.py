@@ -147,11 +147,19 @@ def test_an_unreadable_word_is_asked_for_once_more(tmp_path: Path, broken: str |
     assert result.quality["samples"]["accepted"] > 0
 
 
-def test_a_judge_that_can_not_be_read_is_an_error_and_never_a_rejection(tmp_path: Path) -> None:
-    result, samples, _ = judged(tmp_path, lambda call, index: "I like it.", records=4)
+@pytest.mark.parametrize("said", ["I like it.", '{"x":' * 3000 + "1" + "}" * 3000])
+def test_a_judge_that_can_not_be_read_is_an_error_and_never_a_rejection(tmp_path: Path, said: str) -> None:
+    result, samples, _ = judged(tmp_path, lambda call, index: said, records=4)
     assert {(v.outcome, v.reason) for _, v in verdicts(samples)} == {(Outcome.ERROR, "judge_unparsable")}
     assert result.quality["samples"]["accepted"] == 0
     assert result.quality["samples"]["undecided"] > 0
+
+
+def test_a_rubric_is_read_among_words_and_however_its_values_are_written(tmp_path: Path) -> None:
+    said = rubric(5).replace("5", '"5"').replace("true", '"true"').replace('"because"', "null")
+    _, samples, judge = judged(tmp_path, lambda call, index: f"My grade:\n{said}\nDone {{so}}.", records=4)
+    assert {v.reason for _, v in verdicts(samples)} == {"good"}
+    assert not any(len(body["messages"]) > 2 for body in judge.counters.bodies)  # none was asked for again
 
 
 def test_a_judge_that_breaks_is_an_error(tmp_path: Path) -> None:
@@ -373,7 +381,7 @@ def test_pairs_are_compared_in_both_orders_and_a_judge_who_takes_the_first_decid
 
     def shorter(call: Call, index: int) -> str:
         a, b = re.findall(r"<answer [AB]>\n(.*?)\n</answer", asked(call), re.DOTALL) or ("", "")
-        return "**A。**" if len(a) < len(b) else "B."
+        return "**Answer: [A]。**" if len(a) < len(b) else "(B)."
 
     # A score that execution has given is replaced.
     judged_ = run(tmp_path / "fair", shorter, scored=True)
@@ -403,3 +411,9 @@ def test_a_judge_that_can_not_work_is_a_config_error(fields: dict[str, Any]) -> 
     with pytest.raises(ValidationError):
         LLMJudge.model_validate({"task": "{{ question }}", **fields})
     assert PairwiseJudge(task="x").models() == ("judge",)
+
+
+def test_the_card_calls_no_judge_a_teacher(tmp_path: Path) -> None:
+    result, _, _ = judged(tmp_path, knows, records=4)
+    card = (result.dataset / "README.md").read_text()
+    assert "- `teacher`: teacher (vllm)\n- `judge`: judge (vllm), which gave no answers\n" in card

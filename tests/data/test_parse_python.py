@@ -22,6 +22,11 @@ ANSWERS = [
     f"Sure!\n\n{CODE}\n\nThis function doubles its argument.",
     f"{CODE}\n\n**Note** that this works for text too.",
     f"{CODE}\n\nExplanation: it doubles x.",
+    f"{CODE}\n```",
+    f"[BEGIN]\n{CODE}\n[DONE]",
+    f"~~~python\n{CODE}\n~~~",
+    f"Answer: ```python\n{CODE}\n```",
+    f"**Code:** ```python title='a.py'\n{CODE}\n```",
 ]
 
 CLEAN = [
@@ -47,8 +52,11 @@ def test_what_needs_no_cleaning_is_left_alone(answer: str) -> None:
     assert clean_python(answer) == (answer, ())
 
 
-def test_the_indentation_of_a_continued_prompt_is_kept() -> None:
+def test_the_indentation_of_a_continued_prompt_is_kept_and_that_of_a_list_is_not() -> None:
     assert clean_python("```python\n\n    y = 1\n    return y\n```")[0] == "    y = 1\n    return y"
+    indented = CODE.replace("\n", "\n   ")
+    assert clean_python(f"1. Double it:\n\n   ```python\n   {indented}\n   ```\n2. Done")[0] == CODE
+    assert clean_python(f"  ```python\n{CODE}\n  ```")[0] == CODE
 
 
 @pytest.mark.parametrize("answer", ANSWERS)

@@ -29,6 +29,10 @@ def split(ctx: TestContext, step: SplitRationale, *candidates: Candidate, gold: 
     [
         ("### RATIONALE\nfilter\n### ANSWER\nSELECT 1", "ok", "filter", "SELECT 1"),
         ("Sure!\n**### Rationale:**\na\nb\n\n###answer: SELECT 1\n", "ok", "a\nb", "SELECT 1"),
+        ("### **RATIONALE**\nfilter\n### **Answer:**\nSELECT 1", "ok", "filter", "SELECT 1"),
+        ("## RATIONALE\nfilter\n\n#### ANSWER ####\nSELECT 1", "ok", "filter", "SELECT 1"),
+        ("***### RATIONALE***\nfilter\n__### ANSWER__: SELECT 1", "ok", "filter", "SELECT 1"),
+        ("### RATIONALE\nadd\n### ANSWER\n# Answer: a sum\na + b", "ok", "add", "# Answer: a sum\na + b"),
         ("SELECT 1", "missing", "", "SELECT 1"),
         ("### RATIONALE\nonly this", "missing", "", "### RATIONALE\nonly this"),
         ("because\n### ANSWER\nSELECT 1", "missing", "because", "SELECT 1"),

@@ -91,6 +91,14 @@ def test_selecting_again_with_more_candidates_starts_anew(ctx: TestContext) -> N
     assert again.selection == ("candidate-4",)
 
 
+def test_what_a_later_gate_fails_is_selected_no_more(ctx: TestContext) -> None:
+    selected = run(ctx, SelectBest(k=2), scored(0, 0.5, "a"), scored(1, 1.0, "b"))
+    late = Verdict("late", "f", Outcome.FAIL, "r")
+    judged = selected.with_candidates([selected.candidates[0], selected.candidates[1].judged(late)])
+    assert [c.answer for c in judged.chosen] == ["a"]
+    assert replace(judged, candidates=judged.candidates[1:], selection=judged.selection[:1]).chosen == ()  # type: ignore[index]
+
+
 def test_nothing_accepted_selects_nothing(ctx: TestContext) -> None:
     sample = run(ctx, SelectBest(), CANDIDATES[2])
     assert sample.selection == ()

@@ -12,6 +12,7 @@ import yaml
 from fastdistill.control.tally import Tally
 from fastdistill.control.terminal import percent
 from fastdistill.core.files import atomic, sha256_file
+from fastdistill.core.step import is_generation
 from fastdistill.core.types import Outcome, Status
 from fastdistill.data.export.dataset import FOLDERS
 from fastdistill.data.export.trainers import trainer_files
@@ -43,7 +44,11 @@ def dataset_card(pipeline: "Pipeline", tally: Tally, files: Mapping[str, int]) -
         "tags": ["distillation", "synthetic", "fastdistill"],
         "configs": _configs([*map(Path, files)]),
     }
-    models = [f"- `{name}`: {config.model} ({config.provider})" for name, config in pipeline.models.items()]
+    answering = {name for step in pipeline.steps if is_generation(step) for name in step.models()}
+    models = [
+        f"- `{name}`: {config.model} ({config.provider}){'' if name in answering else ', which gave no answers'}"
+        for name, config in pipeline.models.items()
+    ]
     generation = [
         {
             step.name: step.model_dump(mode="json", exclude_defaults=True, exclude={"name"})

@@ -198,7 +198,7 @@ def show(run: str, output_dir: OutputDir = None) -> None:
 def explain(run: str, sample_id: str, output_dir: OutputDir = None) -> None:
     """Where a row comes from: input, prompt, model, parameters, every candidate and verdict.
 
-    SAMPLE_ID is a sample id or its beginning, a row's fd_id, or a task id.
+    SAMPLE_ID is a sample id or its beginning, a row's fd_id, a task id, or a place like train.jsonl:8.
     """
     from fastdistill.control.show import show_sample
 

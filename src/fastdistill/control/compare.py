@@ -6,6 +6,7 @@ Reads the ledgers of runs, mostly of `fastdistill eval`. The last run is what th
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
@@ -26,16 +27,17 @@ K = 8  # of pass@k, or fewer where fewer were drawn
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What became of one record: of its draws in their order, those that could be judged."""
+    """What became of one record: of its draws in their order, those that could be judged; without any, a wrong one."""
 
     group: str
     right: tuple[bool, ...]
     scores: tuple[float | None, ...]
+    answered: bool
     distinct: int
     """Of the answers that were right."""
 
     def pass_at(self, k: int) -> float:
-        return pass_at_k(len(self.right), sum(self.right), k)
+        return pass_at_k(len(self.right), sum(self.right), k) if self.answered else 0.0
 
 
 def diversity(items: Sequence[Item]) -> float | None:
@@ -118,13 +120,13 @@ def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
         right = tuple(candidate.outcome is Outcome.PASS for candidate in judged)
         scores = tuple(candidate.score for candidate in judged)
         distinct = len({candidate.answer for candidate in judged if candidate.outcome is Outcome.PASS})
-        items[sample.sample_id] = Item(group, right or (False,), scores or (None,), distinct)
+        items[sample.sample_id] = Item(group, right or (False,), scores or (None,), bool(judged), distinct)
         tokens += [candidate.completion.usage.completion_tokens for candidate in judged]
         for verdict in (verdict for first in drawn[:1] for verdict in first.verdicts):
             if not verdict.detail.get("calibration"):  # which decides nothing
                 gates[verdict.gate].outcomes[verdict.outcome] += 1
     found = [*items.values()]
-    k = min([K, *(len(item.right) for item in found)]) if found else 0
+    k = common_k(found) if found else 0
     return Measured(
         run_id=folder.run_id,
         role=read_json(folder.manifest).get("role"),
@@ -143,8 +145,8 @@ def measure(folder: RunFolder, group_by: str | None = None) -> Measured:
 
 def pair(one: Measured, other: Measured, epsilon: float = 0.1) -> Pair:
     """`one` against `other`: `won` counts first draws that are right in `one` alone."""
-    both = [(item, other.items[key]) for key, item in one.items.items() if key in other.items]
-    k = min([K, *(len(item.right) for items in both for item in items)])
+    both = shared(one, other)
+    k = common_k(chain(*both))
     firsts = [(a.right[0], b.right[0]) for a, b in both]
     won, lost = firsts.count((True, False)), firsts.count((False, True))
     return Pair(
@@ -160,6 +162,16 @@ def pair(one: Measured, other: Measured, epsilon: float = 0.1) -> Pair:
         pass_at_k=paired_bootstrap((a.group, a.pass_at(k) - b.pass_at(k)) for a, b in both),
         scores=_agreement([(a.scores[0], b.scores[0]) for a, b in both], epsilon),
     )
+
+
+def shared(one: Measured, other: Measured) -> list[tuple[Item, Item]]:
+    """The records that both have."""
+    return [(item, other.items[key]) for key, item in one.items.items() if key in other.items]
+
+
+def common_k(items: Iterable[Item]) -> int:
+    """The k at which all of them have a pass@k: one that no answer came to has it at any."""
+    return min([K, *(len(item.right) for item in items if item.answered)])
 
 
 def noise_floor(run: Measured, epsilon: float = 0.1) -> Mapping[str, Difference] | None:

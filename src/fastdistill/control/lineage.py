@@ -1,10 +1,10 @@
 """The chain of runs that a run descends from, each compared with its parent and with the first: when to stop."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
-from fastdistill.control.compare import K, Measured, Pair, diversity, indistinct, measure, pair
+from fastdistill.control.compare import Measured, Pair, common_k, diversity, indistinct, measure, pair, shared
 from fastdistill.control.folder import RunFolder, read_json
 from fastdistill.control.terminal import points, say, show_table
 
@@ -12,7 +12,7 @@ COLLAPSE = 0.05  # relative fall of pass@k or diversity against generation 0
 _SHOWN = ("right, first draw", "pass@k", "distinct of the accepted", "tokens an answer")
 
 
-def chain(root: Path | None, run: str) -> list[RunFolder]:
+def ancestry(root: Path | None, run: str) -> list[RunFolder]:
     """The run's ancestors from the first, and itself.
 
     Raises:
@@ -29,13 +29,15 @@ def chain(root: Path | None, run: str) -> list[RunFolder]:
 
 def show_lineage(run: str, output_dir: Path | None, group_by: str | None) -> None:
     """Prints the chain of a run with its paired tests, and whether another generation is worth it."""
-    runs = [measure(folder, group_by) for folder in chain(output_dir, run)]
+    folders = ancestry(output_dir, run)
+    runs = [measure(folder, group_by) for folder in folders]
+    generations = [read_json(folder.manifest).get("generation", 0) for folder in folders]
     figures = [of_run.figures() for of_run in runs]
     show_table(
         ("generation", "run", "model", *_SHOWN),
         [
             (str(generation), of_run.run_id, of_run.model, *(shown[name] for name in _SHOWN))
-            for generation, (of_run, shown) in enumerate(zip(runs, figures, strict=True))
+            for generation, of_run, shown in zip(generations, runs, figures, strict=True)
         ],
     )
     steps = [pair(after, before) for before, after in pairwise(runs)]
@@ -46,17 +48,18 @@ def show_lineage(run: str, output_dir: Path | None, group_by: str | None) -> Non
                 f"  against {words}: right {points(found.difference)}, pass@k {points(found.pass_at_k)},"
                 f" McNemar p = {found.p_value:.3g}, on {found.compared:,} samples"
             )
-    for line in advice(runs, steps):
+    born = [step for step, (before, after) in zip(steps, pairwise(generations), strict=True) if before < after]
+    for line in advice(runs, born):
         say(line, "yellow")
 
 
 def advice(runs: Sequence[Measured], steps: Sequence[Pair]) -> list[str]:
-    """Reasons to stop, each in a sentence, of the records that are shared; `steps` compare each run with its parent."""
+    """Reasons to stop, each in a sentence, of the records that are shared; `steps` compare generations with parents."""
     said = []
     if len(steps) >= 2 and all(indistinct(step.difference) for step in steps[-2:]):
         said.append("stop: the last two generations can't be told from their parents")
-    both = [(item, runs[-1].items[key]) for key, item in runs[0].items.items() if key in runs[-1].items]
-    k = min([K, *(len(item.right) for items in both for item in items)])
+    both = shared(runs[0], runs[-1])
+    k = common_k(chain(*both))
     before, after = (sum(items[at].pass_at(k) for items in both) / max(len(both), 1) for at in (0, 1))
     if after < (1 - COLLAPSE) * before:
         said.append(f"stop: pass@{k} has fallen from {before:.1%} to {after:.1%} since generation 0")

@@ -32,6 +32,8 @@ from fastdistill.core.errors import ConfigError, EnvironmentFault, ExitCode, Fat
 from fastdistill.core.files import atomic
 from fastdistill.core.step import Gate, SampleStep, Step, StreamFilter, StreamStep
 from fastdistill.data.export.dataset import Splits
+from fastdistill.data.export.logprobs import ExportLogprobs
+from fastdistill.data.generate import TextGeneration
 from fastdistill.data.prepare import Shard
 from fastdistill.model.client import ModelClient
 from fastdistill.model.provider import ModelConfig, Provider
@@ -168,6 +170,14 @@ class Pipeline(BaseModel):
         if len(kept) > 1 and any(share for share, _ in kept):
             what = "give all of them the same, or what one keeps for a test is trained on by way of another"
             problems.append(f"steps: exports differ in `test` or `group_by`; {what}")
+        asking = [step for step in self.steps if isinstance(step, TextGeneration)]
+        recorded = any(self.models[name].recorded for step in asking for name in step.models() if name in self.models)
+        if asking and not recorded and not any(step.decode_profile.logprobs for step in asking):
+            problems += [
+                f"{place}: no answer would have log-probabilities; set decode_profile.logprobs: true"
+                for place, step in placed
+                if isinstance(step, ExportLogprobs) and step.scores is None
+            ]
         unpriced = [name for name, config in self.models.items() if config.price is None]
         if self.budget.max_cost_usd is not None and unpriced:
             problems.append(f"budget.max_cost_usd: needs a price at models.{', models.'.join(unpriced)}")

@@ -105,16 +105,22 @@ def show_run(run: str, output_dir: Path | None) -> None:
 
 
 def show_sample(run: str, sample_id: str, output_dir: Path | None) -> None:
-    """Raises InputError if no sample, or more than one, is meant."""
+    """Prints a sample, and the records that were left out for being the same one.
+
+    Raises InputError if no sample, or more than one, is meant.
+    """
     folder = RunFolder.find(output_dir, run)
     wanted = sample_id.partition("#")[0]
-    where = "sample_id = ?1 OR task_id = ?2 OR (length(?1) >= 6 AND substr(sample_id, 1, length(?1)) = ?1)"
+    named = "?2 <> '' AND ?2 IN (task_id, json_extract(sample, '$.source'))"
+    where = f"({named}) OR (length(?1) >= 6 AND substr(sample_id, 1, length(?1)) = ?1)"
     found = list(islice(folder.samples(where, (wanted, sample_id)), 6))
-    if len(found) != 1:
-        several = ", ".join(sample.sample_id[:16] for sample in found)
-        what = f"several samples begin with {wanted!r}: {several}" if found else f"no sample {wanted!r}"
-        raise InputError(f"{folder.run_id}: {what}; give a sample id, 6 digits or more of it, or a task id")
-    print_sample(found[0])
+    ids = {sample.sample_id[:16]: None for sample in found}
+    if len(ids) != 1:
+        what = f"several samples are named {wanted!r}: {', '.join(ids)}" if found else f"no sample {wanted!r}"
+        remedy = "give a sample id, 6 digits or more of it, a task id, or a place like train.jsonl:8"
+        raise InputError(f"{folder.run_id}: {what}; {remedy}")
+    for sample in found:
+        print_sample(sample)
 
 
 def status(folder: RunFolder, manifest: dict[str, Any]) -> str:

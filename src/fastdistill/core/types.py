@@ -256,14 +256,12 @@ class Sample(Struct, frozen=True, gc=False):
 
     @property
     def chosen(self) -> tuple[Candidate, ...]:
-        """The selected candidates, best first; every accepted one where no step selects."""
-        candidates, selection = self.candidates, self.selection
+        """The selected candidates that every gate passed, best first; all accepted ones where no step selects."""
+        accepted, selection = self.accepted, self.selection
         if selection is None:
-            return self.accepted
-        if len(candidates) == 1:
-            return candidates if selection else ()
-        by_id = {candidate.candidate_id: candidate for candidate in candidates}
-        return tuple([by_id[candidate_id] for candidate_id in selection])
+            return accepted
+        by_id = {candidate.candidate_id: candidate for candidate in accepted}
+        return tuple([by_id[candidate_id] for candidate_id in selection if candidate_id in by_id])
 
     def failed(self, step: str, error: SampleError) -> "Sample":
         status = Status.SKIPPED if isinstance(error, NotAsked) else Status.FAILED

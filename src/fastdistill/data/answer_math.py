@@ -36,8 +36,8 @@ class Extracted:
 def extract(text: str, *, last_number: bool = False) -> Extracted | None:
     """The final answer of a text, or None if it gives none. What it thinks in `<think>` is not looked at.
 
-    The last complete `\\boxed{}` counts, else the last `####`, else "the answer is" at the end, else (if wanted) the
-    last number. Different boxes in one paragraph leave open which is final.
+    The last complete `\\boxed{}` counts, else the last `####`, else "the answer is" or a heading at the end, else (if
+    wanted) the last number. Different boxes in one paragraph leave open which is final.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0][-_TAIL:]
     if boxes := [box for box in map(clean, _boxes(text)[-_MOST:]) if box]:
@@ -48,7 +48,7 @@ def extract(text: str, *, last_number: bool = False) -> Extracted | None:
         return Extracted((plain[-1],), "hashes")
     if sentences := _SENTENCE.findall(text[-_AT_THE_END:]):
         return Extracted((clean(_SENTENCE_END.split(sentences[-1])[0]),), "sentence")
-    if last_number and (numbers := re.findall(rf"[-−]?[$€£]?(?:{NUMBER})", text)):
+    if last_number and (numbers := _LAST_NUMBER.findall(text)):
         return Extracted((clean(numbers[-1]),), "last_number")
     return None
 
@@ -57,11 +57,16 @@ def compare(gold: str, candidate: str, close: Callable[[Fraction, Fraction], boo
     """Compares two cleaned answers; `close` says whether two numbers count as equal."""
     if gold == candidate:
         return Equality.EQUAL
-    wanted, given = _parsed(gold), _parsed(candidate)
-    if isinstance(wanted, str) and len(wanted) == 1:
-        given = found[1] if (found := _CHOSEN.fullmatch(candidate)) else given if isinstance(given, str) else None
+    chosen = [found for text in (gold, candidate) if (found := _CHOSEN.fullmatch(text))]
+    if len({found[1] for found in chosen}) == 2:
+        return Equality.DIFFERENT
+    if len(chosen) == 2 and not all(found[2] for found in chosen):
+        return Equality.EQUAL
+    wanted, given = (_parsed(_LABEL.sub("", text)) for text in (gold, candidate))
     if wanted is None or given is None:
         return Equality.NOT_PLAIN
+    if isinstance(wanted, str) and isinstance(given, str) and sorted(wanted) == sorted(given) and wanted != given:
+        return Equality.NOT_PLAIN  # `ab` and `ba` are products
     if isinstance(wanted, str) or isinstance(given, str):
         return Equality.EQUAL if wanted == given else Equality.DIFFERENT
     if wanted.brackets != given.brackets and min(len(wanted.items), len(given.items)) > 1:
@@ -101,10 +106,16 @@ def clean(text: str) -> str:
 
 
 def without_unit(text: str) -> tuple[str, str]:
-    """An expression, and the unit after it in one spelling."""
-    found = re.fullmatch(r"(.*\S)\s+([^\W\d_]{2,}|m|g|s|l|h)", text)
+    """An expression, and the unit after it in one spelling, or the base of a numeral."""
+    if based := re.fullmatch(r"(\d+)_\{?(?:\\text\{)?(\w+)\}*", text):
+        return based[1], f"_{based[2]}"
+    text = _LABEL.sub("", text)
+    found = re.fullmatch(rf"((?!.*{_ANGLED}).*\S)\s+([^\W\d_]{{2,}}|[mgslh])(\^\{{?[23]\}}?)?", text)
     unit = _unit(f" {found[2]}", "") if found else None
-    return (found[1], unit) if found and unit else (text, "")
+    # Of what is not known, `abc` may be a product and has no square.
+    if found and unit and (unit in _UNITS or (len(unit) > 3 and not found[3])):
+        return found[1], unit + re.sub(r"[{}]", "", found[3] or "")
+    return text, ""
 
 
 def is_prose(text: str) -> bool:
@@ -156,6 +167,9 @@ def _parsed(text: str) -> _Group | str | None:
     items = [item for part in parts if (item := _quantity(part.strip())) and not item.name]
     if len(items) < len(parts) or (len(parts) < 2 and not bracketed):
         return None
+    units = {item.unit for item in items}
+    if len(units) > len({_UNITS.get(unit, (unit,))[0] for unit in units}):  # 3 hours and 20 minutes are one quantity
+        return None
     return _Group(brackets, tuple(sorted(items, key=lambda item: item.number) if brackets == "{}" else items))
 
 
@@ -185,7 +199,7 @@ def _unit(text: str, currency: str) -> str | None:
     words = [re.sub(r"(?<=\w\w)s$", "", word) for word in text.lower().strip(" .").replace("percent", "%").split()]
     if not words:
         return _CURRENCIES[currency]
-    known = " ".join(words) in _UNITS and (len(text) > 1 or text == "%")
+    known = " ".join(words) in _UNITS and (len(text) > 1 or text == "%") and text.strip() != "M"  # a million
     apart = text.startswith(" ") and all(re.search(r"/|\^|..[aeiou]|[aeiou]..|.[aeiou].", word) for word in words)
     changing = any(_FUNCTION.fullmatch(word) or _SMALL_WORD.fullmatch(word) for word in words)
     return " ".join(words) if known or (apart and not changing and len(words) < 5) else None
@@ -233,6 +247,9 @@ def _boxes(text: str) -> list[str]:
 
 _THOUSANDS = r"\d{1,3}(?:[, ]\d{3})+(?!\d)"
 NUMBER = rf"(?:{_THOUSANDS}|\d+)(?:\.\d*)?|\.\d+"
+_LAST_NUMBER = re.compile(
+    rf"(?:(?<!\d)[-−])?[$€£]?(?:\\[dt]?frac\{{\d+\}}\{{\d+\}}|(?<![/\d])\d+/\d+(?!\d*[/.]\d)|{NUMBER})"
+)
 _QUANTITY = re.compile(
     rf"""(?:(?P<name>[a-zA-Z]\w?)\s*=\s*)? (?P<sign>[-+]?)\s*(?P<currency>[$€£¥]?)\s*(?P<inner_sign>[-+]?)
     (?: (?P<number>{NUMBER}) (?:\\overline\{{(?P<repeats>\d+)\}})?
@@ -245,10 +262,14 @@ _QUANTITY = re.compile(
     (?P<unit> \s*% | (?:[\s./'-]|[^\W\d_])* (?:\^\{{?[23]\}}?)? )""",
     re.VERBOSE,
 )
-_CHOSEN = re.compile(r"\(?([A-J])[).:]+(?!.*(?:\([A-J]\)|\b(?:and|or)\b)).*")
+_CHOSEN = re.compile(r"\(?([A-J])(?:\)?|[).:]+(?!.*(?:\([A-J]\)|\b(?:and|or)\b))(.*))")
+_LABEL = re.compile(r"\A\(?[A-J][):]+\s*(?=\S)")
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)")
-_SENTENCE = re.compile(r"(?i)\banswer\b[^\n.:=]{0,40}?(?:\bis\b|:|=)[\s:*]*(\S[^\n]*)")
-_SENTENCE_END = re.compile(r"(?<=.)[.!?;]\s|, (?:so|because|since|which)\b")
+_SENTENCE = re.compile(
+    r"(?im)(?:\banswers?\b[^\n.:=]{0,40}?(?:\b(?:is|are)\b|:|=)|^\W*(?:final )?answer\W*\n)[\s:*]*"
+    r"(?=(\S[^\n]*))[^\n.!?]*"
+)
+_SENTENCE_END = re.compile(r"(?<=.)[.!?;](?:\s|$)|, (?:so|because|since|which)\b")
 _COSTLY = re.compile(r"\^\{[^{}]*\^\{[^{}]*\^|\^\s*\{?\s*-?\d{5}|!\s*\)*\s*!")
 
 _VULGAR = re.compile(r"(?<=\d)[¼-¾⅐-⅞]")
@@ -262,12 +283,14 @@ _DRESS = [
     (re.compile(pattern), plain)
     for pattern, plain in (
         (r"\\[dt]frac(?![a-z])", r"\\frac"),
-        (r"\\(?:left|right|displaystyle|[!,])(?![a-z])", ""),
-        (r"\\[;: ]|~|\\quad", " "),
+        (r"\\(?:left|right|displaystyle|!)(?![a-z])", ""),
+        (r"\\[,;: ]|~|\\quad", " "),
+        (r"(?<=\d)\s*(?:\.{3}|\\[lc]?dots)", r" \\ldots"),
         (r"\{,\}", ","),
         (r"\\([$%])", r"\1"),
         (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})", " degree"),
         (r"\\(?:textbf|textit|textrm|mathbf|boldsymbol|operatorname)\b", r"\\text"),
+        (r"(?i)\A((?:\s|\$|\\text\{)*)(?:option|choice)\s+(?=\(?[A-J]\b)", r"\1"),
         (r"(?:^|(?<=[\s(]))\*\*(?=\S)|(?<=\S)\*\*(?=[\s.,;:)]|$)", ""),
     )
 ]
@@ -275,21 +298,24 @@ _WRAPPED = re.compile(
     r"(?:\$\$?|\\\(|\\\[|\\text\{|\\mathrm\{)([^${}]*(?:\{[^$]*\}[^${}]*)?)(?:\$\$?|\\\)|\\\]|\})", re.DOTALL
 )
 _CURRENCIES = {"": "", "$": "dollar", "€": "euro", "£": "pound", "¥": "yen"}
+_ANGLED = r"\\(?:sin|cos|tan|cot|sec|csc)"  # what follows is a part of it, degrees too
 _FUNCTION = re.compile(
     r"sqrt|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|oo|arc(?:sin|cos|tan)|(?:sin|cos|tan)h|max|min|gcd|lcm|e|i"
 )
 _SMALL_WORD = re.compile(
-    r"the|is|are|of|for|not|and|or|to|in|it|per|as|by|we|he|an|on|no|mod|one|two|six|ten|hundred|thousand|[mb]illion"
-    r"|dozen|half|plus|minus|over|times?|squared|cubed|divided",
+    r"the|is|are|of|for|not|and|or|to|in|it|per|as|by|we|he|an|on|no|mod|one|two|six|ten|hundred|thousand|\w*illion"
+    r"|dozen|half|halve|third|fifth|ninth|twelfth|(?:four|six|seven|eigh|ten|hundred|thousand|\w+illion)th|factorial"
+    r"|plus|minus|over|below|times?|squared|cubed|divided",
     re.IGNORECASE,
 )
+CLOCK = re.compile(r"\d:\d\d(?!\d)")
 _NUMERAL = re.compile(r"(?i)\b(?:zero|one|two|twelve|three|four|five|six|seven|eight|nine|ten|\w+(?:teen|ty))\b")
 _UNIT_TABLE = """number 1/100 %; length 1/1000 mm millimeter millimetre; length 1/100 cm centimeter centimetre;
     length 1 m meter metre; length 1000 km kilometer kilometre; length 0.0254 inch inche; length 0.3048 ft foot feet;
     length 0.9144 yd yard; length 1609.344 mi mile; mass 1/1000 mg milligram; mass 1 g gram; mass 1000 kg kilogram;
     mass 453.59237 lb; mass 28.349523125 oz ounce; volume 1/1000 ml milliliter millilitre; volume 1 l liter litre;
     time 1 s sec second; time 60 min minute; time 3600 h hr hour; money 1/100 cent; money 1 dollar usd;
-    angle 1 degree"""
+    angle 1 degree; am 1 am a.m; pm 1 pm p.m"""
 _UNITS = {"": ("number", Fraction(1))} | {
     word: (kind, Fraction(scale)) for kind, scale, *words in map(str.split, _UNIT_TABLE.split(";")) for word in words
 }

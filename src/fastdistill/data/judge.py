@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from functools import cached_property
 from itertools import permutations
+from json import JSONDecoder
 from statistics import fmean
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -71,7 +72,7 @@ _LEVELS = ["wrong", "mostly wrong", "partly right", "mostly right", "entirely ri
 class _Grade(msgspec.Struct, frozen=True):
     score: float
     criteria: dict[str, bool] = {}
-    reason: str = ""
+    reason: str | None = None
 
 
 class _Decision(msgspec.Struct, frozen=True):
@@ -95,6 +96,8 @@ class LLMJudge(Gate):
     expected score over the digits' probabilities in a single token (G-Eval, arXiv:2303.16634); `read: decision` puts
     typed questions to `/v1/systemone`, which gives the expected score and a probability for each of `must`.
     """
+
+    version: ClassVar[int] = 2
 
     model: str = Field("judge", description="a name under `models:`; best not of the teacher's family")
     judges: tuple[str, ...] = Field((), description="names under `models:` in place of `model`: the mean score decides")
@@ -198,7 +201,7 @@ class LLMJudge(Gate):
         read = {"json": self._filled_in, "logprobs": self._expected, "decision": self._decided}[self.read]
         try:
             grade, mass = read(said)
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise SampleError(JudgeReason.UNPARSABLE, f"{error}: {said.text[:200]!r}") from error
         if mass < max(self.min_label_mass, 1e-9):
             raise SampleError(JudgeReason.LABEL_MASS, f"the labels have probability {mass:.2g} together")
@@ -208,7 +211,8 @@ class LLMJudge(Gate):
         text = said.text
         if said.finish_reason is FinishReason.LENGTH:
             raise ValueError("it was cut by max_tokens")
-        grade = msgspec.json.decode(text[text.find("{") : text.rfind("}") + 1], type=_Grade)
+        object_, _ = JSONDecoder().raw_decode(text, max(text.find("{"), 0))
+        grade = msgspec.convert(object_, type=_Grade, strict=False)
         if not _SCALE[0] <= grade.score <= _SCALE[1]:
             raise ValueError(f"score {grade.score:g} is not from {_SCALE[0]} to {_SCALE[1]}")
         if missing := self.criteria.keys() - grade.criteria.keys():
@@ -284,7 +288,7 @@ class PairwiseJudge(SampleStep):
     first, count a half. Of equal answers only the first is compared. What can't be compared leaves scores as they are.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     rewrites: ClassVar[bool] = False
     generates: ClassVar[bool] = False
 
@@ -331,13 +335,14 @@ class PairwiseJudge(SampleStep):
         system = _SYSTEM.replace("grade one answer", "compare two answers").replace("<answer>", "the answers")
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "\n".join(parts)}]
         completion = await _said(self.model, messages, self.decode_profile, self.seed, ctx)
-        said = completion.text.strip().strip(".。*\"'").lower()
+        said = completion.text.lower().strip(_AROUND).removeprefix("answer").strip(_AROUND)
         if said not in _SHARES:
             raise SampleError(JudgeReason.UNPARSABLE, f"{self.model}: neither A, B nor tie: {said[:100]!r}")
         return _SHARES[said]
 
 
 _SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+_AROUND = " \t\n.。:*\"'`()[]"
 
 
 async def _said(

@@ -5,6 +5,7 @@ It never repairs and never runs anything: what is not code stays as it is, for t
 
 import keyword
 import re
+from typing import ClassVar
 
 from fastdistill.core.step import Context, SampleStep, rewritten
 from fastdistill.core.types import Cut, Sample
@@ -21,6 +22,8 @@ class CleanPythonOutput(SampleStep):
     changes nothing.
     """
 
+    version: ClassVar[int] = 2
+
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         return await rewritten(sample, lambda candidate: candidate.parsed(*clean_python(candidate.answer)))
 
@@ -29,7 +32,7 @@ def clean_python(text: str) -> tuple[str, tuple[Cut, ...]]:
     """The code in `text`, and the pieces around it that are not blank, in the order of the text."""
     if len(text) > LONGEST:
         return text, ()
-    start, end = 0, len(text)
+    start, end, indent = 0, len(text), ""
     cuts: list[Cut] = []
     if thinking := _THINKING.match(text):
         start = thinking.end()
@@ -37,9 +40,10 @@ def clean_python(text: str) -> tuple[str, tuple[Cut, ...]]:
     blocks = list(_FENCED.finditer(text, start))
     if blocks:
         block = next((b for b in blocks if _DEFINITION.search(b["code"])), blocks[0])
-        cuts += [Cut("prose", text[start : block.start()]), Cut("fence", block["opens"])]
+        cuts += [Cut("prose", text[start : block.start("opens")]), Cut("fence", block["opens"])]
         cuts += [Cut("fence", block["closes"]), Cut("prose", text[block.end() :])]
         start, end = block.span("code")
+        indent = block["indent"]
     else:
         body = _STRING_OR_COMMENT.sub(lambda found: "#" * len(found[0]), text[start:])
         first = _CODE_LINE.search(body)
@@ -51,14 +55,19 @@ def clean_python(text: str) -> tuple[str, tuple[Cut, ...]]:
             end = start + last.start()
             cuts.append(Cut("prose", text[end:]))
     shown = tuple(Cut(cut.kind, cut.text.strip()) for cut in cuts if cut.text.strip())
-    return _BLANK_LINES.sub("", text[start:end]).rstrip(), shown
+    lines = text[start:end].split("\n")
+    if indent and all(line.startswith(indent) or not line.strip() for line in lines):  # a block of a list
+        lines = [line.removeprefix(indent) for line in lines]
+    return _BLANK_LINES.sub("", "\n".join(lines)).rstrip(), shown
 
 
 _THINKING = re.compile(
     r"\s*+(?:<(?i:think|thinking)>.*?(?:</(?i:think|thinking)>|\Z)|(?:(?!```).)*?</think>)", re.DOTALL
 )
 _FENCED = re.compile(
-    r"^[ \t]*+(?P<opens>```[ \t]*+[\w+.-]*+)[ \t]*+\n(?P<code>.*?)(?P<closes>^[ \t]*+```|\Z)", re.DOTALL | re.MULTILINE
+    r"^(?P<indent>[ \t]*+)(?:[^\n`]*[:：][ \t*]*+)?(?P<opens>```[ \t]*+[\w+.-]*+[^\n`]*+)\n"
+    r"(?P<code>.*?)(?P<closes>^[ \t]*+```|\Z)",
+    re.DOTALL | re.MULTILINE,
 )
 _DEFINITION = re.compile(r"^(?:async[ \t]+def|def|class)\b", re.MULTILINE)
 _CODE_LINE = re.compile(
@@ -71,13 +80,13 @@ _STRING_OR_COMMENT = re.compile(
     r'|"(?:[^"\\\n]|\\.)*+"?' + r"|(?<!\w)[bfruBFRU]{0,2}'(?:[^'\\\n]|\\.)*+'?|\#[^\n]*+",
     re.DOTALL,
 )
-# What no line of Python begins with: two words in a row of which none is a keyword, a word on a line that ends
-# with a colon, an exclamation mark. Statements of Python 2 are left for the gates.
+# What no line of Python begins with: two words in a row of which none is a keyword, a word on a line that ends with a
+# colon, an exclamation mark, a fence that the prompt opened, `[DONE]`. Statements of Python 2 are left for the gates.
 _KEYWORD = rf"(?!(?:{'|'.join((*keyword.kwlist, *keyword.softkwlist, 'print', 'exec'))})\b)"
 _WORD = rf"{_KEYWORD}[^\W\d]\w*+(?:['’]\w++)?"
 _GAP = r"[ \t]++"
 _PROSE_LINE = re.compile(
     rf"^(?:{_WORD}{_GAP}{_WORD}|{_WORD}[,:.]{_GAP}{_WORD}{_GAP}{_WORD}|{_WORD}!(?!=)"
-    rf"|{_WORD}[^\n=(\[{{:]*+:[ \t]*+$|\*\*[^\W\d])",
+    rf"|{_WORD}[^\n=(\[{{:]*+:[ \t]*+$|\*\*[^\W\d]|```|~~~|\[/?[A-Z]{{3,}}\]$)",
     re.MULTILINE,
 )

@@ -31,7 +31,7 @@ class SplitRationale(Gate):
     only with `require: ok`, for an answer can be right without a rationale.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     rewrites: ClassVar[bool] = True
 
     rationale_separator: str = Field("### RATIONALE", description="empty: the rationale begins with the text")
@@ -77,8 +77,8 @@ class Split(NamedTuple):
 def split_rationale(text: str, rationale_separator: str, answer_separator: str) -> Split:
     """The two parts of a text, stripped. Without an answer separator the whole text is the answer.
 
-    Separators stand at the beginning of a line, in any case, also in bold and with a colon. Of a doubled one the first
-    counts: small models go on with a further example of their own.
+    Separators stand at the beginning of a line, in any case, also in bold and with a colon; of a heading the level does
+    not matter. Of a doubled one the first counts: small models go on with a further example of their own.
     """
     rationales = list(_separator(rationale_separator).finditer(text)) if rationale_separator else []
     answers = list(_separator(answer_separator).finditer(text))
@@ -106,8 +106,11 @@ def rationale_of(candidate: Candidate) -> str | None:
 
 
 def _separator(text: str) -> "re.Pattern[str]":
-    words = r"[ \t]*".join(map(re.escape, text.split()))
-    pattern = rf"^[ \t]*(?:\*\*|__)?{words}(?!(?<=\w)\w)[ \t]*[:：]?(?:\*\*|__)?[ \t]*[:：]?"
+    said = text.lstrip(" \t#") or text
+    heading = r"#{2,6}[ \t]*" if "##" in text.removesuffix(said) else text.removesuffix(said)  # one is a comment too
+    words = r"[ \t]*".join(map(re.escape, said.split()))
+    bold, colon = "[*_]{0,3}", r"[ \t]*[:：]?"
+    pattern = rf"^[ \t]*{bold}{heading}{bold}{words}(?!(?<=\w)[^\W_]){colon}{bold}{colon}(?:[ \t]*#+[ \t]*$)?"
     return re.compile(pattern, re.IGNORECASE | re.MULTILINE)
 
 

@@ -97,9 +97,25 @@ CASES = [
         ("F", r"\sqrt{2}", "1.41421356237309504880"), ("F", r"\sqrt{2}", r"\sqrt{2}+10^{-20}"),
         ("P", r"\log_2 8", "3"), ("P", r"\{\sqrt{2}, -\sqrt{2}\}", r"\pm\sqrt{2}"), ("E", "5", r"\frac{1}{}"),
         ("E", "5", "5 because 2 + 3 is 5"),
+        # what is thrown away or taken apart must not make equal, nor different, what is not
+        ("N", r"4210_5", r"4210_6"), ("P", "4210_5", "4210_{5}"), ("F", "4210_5", "4211_5"), ("P", "4210_5", "4210"),
+        ("N", "f'(x)", "f(x)"), ("N", "f''(x)", "f'(x)"), ("N", "8:00", "9:00"), ("N", "2:40", "1:20"),
+        ("P", "3:20", r"\frac{3}{20}"), ("F", r"\frac{m}{M+m}", r"\frac{M}{M+m}"), ("P", "2x", "2X"),
+        ("F", r"\frac{4}{3}\pi abc", r"\frac{4}{3}\pi"), ("P", r"\frac{4}{3}\pi abc", r"\frac43\pi a b c"),
+        ("P", "xy", "yx"), ("F", "xy", "xz"), ("P", r"\emptyset", r"\varnothing"), ("E", "1/3", "0.333..."),
+        ("P", "10^{-3}", "10^-3"), ("N", r"\{x : x > 2\}", r"\{x : x > 3\}"), ("P", "10^{-3}", "1e-3"),
+        ("P", "1e-3", "10^{-3}"), ("N", r"\sin 20^\circ", r"\sin 20"),
+        *(("N", "6", f"6 {word}") for word in ("tenths", "hundredths", "halves", "trillion", "M", "below 0")),
+        ("P", "6", "6 months"), ("P", "10 cm", r"0.1\,\text{m}"), ("P", r"25\pi", r"25\pi\text{ cm}^2"),
+        ("P", "8", "8 AM"), ("F", "8 am", "8 p.m."), ("E", "3 hours and 20 minutes", "200 minutes"),
+        ("P", "5 apples and 3 oranges", "3 oranges and 5 apples"), ("P", "45", "(C) 45"), ("F", "45", "(C) 46"),
+        ("P", "(C) 45", "C"), ("P", "(C) 45", "45"), ("F", "(C) 45", "(D) 45"), ("P", "x+1", "(A) x+1"),
+        ("P", "C", r"\text{Option C}"), ("F", "C", "option D"),
         # where the answer stands
         ("P", "72", "48 + 24 = 72\n#### 72"), ("P", "72", "#### Step 1: add\n48 + 24\n#### $72"),
         ("P", "5", "The answer is 5."), ("P", "5", "Final answer: **5**"),
+        ("P", "5", "**Final Answer**\n\n$5$"), ("P", "5", "### Answer\n5 cm"), ("P", "2, 3", "Answers are 2 and 3."),
+        ("P", "5", "His answer is 4. The answer is 5!"), ("P", "5", "The answer is 5, since the answer is odd."),
         ("P", "5", "The answer is $5$. I hope this helps!"), ("P", "2,125", "#### 2125\n"),
         ("F", "2", "The answer is 2 or 3 or 4."), ("F", "5", r"<think>\boxed{5}</think> I do not know"),
         ("F", "5", ""), ("F", "5", "It is 5."), ("F", "5", "\0\x01\ufffd" * 99),
@@ -244,6 +260,8 @@ def test_the_last_number_counts_only_where_it_is_wanted(tmp_path: Path) -> None:
     assert judge(tmp_path, pairs)[0].reason is MathReason.NO_ANSWER
     (found,) = judge(tmp_path, pairs, extract="last_number")
     assert (found.outcome, found.detail["extracted"]) == (Outcome.PASS, "last_number")
+    whole: list[tuple[object, str]] = [("3/4", "It is 3/4."), ("3/4", r"it is \frac{3}{4}"), ("3", "pages 10-3")]
+    assert all(verdict.outcome is Outcome.PASS for verdict in judge(tmp_path, whole, extract="last_number"))
 
 
 def test_a_wall_clock_that_runs_out_blames_nobody_and_leaves_no_process() -> None:

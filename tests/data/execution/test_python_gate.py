@@ -73,8 +73,10 @@ def test_a_check_function_and_a_prompt_to_continue(tmp_path: Path) -> None:
 
 @needs_sandbox
 def test_pairs_of_input_and_output(tmp_path: Path) -> None:
-    answers = ["print(sum(map(int, input().split())))", "print(7)", "print("]
-    assert reasons(PythonExecEval(), STDIO, answers, tmp_path) == ["passed", "mismatch", "syntax_error"]
+    right = "print(sum(map(int, input().split())))"
+    at_exit = f"import atexit\n@atexit.register\ndef late(): {right}"
+    answers = [right, f"{right}; exit()", at_exit, "print(7)", "print("]
+    assert reasons(PythonExecEval(), STDIO, answers, tmp_path) == [*["passed"] * 3, "mismatch", "syntax_error"]
 
 
 @needs_sandbox

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, OrderedDict, defaultdict, deque
-from datetime import date, datetime, time
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -26,7 +26,7 @@ PLAIN = [
     *(None, True, 0, -7, 10**5000, 1.5, float("inf"), -0.0, 2 + 3j, "a\ud800", b"\x00", bytearray(b"x")),
     *([1, [2]], (1,), {1, 2}, frozenset({"a"}), {1: {(2, 3): "x"}}, range(1, 9, 2), deque([1, 2])),
     *(Counter("aab"), OrderedDict(a=1), Fraction(1, 3), Decimal("1.10")),
-    *(date(2024, 2, 29), datetime(2024, 2, 29, 1), time(1, 2)),  # noqa: DTZ001
+    *(date(2024, 2, 29), datetime(2024, 2, 29, 1), time(1, 2), timedelta(-1, 2, 3)),  # noqa: DTZ001
 ]
 
 keys = st.none() | st.booleans() | st.integers() | st.text() | st.binary() | st.floats(allow_nan=False)

@@ -276,6 +276,9 @@ def test_ties_are_broken_whatever_the_collation(tmp_path: Path) -> None:
         for gold in ("SELECT a FROM t ORDER BY b", "SELECT a FROM t UNION ALL SELECT b FROM t WHERE 0 ORDER BY a"):
             verdict = ask(evaluator, str(path), "SELECT a FROM t ORDER BY b, a COLLATE BINARY", gold)
             assert verdict.reason is SqlReason.MATCH, verdict
+        for merge in ("UNION", "INTERSECT", "EXCEPT", "UNION ALL SELECT a FROM t UNION"):
+            gold = f"SELECT a FROM t {merge} SELECT a FROM t WHERE b = 2 ORDER BY 1"
+            assert ask(evaluator, str(path), gold, gold).reason is SqlReason.MATCH, merge
 
 
 def test_order_and_columns_can_be_chosen(database: Path) -> None:

@@ -73,6 +73,7 @@ class MathExecEval(Gate):
     the same is `gold_match` in the detail.
     """
 
+    version: ClassVar[int] = 2
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
 
     gold_field: str | None = Field(
@@ -145,7 +146,8 @@ class MathExecEval(Gate):
         (gold, unit), (answer, other) = answer_math.without_unit(gold), answer_math.without_unit(answer)
         if unit and other and unit != other:
             return MathReason.UNIT_UNCLEAR
-        if answer_math.is_prose(gold) or answer_math.is_prose(answer):
+        times = all(map(answer_math.CLOCK.search, (gold, answer)))  # 2:40 and 1:20 are one ratio, and two times
+        if times or answer_math.is_prose(gold) or answer_math.is_prose(answer):
             return MathReason.UNREADABLE
         return await self._pool.evaluate((gold, answer))
 

@@ -94,12 +94,16 @@ def _peak_bytes() -> int:
 
 def _equal(gold: str, candidate: str) -> bool:
     from math_verify import verify
+    from sympy import Tuple, zoo
 
     is_complex = any(re.search(r"\bi\b|\\sqrt\{?-", text) for text in (gold, candidate))
-    wanted, given = _expression(gold, is_complex), _expression(candidate, is_complex)
+    letters = [set(re.sub(r"\\[A-Za-z]+", "", text)) for text in (gold, candidate)]
+    # M is m, but where a text has both.
+    one_case = all(len(each) == len({letter.lower() for letter in each}) for each in letters)
+    wanted, given = (_expression(text, is_complex, one_case) for text in (gold, candidate))
+    if wanted.has(zoo) and given.has(zoo):
+        raise ValueError("one 1/0 is equal to another")
     if _is_vector(wanted) != _is_vector(given):  # a column is a tuple
-        from sympy import Tuple
-
         wanted, given = (Tuple(*side) if _is_vector(side) else side for side in (wanted, given))
     options: dict[str, Any] = {"numeric_precision": 50, "timeout_seconds": None, "raise_on_error": True}
     return bool(verify(wanted, given, allow_set_relation_comp=True, **options))
@@ -109,19 +113,25 @@ def _is_vector(value: Any) -> bool:
     return hasattr(value, "shape") and 1 in value.shape
 
 
-def _expression(text: str, is_complex: bool) -> Any:
+def _expression(text: str, is_complex: bool, one_case: bool) -> Any:
     """A sympy object. Decimals are exact: a rounded one equals neither 1/3 nor pi."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import I
 
     for pattern, latex in _TO_LATEX:
         text = pattern.sub(latex, text)
     text = _DECIMAL.sub(lambda found: rf"\frac{{{int(found[1] + found[2])}}}{{{10 ** len(found[2])}}}", text)
     plain = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
-    found = latex2sympy(normalize_latex(text, config=plain), is_real=not is_complex, convert_degrees=False)
+    how = ConversionConfig(lowercase_symbols=one_case)
+    found = latex2sympy(normalize_latex(text, config=plain), is_real=not is_complex, conversion_config=how)
+    if _THROWN_AWAY.search(text):
+        raise ValueError(text)
     return found.xreplace({symbol: I for symbol in found.free_symbols if is_complex and symbol.name == "i"})
 
 
+# By latex2sympy: dots, a base, a prime, what a set is of.
+_THROWN_AWAY = re.compile(r"\\ldots|\d_|[A-Za-z}]'|\\\{[^}]*:")
 _DECIMAL = re.compile(r"(\d*)\.(\d+)")
 _TO_LATEX = [
     (re.compile(pattern), latex)
@@ -129,7 +139,10 @@ _TO_LATEX = [
         (r"(?<![\\\w])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![\\\w])oo\b", r"\\infty"),
         (r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|exp|infty)(?![A-Za-z])", r"\\\1 "),
+        (r"(?<=\d)[eE]([-+]?\d+)(?!\d)", r"\\cdot 10^{\1}"),
+        (r"\\varnothing", r"\\emptyset"),
         (r"\*\*", "^"),
+        (r"\^\s*(-\d+)", r"^{\1}"),
         (r"\*", r"\\cdot "),
     )
 ]

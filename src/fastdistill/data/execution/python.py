@@ -27,7 +27,7 @@ class PythonExecEval(Gate):
     imported, and no file can be written. A verdict's detail names the isolation that was in force.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
     alone: ClassVar[bool] = True
 

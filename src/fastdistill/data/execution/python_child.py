@@ -7,6 +7,7 @@ file, descriptor 3. Imports only the standard library, and must stay quick to st
 """
 
 import ast
+import atexit
 import builtins
 import json
 import os
@@ -64,6 +65,7 @@ _LONGEST_TEXT = 300
 
 def run_program(socket: int | None = None) -> int:
     """Runs the candidate; then answers calls, if there is a socket, or else ends as the interpreter would."""
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as `site` has them
     module = _fresh_module("__main__" if socket is None else "candidate")
     finding = _load(_task(), module)
     if socket is None:
@@ -104,10 +106,11 @@ def _load(code: str, module: ModuleType) -> Finding | None:
 
 
 def _finish(finding: Finding | None) -> int:
-    """Waits for the program's threads, and flushes what it printed."""
+    """Waits for the program's threads, does what it left for its end, and flushes what it printed."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     if finding is None:
         return 0

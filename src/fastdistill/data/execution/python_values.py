@@ -10,7 +10,7 @@ import re
 import socket
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
-from datetime import date, datetime, time
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from itertools import chain
@@ -106,6 +106,7 @@ _FORMS: dict[type, _Form] = {
     # Not as text: "1e1000000000" would be a number to compute.
     Fraction: (lambda f: [f.numerator, f.denominator], lambda parts: Fraction(*map(index, parts))),
     **{kind: _text(kind.isoformat, kind.fromisoformat) for kind in (date, time, datetime)},
+    timedelta: (lambda span: [span.days, span.seconds, span.microseconds], lambda parts: timedelta(*parts)),
     re.Match: (lambda _: (), lambda _: object()),  # true, and equal to nothing: all that tests of a match ask
 }
 _BUILDS = {kind.__name__: build for kind, (_, build) in _FORMS.items()}

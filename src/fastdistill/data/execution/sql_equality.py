@@ -161,10 +161,14 @@ def clause(sql: str, *words: str) -> int | None:
 def break_ties(sql: str, width: int, direction: Literal["ASC", "DESC"]) -> str:
     """`sql` with every result column, in `direction`, as its last sort keys: a total order of its rows.
 
-    `COLLATE BINARY` keeps rows apart that a column's own collation would leave tied.
+    `COLLATE BINARY` keeps rows apart that a column's own collation would leave tied; but where UNION, INTERSECT
+    or EXCEPT leave one of equal rows, it would change which are equal.
     """
     tokens = tokenize(sql)
-    keys = ", ".join(f"{column} COLLATE BINARY {direction}" for column in range(1, width + 1))
+    pairs = ((a.word, b.word) for a, b in pairwise(tokens) if not a.depth)
+    merged = any(a in ("INTERSECT", "EXCEPT") or (a == "UNION" and b != "ALL") for a, b in pairs)
+    how = direction if merged else f"COLLATE BINARY {direction}"
+    keys = ", ".join(f"{column} {how}" for column in range(1, width + 1))
     limit = clause(sql, "LIMIT")
     end = next((token.end for token in reversed(tokens[:limit]) if token.text != ";"), 0)
     joint = "," if clause(sql, "ORDER", "BY") is not None else " ORDER BY"

@@ -6,7 +6,6 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from fastdistill.core.errors import SampleError
 from fastdistill.core.types import Candidate, Outcome, Sample
 from fastdistill.data.export.dataset import FD_COLUMNS, Example, Export, Messages, Shape, candidate_columns
 from fastdistill.data.rationale import rationale_of
@@ -23,6 +22,8 @@ class ExportSFT(Export):
     learnt too ("Distilling Step-by-Step", arXiv:2305.02301): `multitask` writes a row for the answer, with `[label]`
     in the system turn, and one for the rationale, with `[rationale]`; `concat` writes one row with both.
     """
+
+    version: ClassVar[int] = 2
 
     writes: ClassVar[frozenset[Shape]] = ANSWERS | PROMPTS
 
@@ -57,21 +58,20 @@ class ExportSFT(Export):
         if Shape.PROMPT in self.shapes and sample.candidates:
             columns = {"fd_sample_id": sample.sample_id, "fd_task_id": sample.task_id} | self.kept(sample)
             yield Example(PROMPTS, self.prompt(sample, sample.candidates[0]), [], columns)
-        chosen = sample.chosen
-        if self.difficulty_quotas and chosen and not self._within_quota(sample, seen):
+        turns = [(candidate, turn) for candidate in sample.chosen for turn in self._turns(sample, candidate)]
+        if not turns:
+            if sample.chosen:
+                seen["left_out_no_rationale"] += 1
             return
-        written = False
-        for candidate in chosen:
-            for part, prompt, text in self._turns(sample, candidate):
-                columns = candidate_columns(sample, candidate) | self.kept(sample)
-                if part is not None:
-                    columns["fd_part"] = part
-                    columns["fd_id"] += f"#{part}"
-                yield Example(ANSWERS, prompt, [{"role": "assistant", "content": text}], columns)
-                seen["rows" if part is None else f"{part}_rows"] += 1
-                written = True
-        if chosen and not written:
-            raise SampleError("no_rationale", f"{sample.source}: no chosen answer has a rationale to write before it")
+        if self.difficulty_quotas and not self._within_quota(sample, seen):
+            return
+        for candidate, (part, prompt, text) in turns:
+            columns = candidate_columns(sample, candidate) | self.kept(sample)
+            if part is not None:
+                columns["fd_part"] = part
+                columns["fd_id"] += f"#{part}"
+            yield Example(ANSWERS, prompt, [{"role": "assistant", "content": text}], columns)
+            seen["rows" if part is None else f"{part}_rows"] += 1
 
     def _within_quota(self, sample: Sample, seen: "Counter[str]") -> bool:
         """Whether the bin of a sample's difficulty has room for it; it is counted there."""
