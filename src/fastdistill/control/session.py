@@ -45,6 +45,7 @@ def unwatched(run: ActiveRun) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -231,7 +232,8 @@ async def execute(
     With a `lineage`, `steps` stand in for the pipeline's, which are those reported, and no server is asked.
     """
     brake = _Brake()
-    with folder.held(), stops_on_signals(brake, folder):
+    with folder.held():
+        stop_on_signals(brake, folder)
         tally = Tally(pipeline.steps)
         proofs = Proofs(pipeline, folder, tally, lineage)
         with atomic(folder.config) as file:
@@ -287,11 +289,9 @@ class _Brake:
         await self.run.pause(seconds)
 
 
-@contextmanager
-def stops_on_signals(brake: _Brake, folder: RunFolder) -> Iterator[None]:
-    """The first Ctrl-C (SIGTERM, SIGHUP) lets answers in flight come home, the second ends at once."""
+def stop_on_signals(brake: _Brake, folder: RunFolder) -> None:
+    """The first Ctrl-C (SIGTERM, SIGHUP) lets answers in flight come home, the second ends the run, the third us."""
     if threading.current_thread() is not threading.main_thread():
-        yield
         return
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
@@ -301,6 +301,9 @@ def stops_on_signals(brake: _Brake, folder: RunFolder) -> Iterator[None]:
         run = brake.run
         if run is None or run.stopped_for is not None:
             task.cancel()
+            for number in handled:
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)
             return
         run.stop(
             Interrupted(
@@ -308,16 +311,9 @@ def stops_on_signals(brake: _Brake, folder: RunFolder) -> Iterator[None]:
             )
         )
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # as nohup has it
+    handled = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
     for number in handled:
         loop.add_signal_handler(number, stop)
-    try:
-        yield
-    finally:
-        for number in handled:
-            loop.remove_signal_handler(number)
-            signal.signal(number, before[number] or signal.SIG_DFL)  # None: it was not set from Python
 
 
 def run_in_loop(work: Coroutine[Any, Any, RunResult]) -> RunResult:
@@ -348,18 +344,19 @@ def _run(work: Coroutine[Any, Any, RunResult]) -> RunResult:
         import uvloop
 
         factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner, tuned():
+    with tuned(), asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(work)
 
 
 @contextmanager
 def tuned() -> Iterator[None]:
-    """Sets the interpreter up for a run.
+    """Sets the interpreter up for a run, and leaves it as it was, with the handlers of signals that a run sets.
 
     Looks for cycles less often, of which samples make hardly any, and never among what was there before the run. And a
     thread gets the interpreter's lock after 2 ms, not 5: to store a group of answers, it needs the lock several times.
     """
     threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
     sys.setswitchinterval(0.002)
     gc.freeze()
     gc.set_threshold(20_000, 100, 100)  # at 50,000 a look took up to 60 ms
@@ -369,6 +366,9 @@ def tuned() -> Iterator[None]:
         sys.setswitchinterval(interval)
         gc.set_threshold(*threshold)
         gc.unfreeze()
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:  # in the main thread, where alone it may be set
+                signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
 
 
 def _providers(config: ModelConfig, folder: RunFolder, brake: _Brake) -> list[Provider]:
