@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shlex
 import sqlite3
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from fastdistill.control.run import Indexes
+from fastdistill.core.errors import EnvironmentFault
 from fastdistill.data.execution.sandbox import IsolationLevel, available_isolation
 from tests.command import Command, Ended
 from tests.servers import Server, choose, openai_server
@@ -118,6 +121,18 @@ def test_a_system_that_can_be_read_only_and_one_folder_to_write_to_are_enough(wo
     command = [*system, "--chdir", "/", sys.executable, "-m", "fastdistill.control.cli", *world.arguments()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_more_keys_than_the_disk_has_room_for_are_told_with_the_place() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    index = Indexes().open("keys")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with pytest.raises(EnvironmentFault, match="^TMPDIR .* free some space"):
+            for number in range(100_000):
+                index.first(f"{number:0100}", "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.slow
