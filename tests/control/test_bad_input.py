@@ -128,7 +128,7 @@ def test_more_keys_than_the_disk_has_room_for_are_told_with_the_place() -> None:
     index = Indexes().open("keys")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
-        with pytest.raises(EnvironmentFault, match="^TMPDIR .* free some space"):
+        with pytest.raises(EnvironmentFault, match=r"^TMPDIR .* free some space"):
             for number in range(100_000):
                 index.first(f"{number:0100}", "")
     finally:
