@@ -125,10 +125,10 @@ def test_a_system_that_can_be_read_only_and_one_folder_to_write_to_are_enough(wo
 
 def test_more_keys_than_the_disk_has_room_for_are_told_with_the_place() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    index = Indexes().open("keys")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
-        with pytest.raises(EnvironmentFault, match=r"^TMPDIR .* free some space"):
+        with closing(Indexes()) as indexes, pytest.raises(EnvironmentFault, match=r"^TMPDIR .* free some space"):
+            index = indexes.open("keys")
             for number in range(100_000):
                 index.first(f"{number:0100}", "")
     finally:
