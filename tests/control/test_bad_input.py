@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shlex
 import sqlite3
 import subprocess
@@ -15,6 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from fastdistill.control.run import Indexes
+from fastdistill.core.errors import EnvironmentFault
+from fastdistill.data.execution.sandbox import IsolationLevel, available_isolation
 from tests.command import Command, Ended
 from tests.servers import Server, choose, openai_server
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records
@@ -79,6 +83,62 @@ def test_an_output_that_takes_nothing_costs_no_run(world: World, output: str, co
     assert done.stderr.endswith(told if code else "") and "Traceback" not in done.stderr
     (manifest,) = world.folder.rglob("manifest.json")
     assert json.loads(manifest.read_bytes())["status"] == "complete"
+
+
+@pytest.mark.slow
+def test_who_reads_no_further_is_told_nothing_and_costs_no_run(world: World) -> None:
+    arguments = [argument for argument in world.arguments() if argument != "--quiet"]
+    command = shlex.join([sys.executable, "-m", "fastdistill.control.cli", *arguments])
+    done = subprocess.run(
+        ["sh", "-c", f"({command} 2> errors; echo $? > code) | true"], cwd=world.folder, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0 and (world.folder / "code").read_text() == "141\n"
+    assert "error" not in (world.folder / "errors").read_text()
+    (manifest,) = world.folder.rglob("manifest.json")
+    assert json.loads(manifest.read_bytes())["status"] == "complete"
+
+
+@pytest.mark.slow
+def test_what_runs_python_needs_no_open_descriptor(world: World) -> None:
+    problem = {"question": "2", "gold": "def f(): return 2", "tests": ["assert f() == 2"]}
+    (world.folder / "problems.jsonl").write_text(json.dumps(problem))
+    steps = [
+        {"LoadJsonl": {"path": str(world.folder / "problems.jsonl")}},
+        {"CanonicalizeFields": {"fields": ["question"]}},
+    ]
+    generate = {"TextGeneration": {"template": "{{ question }}"}}
+    gate = {"PythonExecEval": {"gold_field": "gold"}}
+    arguments = world.arguments({**world.config, "steps": [*steps, generate, gate]}, verb="run")
+    command = shlex.join([sys.executable, "-m", "fastdistill.control.cli", *arguments])
+    assert subprocess.run(["sh", "-c", f"{command} <&- >&- 2>&-"], check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(IsolationLevel.BUBBLEWRAP not in available_isolation().levels, reason="needs bubblewrap")
+def test_a_system_that_can_be_read_only_and_one_folder_to_write_to_are_enough(world: World) -> None:
+    folder = str(world.folder)
+    system = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--bind", folder, folder]
+    command = [*system, "--chdir", "/", sys.executable, "-m", "fastdistill.control.cli", *world.arguments()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_more_keys_than_the_disk_has_room_for_are_told_with_the_place() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with closing(Indexes()) as indexes, pytest.raises(EnvironmentFault, match=r"^TMPDIR .* free some space"):
+            index = indexes.open("keys")
+            for number in range(100_000):
+                index.first(f"{number:0100}", "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_a_file_that_may_not_grow_is_named(world: World) -> None:
+    ended = world.run_as_process(limit_blocks=0)
+    assert ended.code == 8 and "config.yaml: File too large" in ended.err
 
 
 def test_a_missing_file(world: World) -> None:

@@ -128,6 +128,31 @@ def test_ctrl_c_keeps_what_was_in_flight_and_says_how_to_go_on(tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_a_third_ctrl_c_ends_what_waits_for_a_store_that_is_held_and_costs_no_answer(tmp_path: Path) -> None:
+    records, database = write_records(tmp_path), make_database(tmp_path)
+    with openai_server(choose(ANSWERS), latency=1.0, slots=8) as server:
+        config = pipeline_config(tmp_path, server.url, records, database)
+        output = tmp_path / "artifacts"
+        with started(config, output) as process:
+            while not answers(server):
+                time.sleep(0.01)
+            with closing(sqlite3.connect(output / "responses.sqlite", timeout=60, isolation_level=None)) as holder:
+                holder.execute("BEGIN IMMEDIATE")
+                before = answers(server)
+                while answers(server) == before:
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGINT)
+                while server.counters.in_flight:
+                    time.sleep(0.01)
+                while process.poll() is None:
+                    time.sleep(0.5)  # by when the run waits for the store
+                    process.send_signal(signal.SIGINT)
+            _, message = process.communicate()
+        assert process.returncode == -signal.SIGINT and "Traceback" not in message
+        assert 0 <= answers(server) - stored(output) <= 8 * 3, "what was in flight may be lost, and nothing else"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_whatever_asks_a_command_to_end_before_its_run_has_begun_is_answered(
     tmp_path: Path, number: signal.Signals

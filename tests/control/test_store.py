@@ -391,12 +391,13 @@ def test_a_damaged_page_is_told_with_what_to_do(tmp_path: Path) -> None:
         stored(path, [answer("", n).key for n in range(100)])
 
 
-def test_an_entry_that_cannot_be_read_is_told_with_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", ["""'{"text": "a"'""", "CAST(x'ff' AS TEXT)"])
+def test_an_entry_that_cannot_be_read_is_told_with_what_to_do(tmp_path: Path, damaged: str) -> None:
     path = tmp_path / "responses.sqlite"
     put(path, [answer("a")])
     connection = sqlite3.connect(path)
     with connection:
-        connection.execute("""UPDATE responses SET completion = '{"text": "a"'""")
+        connection.execute(f"UPDATE responses SET completion = {damaged}")
     connection.close()
     with pytest.raises(EnvironmentFault, match=r"responses\.sqlite: .*move it away"):
         stored(path, [answer("").key])

@@ -52,7 +52,7 @@ Json = Annotated[Path | None, typer.Option(help="Write all of it to this file.")
 def main(arguments: "Sequence[str] | None" = None) -> NoReturn:
     """The `fastdistill` command; without `arguments`, those of the process."""
     while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed by who called: uvloop aborts if it is given one
-        pass
+        os.set_inheritable(lowest, True)  # or the processes that judge have none
     os.close(lowest)
     nothing = Path(os.devnull)
     sys.stdout, sys.stderr = sys.stdout or nothing.open("w"), sys.stderr or nothing.open("w")
@@ -64,9 +64,13 @@ def main(arguments: "Sequence[str] | None" = None) -> NoReturn:
     try:
         try:
             app(arguments)
-        except SystemExit:  # also of a command that ends well
+        except SystemExit as ended:  # also of a command that ends well
+            if ended.code == 1:  # typer and rich so tell of a broken pipe
+                raise BrokenPipeError from ended
             sys.stdout.flush()
             raise
+    except BrokenPipeError:
+        sys.exit(ExitCode.UNREAD)
     except FatalError as error:
         fail(str(error), error.exit_code)
     except OSError as error:

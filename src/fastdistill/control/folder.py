@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +62,8 @@ class RunFolder:
                     " wait for it, stop it, or give this run its own --run-id"
                 ) from error
             lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
+            with suppress(OSError):  # the disk is full: what comes next says so, and names its file
+                os.write(lock.fileno(), f"{os.getpid()}\n".encode())
             yield
 
     def begin_dist(self) -> None:

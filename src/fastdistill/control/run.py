@@ -13,6 +13,7 @@ from fastdistill.control.budget import Budget, Enough, Progress, Target
 from fastdistill.control.ledger import Ledger
 from fastdistill.control.seen import Seen
 from fastdistill.control.tally import Tally
+from fastdistill.control.writer import fault
 from fastdistill.core.errors import BudgetSpent, ExitCode, FatalError, NotAsked, TimeUp, TooManyErrors
 from fastdistill.core.run import AT_WORK
 from fastdistill.core.stats import Histogram
@@ -229,15 +230,18 @@ class _Index:
         self._seen = Seen()
 
     def first(self, key: str, value: str) -> str | None:
-        if self._seen.add(key):
-            if (first := self._latest.get(key)) is not None:
-                return first
-            if row := self._connection.execute(self._select, (key,)).fetchone():
-                return str(row[0])
-        self._latest[key] = value
-        if len(self._latest) >= _KEYS_IN_MEMORY:
-            self._connection.execute("BEGIN")
-            self._connection.executemany(self._insert, sorted(self._latest.items()))
-            self._connection.execute("COMMIT")
-            self._latest.clear()
+        try:
+            if self._seen.add(key):
+                if (first := self._latest.get(key)) is not None:
+                    return first
+                if row := self._connection.execute(self._select, (key,)).fetchone():
+                    return str(row[0])
+            self._latest[key] = value
+            if len(self._latest) >= _KEYS_IN_MEMORY:
+                self._connection.execute("BEGIN")
+                self._connection.executemany(self._insert, sorted(self._latest.items()))
+                self._connection.execute("COMMIT")
+                self._latest.clear()
+        except sqlite3.Error as error:
+            raise fault(Path("TMPDIR (by default /var/tmp)"), error) from error
         return None

@@ -48,6 +48,7 @@ def unwatched(run: ActiveRun) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -254,7 +255,8 @@ async def execute(
     With a `lineage`, `steps` stand in for the pipeline's, which are those reported, and no server is asked.
     """
     brake = _Brake()
-    with folder.held(), stops_on_signals(brake, folder):
+    with folder.held():
+        stop_on_signals(brake, folder)
         tally = Tally(pipeline.steps)
         proofs = Proofs(pipeline, folder, tally, lineage)
         with atomic(folder.config) as file:
@@ -310,17 +312,20 @@ class _Brake:
         await self.run.pause(seconds)
 
 
-@contextmanager
-def stops_on_signals(brake: _Brake, folder: RunFolder) -> Iterator[None]:
-    """The first Ctrl-C (SIGTERM, SIGHUP) lets answers in flight come home, the second ends at once."""
+def stop_on_signals(brake: _Brake, folder: RunFolder) -> None:
+    """The first Ctrl-C (SIGTERM, SIGHUP) lets answers in flight come home, the second ends the run, the third us."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
+    handled = _heeded()
 
     def stop() -> None:
         run = brake.run
         if run is None or run.stopped_for is not None:
             task.cancel()
+            for number in handled:
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)
             return
         run.stop(
             Interrupted(
@@ -330,26 +335,25 @@ def stops_on_signals(brake: _Brake, folder: RunFolder) -> Iterator[None]:
 
     if isinstance(thread := threading.current_thread(), _Beside):
         thread.stop = partial(loop.call_soon_threadsafe, stop)
-    with _signals(lambda number: loop.add_signal_handler(number, stop), loop.remove_signal_handler):
-        yield
+    for number in handled:
+        loop.add_signal_handler(number, stop)
+
+
+def _heeded() -> list[signal.Signals]:
+    """The signals that a run may handle: none outside of the main thread, and none that is ignored, as nohup has it."""
+    here = threading.current_thread() is threading.main_thread()
+    return [number for number in _ENDING if here and signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextmanager
-def _signals(handle: Callable[[int], object], release: Callable[[int], object]) -> Iterator[None]:
-    """Has what asks a process to end handled otherwise, where signals come to: in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # as nohup has it
-    for number in handled:
-        handle(number)
+def _handlers_kept() -> Iterator[None]:
+    """Leaves the handlers of signals as they were; a run sets its own."""
+    handlers = {number: signal.getsignal(number) for number in _heeded()}
     try:
         yield
     finally:
-        for number in handled:
-            release(number)
-            signal.signal(number, before[number] or signal.SIG_DFL)  # None: it was not set from Python
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
 
 
 class _Beside(threading.Thread):
@@ -373,7 +377,9 @@ def run_in_loop(work: Coroutine[Any, Any, RunResult]) -> RunResult:
             results.append(error)
 
     thread = _Beside(target=target, name="fastdistill")
-    with _signals(lambda number: signal.signal(number, lambda *_: thread.stop()), lambda _: None):
+    with _handlers_kept():
+        for number in _heeded():
+            signal.signal(number, lambda *_: thread.stop())
         thread.start()
         thread.join()
     if isinstance(results[0], BaseException):
@@ -387,7 +393,7 @@ def _run(work: Coroutine[Any, Any, RunResult]) -> RunResult:
         import uvloop
 
         factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner, tuned():
+    with _handlers_kept(), tuned(), asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(work)
 
 

@@ -87,7 +87,7 @@ class ResponseStore:
             await self._writer.__aexit__(kind, error, trace)
         finally:
             for journal in filter(None, (self._journal, *self._spare)):
-                journal.close(keep=self._failed)
+                journal.close(keep=self._failed or bool(self._uncommitted))  # the writer was not waited for
 
     def get(self, key: str) -> Completion | None:
         if self._alone and key not in self._mine:

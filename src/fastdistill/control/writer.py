@@ -62,6 +62,7 @@ class Writer(Generic[Entry]):
         connection = connect(self.path)
         try:
             connection.execute(f"PRAGMA page_size={self._page_size}")
+            connection.execute("PRAGMA temp_store=MEMORY")  # what a statement could undo: TMPDIR may be full
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute(f"PRAGMA synchronous={'NORMAL' if self._durable else 'OFF'}")
             connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT // self._page_size}")
@@ -182,7 +183,7 @@ def fault(path: Path, error: Exception) -> EnvironmentFault:
     text = str(error)
     if any(sign in text for sign in ("full", "I/O", "No space", "File too large")):
         remedy = "free some space and run the same command again; what was stored before is kept"
-    elif any(sign in text for sign in ("not a database", "malformed", "truncated")):
+    elif any(sign in text for sign in ("not a database", "malformed", "truncated", "decode")):
         remedy = "the file is damaged or is something else: move it away, or choose another --output-dir"
     elif "locked" in text:
         remedy = "another process holds it; wait for it to end"

@@ -26,6 +26,7 @@ class ExitCode(IntEnum):
     BUDGET = 7  # a `budget:` is spent, the run's or a model's; the data set is complete with what was done by then
     ENVIRONMENT = 8  # disk full, folder in use, missing permission
     INTERRUPTED = 130
+    UNREAD = 141  # who read the output has gone, as `| head` has: what a process ends with that SIGPIPE kills
 
 
 class FatalError(Exception):

@@ -12,7 +12,7 @@ from fastdistill.core.errors import EnvironmentFault
 
 _MACHINE_FAULTS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-    errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
+    errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EFBIG,
 }  # fmt: skip
 
 

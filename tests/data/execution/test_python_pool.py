@@ -4,6 +4,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +24,7 @@ from fastdistill.data.execution.python_pool import (
     PythonLimits,
     PythonPool,
 )
-from fastdistill.data.execution.sandbox import IsolationLevel, available_isolation
+from fastdistill.data.execution.sandbox import IsolationLevel, available_isolation, interpreter
 from fastdistill.data.execution.worker_pool import PoolClosedError
 
 QUICK = PythonLimits(cpu_s=1, wall_s=20.0, memory_bytes=256 << 20)
@@ -517,6 +519,28 @@ def test_a_zygote_killed_from_outside_costs_no_verdict(level: IsolationLevel) ->
             return [first, *[await pool.evaluate(HEALTHY) for _ in range(2)]]
 
     assert [e.reason for e in asyncio.run(run())] == [R.PASSED] * 3
+
+
+@pytest.mark.skipif(IsolationLevel.LANDLOCK not in AVAILABLE.levels, reason=str(AVAILABLE))
+def test_a_zygote_killed_while_it_starts_ends_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    python, been = tmp_path / "python", tmp_path / "been"
+    python.write_text(f'#!/bin/sh\nmkdir {been} 2> /dev/null && kill -9 $$\nexec {interpreter()} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert judge(HEALTHY, level=IsolationLevel.LANDLOCK, workers=1)[0].reason is R.PASSED
+    assert been.exists()
+
+
+@needs_sandbox
+def test_limits_of_the_user_may_be_lower_than_those_of_the_sandbox() -> None:
+    script = """
+import resource
+from tests.data.execution.test_python_pool import HEALTHY, R, judge
+for limit, value in ((resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_NOFILE, 60)):
+    resource.setrlimit(limit, (value, value))
+assert judge(HEALTHY, workers=1)[0].reason is R.PASSED
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 Pair = tuple[str, str]

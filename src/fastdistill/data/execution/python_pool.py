@@ -297,8 +297,8 @@ class _Lane:
         self._process = None
         self._resources.close()
 
-    async def _started(self) -> socket.socket:
-        """The way to a zygote that is ready."""
+    async def _started(self, again: bool = True) -> socket.socket:
+        """The way to a zygote that is ready. One that ends before it is, as when killed for memory, starts `again`."""
         if self._process is None:
             try:
                 self._start()
@@ -307,6 +307,9 @@ class _Lane:
             except OSError as error:
                 text = f"python sandbox: can't start: {error or type(error).__name__}"
                 raise EnvironmentFault(text) from error
+            if ready != READY and again:
+                self.stop()
+                return await self._started(again=False)
             if ready != READY:
                 raise EnvironmentFault("python sandbox: its process ended before it was ready; see its stderr")
         return self._control

@@ -137,7 +137,8 @@ def confine_zygote(level: IsolationLevel, memory_bytes: int, readable: Iterable[
     if level is IsolationLevel.BUBBLEWRAP:  # elsewhere it would count all that the user runs
         bounds[resource.RLIMIT_NPROC] = _THREADS
     for limit, value in bounds.items():
-        resource.setrlimit(limit, (value, value))
+        with suppress(ValueError):  # a lower one is in force (`ulimit`)
+            resource.setrlimit(limit, (value, value))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _filter()
     version = _landlock_version()
