@@ -118,7 +118,7 @@ class Tally:
         status, hashes = sample.status, self.hashes
         self.samples += 1
         self.statuses[status] += 1
-        if status in (Status.OPEN, Status.FAILED):
+        if sample.failures and status in (Status.OPEN, Status.FAILED):
             for failure in sample.failures:
                 self.failures[failure.step, failure.reason].add(failure.message)
         hashes["samples"].add((sample.sample_id, sample.source))

@@ -260,6 +260,8 @@ class Sample(Struct, frozen=True, gc=False):
         accepted, selection = self.accepted, self.selection
         if selection is None:
             return accepted
+        if len(self.candidates) == 1:
+            return accepted if selection else ()
         by_id = {candidate.candidate_id: candidate for candidate in accepted}
         return tuple([by_id[candidate_id] for candidate_id in selection if candidate_id in by_id])
 
