@@ -119,6 +119,7 @@ def test_a_run_says_which_shard_it_was(world: World, command: Command) -> None:
         path = written(world, world.config(server))
         ran = command("pipeline", "run", "-c", path, "--shard", "1/3", "-o", world.folder, "--run-id", "second")
     assert "of other shards" in ran.out
+    assert "<span>elsewhere</span>" in (world.folder / "runs/second/report.html").read_text()
     config = yaml.safe_load((world.folder / "runs/second/config.yaml").read_text())
     assert config["steps"][3] == {"Shard": {"name": "Shard", "index": 1, "of": 3}}
     assert read_json(world.folder / "runs/second/manifest.json")["status"] == "complete"

@@ -98,6 +98,15 @@ def test_logprobs_that_nobody_asks_for_or_gives_are_an_error_with_the_remedy(tmp
             pipeline(teacher(server.url), "ExportLogprobs").run(output_dir=tmp_path)
 
 
+def test_logprobs_may_be_asked_for_in_the_servers_own_words(tmp_path: Path) -> None:
+    with openai_server(says) as server:
+        kwargs = {"logprobs": True, "top_logprobs": 3}
+        result = pipeline(teacher(server.url), "ExportLogprobs", decode={}, generation_kwargs=kwargs).run(
+            output_dir=tmp_path
+        )
+    assert pq.read_metadata(result.dataset / "logprobs" / "train.parquet").num_rows == 4
+
+
 @pytest.mark.parametrize(("token", "reason"), [(None, "no_logprobs"), ("\ud800", "not_unicode")])
 def test_a_sample_that_can_not_be_written_is_counted_nowhere(tmp_path: Path, token: str | None, reason: str) -> None:
     def answered(attempt: int, said: str | None) -> Candidate:

@@ -603,9 +603,13 @@ def test_an_outage_that_outlasts_the_retries_is_waited_out_once_and_then_looked_
                     await asker.ask("Q2")
                 up.enter_context(openai_server(port=port))
                 begun = asker.client.meter.retries.total()
-                with pytest.raises(Unreachable, match="nobody answers"):
-                    await asker.ask("Q3")
+                told = []
+                for _ in range(2):
+                    with pytest.raises(Unreachable, match="nobody answers") as refused:
+                        await asker.ask("Q3")
+                    told.append(len(refused.traceback))
                 assert asker.client.meter.retries.total() == begun
+                assert told[0] == told[1], "or the traceback grows with each, and keeps every sample in memory"
                 found: list[Any] = []
                 while not found:  # some seconds later one looks again
                     await asyncio.sleep(0.1)
@@ -614,3 +618,31 @@ def test_an_outage_that_outlasts_the_retries_is_waited_out_once_and_then_looked_
                 assert all(isinstance(answer, Answer) for answer in [*found, *await asker.ask("Q4")])
 
     run(go())
+
+
+@pytest.mark.slow
+def test_a_server_that_is_back_and_says_nothing_yet_is_asked_by_one_alone(tmp_path: Path) -> None:
+    async def go() -> None:
+        with ExitStack() as up:
+            server = up.enter_context(openai_server(port=(port := free_port())))
+            async with asking(server, tmp_path, max_retries=1) as asker:
+                await asker.ask("Q1")
+                await asyncio.to_thread(up.close)
+                with pytest.raises(Unreachable):
+                    await asker.ask("Q2")
+                loading = up.enter_context(openai_server(port=port, faults={PROBE: Fault("hang", times=None)}))
+                looks = None
+                while not loading.counters.requests:
+                    looks = looks or asyncio.create_task(asker.ask("Q3"))
+                    await asyncio.sleep(0.1)
+                    if looks.done():
+                        assert isinstance(looks.exception(), Unreachable)
+                        looks = None
+                assert looks is not None
+                await asyncio.wait([looks], timeout=12)  # longer than a late endpoint is waited for beside others
+                with pytest.raises(Unreachable):
+                    await asker.ask("Q4")
+                looks.cancel()
+                assert requests(loading) == 0
+
+    asyncio.run(go())

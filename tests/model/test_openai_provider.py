@@ -274,6 +274,7 @@ def test_whole_floats_are_counts_and_what_can_not_be_one_is_as_if_nothing_was_to
 
 def test_content_may_come_in_parts_with_the_thinking_among_them() -> None:
     text = [{"type": "text", "text": "SELECT "}, {"type": "output_text", "text": "1"}]
+    text.insert(1, {"type": "reasoning_text", "text": "hm"})
     thinking = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
     choices = [
         {"index": at, "message": {"content": parts}, "finish_reason": "stop"}

@@ -29,7 +29,7 @@ def merge(roots: Sequence[Path], output_dir: Path | None) -> None:
         InputError: a root has no store, or is the one to be written.
         EnvironmentFault: a store can't be read or written. Those before it are merged.
     """
-    stores = [root.expanduser() / RunFolder(root, "").responses.name for root in roots]
+    stores = [RunFolder(root.expanduser(), "").responses for root in roots]
     into = RunFolder(artifacts_root(output_dir), "").responses
     for store in stores:
         if not store.exists():

@@ -175,9 +175,9 @@ def _funnel(quality: Mapping[str, Any], message: str) -> _Cells:
     from rich.text import Text
 
     samples, candidates = quality["samples"], quality["candidates"]
-    counted = " up to the target" if message.startswith("target: ") else ""  # answers beyond it are paid for, too
+    up_to = " up to the target" if message.startswith("target: ") else ""  # answers beyond it are paid for, too
     notes = {
-        "completed": f"{candidates['generated']:,} candidates{counted}, {candidates['selected']:,} selected",
+        "completed": f"{candidates['generated']:,} candidates{up_to}, {candidates['selected']:,} selected",
         "elsewhere": "of other shards",
         "accepted": f"{percent(samples['accept_rate'])} of the decided" if samples["completed"] else "",
         "undecided": "a gate could not judge" if samples["undecided"] else "",

@@ -173,7 +173,8 @@ class Pipeline(BaseModel):
             problems.append(f"steps: exports differ in `test` or `group_by`; {what}")
         asking = [step for step in self.steps if isinstance(step, TextGeneration)]
         recorded = any(self.models[name].recorded for step in asking for name in step.models() if name in self.models)
-        if asking and not recorded and not any(step.decode_profile.logprobs for step in asking):
+        asked = any(step.decode_profile.logprobs or "logprobs" in step.generation_kwargs for step in asking)
+        if asking and not recorded and not asked:
             problems += [
                 f"{place}: no answer would have log-probabilities; set decode_profile.logprobs: true"
                 for place, step in placed

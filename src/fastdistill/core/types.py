@@ -257,13 +257,11 @@ class Sample(Struct, frozen=True, gc=False):
     @property
     def chosen(self) -> tuple[Candidate, ...]:
         """The selected candidates that every gate passed, best first; all accepted ones where no step selects."""
-        accepted, selection = self.accepted, self.selection
-        if selection is None:
-            return accepted
-        if len(self.candidates) == 1:
-            return accepted if selection else ()
-        by_id = {candidate.candidate_id: candidate for candidate in accepted}
-        return tuple([by_id[candidate_id] for candidate_id in selection if candidate_id in by_id])
+        if self.selection is None:
+            return self.accepted
+        by_id = {candidate.candidate_id: candidate for candidate in self.candidates}
+        chosen = [by_id[candidate_id] for candidate_id in self.selection]
+        return tuple([candidate for candidate in chosen if candidate.outcome is Outcome.PASS])
 
     def failed(self, step: str, error: SampleError) -> "Sample":
         status = Status.SKIPPED if isinstance(error, NotAsked) else Status.FAILED

@@ -142,7 +142,7 @@ class ModelClient:
             return
         before = self._refusal
         if before is not None and (perf_counter() < self._refuses_until or self._probing.locked()):
-            raise before
+            raise before.with_traceback(None)  # or each time adds to the last one's, and keeps its frames
         async with self._probing:
             if before is None and self._refusal is not None:
                 raise self._refusal
@@ -159,7 +159,7 @@ class ModelClient:
         probes = [asyncio.create_task(self._probe(endpoint, like)) for endpoint in endpoints]
         late = {*probes}
         try:
-            while late and not any(endpoint.capabilities for endpoint in endpoints):
+            while late and not any(probe.done() and probe.result() is None for probe in probes):
                 self._brake.check(0, 0.0)
                 _, late = await asyncio.wait(late, timeout=_LOOKS_EVERY, return_when=asyncio.FIRST_COMPLETED)
             if late:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import msgspec
 import yaml
@@ -51,6 +51,8 @@ class ExportLogprobs(Splits):
     last one that was sampled. `distillkit` writes `distillkit/train.parquet`, of whole token sequences as DistillKit
     captures them, and the `compression_config.yaml` that reads it.
     """
+
+    version: ClassVar[int] = 2
 
     formats: tuple[Literal["parquet", "axolotl", "distillkit"], ...] = Field(("parquet",), min_length=1)
     scores: str | None = Field(None, description="name of a ScoreTokens step; null: the answers' own")

@@ -37,7 +37,7 @@ class ExportPreference(Export):
     student's (direct preference knowledge distillation, arXiv:2406.19774). The prompt is the rejected answer's.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     writes: ClassVar[frozenset[Shape]] = PAIRS | LABELLED
 

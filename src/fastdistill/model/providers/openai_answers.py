@@ -62,7 +62,7 @@ class _Message(Struct):
 def _text(content: str | list[_Part] | None) -> str:
     """The text of a message, whole or in parts."""
     if isinstance(content, list):
-        return "".join([part.text or "" for part in content if part.type.endswith("text")])  # `output_text` too
+        return "".join([part.text or "" for part in content if part.type in ("text", "output_text")])
     return content or ""
 
 
