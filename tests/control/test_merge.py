@@ -1,8 +1,11 @@
 """One data set by several machines: each takes its shard, their answers are merged, and the whole run asks nothing."""
 
+import asyncio
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,13 @@ from fastdistill import Shard
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.folder import read_json
 from fastdistill.control.ledger import read_samples
+from fastdistill.control.store import SCHEMA, ResponseStore
+from fastdistill.core.errors import ExitCode
 from fastdistill.core.types import Status
 from tests.command import Command
 from tests.control.test_session import World, data_set, teacher, world_in
-from tests.servers import openai_server
+from tests.control.test_store import PROMPT, answer
+from tests.servers import Batch, openai_server, status
 
 SHARDS = ["0/3", "1/3", "2/3"]
 
@@ -103,6 +109,66 @@ def test_what_can_not_be_merged_is_named(tmp_path: Path, command: Command) -> No
     assert "broken/responses.sqlite: file is not a database" in ended.err
     ended = command("merge", tmp_path / "all", "-o", tmp_path / "all")
     assert "all/responses.sqlite: this is the store to be written" in ended.err
+
+
+def test_of_two_stores_the_one_that_is_damaged_is_named(tmp_path: Path, command: Command) -> None:
+    for name in ("good", "damaged"):
+        (tmp_path / name).mkdir()
+        filled(tmp_path / name / "responses.sqlite", 100)
+    damaged = tmp_path / "damaged/responses.sqlite"
+    damaged.write_bytes(damaged.read_bytes()[:4096] + b"\xff" * (damaged.stat().st_size - 4096))
+    for its, into in (("good", "damaged"), ("damaged", "all"), ("damaged", "good")):
+        ended = command("merge", tmp_path / its, "-o", tmp_path / into)
+        assert ended.code == 8 and ended.err.startswith(f"error: {damaged}: "), ended.err
+
+
+def filled(path: Path, answers: int) -> None:
+    """A store, with a prompt for each answer."""
+    with closing(sqlite3.connect(path)) as store, store:
+        store.executescript(SCHEMA)
+        numbers = range(1, answers + 1)
+        store.executemany("INSERT INTO prompts VALUES (?, 'vllm', 'm', '[]', '{}')", [(n,) for n in numbers])
+        rows = [(n.to_bytes(32), n, n, 0, '{"text": "x", "finish_reason": "stop"}') for n in numbers]
+        store.executemany("INSERT INTO responses VALUES (?, ?, ?, ?, ?)", rows)
+
+
+def test_a_merge_lets_runs_write_meanwhile_and_ends_on_ctrl_c_with_what_it_has(tmp_path: Path) -> None:
+    filled(tmp_path / "large.sqlite", 30_000)
+
+    async def go() -> int:
+        async with ResponseStore(tmp_path / "all.sqlite") as whole, ResponseStore(tmp_path / "all.sqlite") as of_a_run:
+            merging = asyncio.create_task(whole.take_in(tmp_path / "large.sqlite"))
+            await asyncio.sleep(0)
+            await of_a_run.put(PROMPT, [answer("x")])
+            await of_a_run._writer.write(None)
+            assert not merging.done()
+            merging.cancel()
+            with suppress(asyncio.CancelledError):
+                await merging
+        with closing(sqlite3.connect(tmp_path / "all.sqlite")) as store:
+            return int(store.execute("SELECT count(*) FROM responses JOIN prompts ON id = prompt").fetchone()[0])
+
+    assert 1 < asyncio.run(go()) < 30_000
+
+
+def test_a_batch_of_a_killed_shard_is_gone_on_with_where_it_is_merged(world: World, command: Command) -> None:
+    released: list[bool] = []
+    with openai_server(teacher, batches={1: Batch(held=lambda: not released)}) as server:
+        config = world.config(server, provider="openai", batch={"poll_s": 0.02, "quiet_s": 0.5}, max_concurrency=None)
+        path = written(world, config | {"budget": {"max_wall_s": 2}})
+        ended = command("pipeline", "run", "-c", path, "--shard", "0/2", "-o", world.folder / "shard", "-q")
+        assert ended.code == ExitCode.BUDGET and server.batches[0]["status"] == "in_progress"
+        assert command("merge", world.folder / "shard", "-o", world.folder / "all").code == 0
+        released.append(True)
+        parse_pipeline(config).run(output_dir=world.folder / "all")
+        assert server.counters.requests == 3 * 60, "none was paid for twice"
+
+
+def test_a_shard_counts_errors_among_its_own_samples(world: World, command: Command) -> None:
+    with openai_server(teacher, faults={"Question": status(400, times=None)}) as server:
+        path = written(world, world.config(server))
+        ended = command("pipeline", "run", "-c", path, "--shard", "0/12", "-o", world.folder, "-q")
+    assert "samples failed, more than max_error_rate 0.1 allows" in ended.err
 
 
 def test_a_shard_that_is_none_is_refused(world: World, command: Command) -> None:

@@ -188,7 +188,7 @@ class ActiveRun:
             yield from (model.meter.busy, model.meter.queued, *model.meter.failed.values())
 
     def _check_error_rate(self, enough: int = _ENOUGH_TO_JUDGE) -> None:
-        failed, total = self.tally.failed, self.tally.samples
+        failed, total = self.tally.failed, self.tally.own
         if total < enough or failed <= self._max_error_rate * total:
             return
         # A draw that a spent budget left out is nothing that a sample fails for.

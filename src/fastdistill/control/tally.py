@@ -153,6 +153,11 @@ class Tally:
             self.hashes["selected"].remove((candidate.candidate_id, str(rank), candidate.answer))
 
     @property
+    def own(self) -> int:
+        """Samples that are not another shard's."""
+        return self.samples - self.statuses[Status.ELSEWHERE]
+
+    @property
     def failed(self) -> int:
         return self.statuses[Status.FAILED]
 
