@@ -180,6 +180,14 @@ def test_a_shard_that_is_none_is_refused(world: World, command: Command) -> None
         Shard(index=3, of=3)
 
 
+def test_a_shard_of_a_shard_is_refused(world: World, command: Command) -> None:
+    with openai_server(teacher) as server:
+        config = world.config(server)
+        config["steps"].insert(3, {"Shard": {"index": 0, "of": 2}})
+        ended = command("pipeline", "run", "-c", written(world, config), "--shard", "1/2", "-o", world.folder / "out")
+    assert (ended.code, ended.err) == (2, "error: --shard 1/2: Shard makes this shard 0/2; drop one\n")
+
+
 def test_a_run_says_which_shard_it_was(world: World, command: Command) -> None:
     with openai_server(teacher) as server:
         path = written(world, world.config(server))
