@@ -42,7 +42,8 @@ def test_shards_merged_are_the_run_of_one_machine_to_the_byte(world: World, comm
     with openai_server(teacher) as server:
         config = world.config(server)
         config["require"] = {"min_total": 20}  # of the whole: no shard has as many
-        path, roots = written(world, config), [world.folder / f"machine{number}" for number in range(3)]
+        path = written(world, config | {"lineage": {"parent": "before"}})  # which lies on none of the machines
+        roots = [world.folder / f"machine{number}" for number in range(3)]
         for shard, root in zip(SHARDS, roots, strict=True):
             assert command("pipeline", "run", "-c", path, "--shard", shard, "-o", root, "-q").code == 0
 

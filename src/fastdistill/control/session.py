@@ -204,7 +204,7 @@ class Pipeline(BaseModel):
         return f"{self.name}-{digest([self.name, models, steps])[:8]}"
 
     def shard(self, index: int, of: int) -> "Pipeline":
-        """What the `index`-th of so many machines has to do. The floor is for the whole data set, and left out.
+        """What the `index`-th of so many machines has to do. Floor and lineage are the whole data set's, and left out.
 
         Raises ConfigError if the steps have a `Shard` already: of two, the one might leave nothing to the other.
         """
@@ -212,7 +212,7 @@ class Pipeline(BaseModel):
             raise ConfigError(f"--shard {index}/{of}: {other.name} makes this shard {other.index}/{other.of}; drop one")
         at = next((at for at, step in enumerate(self.steps) if isinstance(step, SampleStep)), len(self.steps))
         steps = (*self.steps[:at], Shard(index=index, of=of), *self.steps[at:])
-        return Pipeline.model_validate(dict(self) | {"steps": steps, "require": Floor()})
+        return Pipeline.model_validate(dict(self) | {"steps": steps, "require": Floor(), "lineage": Origin()})
 
     def resolved(self) -> dict[str, Any]:
         """The whole configuration with its defaults, as YAML would have it, without secrets."""
