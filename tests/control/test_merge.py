@@ -22,7 +22,8 @@ from fastdistill.core.types import Status
 from tests.command import Command
 from tests.control.test_session import World, data_set, teacher, world_in
 from tests.control.test_store import PROMPT, answer
-from tests.servers import Batch, openai_server, status
+from tests.servers import Batch, choose, openai_server, status
+from tests.world import RECORDS
 
 SHARDS = ["0/3", "1/3", "2/3"]
 
@@ -197,3 +198,12 @@ def test_a_run_says_which_shard_it_was(world: World, command: Command) -> None:
     config = yaml.safe_load((world.folder / "runs/second/config.yaml").read_text())
     assert config["steps"][3] == {"Shard": {"name": "Shard", "index": 1, "of": 3}}
     assert read_json(world.folder / "runs/second/manifest.json")["status"] == "complete"
+
+
+def test_a_shard_names_a_sample_of_its_own_to_look_at(world: World, command: Command) -> None:
+    with openai_server(choose({record["instruction"]: [record["gold_sql"]] for record in RECORDS})) as server:
+        path = written(world, world.config(server))
+        for shard in SHARDS:
+            ran = command("pipeline", "run", "-c", path, "--shard", shard, "-o", world.folder, "--run-id", shard[0])
+            sample_id = ran.out.split(f"fastdistill explain {shard[0]} ")[1].split()[0]
+            assert "status: open" in command("explain", shard[0], sample_id, "-o", world.folder).out
