@@ -552,7 +552,12 @@ def test_an_accepted_candidate_of_a_sample_that_failed_does_not_count_towards_a_
 
 
 @pytest.mark.parametrize(
-    "step", [{"Deduplicate": {}}, {"Decontaminate": {"against": ["x.jsonl"], "fields": ["question"]}}]
+    "step",
+    [
+        {"Deduplicate": {}},
+        {"Decontaminate": {"against": ["x.jsonl"], "fields": ["question"]}},
+        {"Shard": {"index": 0, "of": 2}},
+    ],
 )
 def test_a_target_is_refused_where_accepted_samples_could_be_left_out_again(
     tmp_path: Path, step: dict[str, Any]

@@ -1,25 +1,13 @@
 """Brings the answers of several machines together: where all answers are stored, a run asks nothing."""
 
 import asyncio
-import sqlite3
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 from fastdistill.control.folder import RunFolder, artifacts_root
 from fastdistill.control.store import ResponseStore
-from fastdistill.control.writer import connect, fault
 from fastdistill.core.errors import InputError
-
-_PROMPTS = """
-INSERT INTO main.prompts SELECT id + ?, provider, model, messages, parameters FROM other.prompts WHERE id IN (
-    SELECT prompt FROM other.responses its
-    WHERE NOT EXISTS (SELECT 1 FROM main.responses own WHERE own.key = its.key))
-"""
-# The first answer under a key stays, as in any run.
-_ANSWERS = """
-INSERT OR IGNORE INTO main.responses SELECT key, prompt + ?, seed, attempt, completion FROM other.responses
-"""
+from fastdistill.core.files import atomic
 
 
 def merge(roots: Sequence[Path], output_dir: Path | None) -> None:
@@ -37,33 +25,18 @@ def merge(roots: Sequence[Path], output_dir: Path | None) -> None:
         if into.exists() and store.samefile(into):
             raise InputError(f"{store}: this is the store to be written; choose another --output-dir")
     into.parent.mkdir(parents=True, exist_ok=True)
-    for store in (into, *stores):
-        asyncio.run(_take_in_journals(store))
-    with closing(connect(into)) as connection:
-        for store in stores:
-            try:
-                new, known = _copy(connection, store)
-            except sqlite3.Error as error:
-                raise fault(store, error) from error
-            print(f"{store}: {new:,} new answers, {known:,} known ones")
+    asyncio.run(_merge(stores, into))
     print(f"merged into {into}")
 
 
-async def _take_in_journals(store: Path) -> None:
-    """What a killed run has left behind goes into its store when that is opened."""
-    async with ResponseStore(store):
-        pass
-
-
-def _copy(connection: sqlite3.Connection, store: Path) -> tuple[int, int]:
-    connection.execute("ATTACH ? AS other", (str(store),))
-    try:
-        with connection:
-            connection.execute("BEGIN IMMEDIATE")
-            last = connection.execute("SELECT coalesce(max(id), 0) FROM main.prompts").fetchone()[0]
-            (total,) = connection.execute("SELECT count(*) FROM other.responses").fetchone()
-            connection.execute(_PROMPTS, (last,))
-            new = connection.execute(_ANSWERS, (last,)).rowcount
-    finally:
-        connection.execute("DETACH other")
-    return new, total - new
+async def _merge(stores: Sequence[Path], into: Path) -> None:
+    async with ResponseStore(into) as whole:
+        for store in stores:
+            async with ResponseStore(store):
+                pass  # what a killed run has left in its journals is in its store now
+            new, known = await whole.take_in(store)
+            print(f"{store}: {new:,} new answers, {known:,} known ones")
+            for record in store.parent.glob("batches/*.json"):  # what a run may ask for may be at the server already
+                if not (copy := into.parent / "batches" / record.name).exists():
+                    with atomic(copy, "wb") as file:
+                        file.write(record.read_bytes())

@@ -269,10 +269,11 @@ def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
 
 def _example(ledger: Path) -> str:
     """The short id of a sample worth a look: the first with a candidate that a gate held back, else the first."""
+    from fastdistill.control.diff import ENDED
     from fastdistill.control.writer import connect
 
     told = """instr(sample, '"outcome":"fail"') OR instr(sample, '"outcome":"error"')"""  # no JSON is parsed for it
-    query = f"SELECT sample_id FROM entries WHERE {told} UNION ALL SELECT sample_id FROM entries WHERE sample_id <> ''"
+    query = f"SELECT sample_id FROM entries WHERE {told} UNION ALL SELECT sample_id FROM entries WHERE {ENDED}"
     with suppress(sqlite3.Error), closing(connect(ledger, readonly=True)) as connection:
         for (sample_id,) in connection.execute(f"{query} LIMIT 1"):
             return str(sample_id)[:12]

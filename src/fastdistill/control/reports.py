@@ -264,7 +264,7 @@ def version_of(package: str) -> str:
 
 def failures_message(tally: Tally) -> str:
     """How many samples failed and why: one line for each step and reason, with an example that names its place."""
-    lines = [f"{tally.failed} of {tally.samples} samples ended in an error; all others are done"]
+    lines = [f"{tally.failed} of {tally.own} samples ended in an error; all others are done"]
     for (step, reason), count in sorted(tally.failures.items(), key=lambda item: -item[1].count):
         lines.append(f"{step}: {reason} ({count.count}): {count.examples[0]}")
     return "\n".join(lines)
@@ -273,7 +273,7 @@ def failures_message(tally: Tally) -> str:
 def undecided_message(tally: Tally) -> str:
     """Of a run that accepted nothing: how many samples no gate could judge, and why, as with a wrong `gold_field`."""
     gates = [f"{name}: {tallied(gate.reasons)}" for name, gate in tally.gates.items() if gate.outcomes[Outcome.ERROR]]
-    undecided = f"{tally.undecided_samples} of {tally.samples} could not be judged"
+    undecided = f"{tally.undecided_samples} of {tally.own} could not be judged"
     return "\n".join([f"no sample is accepted, and {undecided}; `fastdistill explain` shows why", *gates])
 
 

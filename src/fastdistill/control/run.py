@@ -188,7 +188,9 @@ class ActiveRun:
             yield from (model.meter.busy, model.meter.queued, *model.meter.failed.values())
 
     def _check_error_rate(self, enough: int = _ENOUGH_TO_JUDGE) -> None:
-        failed, total = self.tally.failed, self.tally.samples
+        if not self.tally.failed:
+            return
+        failed, total = self.tally.error_rate()
         if total < enough or failed <= self._max_error_rate * total:
             return
         # A draw that a spent budget left out is nothing that a sample fails for.

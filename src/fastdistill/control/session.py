@@ -191,7 +191,7 @@ class Pipeline(BaseModel):
             problems += [
                 f"target: steps[{at}].{kind} leaves out accepted samples; put it before the steps that work on samples"
                 for at, kind in enumerate(kinds[last:], last)
-                if kind in ("Deduplicate", "NearDuplicates", "Decontaminate")
+                if kind in ("Deduplicate", "NearDuplicates", "Decontaminate", "Shard")
             ]
         if problems:
             raise ValueError("\n".join(problems))
@@ -205,10 +205,15 @@ class Pipeline(BaseModel):
         return f"{self.name}-{digest([self.name, models, steps])[:8]}"
 
     def shard(self, index: int, of: int) -> "Pipeline":
-        """What the `index`-th of so many machines has to do. The floor is for the whole data set, and left out."""
+        """What the `index`-th of so many machines has to do. Floor and lineage are the whole data set's, and left out.
+
+        Raises ConfigError if the steps have a `Shard` already: of two, the one might leave nothing to the other.
+        """
+        if other := next((step for step in self.steps if isinstance(step, Shard)), None):
+            raise ConfigError(f"--shard {index}/{of}: {other.name} makes this shard {other.index}/{other.of}; drop one")
         at = next((at for at, step in enumerate(self.steps) if isinstance(step, SampleStep)), len(self.steps))
         steps = (*self.steps[:at], Shard(index=index, of=of), *self.steps[at:])
-        return Pipeline.model_validate(dict(self) | {"steps": steps, "require": Floor()})
+        return Pipeline.model_validate(dict(self) | {"steps": steps, "require": Floor(), "lineage": Origin()})
 
     def resolved(self) -> dict[str, Any]:
         """The whole configuration with its defaults, as YAML would have it, without secrets."""

@@ -8,11 +8,12 @@ import sqlite3
 import zlib
 from base64 import b64decode, b64encode
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import msgspec
 from msgspec.structs import replace
@@ -20,7 +21,7 @@ from msgspec.structs import replace
 from fastdistill.control.journal import Journal, left_behind, room_for
 from fastdistill.control.seen import Seen
 from fastdistill.control.writer import Writer, connect, fault, insert
-from fastdistill.core.turns import LARGE, Queue, beside
+from fastdistill.core.turns import LARGE, Queue, beside, give_turn
 from fastdistill.core.types import Answer, Completion, Prompt, PromptColumns, TokenLogprob
 
 SCHEMA = """
@@ -29,6 +30,10 @@ CREATE TABLE IF NOT EXISTS prompts (
 CREATE TABLE IF NOT EXISTS responses (
     key BLOB PRIMARY KEY, prompt INTEGER, seed INTEGER, attempt INTEGER, completion TEXT);
 PRAGMA user_version = 1;
+"""
+_ALL = """
+SELECT key, prompt, seed, attempt, completion, provider, model, messages, parameters
+FROM responses LEFT JOIN prompts ON id = prompt
 """
 
 # Ids of prompts are numbers one after the other: a hash would write to a page of its own for each answer. A prompt that
@@ -115,9 +120,35 @@ class ResponseStore:
             self._writing.add(writing)
             writing.add_done_callback(self._writing.discard)
             await asyncio.shield(writing)  # it goes on even if who asked is called off: the answers were paid for
-        if self._writer.crowded or self._given - self._committed > _MOST_UNCOMMITTED:
+        if self._is_behind:
             await self._writer.write(None)
         await self._queue.turn()
+
+    async def take_in(self, other: Path) -> tuple[int, int]:
+        """Copies the answers in another store's file; how many were new, and how many known.
+
+        A few at a time, so that runs which use this file can write meanwhile.
+
+        Raises:
+            EnvironmentFault: that file can't be read, or this one can't be written. What was copied stays.
+        """
+        self._alone = False
+        new = known = 0
+        for key, prompt, seed, attempt, completion, *columns in _all_in(other):
+            if self.get(key.hex()):
+                known += 1
+            else:
+                new += 1
+                self._submit((f"{other} {prompt}", cast(PromptColumns, columns), [[key, 0, seed, attempt, completion]]))
+            if self._is_behind:
+                await self._writer.write(None)
+            await give_turn()
+        await self._writer.write(None)
+        return new, known
+
+    @property
+    def _is_behind(self) -> bool:
+        return self._writer.crowded or self._given - self._committed > _MOST_UNCOMMITTED
 
     async def _take_large(self, prompt: Prompt, answers: Sequence[Answer]) -> None:
         self._take(prompt, answers, await beside(partial(_rows, answers)))
@@ -193,6 +224,14 @@ class ResponseStore:
         self._prompts.update(new)
         while len(self._prompts) > _PROMPTS_REMEMBERED:
             self._prompts.popitem(last=False)
+
+
+def _all_in(path: Path) -> Iterator[tuple[Any, ...]]:
+    with closing(connect(path, readonly=True)) as connection:
+        try:
+            yield from connection.execute(_ALL)
+        except sqlite3.Error as error:
+            raise fault(path, error) from error
 
 
 def _rows(answers: Sequence[Answer]) -> list[list[Any]]:

@@ -18,6 +18,7 @@ from fastdistill.core.stats import Rate, wilson
 from fastdistill.core.step import Step
 from fastdistill.core.types import Candidate, FinishReason, Outcome, Sample, Status
 from fastdistill.data.judge import LLMJudge
+from fastdistill.data.prepare import Shard
 
 EXAMPLES = 3
 _HASHED_AT_ONCE = 64  # samples
@@ -95,6 +96,8 @@ class Tally:
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = steps
+        at = max((at for at, step in enumerate(steps) if isinstance(step, Shard)), default=0)
+        self._before_shards = [step.name for step in steps[:at]]
         self.samples = 0
         self.statuses: Counter[Status] = Counter()
         self.left_at: defaultdict[str, Counter[Status]] = defaultdict(Counter)
@@ -151,6 +154,16 @@ class Tally:
         for rank, candidate in enumerate(sample.chosen):
             self.selected -= 1
             self.hashes["selected"].remove((candidate.candidate_id, str(rank), candidate.answer))
+
+    @property
+    def own(self) -> int:
+        """Samples that are not another shard's."""
+        return self.samples - self.statuses[Status.ELSEWHERE]
+
+    def error_rate(self) -> tuple[int, int]:
+        """How many samples failed, of how many; without those that fail before `Shard`, for they fail in each shard."""
+        shared = sum(self.left_at[name][Status.FAILED] for name in self._before_shards)
+        return self.failed - shared, self.own - shared
 
     @property
     def failed(self) -> int:
