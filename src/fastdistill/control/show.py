@@ -111,8 +111,8 @@ def show_sample(run: str, sample_id: str, output_dir: Path | None) -> None:
     """
     folder = RunFolder.find(output_dir, run)
     wanted = sample_id.partition("#")[0]
-    named = "?2 <> '' AND ?2 IN (task_id, json_extract(sample, '$.source'))"
-    where = f"({named}) OR (length(?1) >= 6 AND substr(sample_id, 1, length(?1)) = ?1)"
+    place = "instr(?2, ':') AND json_extract(sample, '$.source') = ?2"  # the whole ledger is parsed for it
+    where = f"(?2 <> '' AND task_id = ?2) OR (length(?1) >= 6 AND substr(sample_id, 1, length(?1)) = ?1) OR ({place})"
     found = list(islice(folder.samples(where, (wanted, sample_id)), 6))
     ids = {sample.sample_id[:16]: None for sample in found}
     if len(ids) != 1:
