@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -592,30 +593,37 @@ def test_choices_that_are_together_more_than_a_minute_allows_are_asked_for_one_b
     assert requests(server) == 20
 
 
+@asynccontextmanager
+async def gone(folder: Path) -> AsyncIterator[tuple[Asker, Callable[..., Server]]]:
+    """A client that has found its server gone, and what starts one in its place."""
+    with ExitStack() as up:
+        start = partial(openai_server, port=free_port())
+        async with asking(up.enter_context(start()), folder, max_retries=1) as asker:
+            await asker.ask("Q1")
+            await asyncio.to_thread(up.close)
+            with pytest.raises(Unreachable, match="nobody answers"):
+                await asker.ask("Q2")
+            yield asker, lambda **options: up.enter_context(start(**options))
+
+
 def test_an_outage_that_outlasts_the_retries_is_waited_out_once_and_then_looked_after(tmp_path: Path) -> None:
     async def go() -> None:
-        with ExitStack() as up:
-            server = up.enter_context(openai_server(port=(port := free_port())))
-            async with asking(server, tmp_path, max_retries=1) as asker:
-                await asker.ask("Q1")
-                await asyncio.to_thread(up.close)
-                with pytest.raises(Unreachable, match="nobody answers"):
-                    await asker.ask("Q2")
-                up.enter_context(openai_server(port=port))
-                begun = asker.client.meter.retries.total()
-                told = []
-                for _ in range(2):
-                    with pytest.raises(Unreachable, match="nobody answers") as refused:
-                        await asker.ask("Q3")
-                    told.append(len(refused.traceback))
-                assert asker.client.meter.retries.total() == begun
-                assert told[0] == told[1], "or the traceback grows with each, and keeps every sample in memory"
-                found: list[Any] = []
-                while not found:  # some seconds later one looks again
-                    await asyncio.sleep(0.1)
-                    with suppress(Unreachable):
-                        found = await asker.ask("Q3")
-                assert all(isinstance(answer, Answer) for answer in [*found, *await asker.ask("Q4")])
+        async with gone(tmp_path) as (asker, start):
+            start()
+            begun = asker.client.meter.retries.total()
+            told = []
+            for _ in range(2):
+                with pytest.raises(Unreachable, match="nobody answers") as refused:
+                    await asker.ask("Q3")
+                told.append(len(refused.traceback))
+            assert asker.client.meter.retries.total() == begun
+            assert told[0] == told[1], "or the traceback grows with each, and keeps every sample in memory"
+            found: list[Any] = []
+            while not found:  # some seconds later one looks again
+                await asyncio.sleep(0.1)
+                with suppress(Unreachable):
+                    found = await asker.ask("Q3")
+            assert all(isinstance(answer, Answer) for answer in [*found, *await asker.ask("Q4")])
 
     run(go())
 
@@ -623,26 +631,20 @@ def test_an_outage_that_outlasts_the_retries_is_waited_out_once_and_then_looked_
 @pytest.mark.slow
 def test_a_server_that_is_back_and_says_nothing_yet_is_asked_by_one_alone(tmp_path: Path) -> None:
     async def go() -> None:
-        with ExitStack() as up:
-            server = up.enter_context(openai_server(port=(port := free_port())))
-            async with asking(server, tmp_path, max_retries=1) as asker:
-                await asker.ask("Q1")
-                await asyncio.to_thread(up.close)
-                with pytest.raises(Unreachable):
-                    await asker.ask("Q2")
-                loading = up.enter_context(openai_server(port=port, faults={PROBE: Fault("hang", times=None)}))
-                looks = None
-                while not loading.counters.requests:
-                    looks = looks or asyncio.create_task(asker.ask("Q3"))
-                    await asyncio.sleep(0.1)
-                    if looks.done():
-                        assert isinstance(looks.exception(), Unreachable)
-                        looks = None
-                assert looks is not None
-                await asyncio.wait([looks], timeout=12)  # longer than a late endpoint is waited for beside others
-                with pytest.raises(Unreachable):
-                    await asker.ask("Q4")
-                looks.cancel()
-                assert requests(loading) == 0
+        async with gone(tmp_path) as (asker, start):
+            loading = start(faults={PROBE: Fault("hang", times=None)})
+            looks = None
+            while not loading.counters.requests:
+                looks = looks or asyncio.create_task(asker.ask("Q3"))
+                await asyncio.sleep(0.1)
+                if looks.done():
+                    assert isinstance(looks.exception(), Unreachable)
+                    looks = None
+            assert looks is not None
+            await asyncio.wait([looks], timeout=12)  # longer than a late endpoint is waited for beside others
+            with pytest.raises(Unreachable):
+                await asker.ask("Q4")
+            looks.cancel()
+            assert requests(loading) == 0
 
     asyncio.run(go())
