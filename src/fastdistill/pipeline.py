@@ -20,6 +20,8 @@ from fastdistill.core.timing import StepTime, Timer
 from fastdistill.core.turns import give_turn
 from fastdistill.core.types import Sample, Status
 
+_LOOKS_EVERY = 16  # samples, for how many may be open
+
 
 async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
     """Takes every sample through every step.
@@ -56,13 +58,13 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | No
     """Takes samples through the fused sample steps, `run.open_samples` at a time."""
     stages = [Stage.of(step, run) for step in steps]
     asking = [step for step in steps if type(step).wants_more is not SampleStep.wants_more]
-    workers = 0
+    workers = taken = 0
     room = run.open_samples
 
     async def work() -> None:
         # The workers share one iterator: whoever is free takes the next sample. Each starts one more while there
         # are too few, for `open_samples` follows what the teachers turn out to take.
-        nonlocal workers, room
+        nonlocal workers, taken, room
         workers += 1
         try:
             while not run.stopping:
@@ -73,12 +75,14 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | No
                 if sample is None:  # one was left out
                     await run.keep_up()
                 else:
+                    taken += 1
+                    if taken % _LOOKS_EVERY == 0:
+                        room = run.open_samples
                     if workers < room:
                         group.create_task(work())
                     AT_WORK.set(sample.index)
                     await run.finished(await run_sample(stages, asking, sample, run), last=last)
                 await give_turn()  # samples that never wait let the others have theirs
-                room = run.open_samples
         except FatalError as error:
             run.stop(error)
         finally:

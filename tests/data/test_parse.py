@@ -1,6 +1,7 @@
 import asyncio
 import re
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,8 @@ def queries(draw: st.DrawFn, marks: bool = True) -> str:
 
 def parses(sql: str) -> bool:
     try:
-        sqlite3.connect(":memory:").execute(f"EXPLAIN {sql}")
+        with closing(sqlite3.connect(":memory:")) as database:
+            database.execute(f"EXPLAIN {sql}")
     except sqlite3.OperationalError as error:
         return "syntax error" not in str(error)
     return True

@@ -113,13 +113,13 @@ def _form(value: object, path: _Path) -> bytes:
 
 def _all_text(value: Any) -> bool:
     """Of a dict, or a tuple of dicts."""
-    for each in (value,) if type(value) is dict else value:
-        if type(each) is not dict or not _TEXT.issuperset(map(type, chain(each, each.values()))):
-            return False
-    return True
+    dicts = (value,) if type(value) is dict else value
+    return _DICT.issuperset(map(type, dicts)) and _TEXT.issuperset(
+        map(type, chain.from_iterable(chain(dicts, map(dict.values, dicts))))
+    )
 
 
-_TEXT = frozenset({str})
+_DICT, _TEXT = frozenset({dict}), frozenset({str})
 
 
 def _words(path: _Path) -> str:

@@ -229,9 +229,7 @@ def _read(max_body: int) -> _Reading[tuple[Response, bool]]:
             raise _not_http(f"Transfer-Encoding: {coding}")
         body, come = yield from _chunks(bytearray(come), max_body)
     elif length is not None:
-        if (found := _LENGTH.fullmatch(length)) is None:
-            raise _not_http(f"Content-Length: {length}")
-        size = _within(max_body, int(found[1]))
+        size = _within(max_body, _length(length))
         body, come = (come, b"") if len(come) == size else (yield from _exactly(size, bytearray(come)))
     else:
         keep, buffer = False, bytearray(come)
@@ -257,6 +255,14 @@ def _unpacked(packing: str, body: bytes, max_body: int) -> bytes:
     if not unpacker.eof:
         raise _not_http(f"Content-Encoding: {packing}: it ends early")
     return whole
+
+
+@lru_cache(maxsize=1024)
+def _length(text: str) -> int:
+    """What a Content-Length says."""
+    if (found := _LENGTH.fullmatch(text)) is None:
+        raise _not_http(f"Content-Length: {text}")
+    return int(found[1])
 
 
 _LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # a proxy may say the same twice

@@ -46,8 +46,8 @@ class Meter:
     _completion_tokens: int = 0
     _cached_tokens: int = 0
 
-    def answered(self, usage: Usage, characters: int) -> None:
-        """An answer was paid for; its prompt has so many characters."""
+    def answered(self, usage: Usage, characters: int) -> int:
+        """An answer was paid for; its prompt has so many characters. The tokens of both."""
         self.answers += 1
         self.completion_tokens += usage.completion_tokens
         if usage.prompt_tokens and characters >= _LONG:
@@ -55,6 +55,7 @@ class Meter:
         elif characters:
             self._supposed = max(self._supposed, (usage.prompt_tokens - TEMPLATE) / characters)
         self.paid(usage)
+        return usage.prompt_tokens + usage.completion_tokens
 
     def probed(self, usage: Usage) -> None:
         """First contact with an endpoint cost so much."""
@@ -183,13 +184,9 @@ class InFlight:
         One that was asked a second time is counted twice: nobody says what the request that was called off had cost by
         then, but it was for the same draw, so the winner's usage is what it would have come to.
         """
-        meter = self.meter
-        before = meter.tokens
-        for completion in completions:
-            meter.answered(completion.usage, characters)
-        tokens = meter.tokens - before
+        tokens = sum([self.meter.answered(completion.usage, characters) for completion in completions])
         if self.asked > 1:
-            meter.lost_tokens += tokens
+            self.meter.lost_tokens += tokens
             for completion in completions:
-                meter.paid(completion.usage)
+                self.meter.paid(completion.usage)
         return tokens

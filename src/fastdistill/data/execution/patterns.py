@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from time import thread_time
 from typing import Any, Self, TypeAlias
 
 from fastdistill.data.execution.worker_pool import Death, WorkerPool
@@ -38,7 +39,7 @@ class PatternPool(WorkerPool[_Job, Broken | Death | None]):
         self._rules = rules
         self._sent = [(pattern.pattern, pattern.flags, wanted) for pattern, wanted in rules]
         self._here = threading.current_thread() is threading.main_thread()
-        self._slow = 0  # searches under way in workers: their load would have the timer come late
+        self._slow = 0  # searches that were cut and go on in workers: their load would have the timer come late
 
     async def __aenter__(self) -> Self:
         if self._here:
@@ -53,18 +54,18 @@ class PatternPool(WorkerPool[_Job, Broken | Death | None]):
     async def first_broken(self, text: str) -> Broken | Death | None:
         """The first rule that a text breaks, or how a worker died of it: the place of the pattern is its phase."""
         global _armed
-        if self._here and not self._slow:
+        if not self._here or self._slow:
+            return await self.evaluate((self._sent, text))
+        try:
+            _armed = thread_time()
+            signal.setitimer(signal.ITIMER_VIRTUAL, _TURN_S)
             try:
-                _armed = True
-                signal.setitimer(signal.ITIMER_VIRTUAL, _TURN_S)
-                try:
-                    return _first_broken(self._rules, text)
-                finally:
-                    _armed = False  # the signal may have come, and not have been looked at
-                    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            except _Interrupted:
-                pass
-        self._slow += 1
+                return _first_broken(self._rules, text)
+            finally:
+                _armed = None  # the signal may have come, and not have been looked at
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        except _Interrupted:
+            self._slow += 1
         try:
             return await self.evaluate((self._sent, text))
         finally:
@@ -83,13 +84,18 @@ class _Interrupted(Exception):
     pass
 
 
-_armed = False  # the main thread searches, and is to be interrupted
+_armed: float | None = None  # since when, by its `thread_time`, the main thread searches
 
 
 def _ring(*_: object) -> None:
+    """The timer counts what all threads take, such as one that writes to a disk: a search is cut for its own time."""
     global _armed
-    if _armed:
-        _armed = False
+    if _armed is None:
+        return
+    if thread_time() - _armed < _TURN_S:
+        signal.setitimer(signal.ITIMER_VIRTUAL, _TURN_S)
+    else:
+        _armed = None
         raise _Interrupted
 
 

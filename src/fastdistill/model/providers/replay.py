@@ -134,7 +134,10 @@ def _indexed(config: ReplayConfig) -> sqlite3.Connection:
             answers.executemany("INSERT INTO answers VALUES (?, ?)", _rows(path, known, config.model))
         answers.execute("CREATE INDEX by_key ON answers (key)")
         answers.execute("COMMIT")
-    except sqlite3.Error as error:
+    except BaseException as error:
+        answers.close()
+        if not isinstance(error, sqlite3.Error):
+            raise
         raise EnvironmentFault(f"replay: the temporary folder can't hold the recording: {error}; free space") from error
     return answers
 
