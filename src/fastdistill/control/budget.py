@@ -7,7 +7,7 @@ from functools import cached_property
 from time import perf_counter
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from fastdistill.core.errors import ExitCode
 from fastdistill.core.types import Sample, Status
@@ -15,10 +15,8 @@ from fastdistill.model.budget import ModelBudget
 from fastdistill.model.meter import Meter
 
 
-class Target(BaseModel):
+class Target(BaseModel, frozen=True, extra="forbid"):
     """Stop at exactly `accepted` accepted samples: the first ones in input order, whichever were finished first."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     accepted: int = Field(ge=1)
     on_exhausted: Literal["keep", "fail"] = Field(

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 from msgspec.json import Decoder
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.turns import LARGE, beside
@@ -103,10 +103,8 @@ _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKin
 """Errors of a probe's request that say something about the endpoint, not about what the request tried."""
 
 
-class BatchOptions(BaseModel):
+class BatchOptions(BaseModel, frozen=True, extra="forbid"):
     """How requests go through the Batch API: `openai_batch.py`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(10_000, gt=0, le=50_000, description="requests in one batch, at most")
     quiet_s: float = Field(1.0, gt=0, description="seconds without a new request, after which a batch goes out")
