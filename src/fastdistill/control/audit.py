@@ -23,10 +23,9 @@ from fastdistill.control.audited import audit_file, files_of, is_audited
 from fastdistill.control.folder import RunFolder, artifacts_root, write_json
 from fastdistill.control.reports import versions
 from fastdistill.control.session import Pipeline, Watch, execute, run_in_loop, unwatched
-from fastdistill.control.tally import interval
 from fastdistill.control.terminal import percent, say, show_table
 from fastdistill.core.errors import InputError, SampleError
-from fastdistill.core.stats import wilson
+from fastdistill.core.stats import interval, wilson
 from fastdistill.core.step import Context, Gate, Mutation, SampleStep, is_generation
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Prompt, Sample, Verdict
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from fastdistill.control.tally import GateCount, Tally, interval
-from fastdistill.core.stats import Rate
+from fastdistill.control.tally import GateCount, Tally
+from fastdistill.core.stats import Rate, interval
 from fastdistill.core.types import Status
 
 Share = Field(None, ge=0, le=1)

@@ -17,11 +17,12 @@ from fastdistill.control.budget import Enough
 from fastdistill.control.card import complete_dataset
 from fastdistill.control.folder import RunFolder, read_json, write_json
 from fastdistill.control.run import ActiveRun
-from fastdistill.control.tally import Tally, interval
+from fastdistill.control.tally import Tally
 from fastdistill.control.terminal import tallied
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import EnvironmentFault, ExitCode, FatalError
 from fastdistill.core.files import atomic, sha256_file
+from fastdistill.core.stats import interval
 from fastdistill.core.step import SampleStep
 from fastdistill.core.types import Failure, Outcome, Status
 
