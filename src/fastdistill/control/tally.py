@@ -252,16 +252,13 @@ class Tally:
             if verdict.score is not None:
                 gate.scores[round(verdict.score, 2)] += 1
             if detail:
-                self._detail(gate, detail)
+                for flag, value in detail.items():
+                    if isinstance(value, bool):
+                        gate.flags[flag][value] += 1
+                if error := detail.get("exec_error"):
+                    gate.errors[error_group(str(error))].add(str(error))
             hashes[name].add((candidate_id, said, verdict.reason))
         return outcome
-
-    def _detail(self, gate: GateCount, detail: Mapping[str, Any]) -> None:
-        for name, value in detail.items():
-            if isinstance(value, bool):
-                gate.flags[name][value] += 1
-        if error := detail.get("exec_error"):
-            gate.errors[error_group(str(error))].add(str(error))
 
 
 def error_group(message: str) -> str:
