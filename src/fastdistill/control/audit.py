@@ -129,8 +129,9 @@ class _Measured(SampleStep):
         answers = self._answers(sample)
         if not answers:
             raise SampleError("no_gold", f"{sample.source}: no gate finds a gold answer in this record")
-        given = replace(sample, candidates=tuple(_candidate(at, answer.text) for at, answer in enumerate(answers)))
-        sample = given
+        completions = (Completion(answer.text, FinishReason.STOP) for answer in answers)
+        candidates = [Candidate(f"{at}", at, None, "", _PROMPT, c, c.text) for at, c in enumerate(completions)]
+        sample = given = sample.with_candidates(candidates)
         for step in self.judging:
             if is_generation(step):
                 sample = given
@@ -253,11 +254,6 @@ def _accepts(counts: Counter[Finding]) -> dict[str, Any]:
 
 def _rate(wrong: int, right: int) -> dict[str, Any]:
     return interval(wilson(wrong, wrong + right))
-
-
-def _candidate(at: int, text: str) -> Candidate:
-    completion = Completion(text, FinishReason.STOP)
-    return Candidate(f"{at}", at, None, "", _PROMPT, completion, text)
 
 
 async def _judged(gate: Gate, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:
