@@ -90,7 +90,7 @@ class Progress:
         return 0 < missing <= len(self._found) and index > self._found[missing - 1]
 
 
-def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sample]:
+def first_accepted(samples: Iterable[Sample], target: Target | None) -> Iterator[Sample]:
     """The samples up to the one that makes the target full; all of them without a target."""
     accepted = 0
     for sample in samples:
@@ -98,7 +98,7 @@ def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sa
             return  # the ledger has left it out, for it is beyond that one
         yield sample
         accepted += sample.status is Status.OPEN and bool(sample.accepted)
-        if accepted == target:
+        if target and accepted == target.accepted:
             return
 
 

@@ -166,8 +166,7 @@ class _StoredSamples(StreamStep, arbitrary_types_allowed=True):
     stored: StoredRun
 
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
-        target = self.stored.pipeline.target
-        for sample in first_accepted(self.stored.folder.samples(), target.accepted if target else None):
+        for sample in first_accepted(self.stored.folder.samples(), self.stored.pipeline.target):
             if sample.candidates and sample.status is not Status.SKIPPED:
                 self.stored.keep(sample)
                 yield replace(sample, candidates=(), selection=None, failures=(), status=Status.OPEN)
