@@ -5,17 +5,17 @@ rich is imported when something is drawn, not before, so that commands which dra
 
 import os
 import shlex
-import sqlite3
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from fastdistill.control.terminal import clock, counted, cut, dollars, percent, printable, say, show_table, tallied
+from fastdistill.core.errors import EnvironmentFault
 from fastdistill.core.types import Outcome, Status
 
 if TYPE_CHECKING:
@@ -270,13 +270,13 @@ def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
 def _example(ledger: Path) -> str:
     """The short id of a sample worth a look: the first with a candidate that a gate held back, else the first."""
     from fastdistill.control.diff import ENDED
-    from fastdistill.control.writer import connect
+    from fastdistill.control.ledger import read_samples
 
     told = """instr(sample, '"outcome":"fail"') OR instr(sample, '"outcome":"error"')"""  # no JSON is parsed for it
-    query = f"SELECT sample_id FROM entries WHERE {told} UNION ALL SELECT sample_id FROM entries WHERE {ENDED}"
-    with suppress(sqlite3.Error), closing(connect(ledger, readonly=True)) as connection:
-        for (sample_id,) in connection.execute(f"{query} LIMIT 1"):
-            return str(sample_id)[:12]
+    with suppress(EnvironmentFault):  # it has gone, or is another version's
+        for where in (told, ENDED):
+            for sample in read_samples(ledger, where):
+                return sample.sample_id[:12]
     return ""
 
 
