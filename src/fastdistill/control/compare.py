@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastdistill.control.diff import ENDED, group_of
-from fastdistill.control.folder import RunFolder, read_json, write_json
+from fastdistill.control.diff import group_of
+from fastdistill.control.folder import ENDED, RunFolder, read_json, write_json
 from fastdistill.control.tally import GateCount
 from fastdistill.control.terminal import figure, percent, points, say, show_table
 from fastdistill.core.compare import Difference, mcnemar, paired_bootstrap

@@ -16,8 +16,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from fastdistill.control.diff import ENDED
-from fastdistill.control.folder import artifacts_root
+from fastdistill.control.folder import ENDED, artifacts_root
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.run import ActiveRun
 from fastdistill.control.session import RunResult
