@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -44,8 +46,6 @@ def paired_bootstrap(differences: Iterable[tuple[object, float]], resamples: int
         resamples: how often to draw (Efron & Tibshirani 1993, 13.3).
         seed: the same pairs in any order and the same seed give the same interval.
     """
-    import numpy
-
     groups: dict[object, tuple[float, int]] = {}
     for group, difference in differences:
         total, size = groups.get(group, (0.0, 0))
