@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -255,8 +256,6 @@ def versions() -> dict[str, str]:
 
 def version_of(package: str) -> str:
     """Where only its source is there, that is said: a run whose answers are paid for must not fail for a version."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(package)
     except PackageNotFoundError:
