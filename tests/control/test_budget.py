@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdistill import RunResult
-from fastdistill.control.budget import Progress, first_accepted
+from fastdistill.control.budget import Progress, Target, first_accepted
 from fastdistill.control.config import parse_pipeline
 from fastdistill.control.export import export_run
 from fastdistill.control.ledger import read_samples
@@ -606,7 +606,7 @@ def test_only_what_is_accepted_before_the_first_unfinished_sample_counts(
         for at in {*order} - finished:
             enough_before = sum(accepted[it] for it in finished if it < at) >= target
             assert up_to.beyond(at) == (enough_before and not up_to.reached)
-    kept = list(first_accepted((_sample(at, yes) for at, yes in enumerate(accepted)), target))
+    kept = list(first_accepted((_sample(at, yes) for at, yes in enumerate(accepted)), Target(accepted=target)))
     assert sum(bool(sample.accepted) for sample in kept) == min(target, sum(accepted))
     assert [sample.index for sample in kept] == list(range(len(kept)))
     assert len(kept) == len(accepted) or kept[-1].accepted

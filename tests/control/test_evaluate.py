@@ -15,8 +15,8 @@ from fastdistill.control.evaluate import evaluation
 from fastdistill.control.folder import RunFolder
 from fastdistill.control.lineage import advice, ancestry
 from fastdistill.control.session import Origin, Pipeline, RunResult
-from fastdistill.control.tally import interval
 from fastdistill.core.errors import ConfigError, InputError, TeacherError
+from fastdistill.core.stats import interval
 from tests.command import Command
 from tests.servers import Call, openai_server, status
 from tests.world import ANSWERS, RECORDS, config, make_database, write_records

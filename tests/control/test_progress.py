@@ -383,8 +383,8 @@ def test_an_error_message_cannot_steer_the_terminal(tmp_path: Path) -> None:
     assert "[bold]" in shown(console)
 
 
-def test_importing_the_progress_does_not_import_rich() -> None:
-    program = "import sys, fastdistill.control.progress; sys.exit('rich' in sys.modules or 'pydantic' in sys.modules)"
+def test_importing_the_command_line_does_not_import_rich() -> None:
+    program = "import sys, fastdistill.control.cli; sys.exit('rich' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -657,6 +657,13 @@ def test_runs_are_listed_and_shown(finished: Finished, command: Command) -> None
         assert word in shown.out
 
 
+def test_a_run_is_shown_without_its_ledger(finished: Finished, command: Command, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(finished.artifacts, tmp_path / "copy"))
+    (root / "runs" / finished.result.run_id / "ledger.sqlite").unlink()
+    shown = command("runs", "show", finished.result.run_id, "-o", root)
+    assert shown.code == 0 and "manifest" in shown.out and "fastdistill explain" not in shown.out
+
+
 def test_a_row_is_explained_from_any_of_its_names(finished: Finished, command: Command) -> None:
     row = rows(finished.result)[0]
     names = [row["fd_id"], row["fd_sample_id"], row["fd_sample_id"][:12], row["fd_task_id"]]

@@ -23,10 +23,9 @@ from fastdistill.control.audited import audit_file, files_of, is_audited
 from fastdistill.control.folder import RunFolder, artifacts_root, write_json
 from fastdistill.control.reports import versions
 from fastdistill.control.session import Pipeline, Watch, execute, run_in_loop, unwatched
-from fastdistill.control.tally import interval
 from fastdistill.control.terminal import percent, say, show_table
 from fastdistill.core.errors import InputError, SampleError
-from fastdistill.core.stats import wilson
+from fastdistill.core.stats import interval, wilson
 from fastdistill.core.step import Context, Gate, Mutation, SampleStep, is_generation
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Prompt, Sample, Verdict
 
@@ -130,8 +129,9 @@ class _Measured(SampleStep):
         answers = self._answers(sample)
         if not answers:
             raise SampleError("no_gold", f"{sample.source}: no gate finds a gold answer in this record")
-        given = replace(sample, candidates=tuple(_candidate(at, answer.text) for at, answer in enumerate(answers)))
-        sample = given
+        completions = (Completion(answer.text, FinishReason.STOP) for answer in answers)
+        candidates = [Candidate(f"{at}", at, None, "", _PROMPT, c, c.text) for at, c in enumerate(completions)]
+        sample = given = sample.with_candidates(candidates)
         for step in self.judging:
             if is_generation(step):
                 sample = given
@@ -254,11 +254,6 @@ def _accepts(counts: Counter[Finding]) -> dict[str, Any]:
 
 def _rate(wrong: int, right: int) -> dict[str, Any]:
     return interval(wilson(wrong, wrong + right))
-
-
-def _candidate(at: int, text: str) -> Candidate:
-    completion = Completion(text, FinishReason.STOP)
-    return Candidate(f"{at}", at, None, "", _PROMPT, completion, text)
 
 
 async def _judged(gate: Gate, candidates: Sequence[Candidate], sample: Sample, ctx: Context) -> list[Verdict]:

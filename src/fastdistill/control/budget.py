@@ -7,7 +7,7 @@ from functools import cached_property
 from time import perf_counter
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from fastdistill.core.errors import ExitCode
 from fastdistill.core.types import Sample, Status
@@ -15,10 +15,8 @@ from fastdistill.model.budget import ModelBudget
 from fastdistill.model.meter import Meter
 
 
-class Target(BaseModel):
+class Target(BaseModel, frozen=True, extra="forbid"):
     """Stop at exactly `accepted` accepted samples: the first ones in input order, whichever were finished first."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     accepted: int = Field(ge=1)
     on_exhausted: Literal["keep", "fail"] = Field(
@@ -92,7 +90,7 @@ class Progress:
         return 0 < missing <= len(self._found) and index > self._found[missing - 1]
 
 
-def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sample]:
+def first_accepted(samples: Iterable[Sample], target: Target | None) -> Iterator[Sample]:
     """The samples up to the one that makes the target full; all of them without a target."""
     accepted = 0
     for sample in samples:
@@ -100,7 +98,7 @@ def first_accepted(samples: Iterable[Sample], target: int | None) -> Iterator[Sa
             return  # the ledger has left it out, for it is beyond that one
         yield sample
         accepted += sample.status is Status.OPEN and bool(sample.accepted)
-        if accepted == target:
+        if target and accepted == target.accepted:
             return
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastdistill.core.agreement import Agreement, Confusion, corrected_rate
+from fastdistill.core.stats import interval
 from fastdistill.core.types import Candidate, Outcome
 from fastdistill.data.judge import LLMJudge
 
@@ -39,8 +40,6 @@ class Calibration:
 
         `precision` is what it would be over all answers: those that were drawn for calibration count for the others.
         """
-        from fastdistill.control.tally import interval
-
         seen, judge = Confusion(**self._confusion), self._judge
         report: dict[str, Any] = {}
         if self._agreement.joint:

@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fastdistill.control.progress import live, summary
 from fastdistill.control.terminal import printable
 from fastdistill.core.errors import ExitCode, FatalError
 
@@ -137,7 +137,7 @@ def run(
         if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
             fail(f"--shard {shard}: four shards are 0/4, 1/4, 2/4 and 3/4", ExitCode.CONFIG)
         pipeline = pipeline.shard(int(index), int(of))
-    _ended(pipeline.run(output_dir=output_dir, run_id=run_id, watch=None if quiet else live), quiet)
+    _to_its_end(partial(pipeline.run, output_dir=output_dir, run_id=run_id), quiet)
 
 
 @pipeline_app.command()
@@ -226,7 +226,7 @@ def regate_run(
     from fastdistill.control.regate import regate
 
     layers = [layer for layer in (config, config_env, config_run) if layer is not None]
-    _ended(regate(run, layers, set_ or (), output_dir=output_dir, run_id=run_id, watch=None if quiet else live), quiet)
+    _to_its_end(partial(regate, run, layers, set_ or (), output_dir=output_dir, run_id=run_id), quiet)
 
 
 @app.command("audit")
@@ -240,6 +240,7 @@ def audit_gates(
 ) -> None:
     """Measure the gates against the truth: gold answers must pass, broken ones must not. No teacher is asked."""
     from fastdistill.control.audit import audit, show_audit
+    from fastdistill.control.progress import live
 
     reports = audit(pipeline, output_dir=output_dir, mutants=mutants, seed=seed, watch=None if quiet else live)
     if not quiet:
@@ -304,7 +305,7 @@ def evaluate_model(
     given = {"model": model, "base_url": base_url, "provider": provider}
     changes = {field: value for field, value in given.items() if value is not None}
     plan = evaluation(pipeline, data, role=role, changes=changes, draws=draws, limit=limit)
-    _ended(plan.run(output_dir=output_dir, run_id=run_id, watch=None if quiet else live), quiet)
+    _to_its_end(partial(plan.run, output_dir=output_dir, run_id=run_id), quiet)
 
 
 @app.command("compare")
@@ -409,12 +410,15 @@ def gsm8k(
     print(prepare_gsm8k(source, samples, seed, output))
 
 
-def _ended(result: "RunResult", quiet: bool) -> None:
-    """Tells what a run came to, and ends with its exit code."""
-    if not quiet:
-        from rich.console import Console
+def _to_its_end(work: "Callable[..., RunResult]", quiet: bool) -> None:
+    """Runs, tells what the run came to, and ends with its exit code."""
+    if quiet:
+        result = work()
+    else:
+        from fastdistill.control.progress import live, summary
 
-        summary(result, Console())
+        result = work(watch=live)
+        summary(result)
     if result.exit_code is not ExitCode.OK:
         fail(str(result.manifest["message"]), result.exit_code)
 

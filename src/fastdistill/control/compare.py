@@ -12,14 +12,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastdistill.control.diff import ENDED, group_of
-from fastdistill.control.folder import RunFolder, read_json, write_json
-from fastdistill.control.tally import GateCount, interval
+from fastdistill.control.diff import group_of
+from fastdistill.control.folder import ENDED, RunFolder, read_json, write_json
+from fastdistill.control.tally import GateCount
 from fastdistill.control.terminal import figure, percent, points, say, show_table
 from fastdistill.core.compare import Difference, mcnemar, paired_bootstrap
 from fastdistill.core.errors import InputError
 from fastdistill.core.scores import agreement_intervals, pass_at_k
-from fastdistill.core.stats import Rate, wilson
+from fastdistill.core.stats import Rate, interval, wilson
 from fastdistill.core.types import Outcome, Status
 
 K = 8  # of pass@k, or fewer where fewer were drawn

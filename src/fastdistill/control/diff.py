@@ -8,15 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fastdistill.control.folder import RunFolder, write_json
-from fastdistill.control.tally import interval
+from fastdistill.control.folder import ENDED, RunFolder, write_json
 from fastdistill.control.terminal import percent, points, say, show_table
 from fastdistill.core.compare import Difference, mcnemar, paired_bootstrap
 from fastdistill.core.errors import InputError
-from fastdistill.core.stats import Rate, wilson
+from fastdistill.core.stats import Rate, interval, wilson
 from fastdistill.core.types import Outcome, Sample, Status
-
-ENDED = "sample_id != '' AND status IN ('open', 'failed')"  # samples that a run brought to an end
 
 
 @dataclass(frozen=True, slots=True)

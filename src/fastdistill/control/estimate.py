@@ -31,22 +31,13 @@ class RandomSamples(StreamStep):
 
     n: int
 
-    _seen: int = PrivateAttr(0)
+    _seen: int = PrivateAttr(0)  # samples to draw from
     _bills: dict[int, Bill] = PrivateAttr(default_factory=dict)
-
-    @property
-    def seen(self) -> int:
-        """How many samples there were to draw from."""
-        return self._seen
-
-    @property
-    def bills(self) -> dict[int, Bill]:
-        """What each of them asks for from here on, by its index."""
-        return self._bills
+    """What each of those drawn asks for from here on, by its index."""
 
     @asynccontextmanager
     async def opened(self, ctx: Context) -> AsyncIterator[None]:
-        BILLS.set(self.bills)
+        BILLS.set(self._bills)
         yield
 
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample | None]:
@@ -59,7 +50,7 @@ class RandomSamples(StreamStep):
                 heapq.heappop(drawn)
             yield None  # others, and Ctrl-C, have their turn
         for sample in sorted((sample for _, _, sample in drawn), key=lambda sample: sample.index):
-            self.bills[sample.index] = {}
+            self._bills[sample.index] = {}
             yield sample
 
 
@@ -102,24 +93,25 @@ def estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> Estimate:
     few = RandomSamples(n=n, name="draw")
     samples, timing = run_shortened(pipeline, few, output_dir)
     # One that failed would fail in the run too; of one that a budget left out nothing is known.
-    drawn = [sample for sample in samples if sample.index in few.bills and sample.status is not Status.SKIPPED]
+    drawn = [sample for sample in samples if sample.index in few._bills and sample.status is not Status.SKIPPED]
     if sum(bool(sample.candidates) for sample in drawn) < 2:
         why = next((f"; like: {failure.message}" for sample in samples for failure in sample.failures), "")
         raise InputError(f"an estimate needs two samples at least that a teacher answered{why}")
-    bills = [few.bills[sample.index].values() for sample in drawn]
+    bills = [few._bills[sample.index].values() for sample in drawn]
+    seen = few._seen
     accepted = sum(sample.status is Status.OPEN and bool(sample.accepted) for sample in drawn)
-    target = pipeline.target.accepted if pipeline.target else few.seen
-    needed: tuple[float, ...] = (few.seen,) * 3
+    target = pipeline.target.accepted if pipeline.target else seen
+    needed: tuple[float, ...] = (seen,) * 3
     if pipeline.target:
         slots = sum(told["concurrency"] for told in timing["models"].values())
         uncounted = slots, 0, open_at(slots)  # which are open when the target is met, and have been asked by then
-        counted = astuple(project_needed(target, accepted, len(drawn), few.seen))
-        needed = tuple(min(few.seen, part + more) for part, more in zip(counted, uncounted, strict=True))
+        counted = astuple(project_needed(target, accepted, len(drawn), seen))
+        needed = tuple(min(seen, part + more) for part, more in zip(counted, uncounted, strict=True))
 
     def total(of: Callable[[str, Usage], float], least: float = 0.0) -> Total:
-        found = project_mean([sum(of(*asked) for asked in bill) for bill in bills], few.seen)
+        found = project_mean([sum(of(*asked) for asked in bill) for bill in bills], seen)
         parts = zip(astuple(found), needed, strict=True)
-        return Total(*(max(least, amount * part / few.seen) for amount, part in parts))
+        return Total(*(max(least, amount * part / seen) for amount, part in parts))
 
     def time(model: str) -> Total:
         # By tokens, for these are known of each answer: together they take as long as the answers did on average.
@@ -147,12 +139,12 @@ def estimate(pipeline: Pipeline, output_dir: Path | None, n: int) -> Estimate:
     telling = {name for bill in bills for name, usage in bill if usage != Usage() or pipeline.models[name].recorded}
     tell, priced = asked <= telling, asked <= prices.keys()
     return Estimate(
-        samples=few.seen,
+        samples=seen,
         drawn=len(drawn),
         concurrency=timing["models"][slowest]["concurrency"],
         prompt_tokens=total(lambda _, usage: usage.prompt_tokens) if tell else None,
         completion_tokens=total(lambda _, usage: usage.completion_tokens) if tell else None,
-        accepted=Total(*(min(count, target) for count in astuple(project_share(accepted, len(drawn), few.seen)))),
+        accepted=Total(*(min(count, target) for count in astuple(project_share(accepted, len(drawn), seen)))),
         seconds=times.get(slowest),
         cost_usd=total(lambda name, usage: prices[name].cost(usage)) if tell and priced else None,
     )

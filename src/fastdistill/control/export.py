@@ -42,8 +42,7 @@ def export_run(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         written = _Counted(draft, Tally(pipeline.steps))
-        target = pipeline.target
-        samples = written.samples(first_accepted(folder.samples(), target.accepted if target else None))
+        samples = written.samples(first_accepted(folder.samples(), pipeline.target))
         for step in pipeline.steps:
             if isinstance(step, Export):
                 samples = step.run(samples, written)

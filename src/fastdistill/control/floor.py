@@ -3,19 +3,17 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from fastdistill.control.tally import GateCount, Tally, interval
-from fastdistill.core.stats import Rate
+from fastdistill.control.tally import GateCount, Tally
+from fastdistill.core.stats import Rate, interval
 from fastdistill.core.types import Status
 
 Share = Field(None, ge=0, le=1)
 
 
-class Floor(BaseModel):
+class Floor(BaseModel, frozen=True, extra="forbid"):
     """What a run must reach; missing it has an exit code of its own, and the data set is written all the same."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     min_total: int | None = Field(None, ge=1, description="samples that went through all steps")
     min_accepted: int | None = Field(None, ge=1, description="samples with an accepted candidate")

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastdistill.control.ledger import read_samples
 from fastdistill.core.errors import EnvironmentFault, InputError
 from fastdistill.core.files import atomic
+from fastdistill.core.types import Sample
 
-if TYPE_CHECKING:
-    from fastdistill.core.types import Sample
+ENDED = "sample_id != '' AND status IN ('open', 'failed')"  # samples that a run brought to an end
 
 
 def artifacts_root(output_dir: Path | None = None) -> Path:
@@ -75,13 +76,11 @@ class RunFolder:
         shutil.rmtree(self.dist, ignore_errors=True)
         self.dist_in_work.rename(self.dist)
 
-    def samples(self, where: str = "1", parameters: Sequence[Any] = ()) -> Iterator["Sample"]:
+    def samples(self, where: str = "1", parameters: Sequence[Any] = ()) -> Iterator[Sample]:
         """The samples of the ledger in input order, lazily; `where` is an SQL condition of ours on its `entries`.
 
         Raises InputError if there is no ledger.
         """
-        from fastdistill.control.ledger import read_samples
-
         if not self.ledger.exists():
             raise InputError(f"{self.ledger}: this run has no ledger yet")
         return read_samples(self.ledger, where, parameters)

@@ -1,30 +1,29 @@
-"""What a run shows while it works, and the table it closes with. Only looks on: no figure is made here.
-
-rich is imported when something is drawn, not before, so that commands which draw nothing start fast.
-"""
+"""What a run shows while it works, and the table it closes with. Only looks on: no figure is made here."""
 
 import os
 import shlex
-import sqlite3
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+from fastdistill.control.folder import ENDED, artifacts_root
+from fastdistill.control.ledger import read_samples
+from fastdistill.control.run import ActiveRun
+from fastdistill.control.session import RunResult
+from fastdistill.control.tally import Tally
 from fastdistill.control.terminal import clock, counted, cut, dollars, percent, printable, say, show_table, tallied
+from fastdistill.core.errors import EnvironmentFault
 from fastdistill.core.types import Outcome, Status
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.text import Text
-
-    from fastdistill.control.run import ActiveRun
-    from fastdistill.control.session import RunResult
-    from fastdistill.control.tally import Tally
 
 REFRESH = 0.25  # seconds between two pictures on a terminal
 LOG_EVERY = 10.0  # seconds between two lines elsewhere
@@ -33,7 +32,7 @@ SPAN = 30.0  # seconds that all speeds, and so the time left, look back
 STYLES = {"accepted": "green", "undecided": "yellow", "failed": "red", "duplicates": "dim", "contaminated": "dim"}
 
 
-def live(run: "ActiveRun") -> AbstractContextManager[None]:
+def live(run: ActiveRun) -> AbstractContextManager[None]:
     """Shows a run's progress on stderr (`session.Watch`): a live display on a terminal, else a line every 10 s.
 
     NO_COLOR and TERM=dumb ask for the lines on a terminal, too.
@@ -44,11 +43,8 @@ def live(run: "ActiveRun") -> AbstractContextManager[None]:
 
 
 @contextmanager
-def display(run: "ActiveRun", console: "Console | None" = None) -> Iterator[None]:
+def display(run: ActiveRun, console: Console | None = None) -> Iterator[None]:
     """A live display that is gone when the run has ended well, and stays when it has not."""
-    from rich.console import Console
-    from rich.live import Live
-
     screen = Live(
         console=console or Console(stderr=True),
         get_renderable=Onlooker(run).picture,
@@ -70,7 +66,7 @@ def display(run: "ActiveRun", console: "Console | None" = None) -> Iterator[None
             screen.stop()
 
 
-def log_lines(run: "ActiveRun", stream: TextIO, every: float = LOG_EVERY) -> AbstractContextManager[None]:
+def log_lines(run: ActiveRun, stream: TextIO, every: float = LOG_EVERY) -> AbstractContextManager[None]:
     """One line every so many seconds, and a last one at the end."""
     onlooker = Onlooker(run)
     return _repeated(every, lambda: print(onlooker.line(), file=stream, flush=True))
@@ -79,7 +75,7 @@ def log_lines(run: "ActiveRun", stream: TextIO, every: float = LOG_EVERY) -> Abs
 class Onlooker:
     """Says how far a run is, and how fast it has been of late, at first since its beginning."""
 
-    def __init__(self, run: "ActiveRun") -> None:
+    def __init__(self, run: ActiveRun) -> None:
         self._run = run
         # When; samples, accepted samples and each model's completion tokens by then.
         self._seen: deque[tuple[float, ...]] = deque([(run.begun, 0, 0, *[0] * len(run.models))])
@@ -88,10 +84,8 @@ class Onlooker:
         """`fastdistill 2:10  1,240 of 2,000 samples (62%), 12.4/s, ...  accepted 812, rejected 9  teacher 32/32 ...`"""
         return "fastdistill " + "  ".join(self._told())
 
-    def picture(self) -> "Text":
+    def picture(self) -> Text:
         """What a log has, line by line, and the gates."""
-        from rich.text import Text
-
         headline, *others = self._told(_gates_now(self._run.tally))
         return Text.assemble((headline, "bold"), *(f"\n{line}" for line in others))
 
@@ -132,7 +126,7 @@ class Onlooker:
         return [(count - earlier) / max(now - then, 1e-3) for count, earlier in zip(counts, before, strict=True)]
 
 
-def _gates_now(tally: "Tally") -> Iterator[str]:
+def _gates_now(tally: Tally) -> Iterator[str]:
     for step in tally.steps:
         if gate := tally.gates.get(step.name):
             passed, failed, errors = (gate.outcomes[kind] for kind in (Outcome.PASS, Outcome.FAIL, Outcome.ERROR))
@@ -141,10 +135,8 @@ def _gates_now(tally: "Tally") -> Iterator[str]:
             yield f"{name:<24} {passed:>9,} pass {failed:>9,} fail {errors:>7,} error {rate:>7}"
 
 
-def summary(result: "RunResult", console: "Console") -> None:
+def summary(result: RunResult, console: Console | None = None) -> None:
     """Prints what a run came to, and where what it wrote lies."""
-    from rich.text import Text
-
     quality, timing = result.quality, result.timing
     gates = {stage["step"]: stage["candidates"] for stage in quality["stages"] if "candidates" in stage}
     title = Text.assemble((result.run_id, "bold"), f"  {result.manifest['status']}  {clock(timing['wall_s'])}")
@@ -166,14 +158,11 @@ def summary(result: "RunResult", console: "Console") -> None:
         say(Text(f"{name:<9}", "bold") + Text(words), console=console)
 
 
-_Cells: TypeAlias = "Iterator[tuple[RenderableType, ...]]"
+_Cells: TypeAlias = Iterator[tuple[RenderableType, ...]]
 
 
 def _funnel(quality: Mapping[str, Any], message: str) -> _Cells:
     """How many samples were read, and where they went."""
-    from rich.progress_bar import ProgressBar
-    from rich.text import Text
-
     samples, candidates = quality["samples"], quality["candidates"]
     up_to = " up to the target" if message.startswith("target: ") else ""  # answers beyond it are paid for, too
     notes = {
@@ -212,8 +201,6 @@ def _failures(failures: Sequence[Mapping[str, Any]]) -> _Cells:
 
 
 def _models(tokens: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> _Cells:
-    from rich.text import Text
-
     if tokens["prompt"] or tokens["completion"]:
         per_1000 = tokens["accepted_samples_per_1000_tokens"]
         yielded = "" if per_1000 is None else f"; {per_1000:g} accepted samples per 1000"
@@ -236,8 +223,6 @@ def _models(tokens: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
 
 
 def _floor(checks: Sequence[Mapping[str, Any]]) -> _Cells:
-    from rich.text import Text
-
     for check in checks:
         required, reached = check["required"], check["reached"]
         is_rate = isinstance(reached, Mapping)
@@ -246,9 +231,7 @@ def _floor(checks: Sequence[Mapping[str, Any]]) -> _Cells:
         yield tuple(Text(printable(cell), style) for cell in (check["requirement"], *shown, met))
 
 
-def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
-    from fastdistill.control.folder import artifacts_root
-
+def _whereabouts(result: RunResult) -> Iterator[tuple[str, str]]:
     files = {
         "dataset": result.dataset,
         "report": result.path / "report.html",
@@ -269,14 +252,11 @@ def _whereabouts(result: "RunResult") -> Iterator[tuple[str, str]]:
 
 def _example(ledger: Path) -> str:
     """The short id of a sample worth a look: the first with a candidate that a gate held back, else the first."""
-    from fastdistill.control.diff import ENDED
-    from fastdistill.control.writer import connect
-
     told = """instr(sample, '"outcome":"fail"') OR instr(sample, '"outcome":"error"')"""  # no JSON is parsed for it
-    query = f"SELECT sample_id FROM entries WHERE {told} UNION ALL SELECT sample_id FROM entries WHERE {ENDED}"
-    with suppress(sqlite3.Error), closing(connect(ledger, readonly=True)) as connection:
-        for (sample_id,) in connection.execute(f"{query} LIMIT 1"):
-            return str(sample_id)[:12]
+    with suppress(EnvironmentFault):  # it has gone, or is another version's
+        for where in (told, ENDED):
+            for sample in read_samples(ledger, where):
+                return sample.sample_id[:12]
     return ""
 
 
@@ -301,7 +281,7 @@ def _repeated(seconds: float, act: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def _counts(tally: "Tally") -> dict[str, int]:
+def _counts(tally: Tally) -> dict[str, int]:
     """What became of the samples so far; each is in one of these."""
     accepted, undecided, statuses = tally.accepted_samples, tally.undecided_samples, tally.statuses
     return {
@@ -316,7 +296,7 @@ def _counts(tally: "Tally") -> dict[str, int]:
     }
 
 
-def _count(run: "ActiveRun") -> None:
+def _count(run: ActiveRun) -> None:
     """Counts the records in a thread, for the time left; a file that can't be read is the run's own business."""
     with suppress(Exception):
         run.total = sum(step.count() for step in run.tally.steps) or None

@@ -11,7 +11,6 @@ from operator import is_not
 from pathlib import Path
 
 from msgspec.structs import replace
-from pydantic import ConfigDict
 
 from fastdistill.control.budget import first_accepted
 from fastdistill.control.config import load_layers, merge, parse_pipeline, read_yaml
@@ -26,7 +25,6 @@ from fastdistill.core.types import Candidate, Failure, Outcome, Sample, Status
 from fastdistill.data.generate import TextGeneration
 
 _KEPT = 1024  # stored samples in memory; more than are open at a time, as a rule
-_HOLDS = ConfigDict(arbitrary_types_allowed=True)  # steps of our own making, never in a config
 
 
 def regate(
@@ -161,16 +159,14 @@ def _replaying(stored: StoredRun, pipeline: Pipeline, lineage: Lineage) -> Itera
             yield step
 
 
-class _StoredSamples(StreamStep):
+# Steps of our own making, never in a config.
+class _StoredSamples(StreamStep, arbitrary_types_allowed=True):
     """The samples of the earlier run up to the one that made a target full, before anything was asked for them."""
-
-    model_config = _HOLDS
 
     stored: StoredRun
 
     def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
-        target = self.stored.pipeline.target
-        for sample in first_accepted(self.stored.folder.samples(), target.accepted if target else None):
+        for sample in first_accepted(self.stored.folder.samples(), self.stored.pipeline.target):
             if sample.candidates and sample.status is not Status.SKIPPED:
                 self.stored.keep(sample)
                 yield replace(sample, candidates=(), selection=None, failures=(), status=Status.OPEN)
@@ -178,10 +174,8 @@ class _StoredSamples(StreamStep):
                 ctx.discard(sample)
 
 
-class _StoredCandidates(SampleStep):
+class _StoredCandidates(SampleStep, arbitrary_types_allowed=True):
     """The candidates that a generation step got then, as far as it would ask for them now."""
-
-    model_config = _HOLDS
 
     stored: StoredRun
     generation: Step
@@ -209,10 +203,9 @@ class _StoredCandidates(SampleStep):
         return replace(sample, candidates=(*sample.candidates, *kept), failures=(*sample.failures, *failures))
 
 
-class _StoredVerdicts(SampleStep):
+class _StoredVerdicts(SampleStep, arbitrary_types_allowed=True):
     """A gate that judges what it has not judged before: not the same answer, or not by the same files."""
 
-    model_config = _HOLDS
     rewrites = False
 
     stored: StoredRun

@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -17,11 +18,12 @@ from fastdistill.control.budget import Enough
 from fastdistill.control.card import complete_dataset
 from fastdistill.control.folder import RunFolder, read_json, write_json
 from fastdistill.control.run import ActiveRun
-from fastdistill.control.tally import Tally, interval
+from fastdistill.control.tally import Tally
 from fastdistill.control.terminal import tallied
 from fastdistill.core.canonical import digest
 from fastdistill.core.errors import EnvironmentFault, ExitCode, FatalError
 from fastdistill.core.files import atomic, sha256_file
+from fastdistill.core.stats import interval
 from fastdistill.core.step import SampleStep
 from fastdistill.core.types import Failure, Outcome, Status
 
@@ -254,8 +256,6 @@ def versions() -> dict[str, str]:
 
 def version_of(package: str) -> str:
     """Where only its source is there, that is said: a run whose answers are paid for must not fail for a version."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(package)
     except PackageNotFoundError:

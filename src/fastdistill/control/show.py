@@ -101,7 +101,7 @@ def show_run(run: str, output_dir: Path | None) -> None:
         _field(now, manifest["message"])
     if folder.quality_report.exists():
         code, reports = ExitCode(manifest["exit_code"] or 0), (folder.quality_report, folder.timing_report)
-        summary(RunResult(folder.run_id, folder.path, folder.dist, code, manifest, *map(read_json, reports)), Console())
+        summary(RunResult(folder.run_id, folder.path, folder.dist, code, manifest, *map(read_json, reports)))
 
 
 def show_sample(run: str, sample_id: str, output_dir: Path | None) -> None:

@@ -8,13 +8,13 @@ import re
 from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import sha256
 from operator import methodcaller
 from typing import Any
 
 from fastdistill.control.calibration import Calibration
-from fastdistill.core.stats import Rate, wilson
+from fastdistill.core.stats import Rate, interval, wilson
 from fastdistill.core.step import Step
 from fastdistill.core.types import Candidate, FinishReason, Outcome, Sample, Status
 from fastdistill.data.judge import LLMJudge
@@ -252,16 +252,13 @@ class Tally:
             if verdict.score is not None:
                 gate.scores[round(verdict.score, 2)] += 1
             if detail:
-                self._detail(gate, detail)
+                for flag, value in detail.items():
+                    if isinstance(value, bool):
+                        gate.flags[flag][value] += 1
+                if error := detail.get("exec_error"):
+                    gate.errors[error_group(str(error))].add(str(error))
             hashes[name].add((candidate_id, said, verdict.reason))
         return outcome
-
-    def _detail(self, gate: GateCount, detail: Mapping[str, Any]) -> None:
-        for name, value in detail.items():
-            if isinstance(value, bool):
-                gate.flags[name][value] += 1
-        if error := detail.get("exec_error"):
-            gate.errors[error_group(str(error))].add(str(error))
 
 
 def error_group(message: str) -> str:
@@ -271,11 +268,6 @@ def error_group(message: str) -> str:
     """
     message = re.sub(r'near "[^"]*": ', "", message)
     return re.sub(r":\s.*|\(.*|[\"'`][^\"'`]*[\"'`]|\d+", "", message).strip() or message
-
-
-def interval(rate: Rate) -> dict[str, Any]:
-    """A rate as the reports write it."""
-    return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(rate).items()}
 
 
 def _gate_report(gate: GateCount) -> dict[str, Any]:

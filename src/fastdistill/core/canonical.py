@@ -96,10 +96,8 @@ def _form(value: object, path: _Path) -> bytes:
         return b"{" + b",".join([_quote(name) + b":" + members[name] for name in sorted(members)]) + b"}"
     if isinstance(value, _ARRAY):
         return b"[" + b",".join([_form(inner, (path, index)) for index, inner in enumerate(value)]) + b"]"
-    if value is None:
-        return b"null"
-    if isinstance(value, bool):
-        return b"true" if value else b"false"
+    if value is None or isinstance(value, bool):
+        return _encode(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise NotCanonical(f"{_words(path)}: {value} is not a JSON number")

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -44,8 +46,6 @@ def paired_bootstrap(differences: Iterable[tuple[object, float]], resamples: int
         resamples: how often to draw (Efron & Tibshirani 1993, 13.3).
         seed: the same pairs in any order and the same seed give the same interval.
     """
-    import numpy
-
     groups: dict[object, tuple[float, int]] = {}
     for group, difference in differences:
         total, size = groups.get(group, (0.0, 0))
@@ -56,8 +56,7 @@ def paired_bootstrap(differences: Iterable[tuple[object, float]], resamples: int
     kinds = sorted(Counter(groups.values()).items())
     totals = numpy.array([total for (total, _), _ in kinds])
     sizes = numpy.array([float(size) for (_, size), _ in kinds])
-    shares = numpy.array([count / len(groups) for _, count in kinds])
-    drawn = numpy.random.default_rng(seed).multinomial(len(groups), shares, size=resamples)
-    low, high = numpy.quantile((drawn @ totals) / (drawn @ sizes), (0.025, 0.975))
     counts = numpy.array([count for _, count in kinds])
+    drawn = numpy.random.default_rng(seed).multinomial(len(groups), counts / len(groups), size=resamples)
+    low, high = numpy.quantile((drawn @ totals) / (drawn @ sizes), (0.025, 0.975))
     return Difference(float((counts @ totals) / (counts @ sizes)), float(low), float(high))

@@ -2,17 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator
 
 
-class DecodeProfile(BaseModel):
+class DecodeProfile(BaseModel, frozen=True, extra="forbid"):
     """Sampling parameters. All are sent explicitly: a server's own defaults (top_k 40, top_p 0.9 ...) would
     silently truncate the distribution, and an answer could not be told from its record.
 
     The defaults leave the model's distribution as it is. `extra` in a config is an error, like everywhere.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     temperature: float | tuple[float, ...] = Field(1.0, description="0 to 5; of several each draw takes the next")
     top_p: float = Field(1.0, gt=0, le=1)

@@ -123,9 +123,8 @@ class boundary:
 
 async def together(*work: Awaitable[T]) -> list[T]:
     """All results. What one raises is raised once all have ended, for those are paid for: what is fatal first."""
-    results = await asyncio.gather(*work, return_exceptions=True)
-    for kind in (FatalError, BaseException):
-        for result in results:
-            if isinstance(result, kind):
-                raise result
-    return [result for result in results if not isinstance(result, BaseException)]
+    tasks = [asyncio.ensure_future(each) for each in work]
+    await asyncio.gather(*tasks, return_exceptions=True)
+    if errors := [error for task in tasks if (error := task.exception())]:
+        raise min(errors, key=lambda error: not isinstance(error, FatalError))
+    return [task.result() for task in tasks]

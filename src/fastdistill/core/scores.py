@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
+
+import numpy
 
 from fastdistill.core.compare import Difference
 
-if TYPE_CHECKING:
-    from numpy import ndarray
-
-Pairs: TypeAlias = "Sequence[tuple[float, float]] | ndarray"
+Pairs: TypeAlias = Sequence[tuple[float, float]] | numpy.ndarray
 
 
 def pass_at_k(drawn: int, right: int, k: int) -> float:
@@ -28,8 +27,6 @@ def agreement(pairs: Pairs, epsilon: float = 0.1) -> dict[str, float | None]:
 
     A correlation has no value (None) where one side is constant. Raises ValueError without pairs.
     """
-    import numpy
-
     if not len(pairs):
         raise ValueError("there are no pairs")
     left, right = numpy.asarray(pairs).T
@@ -48,8 +45,6 @@ def agreement_intervals(pairs: Pairs, epsilon: float = 0.1, resamples: int = 100
 
     A correlation's interval is of those draws in which it has a value.
     """
-    import numpy
-
     both, rng = numpy.asarray(pairs), numpy.random.RandomState(0)  # which draws the same in every version of numpy
     drawn = [agreement(both[rng.randint(len(both), size=len(both))], epsilon) for _ in range(resamples)]
     found = {}
@@ -60,16 +55,14 @@ def agreement_intervals(pairs: Pairs, epsilon: float = 0.1, resamples: int = 100
     return found
 
 
-def ranks(values: "Sequence[float] | ndarray") -> "ndarray":
+def ranks(values: Sequence[float] | numpy.ndarray) -> numpy.ndarray:
     """Ranks from 1; equal values share the mean of theirs."""
-    import numpy
-
     _, place, counts = numpy.unique(values, return_inverse=True, return_counts=True)
-    shared: ndarray = (counts.cumsum() - (counts - 1) / 2)[place]
+    shared: numpy.ndarray = (counts.cumsum() - (counts - 1) / 2)[place]
     return shared
 
 
-def _correlation(left: "ndarray", right: "ndarray") -> float | None:
+def _correlation(left: numpy.ndarray, right: numpy.ndarray) -> float | None:
     if left.min() == left.max() or right.min() == right.max():
         return None
     x, y = left - left.mean(), right - right.mean()

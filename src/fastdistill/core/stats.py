@@ -4,9 +4,10 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate, repeat
 from statistics import fmean, stdev
+from typing import Any
 
 Z95 = 1.959963984540054
 
@@ -37,6 +38,11 @@ def wilson(successes: int, total: int) -> Rate:
     centre = (share + Z95**2 / (2 * total)) / scale
     half = Z95 * math.sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2)) / scale
     return Rate(successes, total, share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def interval(rate: Rate) -> dict[str, Any]:
+    """A rate as the reports write it."""
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(rate).items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from fastdistill.core.errors import BudgetSpent
 
@@ -12,14 +12,12 @@ if TYPE_CHECKING:
     from fastdistill.model.meter import Meter
 
 
-class ModelBudget(BaseModel):
+class ModelBudget(BaseModel, frozen=True, extra="forbid"):
     """What may be spent in a run, answers from the store not counted. Checked before every request.
 
     A request in flight counts with all it could still cost: its prompt and every token that it may generate. So does
     one of which nobody says what it cost: called off, broken off, or answered without usage.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_tokens: int | None = Field(None, ge=1, description="prompt and completion tokens")
     max_cost_usd: float | None = Field(None, gt=0, description="needs a `price`")

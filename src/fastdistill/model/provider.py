@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Protocol, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 
 from fastdistill.core.types import Completion, LogprobBasis, Prompt, Usage
 from fastdistill.model.budget import ModelBudget
@@ -113,10 +113,8 @@ class Capabilities:
     probe_tokens: tuple[int, int] = (0, 0)  # of the prompts and the answers that found it out, where it tells
 
 
-class Price(BaseModel):
+class Price(BaseModel, frozen=True, extra="forbid"):
     """US dollars for a million tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: float = Field(0.0, ge=0)
     completion: float = Field(0.0, ge=0)
@@ -129,10 +127,8 @@ class Price(BaseModel):
         return (fresh * self.prompt + usage.cached_tokens * cached + usage.completion_tokens * self.completion) / 1e6
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     """What every model's configuration has. A provider's own `Config` adds its fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     provider: str
     model: str = Field(min_length=1)

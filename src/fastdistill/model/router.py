@@ -247,8 +247,6 @@ class Router:
                 fit = fits[longest] = self._fit(endpoint, slot.shared)
             if fit > best_fit:
                 best, best_fit = at, fit
-        if best == 0:
-            return self._waiting.popleft()
         oldest.passed += 1
         chosen = self._waiting[best]
         del self._waiting[best]

@@ -7,7 +7,7 @@ refuses by name is left out from then on if it was neutral, and an error if it w
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 from msgspec.json import Decoder
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
+from fastdistill.core.errors import together
 from fastdistill.core.turns import LARGE, beside
 from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, Usage
 from fastdistill.model.client import Brake
@@ -103,10 +104,8 @@ _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKin
 """Errors of a probe's request that say something about the endpoint, not about what the request tried."""
 
 
-class BatchOptions(BaseModel):
+class BatchOptions(BaseModel, frozen=True, extra="forbid"):
     """How requests go through the Batch API: `openai_batch.py`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(10_000, gt=0, le=50_000, description="requests in one batch, at most")
     quiet_s: float = Field(1.0, gt=0, description="seconds without a new request, after which a batch goes out")
@@ -236,7 +235,10 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
 
         With `batch` it asks for none: that would take a batch.
         """
-        models, server, tries = await _all(self._list_models(), self._identify(), self._tries(like))
+        # Side by side, for until they are answered no other request goes out. None is called off for another's error:
+        # uvloop would complain of a handshake that fails just then.
+        asked: tuple[Awaitable[Any], ...] = (self._list_models(), self._identify(), self._tries(like))
+        models, server, tries = await together(*asked)
         notes = [_OLLAMA] if server and server.startswith("ollama ") else []
         # llama.cpp answers to any name, and lists one model under its own.
         entry = next((model for model in models if model.id == self._config.model or len(models) == 1), None)
@@ -484,7 +486,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         # The first alone, for `transformers serve` with continuous batching samples all others as its first request
         # asks. Of several tokens, for the first may be blank.
         shaped = await self._try(max_tokens=4, response_format=_PROBE_SCHEMA, **first)
-        two, scored, hot = await _all(self._try(n=2), self._try(**scores), self._try(**scores, temperature=2.0))
+        two, scored, hot = await together(self._try(n=2), self._try(**scores), self._try(**scores, temperature=2.0))
         if isinstance(scored, ProviderError):
             scored = await self._try(logprobs=True)
         return [two, scored, shaped, hot]
@@ -499,16 +501,6 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             if error.kind in _CONCERNS_ALL:
                 raise
             return error
-
-
-async def _all(*asked: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Side by side, for until they are answered no other request goes out.
-
-    None is called off for another's error: uvloop would complain of a handshake that fails just then.
-    """
-    tasks = [*map(asyncio.ensure_future, asked)]
-    await asyncio.gather(*tasks, return_exceptions=True)
-    return [task.result() for task in tasks]
 
 
 _PROBE_MESSAGES = ({"role": "user", "content": "Name three colours."},)

@@ -125,17 +125,13 @@ class BatchProvider(OpenAIProvider):
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work, context=Context())  # for many samples, not for the one at work
-        self._tasks[task] = asyncio.Semaphore(0)
-        task.add_done_callback(self._open)
+        self._tasks[task] = asyncio.Semaphore(AT_ONCE)
         return task
-
-    def _open(self, task: asyncio.Task[Any]) -> None:
-        for _ in range(AT_ONCE):
-            self._tasks[task].release()
 
     async def _shared(self, task: asyncio.Task[T]) -> T:
         """What a task brings to many: they go on a few at a time, for all at once would hold the loop."""
         async with self._tasks[task]:
+            await asyncio.wait([task])
             return task.result()
 
     # --- one batch, from its first request to its answers ---

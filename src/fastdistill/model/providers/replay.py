@@ -84,10 +84,9 @@ class ReplayProvider(Provider):
             (count,) = self._answers.execute("SELECT count(*) FROM answers WHERE key = ?", (key,)).fetchone()
             if count:
                 message = f"attempt {seed} is not recorded: the prompt has {count} answers"
-                break
-        else:
-            asked = prompt.messages[-1]["content"][:80]
-            message = f"nothing is recorded for the sample, nor for its messages, which end in {asked!r}"
+                raise ProviderError(ErrorKind.NOT_RECORDED, message)
+        asked = prompt.messages[-1]["content"][:80]
+        message = f"nothing is recorded for the sample, nor for its messages, which end in {asked!r}"
         raise ProviderError(ErrorKind.NOT_RECORDED, message)
 
     async def probe(self, like: Prompt | None = None) -> Capabilities:
