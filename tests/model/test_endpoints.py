@@ -735,6 +735,17 @@ def test_a_second_request_goes_to_no_server_that_was_never_contacted(tmp_path: P
         run(go())
 
 
+def test_a_server_that_tells_its_slots_is_not_sent_many_more_at_first(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([server.url], tmp_path, provider="openai", max_concurrency=None) as asker:
+            assert complete(await asker.ask_all(20), 20)
+            assert asker.client.endpoints[0].slots == 2
+
+    with openai_server(latency=quick, slots=2, tells_slots=True) as server:
+        run(go())
+    assert server.counters.peak == 3, "one waits, lest a slot that comes free does"
+
+
 def test_the_metrics_of_a_server_set_how_many_are_in_flight(tmp_path: Path) -> None:
     """See `test_limits` for what follows from them; here: they are asked for at each endpoint that has them."""
 

@@ -220,6 +220,8 @@ class ModelClient:
             else:
                 self.meter.probed(Usage(*endpoint.capabilities.probe_tokens))
                 endpoint.asks_n = endpoint.capabilities.n is True
+                if slots := endpoint.capabilities.slots:
+                    endpoint.limit.told(slots)
                 endpoint.answered()
                 return None
 

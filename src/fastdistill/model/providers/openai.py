@@ -28,6 +28,7 @@ from fastdistill.model.providers.openai_answers import (
     Decided,
     ListedModel,
     ListedModels,
+    Props,
     SGLangScores,
     TokenIds,
     VLLMScores,
@@ -260,6 +261,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             server=server,
             models=tuple(model.id for model in models),
             context_length=entry.context if entry else None,
+            slots=await self._slots(models),
             served_model=answer.model if answer else None,
             build=answer.build if answer else None,
             n=len(two) == 2 and sum(one.usage.completion_tokens for one in two) >= 2 if two else None,
@@ -475,6 +477,15 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         except ProviderError:
             return response.headers.get("server")
         return f"{'ollama' if provider == 'openai' else provider} {version}"
+
+    async def _slots(self, models: tuple[ListedModel, ...]) -> int | None:
+        """Of llama.cpp, which tells them also where it has no metrics."""
+        if all(model.owned_by != "llamacpp" for model in models):
+            return None
+        with suppress(ProviderError):
+            response = await self._request("GET", f"{self._root}/props", timeout=5.0)
+            return self._decode(response, Decoder(Props).decode).total_slots
+        return None
 
     async def _tries(self, like: Prompt | None) -> "list[list[Completion] | ProviderError]":
         if self._config.batch is not None:

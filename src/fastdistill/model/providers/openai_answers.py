@@ -146,6 +146,7 @@ class TokenIds(Struct):
 
 class ListedModel(Struct):
     id: str
+    owned_by: str | None = None
     max_model_len: int | None = None  # vLLM, SGLang
     context_length: int | None = None  # OpenRouter
     context_window: int | None = None  # Groq
@@ -158,6 +159,12 @@ class ListedModel(Struct):
 
 class ListedModels(Struct):
     data: list[ListedModel]
+
+
+class Props(Struct):
+    """Of llama.cpp."""
+
+    total_slots: int
 
 
 decode_answer = Decoder(ChatAnswer).decode
