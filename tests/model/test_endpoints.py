@@ -222,6 +222,20 @@ def test_with_no_endpoint_at_all_the_run_stops_at_once(tmp_path: Path) -> None:
     run(go())
 
 
+def test_a_model_that_loads_at_first_contact_is_waited_for_and_then_probed(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([server.url], tmp_path) as asker:
+            assert complete(await asker.ask("Q"), 1)
+            assert asker.client.endpoints[0].n is True
+
+    def loads(call: Call) -> Fault | None:
+        return status(503, "Loading model") if call.number <= 20 else None  # the requests of four probes
+
+    with openai_server(faults=loads) as server:
+        run(go())
+    assert server.counters.requests == 20 + 4 + 1
+
+
 def test_an_endpoint_that_dies_midway_loses_no_request(tmp_path: Path) -> None:
     async def go() -> None:
         async with asking([mortal.url, server.url], tmp_path) as asker:

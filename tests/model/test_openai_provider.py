@@ -673,6 +673,7 @@ def test_a_probe_survives_a_feature_that_breaks_the_server() -> None:
         ({"api_key": "k"}, ErrorKind.AUTH),
         ({"models": ("other",)}, ErrorKind.NO_MODEL),
         ({"faults": {"colours": garbled(b"<html>Welcome", times=None)}}, ErrorKind.GARBLED),
+        ({"faults": {"colours": status(503, "Loading model", times=None)}}, ErrorKind.OVERLOADED),
     ],
 )
 def test_a_probe_fails_where_no_request_can_succeed(habits: dict[str, Any], kind: ErrorKind) -> None:

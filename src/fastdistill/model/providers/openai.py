@@ -102,6 +102,7 @@ _TRANSFORMERS = (
 
 _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT}
 """Errors of a probe's request that say something about the endpoint, not about what the request tried."""
+_TELLS_NOTHING = {ErrorKind.GARBLED, ErrorKind.OVERLOADED}  # where no request gets anything else; llama.cpp as it loads
 
 
 class BatchOptions(BaseModel):
@@ -242,7 +243,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         # llama.cpp answers to any name, and lists one model under its own.
         entry = next((model for model in models if model.id == self._config.model or len(models) == 1), None)
         failures = {what: tried for what, tried in zip(_TRIED, tries, strict=True) if isinstance(tried, ProviderError)}
-        if len(failures) == len(tries) and all(error.kind is ErrorKind.GARBLED for error in failures.values()):
+        if len(failures) == len(tries) and all(error.kind in _TELLS_NOTHING for error in failures.values()):
             raise failures[_TRIED[0]]
         notes += [f"{what} failed: {error}" for what, error in failures.items()]
         two, scored, shaped, hot = ([] if isinstance(tried, ProviderError) else tried for tried in tries)
@@ -448,6 +449,8 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
                 response = await self._request("GET", f"{self._config.url}/models")
                 if error_kind(response.status) is ErrorKind.AUTH:
                     raise self._error(response, {})
+                if response.status == 503:
+                    return ()  # as it loads: to be asked again
                 self._models = ()
                 with suppress(ProviderError):
                     self._models = tuple(self._decode(response, Decoder(ListedModels).decode).data)
