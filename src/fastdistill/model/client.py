@@ -209,7 +209,7 @@ class ModelClient:
                 late = ProviderError(ErrorKind.TIMEOUT, f"first contact took more than {_PROBED_WITHIN:g} s")
                 error = failed if isinstance(failed, ProviderError) else late
                 # Nobody there at the very start is a mistake to fix, not an outage to wait out; but a model may load.
-                few = len(failures) < 3 or error.kind is ErrorKind.OVERLOADED
+                few = len(failures) < 3 or error.kind in (ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED)
                 waits = error.kind is not ErrorKind.REFUSED and within is None and few
                 decision = decide(error, failures, self.config.max_retries, random.random())
                 if not (waits and isinstance(decision, Retry)):

@@ -102,7 +102,8 @@ _TRANSFORMERS = (
 
 _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT}
 """Errors of a probe's request that say something about the endpoint, not about what the request tried."""
-_TELLS_NOTHING = {ErrorKind.GARBLED, ErrorKind.OVERLOADED}  # where no request gets anything else; llama.cpp as it loads
+_TELLS_NOTHING = {ErrorKind.GARBLED, ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED, ErrorKind.SERVER}
+"""Where no request gets anything else: llama.cpp says 503 while it loads, a gateway 500 with no server behind it."""
 
 
 class BatchOptions(BaseModel):
@@ -420,9 +421,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         elif status in (400, 422) and _says_no_model(fault):
             kind = ErrorKind.NO_MODEL
         elif status in (400, 422):
-            sent = body.keys() - {"model", "messages"}
-            names = ("n" if name == "n_cmpl" else name for name in fault.refused_names())  # llama.cpp's word for n
-            parameter = next((name for name in names if name in sent), None)
+            parameter = _refused(fault, {name: body[name] for name in body.keys() - {"model", "messages"}})
         if parameter is not None:
             return self._unsupported(parameter, body[parameter], fault.message)
         if kind is ErrorKind.AUTH and status == 401:
@@ -498,19 +497,27 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         # The first alone, for `transformers serve` with continuous batching samples all others as its first request
         # asks. Of several tokens, for the first may be blank.
         shaped = await self._try(max_tokens=4, response_format=_PROBE_SCHEMA, **first)
-        two, scored, hot = await _all(self._try(n=2), self._try(**scores), self._try(**scores, temperature=2.0))
+        well = not isinstance(shaped, ProviderError)
+        three = ({"n": 2}, scores, {**scores, "temperature": 2.0})
+        two, scored, hot = await _all(*(self._try(**each, well=well) for each in three))
         if isinstance(scored, ProviderError):
-            scored = await self._try(logprobs=True)
+            scored = await self._try(logprobs=True, well=well)
         return [two, scored, shaped, hot]
 
-    async def _try(self, *, n: int = 1, max_tokens: int = 1, **parameters: Any) -> list[Completion] | ProviderError:
-        """The completions of a tiny request, or why there are none; raises if the endpoint can't be used at all."""
+    async def _try(
+        self, *, n: int = 1, max_tokens: int = 1, well: bool = False, **parameters: Any
+    ) -> list[Completion] | ProviderError:
+        """The completions of a tiny request, or why there are none; raises if the endpoint can't be used at all.
+
+        `well`: it has answered already. Then a 403 is about what is asked, as OpenAI's to log-probabilities of some
+        models.
+        """
         sent = DecodeProfile(max_tokens=max_tokens).parameters() | parameters
         prompt = Prompt(self._config.provider, self._config.model, _PROBE_MESSAGES, sent)
         try:
             return await self.complete(prompt, seed=1, n=n)
         except ProviderError as error:
-            if error.kind in _CONCERNS_ALL:
+            if error.kind in _CONCERNS_ALL and not (well and error.kind is ErrorKind.AUTH):
                 raise
             return error
 
@@ -550,6 +557,21 @@ def chat_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def _may_be_left_out(name: str, value: object) -> bool:
     # Without `n` one answer comes, and the client asks for the rest; without `seed` an answer is only not repeatable.
     return name in ("n", "seed") or value in NEUTRAL.get(name, ())
+
+
+def _refused(fault: Fault, sent: Mapping[str, Any]) -> str | None:
+    """Which of the parameters that were sent is refused, as far as the words tell."""
+    names = ("n" if name == "n_cmpl" else name for name in fault.refused_names())  # llama.cpp's word for n
+    named = next((name for name in names if name in sent), None)
+    if named is not None and not re.search(r"\bboth\b", fault.message):
+        return named
+    # Claude does not take temperature and top_p both; others name what they refuse in prose, without quotes.
+    words = _WORD.findall(fault.message) if len(fault.message) < 200 else ()  # a longer one may quote the prompt
+    spare = (name for name in words if name in NEUTRAL and name in sent and _may_be_left_out(name, sent[name]))
+    return next(spare, named)
+
+
+_WORD = re.compile(r"[a-z]+(?:_[a-z]+)*")
 
 
 def _says_no_model(fault: Fault) -> bool:

@@ -31,8 +31,15 @@ class _Details(Struct):
 class _Usage(Struct):
     prompt_tokens: Count = None
     completion_tokens: Count = None
+    total_tokens: Count = None
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
+
+    @property
+    def written(self) -> Count:
+        """Gemini and xAI count the thinking in the total alone."""
+        read, told, total = self.prompt_tokens or 0, self.completion_tokens or 0, self.total_tokens or 0
+        return total - read if read > 0 <= told < total - read else self.completion_tokens
 
 
 class _Logprobs(Struct):
@@ -217,7 +224,7 @@ def _usages(usage: _Usage, choices: Sequence[_Choice], tokens: Sequence[list[Tok
     """
     cached = (usage.prompt_tokens_details or _Details()).cached_tokens
     thought = (usage.completion_tokens_details or _Details()).reasoning_tokens
-    whole = usage_of(usage.prompt_tokens, usage.completion_tokens, cached, thought)
+    whole = usage_of(usage.prompt_tokens, usage.written, cached, thought)
     if len(choices) < 2:
         return [whole]
     counted = [len(each) for each in tokens if each is not None]
