@@ -584,6 +584,12 @@ def test_a_probe_measures_of_which_distribution_logprobs_are(basis: str) -> None
     assert (found.max_top, found.has_token_ids, found.can_score_prompt) == (20, True, True)
 
 
+def test_the_version_of_sglang_is_asked_for_where_it_now_is() -> None:
+    with openai_server(paths={"/server_info": {"version": "0.6.1"}}) as server:
+        assert probe(server, provider="sglang").server == "sglang 0.6.1"
+    assert "/get_server_info" not in server.counters.paths, "it would warn of each such request"
+
+
 def test_where_no_alternatives_come_the_basis_is_unknown() -> None:
     with openai_server(refuses=("top_logprobs",)) as server:
         found = probe(server)

@@ -47,17 +47,17 @@ class _Habits(NamedTuple):
 
     base_url: str
     start: str  # what to do when nobody answers
-    version_path: str = ""  # under the host, not under /v1
+    version_paths: tuple[str, ...] = ()  # under the host, not under /v1
 
 
 _HABITS: Mapping[str, _Habits] = {
-    "openai": _Habits("https://api.openai.com/v1", "start the server", "/api/version"),  # which only Ollama answers
+    "openai": _Habits("https://api.openai.com/v1", "start the server", ("/api/version",)),  # which only Ollama answers
     "openrouter": _Habits("https://openrouter.ai/api/v1", "check the network"),
-    "vllm": _Habits("http://localhost:8000/v1", "start it with `vllm serve {model}`", "/version"),
+    "vllm": _Habits("http://localhost:8000/v1", "start it with `vllm serve {model}`", ("/version",)),
     "sglang": _Habits(
         "http://localhost:30000/v1",
         "start it with `python -m sglang.launch_server --model-path {model}`",
-        "/get_server_info",
+        ("/server_info", "/get_server_info"),  # the second of versions before 2026
     ),
 }
 
@@ -472,13 +472,14 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         """The server's product and version where it tells them."""
         if self._hosted:
             return None
-        provider, path = self._config.provider, self._habits.version_path
-        response = await self._request("GET", f"{self._root}{path}")
-        try:
-            version = self._decode(response, Decoder(Version).decode).version
-        except ProviderError:
-            return response.headers.get("server")
-        return f"{'ollama' if provider == 'openai' else provider} {version}"
+        product = "ollama" if self._config.provider == "openai" else self._config.provider
+        said = None
+        for path in self._habits.version_paths:
+            response = await self._request("GET", f"{self._root}{path}")
+            said = response.headers.get("server")
+            with suppress(ProviderError):
+                return f"{product} {self._decode(response, Decoder(Version).decode).version}"
+        return said
 
     async def _slots(self, models: tuple[ListedModel, ...]) -> int | None:
         """Of llama.cpp, which tells them also where it has no metrics."""
