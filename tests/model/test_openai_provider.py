@@ -462,7 +462,7 @@ def test_retry_after_is_handed_on() -> None:
 def test_a_wrong_key_names_the_variable_to_set() -> None:
     with openai_server(api_key="k") as server:
         assert "set VLLM_API_KEY" in str(error(server, provider="vllm"))
-        assert "the key in OPENAI_API_KEY is refused" in str(error(server, api_key="wrong"))
+        assert "the key (`api_key`, or else OPENAI_API_KEY) is refused" in str(error(server, api_key="wrong"))
 
 
 def test_an_unknown_model_lists_the_served_ones_asked_once() -> None:

@@ -426,7 +426,8 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             return self._unsupported(parameter, body[parameter], fault.message)
         if kind is ErrorKind.AUTH and status == 401:
             variable = f"{self._config.provider.upper()}_API_KEY"
-            message += f"; set {variable}" if self._config.api_key is None else f"; the key in {variable} is refused"
+            refused = f"the key (`api_key`, or else {variable}) is refused"
+            message += f"; set {variable}" if self._config.api_key is None else f"; {refused}"
         elif kind is ErrorKind.AUTH and status in (402, 429):
             message += "; the account has no credit left"
         elif kind is ErrorKind.TOO_LONG and status != 413:
