@@ -228,6 +228,7 @@ def test_a_refused_parameter_is_found_by_name(text: str, name: str) -> None:
         "The input (5000 tokens) is longer than the model's context length (4096 tokens).",
         "request (1234 tokens) exceeds the available context size (512 tokens), try increasing it",
         "prompt too long; exceeded max context length by 12 tokens",
+        "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 289650 tokens.",
     ],
 )
 def test_a_prompt_that_is_too_long_is_known_by_the_servers_words(text: str) -> None:

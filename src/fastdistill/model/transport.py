@@ -376,7 +376,7 @@ _MARKUP = re.compile(r"<(head|style|script)\b.*?</\1>|<!--.*?-->|<[^>]*>", re.IG
 
 _TOO_LONG = re.compile(
     r"context.?(length|size|window|limit)|too long|too many (input )?tokens|maximum (prompt|input|model) length"
-    r"|longer than the model|exceeds? the limit of|input length should be|request entity too large",
+    r"|longer than the model|exceeds? the (configured )?limit of|input length should be|request entity too large",
     re.IGNORECASE,
 )
 
