@@ -367,6 +367,7 @@ BOTH = "`temperature` and `top_p` cannot both be specified for this model. Pleas
     [
         (BOTH, {"temperature": 0.7}, "top_p"),  # Claude
         (BOTH.replace("`", ""), {"temperature": 0.7}, "top_p"),
+        (f"litellm.BadRequestError: AnthropicException - {BOTH} {'x' * 200}", {"temperature": 0.7}, "top_p"),
         ("temperature is deprecated for this model.", {}, "temperature"),
         ("body.min_p: property 'body.min_p' is unsupported", {}, "min_p"),  # Cerebras
         ("InternalError.Algo.InvalidParameter: Range of top_k should be [1, 100]", {}, "top_k"),  # DashScope

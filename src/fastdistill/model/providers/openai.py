@@ -563,13 +563,13 @@ def _may_be_left_out(name: str, value: object) -> bool:
 
 def _refused(fault: Fault, sent: Mapping[str, Any]) -> str | None:
     """Which of the parameters that were sent is refused, as far as the words tell."""
-    names = ("n" if name == "n_cmpl" else name for name in fault.refused_names())  # llama.cpp's word for n
+    names = ["n" if name == "n_cmpl" else name for name in fault.refused_names()]  # llama.cpp's word for n
     named = next((name for name in names if name in sent), None)
     if named is not None and not re.search(r"\bboth\b", fault.message):
         return named
     # Claude does not take temperature and top_p both; others name what they refuse in prose, without quotes.
-    words = _WORD.findall(fault.message) if len(fault.message) < 200 else ()  # a longer one may quote the prompt
-    spare = (name for name in words if name in NEUTRAL and name in sent and _may_be_left_out(name, sent[name]))
+    words = _WORD.findall(fault.message) if len(fault.message) < 200 else []  # a longer one may quote the prompt
+    spare = (name for name in names + words if name in NEUTRAL and name in sent and _may_be_left_out(name, sent[name]))
     return next(spare, named)
 
 
