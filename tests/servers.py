@@ -216,6 +216,7 @@ class OpenAIOptions(Options):
     refuses: Sequence[str] = ()  # parameters answered with OpenAI's 400
     unknown_model: Literal["404", "400", "any"] = "404"
     lists_models: bool = True
+    tells_slots: bool = False  # as llama.cpp
     batches: Mapping[int, Batch] = field(default_factory=dict)  # by number from 1
     largest_file: int = 2**30  # bytes; a larger one is answered 413
     paths: Mapping[str, Any] = field(default_factory=dict)  # further GET paths and their text or JSON
@@ -387,6 +388,8 @@ class OpenAIServer(Server):
         router.add_get("/v1/batches", self._list_batches)
         router.add_get("/v1/batches/{id}", self._batch)
         router.add_get("/v1/models", self._models)
+        if self.options.tells_slots:
+            router.add_get("/props", _constant({"total_slots": self.options.slots}))
         for path, value in self.options.paths.items():
             router.add_get(path, _constant(value))
 
@@ -396,7 +399,8 @@ class OpenAIServer(Server):
     async def _models(self, request: web.Request) -> web.Response:
         if not self.options.lists_models:
             return web.Response(status=500, text="Internal Server Error")
-        data = [{"id": name, "object": "model", "max_model_len": self.options.context} for name in self.options.models]
+        same = {"object": "model", "owned_by": "llamacpp" if self.options.tells_slots else "vllm"}
+        data = [{"id": name, "max_model_len": self.options.context, **same} for name in self.options.models]
         return web.json_response({"object": "list", "data": data})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:

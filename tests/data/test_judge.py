@@ -162,8 +162,9 @@ def test_a_rubric_is_read_among_words_and_however_its_values_are_written(tmp_pat
     assert not any(len(body["messages"]) > 2 for body in judge.counters.bodies)  # none was asked for again
 
 
-def test_a_judge_that_breaks_is_an_error(tmp_path: Path) -> None:
-    broken = {"<answer>": status(500, times=None)}
+@pytest.mark.parametrize("said", ["<answer>", ""], ids=["asked to judge", "at first contact"])
+def test_a_judge_that_breaks_is_an_error(tmp_path: Path, said: str) -> None:
+    broken = {said: status(500, times=None)}
     _, samples, _ = judged(tmp_path, knows, records=4, model={"max_retries": 1}, faults=broken)
     assert {(v.outcome, v.reason) for _, v in verdicts(samples)} == {(Outcome.ERROR, "judge_unavailable")}
 

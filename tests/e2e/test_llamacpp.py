@@ -56,6 +56,7 @@ def test_a_data_set_is_distilled_from_a_real_server(gguf: Path, tmp_path: Path) 
     endpoint = result.manifest["models"]["teacher"]["endpoints"][0]
     assert endpoint["n"] is False, "llama.cpp counts the tokens of one choice only, so it is asked one by one"
     assert endpoint["logprobs"] is True
+    assert endpoint["slots"] == 4
     # Every answer has its own usage, so that the sum is right.
     assert result.timing["models"]["teacher"]["requests"] == 90
     assert result.quality["tokens"]["completion"] > 90 * 5

@@ -222,6 +222,20 @@ def test_with_no_endpoint_at_all_the_run_stops_at_once(tmp_path: Path) -> None:
     run(go())
 
 
+def test_a_model_that_loads_at_first_contact_is_waited_for_and_then_probed(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([server.url], tmp_path) as asker:
+            assert complete(await asker.ask("Q"), 1)
+            assert asker.client.endpoints[0].n is True
+
+    def loads(call: Call) -> Fault | None:
+        return status(503, "Loading model") if call.number <= 20 else None  # the requests of four probes
+
+    with openai_server(faults=loads) as server:
+        run(go())
+    assert server.counters.requests == 20 + 4 + 1
+
+
 def test_an_endpoint_that_dies_midway_loses_no_request(tmp_path: Path) -> None:
     async def go() -> None:
         async with asking([mortal.url, server.url], tmp_path) as asker:
@@ -733,6 +747,17 @@ def test_a_second_request_goes_to_no_server_that_was_never_contacted(tmp_path: P
 
     with openai_server(faults=straggles) as server, restartable() as late:
         run(go())
+
+
+def test_a_server_that_tells_its_slots_is_not_sent_many_more_at_first(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with asking([server.url], tmp_path, provider="openai", max_concurrency=None) as asker:
+            assert complete(await asker.ask_all(20), 20)
+            assert asker.client.endpoints[0].slots == 2
+
+    with openai_server(latency=quick, slots=2, tells_slots=True) as server:
+        run(go())
+    assert server.counters.peak == 3, "one waits, lest a slot that comes free does"
 
 
 def test_the_metrics_of_a_server_set_how_many_are_in_flight(tmp_path: Path) -> None:

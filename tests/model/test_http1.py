@@ -323,6 +323,18 @@ def test_an_idle_connection_is_closed(run: Run[Any]) -> None:
     assert [len(requests) for requests in run(go()).requests] == [1, 1]
 
 
+def test_a_connection_that_holds_a_thread_of_the_server_is_not_kept(run: Run[Any]) -> None:
+    counted = TWO.replace(b"\r\n\r\n", b"\r\nKeep-Alive: timeout=5, max=100\r\n\r\n")  # as llama.cpp has it
+
+    async def go() -> Seen:
+        async with serving([[counted], OK], [OK]) as seen, client() as transport:
+            await ask(transport, seen.url)
+            await ask(transport, seen.url)
+            return seen
+
+    assert [len(requests) for requests in run(go()).requests] == [1, 1]
+
+
 def test_without_keep_each_request_has_a_connection_and_none_is_sent_twice(run: Run[Any]) -> None:
     async def go() -> Seen:
         async with serving([OK], [[Does.CLOSE]], [OK]) as seen, client(keep=0) as transport:

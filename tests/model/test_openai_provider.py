@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, TokenLogprob
+from fastdistill.core.types import Completion, FinishReason, LogprobBasis, Prompt, TokenLogprob, Usage
 from fastdistill.model.provider import Capabilities, ErrorKind, Load, ProviderError
 from fastdistill.model.providers.openai import OpenAIConfig, OpenAIProvider
 from fastdistill.model.providers.openai_answers import share
@@ -286,6 +286,13 @@ def test_content_may_come_in_parts_with_the_thinking_among_them() -> None:
     assert sum(answer.usage.completion_tokens for answer in answers) > 0
 
 
+def test_thinking_that_only_the_total_has_is_counted() -> None:
+    usage = {"prompt_tokens": 12, "completion_tokens": 1, "total_tokens": 399}  # as Gemini's; xAI has the details too
+    with openai_server(extra={"usage": usage | {"completion_tokens_details": {"reasoning_tokens": 386}}}) as server:
+        [[answer]] = complete(server)
+    assert answer.usage == Usage(12, 387, 0, 386)
+
+
 def test_no_usage_is_zero() -> None:
     with openai_server(usage_of="none") as server:
         [[answer]] = complete(server)
@@ -350,6 +357,27 @@ def test_a_validation_error_names_its_parameter_too() -> None:
     with openai_server(faults={1: status(422, detail)}) as server:
         complete(server)
     assert "min_p" not in server.counters.bodies[1]
+
+
+BOTH = "`temperature` and `top_p` cannot both be specified for this model. Please use only one."
+
+
+@pytest.mark.parametrize(
+    ("message", "sent", "left_out"),
+    [
+        (BOTH, {"temperature": 0.7}, "top_p"),  # Claude
+        (BOTH.replace("`", ""), {"temperature": 0.7}, "top_p"),
+        (f"litellm.BadRequestError: AnthropicException - {BOTH} {'x' * 200}", {"temperature": 0.7}, "top_p"),
+        ("temperature is deprecated for this model.", {}, "temperature"),
+        ("body.min_p: property 'body.min_p' is unsupported", {}, "min_p"),  # Cerebras
+        ("InternalError.Algo.InvalidParameter: Range of top_k should be [1, 100]", {}, "top_k"),  # DashScope
+    ],
+)
+def test_a_refusal_in_prose_names_its_parameter(message: str, sent: dict[str, Any], left_out: str) -> None:
+    with openai_server(faults={1: status(400, message)}) as server:
+        complete(server, prompt(**sent))
+    first, second = server.counters.bodies
+    assert first.keys() - second.keys() == {left_out}
 
 
 def test_the_official_api_is_not_sent_what_it_lacks() -> None:
@@ -435,7 +463,7 @@ def test_retry_after_is_handed_on() -> None:
 def test_a_wrong_key_names_the_variable_to_set() -> None:
     with openai_server(api_key="k") as server:
         assert "set VLLM_API_KEY" in str(error(server, provider="vllm"))
-        assert "the key in OPENAI_API_KEY is refused" in str(error(server, api_key="wrong"))
+        assert "the key (`api_key`, or else OPENAI_API_KEY) is refused" in str(error(server, api_key="wrong"))
 
 
 def test_an_unknown_model_lists_the_served_ones_asked_once() -> None:
@@ -557,6 +585,12 @@ def test_a_probe_measures_of_which_distribution_logprobs_are(basis: str) -> None
     assert (found.max_top, found.has_token_ids, found.can_score_prompt) == (20, True, True)
 
 
+def test_the_version_of_sglang_is_asked_for_where_it_now_is() -> None:
+    with openai_server(paths={"/server_info": {"version": "0.6.1"}}) as server:
+        assert probe(server, provider="sglang").server == "sglang 0.6.1"
+    assert "/get_server_info" not in server.counters.paths, "it would warn of each such request"
+
+
 def test_where_no_alternatives_come_the_basis_is_unknown() -> None:
     with openai_server(refuses=("top_logprobs",)) as server:
         found = probe(server)
@@ -658,6 +692,17 @@ def test_what_a_server_tells_of_its_load_is_of_all_its_engines_and_nonsense_is_n
         assert asyncio.run(go()) == load
 
 
+def test_a_403_to_what_a_working_key_asks_for_is_no_wrong_key() -> None:
+    def fault(call: Call) -> Fault | None:
+        return (
+            status(403, "You are not allowed to request logprobs from this model") if "logprobs" in call.body else None
+        )
+
+    with openai_server(faults=fault) as server:
+        found = probe(server)
+    assert (found.n, found.logprobs) == (True, False)
+
+
 def test_a_probe_survives_a_feature_that_breaks_the_server() -> None:
     def fault(call: Call) -> Fault | None:
         return status(500) if "response_format" in call.body else None
@@ -673,6 +718,9 @@ def test_a_probe_survives_a_feature_that_breaks_the_server() -> None:
         ({"api_key": "k"}, ErrorKind.AUTH),
         ({"models": ("other",)}, ErrorKind.NO_MODEL),
         ({"faults": {"colours": garbled(b"<html>Welcome", times=None)}}, ErrorKind.GARBLED),
+        ({"faults": {"colours": status(503, "Loading model", times=None)}}, ErrorKind.OVERLOADED),
+        ({"faults": {"colours": status(500, "Cannot connect to host", times=None)}}, ErrorKind.SERVER),
+        ({"faults": {"colours": rate_limited(times=None)}}, ErrorKind.RATE_LIMITED),
     ],
 )
 def test_a_probe_fails_where_no_request_can_succeed(habits: dict[str, Any], kind: ErrorKind) -> None:

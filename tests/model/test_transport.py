@@ -228,6 +228,7 @@ def test_a_refused_parameter_is_found_by_name(text: str, name: str) -> None:
         "The input (5000 tokens) is longer than the model's context length (4096 tokens).",
         "request (1234 tokens) exceeds the available context size (512 tokens), try increasing it",
         "prompt too long; exceeded max context length by 12 tokens",
+        "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 289650 tokens.",
     ],
 )
 def test_a_prompt_that_is_too_long_is_known_by_the_servers_words(text: str) -> None:
@@ -264,5 +265,7 @@ def test_only_a_leading_think_block_is_thinking() -> None:
     assert split_thinking("<think>\nhm\n</think>\n\nSELECT 1", stop) == ("hm", "\n\nSELECT 1")
     assert split_thinking("\n<think></think> x", stop) == ("", " x")
     assert split_thinking("say <think>no</think>", stop) == (None, "say <think>no</think>")
+    assert split_thinking("hm,\nso it is 1\n</think>\n\nSELECT 1", stop) == ("hm,\nso it is 1", "\n\nSELECT 1")
+    assert split_thinking("it ends with `</think>`, always", stop) == (None, "it ends with `</think>`, always")
     assert split_thinking("<think>cut", length) == ("cut", "")
     assert split_thinking("<think>never closed", stop) == (None, "<think>never closed")

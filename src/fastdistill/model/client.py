@@ -208,8 +208,9 @@ class ModelClient:
             except (ProviderError, TimeoutError) as failed:
                 late = ProviderError(ErrorKind.TIMEOUT, f"first contact took more than {_PROBED_WITHIN:g} s")
                 error = failed if isinstance(failed, ProviderError) else late
-                # Nobody there at the very start is a mistake to fix, not an outage to wait out.
-                waits = error.kind is not ErrorKind.REFUSED and within is None and len(failures) < 3
+                # Nobody there at the very start is a mistake to fix, not an outage to wait out; but a model may load.
+                few = len(failures) < 3 or error.kind in _EASES
+                waits = error.kind is not ErrorKind.REFUSED and within is None and few
                 decision = decide(error, failures, self.config.max_retries, random.random())
                 if not (waits and isinstance(decision, Retry)):
                     endpoint.cool(begun, clock())
@@ -220,6 +221,8 @@ class ModelClient:
             else:
                 self.meter.probed(Usage(*endpoint.capabilities.probe_tokens))
                 endpoint.asks_n = endpoint.capabilities.n is True
+                if slots := endpoint.capabilities.slots:
+                    endpoint.limit.told(slots)
                 endpoint.answered()
                 return None
 
@@ -542,7 +545,8 @@ _REFUSES_FOR = 5.0  # seconds
 _SCOUTS_EVERY = 0.1  # seconds
 _OVER_WHEN_ANSWERED = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.GARBLED}
 """Faults of a server or of the network, not of its load: an answer to somebody else shows that they are over."""
-_GONE = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.OVERLOADED}  # no word on key, model, request
+_EASES = (ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED)  # of itself, in time
+_GONE = {ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT, ErrorKind.SERVER, *_EASES}  # no word on key or model
 _MEASURED_EVERY = 0.5  # seconds
 _ENOUGH_TO_HEDGE = 100  # answers, before the 99th percentile means anything
 _LOST = 4  # times the 99th percentile

@@ -276,7 +276,9 @@ def _parse(head: bytes) -> tuple[int, dict[str, str], bool]:
     headers = dict(fields)
     if len(headers) < len(fields):
         headers = {name: ", ".join([value for other, value in fields if other == name]) for name in headers}
-    return status, headers, keep and "close" not in headers.get("connection", "").lower()
+    # Such servers have a thread for each connection: one that is idle holds up what waits in another.
+    threads = "max=" in headers.get("keep-alive", "")
+    return status, headers, keep and not threads and "close" not in headers.get("connection", "").lower()
 
 
 @lru_cache(maxsize=64)

@@ -59,6 +59,9 @@ class Limit:
 
     def timed_out(self, begun: float, now: float) -> None: ...
 
+    def told(self, slots: int) -> None:
+        """The server has so many: at first contact."""
+
     def measured(self, load: Load, *, busy: bool) -> None: ...
 
 
@@ -193,6 +196,11 @@ class AdaptiveLimit(Limit):
         if self._late > self.capacity / 4:
             self._cut, self._late = 0.5, 0
             self.rate_limited(begun, now)
+
+    def told(self, slots: int) -> None:
+        """Begins there, without a ramp: a gateway may have more behind it, which trials find."""
+        self._ramping = False
+        self._move(math.ceil(slots * HEADROOM))
 
     def measured(self, load: Load, *, busy: bool) -> None:
         """The server says itself how many it works on and how many wait: that beats any inference.

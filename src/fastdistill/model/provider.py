@@ -101,6 +101,7 @@ class Capabilities:
     build: str | None = None  # digest or fingerprint of the served model
     models: tuple[str, ...] = ()
     context_length: int | None = None
+    slots: int | None = None  # requests worked on at a time; others wait
     n: bool | None = None
     logprobs: bool | None = None
     json_schema: bool | None = None

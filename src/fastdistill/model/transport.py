@@ -336,11 +336,15 @@ def _whole(count: Count) -> int | None:
 def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]:
     """Takes a leading `<think>…</think>` off an answer; the rest stays as it is, character for character.
 
-    A block that `max_tokens` cut is all thinking; one that was never closed otherwise is left in the answer.
+    A block that `max_tokens` cut is all thinking; one that was never closed otherwise is left in the answer. One that
+    the chat template opens, as DeepSeek-R1's and Qwen's do, has only its end, which ends a line.
     """
     opened = content.lstrip()
     if not opened.startswith("<think>"):
-        return None, content
+        end = _THOUGHT.search(content)
+        if end is None or "<think>" in content[: end.start()]:
+            return None, content
+        return content[: end.start()].strip(), content[end.end() :]
     thinking, closed, rest = opened.removeprefix("<think>").partition("</think>")
     if closed:
         return thinking.strip(), rest
@@ -366,11 +370,13 @@ _GATEWAYS_REMEDIES = {
     524: _TOO_LATE,
 }
 
+_THOUGHT = re.compile(r"</think>(?=[ \t]*(?:\n|\Z))")
+
 _MARKUP = re.compile(r"<(head|style|script)\b.*?</\1>|<!--.*?-->|<[^>]*>", re.IGNORECASE | re.DOTALL)
 
 _TOO_LONG = re.compile(
     r"context.?(length|size|window|limit)|too long|too many (input )?tokens|maximum (prompt|input|model) length"
-    r"|longer than the model|exceeds? the limit of|input length should be|request entity too large",
+    r"|longer than the model|exceeds? the (configured )?limit of|input length should be|request entity too large",
     re.IGNORECASE,
 )
 

@@ -29,6 +29,7 @@ from fastdistill.model.providers.openai_answers import (
     Decided,
     ListedModel,
     ListedModels,
+    Props,
     SGLangScores,
     TokenIds,
     VLLMScores,
@@ -47,17 +48,17 @@ class _Habits(NamedTuple):
 
     base_url: str
     start: str  # what to do when nobody answers
-    version_path: str = ""  # under the host, not under /v1
+    version_paths: tuple[str, ...] = ()  # under the host, not under /v1
 
 
 _HABITS: Mapping[str, _Habits] = {
-    "openai": _Habits("https://api.openai.com/v1", "start the server", "/api/version"),  # which only Ollama answers
+    "openai": _Habits("https://api.openai.com/v1", "start the server", ("/api/version",)),  # which only Ollama answers
     "openrouter": _Habits("https://openrouter.ai/api/v1", "check the network"),
-    "vllm": _Habits("http://localhost:8000/v1", "start it with `vllm serve {model}`", "/version"),
+    "vllm": _Habits("http://localhost:8000/v1", "start it with `vllm serve {model}`", ("/version",)),
     "sglang": _Habits(
         "http://localhost:30000/v1",
         "start it with `python -m sglang.launch_server --model-path {model}`",
-        "/get_server_info",
+        ("/server_info", "/get_server_info"),  # the second of versions before 2026
     ),
 }
 
@@ -102,6 +103,8 @@ _TRANSFORMERS = (
 
 _CONCERNS_ALL = {ErrorKind.AUTH, ErrorKind.NO_MODEL, ErrorKind.REFUSED, ErrorKind.RESET, ErrorKind.TIMEOUT}
 """Errors of a probe's request that say something about the endpoint, not about what the request tried."""
+_TELLS_NOTHING = {ErrorKind.GARBLED, ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED, ErrorKind.SERVER}
+"""Where no request gets anything else: llama.cpp says 503 while it loads, a gateway 500 with no server behind it."""
 
 
 class BatchOptions(BaseModel, frozen=True, extra="forbid"):
@@ -243,7 +246,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         # llama.cpp answers to any name, and lists one model under its own.
         entry = next((model for model in models if model.id == self._config.model or len(models) == 1), None)
         failures = {what: tried for what, tried in zip(_TRIED, tries, strict=True) if isinstance(tried, ProviderError)}
-        if len(failures) == len(tries) and all(error.kind is ErrorKind.GARBLED for error in failures.values()):
+        if len(failures) == len(tries) and all(error.kind in _TELLS_NOTHING for error in failures.values()):
             raise failures[_TRIED[0]]
         notes += [f"{what} failed: {error}" for what, error in failures.items()]
         two, scored, shaped, hot = ([] if isinstance(tried, ProviderError) else tried for tried in tries)
@@ -262,6 +265,7 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
             server=server,
             models=tuple(model.id for model in models),
             context_length=entry.context if entry else None,
+            slots=await self._slots(models),
             served_model=answer.model if answer else None,
             build=answer.build if answer else None,
             n=len(two) == 2 and sum(one.usage.completion_tokens for one in two) >= 2 if two else None,
@@ -419,14 +423,13 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         elif status in (400, 422) and _says_no_model(fault):
             kind = ErrorKind.NO_MODEL
         elif status in (400, 422):
-            sent = body.keys() - {"model", "messages"}
-            names = ("n" if name == "n_cmpl" else name for name in fault.refused_names())  # llama.cpp's word for n
-            parameter = next((name for name in names if name in sent), None)
+            parameter = _refused(fault, {name: body[name] for name in body.keys() - {"model", "messages"}})
         if parameter is not None:
             return self._unsupported(parameter, body[parameter], fault.message)
         if kind is ErrorKind.AUTH and status == 401:
             variable = f"{self._config.provider.upper()}_API_KEY"
-            message += f"; set {variable}" if self._config.api_key is None else f"; the key in {variable} is refused"
+            refused = f"the key (`api_key`, or else {variable}) is refused"
+            message += f"; set {variable}" if self._config.api_key is None else f"; {refused}"
         elif kind is ErrorKind.AUTH and status in (402, 429):
             message += "; the account has no credit left"
         elif kind is ErrorKind.TOO_LONG and status != 413:
@@ -448,6 +451,8 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
                 response = await self._request("GET", f"{self._config.url}/models")
                 if error_kind(response.status) is ErrorKind.AUTH:
                     raise self._error(response, {})
+                if response.status == 503:
+                    return ()  # as it loads: to be asked again
                 self._models = ()
                 with suppress(ProviderError):
                     self._models = tuple(self._decode(response, Decoder(ListedModels).decode).data)
@@ -470,13 +475,23 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         """The server's product and version where it tells them."""
         if self._hosted:
             return None
-        provider, path = self._config.provider, self._habits.version_path
-        response = await self._request("GET", f"{self._root}{path}")
-        try:
-            version = self._decode(response, Decoder(Version).decode).version
-        except ProviderError:
-            return response.headers.get("server")
-        return f"{'ollama' if provider == 'openai' else provider} {version}"
+        product = "ollama" if self._config.provider == "openai" else self._config.provider
+        said = None
+        for path in self._habits.version_paths:
+            response = await self._request("GET", f"{self._root}{path}")
+            said = response.headers.get("server")
+            with suppress(ProviderError):
+                return f"{product} {self._decode(response, Decoder(Version).decode).version}"
+        return said
+
+    async def _slots(self, models: tuple[ListedModel, ...]) -> int | None:
+        """Of llama.cpp, which tells them also where it has no metrics."""
+        if all(model.owned_by != "llamacpp" for model in models):
+            return None
+        with suppress(ProviderError):
+            response = await self._request("GET", f"{self._root}/props", timeout=5.0)
+            return self._decode(response, Decoder(Props).decode).total_slots
+        return None
 
     async def _tries(self, like: Prompt | None) -> "list[list[Completion] | ProviderError]":
         if self._config.batch is not None:
@@ -486,19 +501,27 @@ class OpenAIProvider(HttpProvider[OpenAIConfig]):
         # The first alone, for `transformers serve` with continuous batching samples all others as its first request
         # asks. Of several tokens, for the first may be blank.
         shaped = await self._try(max_tokens=4, response_format=_PROBE_SCHEMA, **first)
-        two, scored, hot = await together(self._try(n=2), self._try(**scores), self._try(**scores, temperature=2.0))
+        well = not isinstance(shaped, ProviderError)
+        three = ({"n": 2}, scores, {**scores, "temperature": 2.0})
+        two, scored, hot = await together(*(self._try(**each, well=well) for each in three))
         if isinstance(scored, ProviderError):
-            scored = await self._try(logprobs=True)
+            scored = await self._try(logprobs=True, well=well)
         return [two, scored, shaped, hot]
 
-    async def _try(self, *, n: int = 1, max_tokens: int = 1, **parameters: Any) -> list[Completion] | ProviderError:
-        """The completions of a tiny request, or why there are none; raises if the endpoint can't be used at all."""
+    async def _try(
+        self, *, n: int = 1, max_tokens: int = 1, well: bool = False, **parameters: Any
+    ) -> list[Completion] | ProviderError:
+        """The completions of a tiny request, or why there are none; raises if the endpoint can't be used at all.
+
+        `well`: it has answered already. Then a 403 is about what is asked, as OpenAI's to log-probabilities of some
+        models.
+        """
         sent = DecodeProfile(max_tokens=max_tokens).parameters() | parameters
         prompt = Prompt(self._config.provider, self._config.model, _PROBE_MESSAGES, sent)
         try:
             return await self.complete(prompt, seed=1, n=n)
         except ProviderError as error:
-            if error.kind in _CONCERNS_ALL:
+            if error.kind in _CONCERNS_ALL and not (well and error.kind is ErrorKind.AUTH):
                 raise
             return error
 
@@ -528,6 +551,21 @@ def chat_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def _may_be_left_out(name: str, value: object) -> bool:
     # Without `n` one answer comes, and the client asks for the rest; without `seed` an answer is only not repeatable.
     return name in ("n", "seed") or value in NEUTRAL.get(name, ())
+
+
+def _refused(fault: Fault, sent: Mapping[str, Any]) -> str | None:
+    """Which of the parameters that were sent is refused, as far as the words tell."""
+    names = ["n" if name == "n_cmpl" else name for name in fault.refused_names()]  # llama.cpp's word for n
+    named = next((name for name in names if name in sent), None)
+    if named is not None and not re.search(r"\bboth\b", fault.message):
+        return named
+    # Claude does not take temperature and top_p both; others name what they refuse in prose, without quotes.
+    words = _WORD.findall(fault.message) if len(fault.message) < 200 else []  # a longer one may quote the prompt
+    spare = (name for name in names + words if name in NEUTRAL and name in sent and _may_be_left_out(name, sent[name]))
+    return next(spare, named)
+
+
+_WORD = re.compile(r"[a-z]+(?:_[a-z]+)*")
 
 
 def _says_no_model(fault: Fault) -> bool:

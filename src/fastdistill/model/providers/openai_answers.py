@@ -31,8 +31,15 @@ class _Details(Struct):
 class _Usage(Struct):
     prompt_tokens: Count = None
     completion_tokens: Count = None
+    total_tokens: Count = None
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
+
+    @property
+    def written(self) -> Count:
+        """Gemini and xAI count the thinking in the total alone."""
+        read, told, total = self.prompt_tokens or 0, self.completion_tokens or 0, self.total_tokens or 0
+        return total - read if read > 0 <= told < total - read else self.completion_tokens
 
 
 class _Logprobs(Struct):
@@ -146,6 +153,7 @@ class TokenIds(Struct):
 
 class ListedModel(Struct):
     id: str
+    owned_by: str | None = None
     max_model_len: int | None = None  # vLLM, SGLang
     context_length: int | None = None  # OpenRouter
     context_window: int | None = None  # Groq
@@ -158,6 +166,12 @@ class ListedModel(Struct):
 
 class ListedModels(Struct):
     data: list[ListedModel]
+
+
+class Props(Struct):
+    """Of llama.cpp."""
+
+    total_slots: int
 
 
 decode_answer = Decoder(ChatAnswer).decode
@@ -210,7 +224,7 @@ def _usages(usage: _Usage, choices: Sequence[_Choice], tokens: Sequence[list[Tok
     """
     cached = (usage.prompt_tokens_details or _Details()).cached_tokens
     thought = (usage.completion_tokens_details or _Details()).reasoning_tokens
-    whole = usage_of(usage.prompt_tokens, usage.completion_tokens, cached, thought)
+    whole = usage_of(usage.prompt_tokens, usage.written, cached, thought)
     if len(choices) < 2:
         return [whole]
     counted = [len(each) for each in tokens if each is not None]
