@@ -155,8 +155,8 @@ def test_only_open_samples_are_still_in_the_stream_and_all_stay_in_the_ledger(tm
 
     assert [found.index for found in asyncio.run(go())] == [0, 3]
     assert list(read_samples(path)) == [sample(0, candidate("b")), failed, duplicate, sample(3)]
-    assert [found.index for found in read_samples(path, "task_id = ?", ("",))] == [0, 1, 2, 3]
-    assert [found.index for found in read_samples(path, "sample_id = ?1", ("id1",))] == [1]
+    assert [found.index for found in read_samples(path, "task_id = :id", id="")] == [0, 1, 2, 3]
+    assert [found.index for found in read_samples(path, "sample_id = :id", id="id1")] == [1]
 
 
 def test_what_was_submitted_last_is_there_when_the_ledger_is_closed(tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ def test_log_probabilities_are_packed_and_all_else_stays_readable_with_sql(tmp_p
     plain = Completion(SCORED.text, FinishReason.STOP, Usage(3, 50))
     with closing(sqlite3.connect(":memory:")) as database:
         for each in (SCORED, plain):
-            query = "SELECT json_extract(?1, '$.text'), json_extract(?1, '$.usage.completion_tokens')"
-            found = database.execute(query, (write_completion(each),)).fetchone()
+            query = "SELECT json_extract(:each, '$.text'), json_extract(:each, '$.usage.completion_tokens')"
+            found = database.execute(query, {"each": write_completion(each)}).fetchone()
             assert found == (each.text, each.usage.completion_tokens)
 
 

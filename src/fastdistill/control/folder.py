@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -76,14 +76,14 @@ class RunFolder:
         shutil.rmtree(self.dist, ignore_errors=True)
         self.dist_in_work.rename(self.dist)
 
-    def samples(self, where: str = "1", parameters: Sequence[Any] = ()) -> Iterator[Sample]:
+    def samples(self, where: str = "1", **parameters: str | int) -> Iterator[Sample]:
         """The samples of the ledger in input order, lazily; `where` is an SQL condition of ours on its `entries`.
 
         Raises InputError if there is no ledger.
         """
         if not self.ledger.exists():
             raise InputError(f"{self.ledger}: this run has no ledger yet")
-        return read_samples(self.ledger, where, parameters)
+        return read_samples(self.ledger, where, **parameters)
 
     @classmethod
     def all(cls, root: Path | None) -> list["RunFolder"]:

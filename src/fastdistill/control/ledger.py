@@ -113,7 +113,7 @@ def _write_all(connection: sqlite3.Connection, entries: Sequence[_Row | int]) ->
             connection.execute("UPDATE entries SET status = 'skipped' WHERE idx > ? AND status = 'open'", (last,))
 
 
-def read_samples(path: Path, where: str = "1", parameters: Sequence[Any] = ()) -> Iterator[Sample]:
+def read_samples(path: Path, where: str = "1", **parameters: str | int) -> Iterator[Sample]:
     """Samples of a ledger in input order, lazily; `where` is an SQL condition of ours on the table `entries`.
 
     Raises:

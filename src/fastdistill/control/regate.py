@@ -75,7 +75,7 @@ class StoredRun:
 
     def sample(self, index: int) -> Sample:
         if index not in self._kept:
-            self.keep(next(self.folder.samples("idx = ?", (index,))))
+            self.keep(next(self.folder.samples("idx = :index", index=index)))
         return self._kept[index]
 
     def same_models(self, step: Step, pipeline: Pipeline) -> bool:

@@ -106,7 +106,7 @@ class Proofs:
             b.name for a, b in pairwise(self._pipeline.steps) if isinstance(a, SampleStep) > isinstance(b, SampleStep)
         ]
         with suppress(EnvironmentFault):  # it may be the ledger that can't be read
-            for sample in self._folder.samples("status = 'open' AND idx > ?", (run.furthest,)):
+            for sample in self._folder.samples("status = 'open' AND idx > :furthest", furthest=run.furthest):
                 self._tally.add(sample.left_out(Status.SKIPPED, Failure(ends[0], "stopped", why)))
 
     def _write(

@@ -111,9 +111,12 @@ def show_sample(run: str, sample_id: str, output_dir: Path | None) -> None:
     """
     folder = RunFolder.find(output_dir, run)
     wanted = sample_id.partition("#")[0]
-    place = "instr(?2, ':') AND json_extract(sample, '$.source') = ?2"  # the whole ledger is parsed for it
-    where = f"(?2 <> '' AND task_id = ?2) OR (length(?1) >= 6 AND substr(sample_id, 1, length(?1)) = ?1) OR ({place})"
-    found = list(islice(folder.samples(where, (wanted, sample_id)), 6))
+    where = """
+        (:name <> '' AND task_id = :name)
+        OR (length(:id) >= 6 AND substr(sample_id, 1, length(:id)) = :id)
+        OR (instr(:name, ':') AND json_extract(sample, '$.source') = :name)  -- the whole ledger is parsed for it
+    """
+    found = list(islice(folder.samples(where, id=wanted, name=sample_id), 6))
     ids = {sample.sample_id[:16]: None for sample in found}
     if len(ids) != 1:
         what = f"several samples are named {wanted!r}: {', '.join(ids)}" if found else f"no sample {wanted!r}"
