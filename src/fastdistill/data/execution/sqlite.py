@@ -22,7 +22,7 @@ from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
 from fastdistill.data.execution.sqlite_worker import Evaluation, SqlJob
-from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool
+from fastdistill.data.execution.worker_pool import Death, WorkerPool
 from fastdistill.data.template import compile_template, render
 
 
@@ -44,10 +44,10 @@ class SqlitePool(WorkerPool[SqlJob, Evaluation]):
         reason, *others = message
         return Evaluation(SqlReason(reason), *others)
 
-    async def died(self, job: SqlJob, death: Death, judge: Callable[[SqlJob], Awaitable[Evaluation]]) -> Evaluation:
-        if death.cause is Cause.CPU:  # the other query may have something to say
+    async def died(self, job: SqlJob, death: Death, judge: Callable[[SqlJob], Awaitable[Evaluation]], /) -> Evaluation:
+        if death.cause == "cpu":  # the other query may have something to say
             return await judge(job._replace(spent=(*job.spent, death.phase)))
-        if death.cause is Cause.WALL:
+        if death.cause == "wall":
             late = f"{death.phase}: no answer within {self._limits.wall_s} s"
             return Evaluation(SqlReason.INFRA_TIMEOUT, detail=late)
         return Evaluation(SqlReason.SANDBOX_DIED, detail=f"{death.phase}: worker {death.status}")
@@ -68,7 +68,7 @@ class CopyPool(WorkerPool[list[str], str]):
     def from_wire(self, message: list[str]) -> str:
         return message[0]
 
-    async def died(self, job: list[str], death: Death, judge: Callable[[list[str]], Awaitable[str]]) -> str:
+    async def died(self, job: list[str], death: Death, *_: object) -> str:
         return f"worker {death.status}"
 
 

@@ -18,8 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from enum import Enum, auto
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 from fastdistill.core.errors import EnvironmentFault
 from fastdistill.data.execution.worker_process import FIRST_PHASE, line
@@ -41,10 +40,7 @@ class WorkerStartError(EnvironmentFault):
     """A worker process could not be started: nothing can be judged."""
 
 
-class Cause(Enum):
-    CPU = auto()
-    WALL = auto()
-    OTHER = auto()
+Cause = Literal["cpu", "wall", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +103,7 @@ class WorkerPool(ABC, Generic[Job, Result]):
     def from_wire(self, message: Any) -> Result: ...
 
     @abstractmethod
-    async def died(self, job: Job, death: Death, judge: Callable[[Job], Awaitable[Result]]) -> Result:
+    async def died(self, job: Job, death: Death, judge: Callable[[Job], Awaitable[Result]], /) -> Result:
         """The verdict on a job that ended its worker twice. `judge` runs a job alone."""
 
     async def _serve_lane(self) -> None:
@@ -191,21 +187,17 @@ class _Lane(Generic[Job, Result]):
                     else:
                         tickets.popleft().answer(self._pool.from_wire(message))
             return None
-        except TimeoutError:
-            cause = Cause.WALL
-        except ConnectionError:
-            cause = Cause.OTHER
-        status = await self.stop()
-        if status == -signal.SIGPROF:
-            cause = Cause.CPU
-        return Death(cause, self._phase, _describe(status))
+        except (TimeoutError, ConnectionError) as error:
+            status = await self.stop()
+            late: Cause = "wall" if isinstance(error, TimeoutError) else "other"
+            return Death("cpu" if status == -signal.SIGPROF else late, self._phase, _describe(status))
 
     async def _judge_alone(self, job: Job, runs: int = 1) -> Result:
         """The verdict on a job of which the last of so many runs decides, or one that its own CPU time ends."""
         ticket: _Ticket[Job, Result] = _Ticket(job, asyncio.get_running_loop().create_future())
         while (death := await self._run(deque([ticket]))) is not None:
             runs -= 1
-            if not runs or death.cause is Cause.CPU:
+            if not runs or death.cause == "cpu":
                 return await self._pool.died(job, death, self._judge_alone)
         return ticket.future.result()
 
