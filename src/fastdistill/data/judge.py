@@ -10,11 +10,11 @@ from functools import cached_property
 from itertools import permutations
 from json import JSONDecoder
 from statistics import fmean
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec.structs import replace
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from fastdistill.core.decode import DecodeProfile, SingleDraw
 from fastdistill.core.errors import BudgetSpent, NotAsked, SampleError, Unreachable, together
@@ -31,15 +31,7 @@ from fastdistill.core.types import (
     Sample,
     Verdict,
 )
-from fastdistill.data.template import compile_template, render
-
-
-def _compiles(text: str) -> str:
-    compile_template(text)
-    return text
-
-
-_Text = Annotated[str, AfterValidator(_compiles)]
+from fastdistill.data.template import TemplateText, compile_template, render
 
 
 class JudgeReason(StrEnum):
@@ -101,8 +93,8 @@ class LLMJudge(Gate):
 
     model: str = Field("judge", description="a name under `models:`; best not of the teacher's family")
     judges: tuple[str, ...] = Field((), description="names under `models:` in place of `model`: the mean score decides")
-    task: _Text = Field(description="Jinja over the record: the task as the judge sees it")
-    reference: _Text | None = Field(None, description="Jinja over the record: a right answer to compare with")
+    task: TemplateText = Field(description="Jinja over the record: the task as the judge sees it")
+    reference: TemplateText | None = Field(None, description="Jinja over the record: a right answer to compare with")
     criteria: dict[str, str] = Field(default_factory=lambda: dict(CRITERIA), description="what is true or false of it")
     must: tuple[str, ...] = Field((), description="criteria that have to be true")
     min_score: float = Field(4, ge=_SCALE[0], le=_SCALE[1])
@@ -293,7 +285,7 @@ class PairwiseJudge(SampleStep):
     generates: ClassVar[bool] = False
 
     model: str = Field("judge", description="a name under `models:`")
-    task: _Text = Field(description="Jinja over the record: the task as the judge sees it")
+    task: TemplateText = Field(description="Jinja over the record: the task as the judge sees it")
     max_candidates: int = Field(4, ge=2, description="how many distinct answers of a sample are compared")
     decode_profile: SingleDraw = DecodeProfile(temperature=0.0, max_tokens=8)
     seed: int | None = Field(0, ge=0, lt=2**31)

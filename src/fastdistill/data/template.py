@@ -6,7 +6,9 @@ Most are text with `{{ field }}` in it, and are filled without Jinja, which cost
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator
 
 from fastdistill.core.errors import SampleError
 from fastdistill.core.types import Sample
@@ -60,6 +62,10 @@ def compile_template(text: str) -> Template:
     except TemplateSyntaxError as error:
         raise ValueError(f"line {error.lineno} of the template: {error.message}") from error
     return template
+
+
+TemplateText = Annotated[str, AfterValidator(lambda text: compile_template(text).text)]
+"""A field of a step that must compile."""
 
 
 def render(template: Template, sample: Sample) -> str:
