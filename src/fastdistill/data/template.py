@@ -4,10 +4,10 @@ Most are text with `{{ field }}` in it, and are filled without Jinja, which cost
 """
 
 import re
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated
 
+from msgspec import Struct
 from pydantic import AfterValidator
 
 from fastdistill.core.errors import SampleError
@@ -22,8 +22,7 @@ _PLAIN = re.compile(rf"{_DATA}(?:{_FIELD}{_DATA})*+", re.ASCII)
 _RESERVED = frozenset(["and", "else", "false", "if", "in", "is", "none", "not", "or", "self", "true"])
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(Struct, frozen=True, dict=True):
     """A template that compiles. `plain` is the same for `str.format`, where it has nothing but text and fields."""
 
     text: str

@@ -14,7 +14,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -36,8 +35,7 @@ _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
 _LONGEST_NAME = 60  # characters; some headers are sentences
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedSplit:
+class PreparedSplit(msgspec.Struct, frozen=True):
     """One split as written. `left_out` counts the questions that were drawn and not used, by reason.
 
     Reasons: `no_table`, `bad_query` (it names a column, an operator or a number that is none), `fails` (SQLite refuses
@@ -50,8 +48,7 @@ class PreparedSplit:
     left_out: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True):
     """The data set as written: `train.jsonl`, `train.db`, `eval.jsonl` and `eval.db` in `folder`."""
 
     folder: Path
@@ -238,8 +235,7 @@ def _record(task_id: str, question: _Question, tables: "_Tables") -> dict[str, s
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
+class _Table(msgspec.Struct, frozen=True):
     name: str
     columns: tuple[str, ...]  # as SQL writes them
     types: tuple[str, ...]  # as the release has them: text or real

@@ -18,11 +18,10 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 if sys.platform == "linux":
@@ -48,8 +47,7 @@ class IsolationLevel(StrEnum):
         return order.index(self) >= order.index(wanted)
 
 
-@dataclass(frozen=True, slots=True)
-class Isolation:
+class Isolation(NamedTuple):
     """What this machine offers."""
 
     levels: tuple[IsolationLevel, ...]

@@ -9,10 +9,10 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from fastdistill.data.execution.sqlite_guard import quoted
 from fastdistill.data.execution.worker_process import Channel
@@ -60,16 +60,14 @@ def perturb(path: Path, seed: int, out: Path) -> None:
         database.execute("COMMIT")
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
+class _Table(NamedTuple):
     name: str
     columns: tuple[str, ...]
     unique: tuple[tuple[str, ...], ...]
     """The columns of the primary key, if there is one, and of each unique index."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Reference:
+class _Reference(NamedTuple):
     """Columns of a table whose values, where none is NULL, stand in columns of another."""
 
     child: str

@@ -10,7 +10,6 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from fastdistill.data.execution.sql_equality import (
@@ -80,8 +79,7 @@ class Evaluation(NamedTuple):
     """It took 80% or more of the budget of operations: another version of SQLite may judge it differently."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Gold:
+class _Gold(NamedTuple):
     """Everything that judging needs to know of a gold query on one database; nothing where there is none."""
 
     reason: SqlReason | None = None

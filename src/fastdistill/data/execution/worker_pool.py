@@ -17,7 +17,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 from fastdistill.core.errors import EnvironmentFault
@@ -43,8 +42,7 @@ class WorkerStartError(EnvironmentFault):
 Cause = Literal["cpu", "wall", "other"]
 
 
-@dataclass(frozen=True, slots=True)
-class Death:
+class Death(NamedTuple):
     """How a worker ended in the middle of a job, and what it was doing."""
 
     cause: Cause
