@@ -139,15 +139,12 @@ def _references(database: sqlite3.Connection, tables: list[_Table]) -> Iterator[
 def _change_numbers(database: sqlite3.Connection, table: str, column: str, chance: random.Random) -> None:
     place, name = quoted(table), quoted(column)
     is_number = f"typeof({name}) IN ('integer', 'real')"
-    values = [
-        value
-        for (value,) in database.execute(
-            f"SELECT DISTINCT {name} FROM {place} WHERE {is_number} ORDER BY {name} LIMIT {_MOST_VALUES}"
-        )
-    ]
+    numbers = f"FROM {place} WHERE {is_number}"
+    distinct = database.execute(f"SELECT DISTINCT {name} {numbers} ORDER BY {name} LIMIT {_MOST_VALUES}")
+    values = [value for (value,) in distinct]
     if len(values) < 2:
         return
-    (greatest,) = database.execute(f"SELECT max({name}) FROM {place} WHERE {is_number}").fetchone()
+    (greatest,) = database.execute(f"SELECT max({name}) {numbers}").fetchone()
     database.create_function("other", 1, _other(values, values[0], greatest, chance))
     # Where a CHECK or a unique expression forbids the other number, the row stays as it is.
     database.execute(f"UPDATE OR IGNORE {place} SET {name} = other({name}) WHERE {is_number} AND chance() < {CHANGED}")
