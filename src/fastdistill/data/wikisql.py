@@ -258,18 +258,17 @@ def _select(query: _Query, table: str, columns: Sequence[str], where: Sequence[s
     return " WHERE ".join([f"SELECT {selected} FROM {table}", *filter(None, [" AND ".join(where)])])
 
 
-class _Tables:
+class _Tables(msgspec.Struct):
     """The release's tables, as they are there and as they are written."""
 
-    def __init__(self, database: sqlite3.Connection, headers: Mapping[str, Sequence[str]]) -> None:
-        self._database = database
-        self._headers = headers
-        self.written: set[str] = set()
+    database: sqlite3.Connection
+    headers: Mapping[str, Sequence[str]]
+    written: set[str] = set()
 
     def find(self, table_id: str) -> _Table:
         name = f"table_{table_id.replace('-', '_')}"
-        header = self._headers.get(table_id, ())
-        found = self._database.execute("SELECT lower(type) FROM pragma_table_info(?, 'release')", [name])
+        header = self.headers.get(table_id, ())
+        found = self.database.execute("SELECT lower(type) FROM pragma_table_info(?, 'release')", [name])
         types = tuple(kind for (kind,) in found)
         if not types or len(types) != len(header) or not re.fullmatch(r"\w+", name):
             raise _LeftOut("no_table")
@@ -277,13 +276,13 @@ class _Tables:
 
     def write(self, table: _Table) -> None:
         if table.name not in self.written:
-            self._database.execute(table.schema(" COLLATE NOCASE"))
-            self._database.execute(f"INSERT INTO main.{table.name} SELECT * FROM release.{table.name} ORDER BY rowid")
+            self.database.execute(table.schema(" COLLATE NOCASE"))
+            self.database.execute(f"INSERT INTO main.{table.name} SELECT * FROM release.{table.name} ORDER BY rowid")
             self.written.add(table.name)
 
     def answer(self, query: str, values: Sequence[str | float] = ()) -> list[str | float | None]:
         try:
-            return [value for (value,) in self._database.execute(query, values)]
+            return [value for (value,) in self.database.execute(query, values)]
         except sqlite3.Error as error:
             raise _LeftOut("fails") from error
 
