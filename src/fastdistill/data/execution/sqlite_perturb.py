@@ -155,10 +155,9 @@ def _other(values: list[Number], least: Number, greatest: Number, chance: random
         digits = 0 if isinstance(value, int) else len(repr(value).partition(".")[2])
         exact = isinstance(value, int) or "e" not in repr(value)  # 1e+20 has no last digit to speak of
         if exact and chance.random() < 0.5:
-            unit = 1 if isinstance(value, int) else 10.0**-digits
-            up, down = value + unit, value - unit
-            within = [round(moved, digits) for moved in (up, down) if least <= round(moved, digits) <= greatest]
-            if within:
+            unit: Number = 10**-digits
+            moved = [round(value + step, digits) for step in (unit, -unit)]
+            if within := [near for near in moved if least <= near <= greatest]:
                 return chance.choice(within)
         drawn = chance.choice(values)
         return drawn if drawn != value else values[(values.index(drawn) + 1) % len(values)]
