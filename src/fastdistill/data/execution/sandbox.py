@@ -79,17 +79,11 @@ def available_isolation() -> Isolation:
     # A filter at address 0: the kernel says EFAULT if it would have read one, EINVAL if it has no seccomp.
     if _LIBC.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, None, 0, 0) != -1 or ctypes.get_errno() != 14:
         return Isolation((), 0, ("this kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)",))
-    levels, missing = [], []
     landlock = max(0, _landlock_version())
-    if landlock:
-        levels.append(IsolationLevel.LANDLOCK)
-    else:
-        missing.append("no Landlock: needs Linux 5.13 or later with `landlock` among its security modules")
-    if problem := _bubblewrap_problem():
-        missing.append(problem)
-    else:
-        levels.append(IsolationLevel.BUBBLEWRAP)
-    return Isolation(tuple(levels), landlock, tuple(missing))
+    none = "no Landlock: needs Linux 5.13 or later with `landlock` among its security modules"
+    missing = {IsolationLevel.LANDLOCK: "" if landlock else none, IsolationLevel.BUBBLEWRAP: _bubblewrap_problem()}
+    levels = tuple(level for level, problem in missing.items() if not problem)
+    return Isolation(levels, landlock, tuple(filter(None, missing.values())))
 
 
 def readable_paths() -> list[str]:
