@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable
 from enum import StrEnum
 from fractions import Fraction
+from itertools import accumulate
 
 from msgspec import Struct
 
@@ -126,12 +127,9 @@ def is_prose(text: str) -> bool:
 
 def is_costly(text: str) -> bool:
     """Whether an expression is known beforehand to take too long: towers of powers, large factorials, deep nesting."""
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "{([") - (character in "})]")
-        deepest = max(deepest, depth)
+    depths = accumulate((character in "{([") - (character in "})]") for character in text)
     factorials = [int(number) > 200 for number in re.findall(r"(\d+)[\s)}]*!", text)]
-    return len(text) > LONGEST or deepest > 20 or any(factorials) or _COSTLY.search(text) is not None
+    return len(text) > LONGEST or max(depths, default=0) > 20 or any(factorials) or _COSTLY.search(text) is not None
 
 
 class _Quantity(Struct, frozen=True):
