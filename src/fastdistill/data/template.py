@@ -78,10 +78,8 @@ def render(template: Template, sample: Sample) -> str:
         try:
             if None not in map(record.__getitem__, template.fields):  # what is wrong with a null, Jinja says
                 return template.plain.format_map(record)
-        except KeyError:
-            pass  # Jinja knows more names than the record's, and what to say of one that nobody knows
-        except ValueError as error:  # an integer that Python does not write
-            raise SampleError("template_error", f"{sample.source}: the template: {error}") from error
+        except (KeyError, ValueError):
+            pass  # Jinja knows more names than the record's, and what to say of one, or of a number too long to write
 
     from jinja2 import TemplateError, UndefinedError
 
