@@ -35,10 +35,6 @@ class PoolClosedError(Exception):
     """The pool was closed before it could answer."""
 
 
-class WorkerStartError(EnvironmentFault):
-    """A worker process could not be started: nothing can be judged."""
-
-
 Cause = Literal["cpu", "wall", "other"]
 
 
@@ -53,8 +49,8 @@ class Death(NamedTuple):
 class WorkerPool(ABC, Generic[Job, Result]):
     """An async context manager over `workers` processes, each started when it first gets a job.
 
-    Any number of tasks may ask at a time. They get `WorkerStartError` or `PoolClosedError`; anything wrong with a job
-    itself is a result.
+    Any number of tasks may ask at a time. They get `EnvironmentFault` where no worker starts, or `PoolClosedError`;
+    anything wrong with a job itself is a result.
     """
 
     module: ClassVar[str]
@@ -114,7 +110,7 @@ class WorkerPool(ABC, Generic[Job, Result]):
                     tickets.append(self._queue.get_nowait())
                 try:
                     await lane.judge(tickets)
-                except WorkerStartError as error:
+                except EnvironmentFault as error:
                     while tickets:
                         tickets.popleft().fail(error)
         finally:
@@ -148,7 +144,7 @@ class _Lane(Generic[Job, Result]):
         self._rest = b""  # of a message that has not come whole
 
     async def judge(self, tickets: deque[_Ticket[Job, Result]]) -> None:
-        """Answers all tickets, removing each; raises `WorkerStartError`, leaving those it did not answer."""
+        """Answers all tickets, removing each; raises `EnvironmentFault`, leaving those it did not answer."""
         runs = 2
         if len(tickets) > 1:
             if await self._run(tickets) is None:
@@ -211,14 +207,14 @@ class _Lane(Generic[Job, Result]):
             await self._receive(_START_S)  # the message that it is ready
         except TimeoutError as error:
             await self.stop()
-            raise WorkerStartError(f"{what}: not ready within {_START_S} s") from error
+            raise EnvironmentFault(f"{what}: not ready within {_START_S} s") from error
         except ConnectionError as error:
             status = await self.stop()
             if status >= 0 or killed:
-                raise WorkerStartError(f"{what}: {_describe(status)} before it was ready; see its stderr") from error
+                raise EnvironmentFault(f"{what}: {_describe(status)} before it was ready; see its stderr") from error
             await self._start(killed=True)
         except OSError as error:
-            raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
+            raise EnvironmentFault(f"{what}: {sys.executable}: {error.strerror}") from error
 
     def _spawn(self) -> None:
         """A process that gets no secret, and what an interpreter needs to find the same modules."""
