@@ -7,7 +7,7 @@ record gives is taken as it is: records are the user's own, and of a database on
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -240,10 +240,9 @@ def _expanded(path: str) -> str:
 
 
 def _sha256(path: str) -> str | None:
-    try:
+    with suppress(OSError, ValueError):  # the worker says what is wrong with it
         return sha256_file(Path(path))
-    except (OSError, ValueError):  # the worker says what is wrong with it
-        return None
+    return None
 
 
 @lru_cache(maxsize=64)
