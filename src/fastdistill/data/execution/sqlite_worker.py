@@ -10,6 +10,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from fastdistill.data.execution.sql_equality import (
@@ -79,7 +80,8 @@ class Evaluation(NamedTuple):
     """It took 80% or more of the budget of operations: another version of SQLite may judge it differently."""
 
 
-class _Gold(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Gold:
     """Everything that judging needs to know of a gold query on one database; nothing where there is none."""
 
     reason: SqlReason | None = None
