@@ -195,12 +195,10 @@ def _prepare_split(release: Path, split: str, samples: int, seed: int, draft: Pa
             if records == samples:
                 break
             try:
-                record = _record(f"wikisql-{split}-{number:05d}", question, tables)
+                file.write(msgspec.json.encode(_record(f"wikisql-{split}-{number:05d}", question, tables)) + b"\n")
+                records += 1
             except _LeftOut as reason:
                 left_out[str(reason)] += 1
-            else:
-                file.write(msgspec.json.encode(record) + b"\n")
-                records += 1
         database.execute("COMMIT")
     if not records:
         raise InputError(f"{release}: no usable question in {split}.jsonl ({dict(left_out)}); fetch {URL} again")
