@@ -193,10 +193,8 @@ class _Lane:
     async def _run_tests(self, job: PythonJob, code: str) -> PythonEvaluation:
         token = secrets.token_hex(16)
         task = {"tests": job.tests, "setup": job.setup, "entry_point": job.entry_point, "token": token}
-        if job.mode == "solo":
-            run = await self._run("solo", [_json({**task, "code": code})])
-        else:
-            run = await self._run("split", [_json(code), _json(task)])
+        inputs: Sequence[object] = [{**task, "code": code}] if job.mode == "solo" else [code, task]
+        run = await self._run(job.mode, [_json(each) for each in inputs])
         reason, detail = PythonReason.EXITED, "its process ended"
         # Half a report is none, and so is what a candidate sprayed.
         with suppress(ValueError, TypeError, AttributeError, RecursionError):
