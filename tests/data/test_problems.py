@@ -9,7 +9,7 @@ import pytest
 
 from fastdistill.core.errors import InputError
 from fastdistill.data.prepared import Drawn, draw
-from fastdistill.data.problems import prepare_gsm8k, prepare_humaneval, prepare_mbpp
+from fastdistill.data.problems import prepare_problems
 
 ASSERTED = {
     "source_file": "Benchmark Questions Verification V2.ipynb",
@@ -34,7 +34,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_an_asserted_problem_has_its_tests_in_the_instruction_and_an_entry_point(tmp_path: Path) -> None:
     (tmp_path / "mbpp.json").write_text(json.dumps([ASSERTED]))
-    drawn = prepare_mbpp(tmp_path / "mbpp.json", 10, 13, tmp_path / "out")
+    drawn = prepare_problems("MBPP", tmp_path / "mbpp.json", 10, 13, tmp_path / "out")
     assert str(drawn).startswith("train: 1 records\neval: 0 records\n")
     (record,) = lines(drawn.folder / "train.jsonl")
     assert record.pop("instruction").endswith("tests:\n\nassert math.isclose(half(1), 0.5)\nassert half(4) == 2\n")
@@ -51,14 +51,16 @@ def test_an_asserted_problem_has_its_tests_in_the_instruction_and_an_entry_point
 def test_the_other_editions_of_mbpp_are_read(edition: str, tmp_path: Path) -> None:
     text = {"text": "Halve.", "task_id": 1, "code": "def h(x): return", "test_list": ["assert not h(1)"]}
     (tmp_path / "mbpp.jsonl").write_text(json.dumps({"text": text, "checked": CHECKED}[edition]) + "\n\n")
-    (record,) = lines(prepare_mbpp(tmp_path / "mbpp.jsonl", 10, 13, tmp_path / "out").folder / "train.jsonl")
+    (record,) = lines(
+        prepare_problems("MBPP", tmp_path / "mbpp.jsonl", 10, 13, tmp_path / "out").folder / "train.jsonl"
+    )
     assert record["entry_point"] == {"text": "h", "checked": "half"}[edition]
 
 
 def test_a_problem_to_complete_is_its_own_setup(tmp_path: Path) -> None:
     path = tmp_path / "HumanEval.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(CHECKED).encode()))
-    (record,) = lines(prepare_humaneval(path, 10, 13, tmp_path / "out").folder / "train.jsonl")
+    (record,) = lines(prepare_problems("HumanEval", path, 10, 13, tmp_path / "out").folder / "train.jsonl")
     assert record["setup"] == CHECKED["prompt"]
     assert (record["entry_point"], record["tests"]) == ("half", [CHECKED["test"]])
     assert record["instruction"].endswith("```python\ndef half(x):\n    '''Half of x.'''\n```\n")
@@ -80,9 +82,9 @@ def test_a_file_of_another_kind_is_one_error_that_names_the_place(name: str, tmp
     content, message = BROKEN[name]
     if content is not None:
         (tmp_path / "file").write_bytes(content)
-    for prepare in (prepare_mbpp, prepare_humaneval):
+    for problems in ("MBPP", "HumanEval"):
         with pytest.raises(InputError, match=message):
-            prepare(tmp_path / "file", 10, 13, tmp_path / "out")
+            prepare_problems(problems, tmp_path / "file", 10, 13, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -116,7 +118,7 @@ def records(prepared: Drawn, split: str) -> list[dict[str, Any]]:
 def test_a_record_has_the_question_the_final_answer_and_the_solution(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", 1, 1999)
     write(tmp_path / "test.jsonl", 1)
-    prepared = prepare_gsm8k(tmp_path, 10, 13, tmp_path / "out")
+    prepared = prepare_problems("GSM8K", tmp_path, 10, 13, tmp_path / "out")
     assert records(prepared, "train") == [
         {
             "task_id": "gsm8k-train-00000",
@@ -130,16 +132,18 @@ def test_a_record_has_the_question_the_final_answer_and_the_solution(tmp_path: P
 
 def test_a_draw_repeats_and_a_smaller_one_begins_a_larger_one(tmp_path: Path) -> None:
     file = write(tmp_path / "train.jsonl", 60)
-    draws = [prepare_gsm8k(file, n, seed, tmp_path / f"{n}-{seed}") for n, seed in ((20, 1), (40, 1), (20, 2))]
+    draws = [
+        prepare_problems("GSM8K", file, n, seed, tmp_path / f"{n}-{seed}") for n, seed in ((20, 1), (40, 1), (20, 2))
+    ]
     small, large, other = [[record["task_id"] for record in records(draw, "train")] for draw in draws]
     assert (small, len(large)) == (large[:20], 40)
     assert small != other
-    again = prepare_gsm8k(file, 20, 1, tmp_path / "again")
+    again = prepare_problems("GSM8K", file, 20, 1, tmp_path / "again")
     assert (again.folder / "train.jsonl").read_bytes() == (draws[0].folder / "train.jsonl").read_bytes()
 
 
 def test_no_record_is_in_both_parts_of_one_file(tmp_path: Path) -> None:
-    prepared = prepare_gsm8k(write(tmp_path / "train.jsonl", 60), 1000, 13, tmp_path / "out")
+    prepared = prepare_problems("GSM8K", write(tmp_path / "train.jsonl", 60), 1000, 13, tmp_path / "out")
     train, held_out = ({record["task_id"] for record in records(prepared, split)} for split in ("train", "eval"))
     assert (prepared.train, prepared.eval) == (len(train), len(held_out)) == (50, 10)
     assert not train & held_out
@@ -158,12 +162,12 @@ def test_a_line_that_is_none_is_named(tmp_path: Path, line: str, problem: str) -
     file = write(tmp_path / "train.jsonl", 1)
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(InputError, match=rf"train\.jsonl:2: .*{problem}"):
-        prepare_gsm8k(file, 10, 13, tmp_path / "out")
+        prepare_problems("GSM8K", file, 10, 13, tmp_path / "out")
 
 
 def test_a_file_that_is_missing_or_empty_is_named_with_where_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train\.jsonl: can't be read .*No such file.*grade-school-math"):
-        prepare_gsm8k(tmp_path, 10, 13)
+        prepare_problems("GSM8K", tmp_path, 10, 13)
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(InputError, match=r"train\.jsonl: holds no problem.*grade-school-math"):
-        prepare_gsm8k(tmp_path, 10, 13)
+        prepare_problems("GSM8K", tmp_path, 10, 13)

@@ -384,17 +384,17 @@ def wikisql(
 @prepare_app.command()
 def mbpp(source: Published, samples: Samples = 1000, seed: Seed = 13, output: Prepared = None) -> None:
     """MBPP: Python functions to write, with their tests (sanitized-mbpp.json, mbpp.jsonl, or CodeT's)."""
-    from fastdistill.data.problems import prepare_mbpp
+    from fastdistill.data.problems import prepare_problems
 
-    print(prepare_mbpp(source, samples, seed, output))
+    print(prepare_problems("MBPP", source, samples, seed, output))
 
 
 @prepare_app.command()
 def humaneval(source: Published, samples: Samples = 1000, seed: Seed = 13, output: Prepared = None) -> None:
     """HumanEval: Python functions to complete, with their tests (HumanEval.jsonl, HumanEval.jsonl.gz)."""
-    from fastdistill.data.problems import prepare_humaneval
+    from fastdistill.data.problems import prepare_problems
 
-    print(prepare_humaneval(source, samples, seed, output))
+    print(prepare_problems("HumanEval", source, samples, seed, output))
 
 
 @prepare_app.command()
@@ -405,9 +405,9 @@ def gsm8k(
     output: Prepared = None,
 ) -> None:
     """GSM8K: grade-school problems with their final answers and worked solutions."""
-    from fastdistill.data.problems import prepare_gsm8k
+    from fastdistill.data.problems import prepare_problems
 
-    print(prepare_gsm8k(source, samples, seed, output))
+    print(prepare_problems("GSM8K", source, samples, seed, output))
 
 
 def _to_its_end(work: "Callable[..., RunResult]", quiet: bool) -> None:

@@ -7,9 +7,11 @@ unit, lists, tuples and sets of them, choice letters, and words. All else is for
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
+from itertools import accumulate
+
+from msgspec import Struct
 
 LONGEST = 300
 """Characters of an answer that is looked at."""
@@ -25,8 +27,7 @@ class Equality(StrEnum):
     NOT_PLAIN = "not_plain"
 
 
-@dataclass(frozen=True, slots=True)
-class Extracted:
+class Extracted(Struct, frozen=True):
     """Final answers as they stand in a text, cleaned; several only where the text itself leaves it open."""
 
     answers: tuple[str, ...]
@@ -126,23 +127,18 @@ def is_prose(text: str) -> bool:
 
 def is_costly(text: str) -> bool:
     """Whether an expression is known beforehand to take too long: towers of powers, large factorials, deep nesting."""
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "{([") - (character in "})]")
-        deepest = max(deepest, depth)
+    depths = accumulate((character in "{([") - (character in "})]") for character in text)
     factorials = [int(number) > 200 for number in re.findall(r"(\d+)[\s)}]*!", text)]
-    return len(text) > LONGEST or deepest > 20 or any(factorials) or _COSTLY.search(text) is not None
+    return len(text) > LONGEST or max(depths, default=0) > 20 or any(factorials) or _COSTLY.search(text) is not None
 
 
-@dataclass(frozen=True, slots=True)
-class _Quantity:
+class _Quantity(Struct, frozen=True):
     number: Fraction
     unit: str = ""
     name: str = ""  # of what it is the value, as in `x = 3`
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
+class _Group(Struct, frozen=True):
     brackets: str  # `{}` for what has no order, or is one number alone
     items: tuple[_Quantity, ...]
 

@@ -4,11 +4,12 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import asdict
 from pydantic import Field, PrivateAttr, field_validator
 
 from fastdistill.core.errors import InputError, SampleError
@@ -73,8 +74,7 @@ class Decontaminate(StreamFilter):
         return look
 
 
-@dataclass(slots=True)
-class _File:
+class _File(Struct):
     """Samples that hold an item of one evaluation file; one counts once, as `exact` if it is."""
 
     path: str
@@ -86,17 +86,16 @@ class _File:
     """Those with a run of `report_ngram` words of an item, left out or not."""
 
 
-@dataclass(slots=True)
-class _Index:
+class _Index(Struct):
     ngram: int
     report_ngram: int
-    files: list[_File] = field(default_factory=list)
-    _items: list[tuple[int, str, int]] = field(default_factory=list)
+    files: list[_File] = []
+    _items: list[tuple[int, str, int]] = []
     """The place of its file, its source and its number of words, for each item."""
-    _texts: dict[int, int] = field(default_factory=dict)
-    _runs: "dict[int, array[int]]" = field(default_factory=dict)
+    _texts: dict[int, int] = {}
+    _runs: "dict[int, array[int]]" = {}
     """By the hash of `ngram` words: items and positions in them, one after the other."""
-    _reported: dict[int, set[int]] = field(default_factory=dict)
+    _reported: dict[int, set[int]] = {}
     """By the hash of `report_ngram` words: places of files."""
 
     def read(self, path: Path, fields: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ Only the text of the place is written anew: the rest stays as it is, also where 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 
 from fastdistill.core.step import Mutation
 
@@ -45,9 +46,7 @@ def mutate_python(code: str, setup: str = "") -> list[Mutation]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    begins = [0]
-    for line in source.splitlines(keepends=True):
-        begins.append(begins[-1] + len(line))
+    begins = list(accumulate(map(len, source.splitlines(keepends=True)), initial=0))
     first = len(before.encode(errors="replace"))
     found = []
     for node, parent in _walk(tree):

@@ -36,7 +36,8 @@ class CanonicalizeFields(StreamFilter):
                 return sample
             first_id, source = first.split(" ", 1)
             if first_id == sample.sample_id:
-                return _duplicate(sample, self.name, f"{sample.source}: the same task as {source}")
+                message = f"{sample.source}: the same task as {source}"
+                return sample.left_out(Status.DUPLICATE, Failure(self.name, "duplicate", message))
             raise SampleError(
                 "task_id_conflict",
                 f"{sample.source}: task id {sample.task_id!r} belongs to other content at {source}; "
@@ -87,7 +88,8 @@ class Deduplicate(StreamFilter):
                 raise SampleError("not_canonical", f"{sample.source}: {error}") from error
             if first is None:
                 return sample
-            return _duplicate(sample, self.name, f"{sample.source}: the same content as {first}")
+            message = f"{sample.source}: the same content as {first}"
+            return sample.left_out(Status.DUPLICATE, Failure(self.name, "duplicate", message))
 
         return look
 
@@ -140,7 +142,3 @@ def _pick(sample: Sample, fields: Sequence[str]) -> Mapping[str, Any]:
         there = ", ".join(record) or "none"
         message = f"{sample.source}: no field {missing}; the record has: {there}"
         raise SampleError("missing_field", message) from error
-
-
-def _duplicate(sample: Sample, step: str, message: str) -> Sample:
-    return sample.left_out(Status.DUPLICATE, Failure(step, "duplicate", message))

@@ -3,7 +3,6 @@
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import msgspec
 from fastdistill.core.files import atomic
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(msgspec.Struct, frozen=True):
     """A data set as written: so many records in `train.jsonl` and `eval.jsonl` of `folder`."""
 
     folder: Path

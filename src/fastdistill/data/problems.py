@@ -89,29 +89,19 @@ class _Checked(msgspec.Struct, frozen=True):
         }
 
 
-def prepare_gsm8k(source: Path, samples: int, seed: int, output: Path | None = None) -> Drawn:
-    """Draws `samples` problems for training, and a fifth as many to evaluate; see `draw`.
+def prepare_problems(name: str, source: Path, samples: int, seed: int, output: Path | None = None) -> Drawn:
+    """Draws `samples` problems of GSM8K, MBPP or HumanEval for training, and a fifth as many to evaluate; see `draw`.
 
     `source` is a folder with `train.jsonl` and `test.jsonl`, or one file, a sixth of which is set apart to evaluate.
 
     Raises:
-        InputError: a file can't be read, or has another problem than GSM8K's.
+        InputError: a file can't be read, or has another problem than that set's.
         EnvironmentFault: the records can't be written.
     """
     path = source.expanduser().absolute()
-    train = _records(path / "train.jsonl" if path.is_dir() else path, "GSM8K")
-    held_out = _records(path / "test.jsonl", "GSM8K") if path.is_dir() else None
-    return draw("gsm8k", train, samples, seed, output, held_out)
-
-
-def prepare_mbpp(source: Path, samples: int, seed: int, output: Path | None = None) -> Drawn:
-    """Draws records from any edition of MBPP; see `draw`. Raises as `prepare_gsm8k` does."""
-    return draw("mbpp", _records(source, "MBPP"), samples, seed, output)
-
-
-def prepare_humaneval(source: Path, samples: int, seed: int, output: Path | None = None) -> Drawn:
-    """Draws records from HumanEval; see `draw`. Raises as `prepare_gsm8k` does."""
-    return draw("humaneval", _records(source, "HumanEval"), samples, seed, output)
+    train = _records(path / "train.jsonl" if path.is_dir() else path, name)
+    held_out = _records(path / "test.jsonl", name) if path.is_dir() else None
+    return draw(name.lower(), train, samples, seed, output, held_out)
 
 
 def _records(source: Path, name: str) -> list[dict[str, Any]]:

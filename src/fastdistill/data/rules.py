@@ -13,7 +13,7 @@ from fastdistill.core.step import Context, Gate
 from fastdistill.core.types import Candidate, Completion, FinishReason, Outcome, Sample, Verdict
 from fastdistill.data.execution.patterns import CPU_S, PatternPool, Rule
 from fastdistill.data.execution.reason import Reason
-from fastdistill.data.execution.worker_pool import Cause, Death
+from fastdistill.data.execution.worker_pool import Death
 from fastdistill.data.sql_parser import parsed, parser
 
 # It warns of every text that it takes for a command; the verdict says that.
@@ -115,9 +115,9 @@ class RuleFilter(Gate):
     def _not_searched(self, death: Death) -> Verdict:
         pattern = self._rules[int(death.phase)][0].pattern if death.phase.isdigit() else None
         reason, why = {
-            Cause.CPU: (RuleReason.PATTERN_TOO_SLOW, f"more than {CPU_S:g} s of CPU time"),
-            Cause.WALL: (RuleReason.INFRA_TIMEOUT, "no answer in time"),
-            Cause.OTHER: (RuleReason.SANDBOX_DIED, f"worker {death.status}"),
+            "cpu": (RuleReason.PATTERN_TOO_SLOW, f"more than {CPU_S:g} s of CPU time"),
+            "wall": (RuleReason.INFRA_TIMEOUT, "no answer in time"),
+            "other": (RuleReason.SANDBOX_DIED, f"worker {death.status}"),
         }[death.cause]
         return self.verdict(Outcome.ERROR, reason, pattern=pattern, detail=why)
 

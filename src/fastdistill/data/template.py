@@ -4,9 +4,11 @@ Most are text with `{{ field }}` in it, and are filled without Jinja, which cost
 """
 
 import re
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Struct
+from pydantic import AfterValidator
 
 from fastdistill.core.errors import SampleError
 from fastdistill.core.types import Sample
@@ -20,8 +22,7 @@ _PLAIN = re.compile(rf"{_DATA}(?:{_FIELD}{_DATA})*+", re.ASCII)
 _RESERVED = frozenset(["and", "else", "false", "if", "in", "is", "none", "not", "or", "self", "true"])
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(Struct, frozen=True, dict=True):
     """A template that compiles. `plain` is the same for `str.format`, where it has nothing but text and fields."""
 
     text: str
@@ -62,6 +63,10 @@ def compile_template(text: str) -> Template:
     return template
 
 
+TemplateText = Annotated[str, AfterValidator(lambda text: compile_template(text).text)]
+"""A field of a step that must compile."""
+
+
 def render(template: Template, sample: Sample) -> str:
     """The template filled from the record.
 
@@ -73,10 +78,8 @@ def render(template: Template, sample: Sample) -> str:
         try:
             if None not in map(record.__getitem__, template.fields):  # what is wrong with a null, Jinja says
                 return template.plain.format_map(record)
-        except KeyError:
-            pass  # Jinja knows more names than the record's, and what to say of one that nobody knows
-        except ValueError as error:  # an integer that Python does not write
-            raise SampleError("template_error", f"{sample.source}: the template: {error}") from error
+        except (KeyError, ValueError):
+            pass  # Jinja knows more names than the record's, and what to say of one, or of a number too long to write
 
     from jinja2 import TemplateError, UndefinedError
 

@@ -14,7 +14,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -36,8 +35,7 @@ _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
 _LONGEST_NAME = 60  # characters; some headers are sentences
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedSplit:
+class PreparedSplit(msgspec.Struct, frozen=True):
     """One split as written. `left_out` counts the questions that were drawn and not used, by reason.
 
     Reasons: `no_table`, `bad_query` (it names a column, an operator or a number that is none), `fails` (SQLite refuses
@@ -50,8 +48,7 @@ class PreparedSplit:
     left_out: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True):
     """The data set as written: `train.jsonl`, `train.db`, `eval.jsonl` and `eval.db` in `folder`."""
 
     folder: Path
@@ -198,12 +195,10 @@ def _prepare_split(release: Path, split: str, samples: int, seed: int, draft: Pa
             if records == samples:
                 break
             try:
-                record = _record(f"wikisql-{split}-{number:05d}", question, tables)
+                file.write(msgspec.json.encode(_record(f"wikisql-{split}-{number:05d}", question, tables)) + b"\n")
+                records += 1
             except _LeftOut as reason:
                 left_out[str(reason)] += 1
-            else:
-                file.write(msgspec.json.encode(record) + b"\n")
-                records += 1
         database.execute("COMMIT")
     if not records:
         raise InputError(f"{release}: no usable question in {split}.jsonl ({dict(left_out)}); fetch {URL} again")
@@ -238,8 +233,7 @@ def _record(task_id: str, question: _Question, tables: "_Tables") -> dict[str, s
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
+class _Table(msgspec.Struct, frozen=True):
     name: str
     columns: tuple[str, ...]  # as SQL writes them
     types: tuple[str, ...]  # as the release has them: text or real
@@ -262,18 +256,17 @@ def _select(query: _Query, table: str, columns: Sequence[str], where: Sequence[s
     return " WHERE ".join([f"SELECT {selected} FROM {table}", *filter(None, [" AND ".join(where)])])
 
 
-class _Tables:
+class _Tables(msgspec.Struct):
     """The release's tables, as they are there and as they are written."""
 
-    def __init__(self, database: sqlite3.Connection, headers: Mapping[str, Sequence[str]]) -> None:
-        self._database = database
-        self._headers = headers
-        self.written: set[str] = set()
+    database: sqlite3.Connection
+    headers: Mapping[str, Sequence[str]]
+    written: set[str] = set()
 
     def find(self, table_id: str) -> _Table:
         name = f"table_{table_id.replace('-', '_')}"
-        header = self._headers.get(table_id, ())
-        found = self._database.execute("SELECT lower(type) FROM pragma_table_info(?, 'release')", [name])
+        header = self.headers.get(table_id, ())
+        found = self.database.execute("SELECT lower(type) FROM pragma_table_info(?, 'release')", [name])
         types = tuple(kind for (kind,) in found)
         if not types or len(types) != len(header) or not re.fullmatch(r"\w+", name):
             raise _LeftOut("no_table")
@@ -281,13 +274,13 @@ class _Tables:
 
     def write(self, table: _Table) -> None:
         if table.name not in self.written:
-            self._database.execute(table.schema(" COLLATE NOCASE"))
-            self._database.execute(f"INSERT INTO main.{table.name} SELECT * FROM release.{table.name} ORDER BY rowid")
+            self.database.execute(table.schema(" COLLATE NOCASE"))
+            self.database.execute(f"INSERT INTO main.{table.name} SELECT * FROM release.{table.name} ORDER BY rowid")
             self.written.add(table.name)
 
     def answer(self, query: str, values: Sequence[str | float] = ()) -> list[str | float | None]:
         try:
-            return [value for (value,) in self._database.execute(query, values)]
+            return [value for (value,) in self.database.execute(query, values)]
         except sqlite3.Error as error:
             raise _LeftOut("fails") from error
 

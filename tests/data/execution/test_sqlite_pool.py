@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
+from fastdistill.core.errors import EnvironmentFault
 from fastdistill.data.execution.sqlite import SqlitePool
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
 from fastdistill.data.execution.sqlite_worker import Evaluation, SqlJob
-from fastdistill.data.execution.worker_pool import PoolClosedError, WorkerStartError
+from fastdistill.data.execution.worker_pool import PoolClosedError
 
 T = TypeVar("T")
 Runner = Callable[[Coroutine[Any, Any, T]], T]
@@ -381,7 +382,7 @@ def test_a_worker_that_cannot_start_is_reported(
     database: Path, monkeypatch: pytest.MonkeyPatch, executable: str, message: str
 ) -> None:
     monkeypatch.setattr(sys, "executable", executable)
-    with pytest.raises(WorkerStartError, match=message):
+    with pytest.raises(EnvironmentFault, match=message):
         judge(SqlJob(str(database), "SELECT 1"), SqlJob(str(database), "SELECT 2"))
 
 

@@ -3,7 +3,7 @@
 What is the final answer and what is plainly equal is defined in `answer_math`, all other equality in `math_worker`.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -16,7 +16,7 @@ from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data import answer_math
 from fastdistill.data.answer_math import LONGEST, Equality, Extracted
 from fastdistill.data.execution.reason import Reason
-from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool
+from fastdistill.data.execution.worker_pool import Death, WorkerPool
 
 
 class MathReason(Reason):
@@ -58,10 +58,8 @@ class MathPool(WorkerPool[tuple[str, str], MathReason]):
     def from_wire(self, message: list[str]) -> MathReason:
         return MathReason(message[0])
 
-    async def died(
-        self, job: tuple[str, str], death: Death, judge: Callable[[tuple[str, str]], Awaitable[MathReason]]
-    ) -> MathReason:
-        return MathReason.INFRA_TIMEOUT if death.cause is Cause.WALL else MathReason.SANDBOX_DIED
+    async def died(self, job: tuple[str, str], death: Death, *_: object) -> MathReason:
+        return MathReason.INFRA_TIMEOUT if death.cause == "wall" else MathReason.SANDBOX_DIED
 
 
 class MathExecEval(Gate):

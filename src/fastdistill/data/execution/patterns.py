@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from time import thread_time
 from typing import Any, Self, TypeAlias
 
@@ -74,9 +74,7 @@ class PatternPool(WorkerPool[_Job, Broken | Death | None]):
     def from_wire(self, message: Any) -> Broken | None:
         return message and tuple(message)
 
-    async def died(
-        self, job: _Job, death: Death, judge: Callable[[_Job], Awaitable[Broken | Death | None]]
-    ) -> Broken | Death | None:
+    async def died(self, job: _Job, death: Death, *_: object) -> Death:
         return death
 
 

@@ -6,9 +6,9 @@ What is safe, and what each reason means, is defined in `sandbox` and `python_wo
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+from msgspec.structs import replace
 from pydantic import Field, PrivateAttr
 
 from fastdistill.core.errors import EnvironmentFault, together

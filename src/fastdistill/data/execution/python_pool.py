@@ -23,6 +23,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import BinaryIO, Literal, Self
 
+from msgspec import Struct
 from pydantic import PositiveFloat, PositiveInt
 
 import fastdistill
@@ -61,16 +62,14 @@ class PythonLimits:
     """One returned value, as JSON."""
 
 
-@dataclass(frozen=True, slots=True)
-class InputOutput:
+class InputOutput(Struct, frozen=True):
     """A test of a program that reads standard input and prints."""
 
     input: str
     output: str
 
 
-@dataclass(frozen=True, slots=True)
-class PythonJob:
+class PythonJob(Struct, frozen=True):
     """One candidate to judge by its tests: pieces of Python, or pairs of input and output."""
 
     code: str
@@ -82,8 +81,7 @@ class PythonJob:
     mode: Literal["split", "solo"] = "split"
 
 
-@dataclass(frozen=True, slots=True)
-class PythonEvaluation:
+class PythonEvaluation(Struct, frozen=True):
     reason: PythonReason
     detail: str | None = None
     near_limit: bool = False
@@ -154,8 +152,7 @@ class PythonPool:
             observe(queued=begun - called, busy=perf_counter() - begun)
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
+class _Run(Struct, frozen=True):
     """All that was seen of one case; how its processes ended, by the kernel's account."""
 
     output: bytes
@@ -196,10 +193,8 @@ class _Lane:
     async def _run_tests(self, job: PythonJob, code: str) -> PythonEvaluation:
         token = secrets.token_hex(16)
         task = {"tests": job.tests, "setup": job.setup, "entry_point": job.entry_point, "token": token}
-        if job.mode == "solo":
-            run = await self._run("solo", [_json({**task, "code": code})])
-        else:
-            run = await self._run("split", [_json(code), _json(task)])
+        inputs: Sequence[object] = [{**task, "code": code}] if job.mode == "solo" else [code, task]
+        run = await self._run(job.mode, [_json(each) for each in inputs])
         reason, detail = PythonReason.EXITED, "its process ended"
         # Half a report is none, and so is what a candidate sprayed.
         with suppress(ValueError, TypeError, AttributeError, RecursionError):

@@ -18,11 +18,10 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 if sys.platform == "linux":
@@ -48,8 +47,7 @@ class IsolationLevel(StrEnum):
         return order.index(self) >= order.index(wanted)
 
 
-@dataclass(frozen=True, slots=True)
-class Isolation:
+class Isolation(NamedTuple):
     """What this machine offers."""
 
     levels: tuple[IsolationLevel, ...]
@@ -81,17 +79,11 @@ def available_isolation() -> Isolation:
     # A filter at address 0: the kernel says EFAULT if it would have read one, EINVAL if it has no seccomp.
     if _LIBC.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, None, 0, 0) != -1 or ctypes.get_errno() != 14:
         return Isolation((), 0, ("this kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)",))
-    levels, missing = [], []
     landlock = max(0, _landlock_version())
-    if landlock:
-        levels.append(IsolationLevel.LANDLOCK)
-    else:
-        missing.append("no Landlock: needs Linux 5.13 or later with `landlock` among its security modules")
-    if problem := _bubblewrap_problem():
-        missing.append(problem)
-    else:
-        levels.append(IsolationLevel.BUBBLEWRAP)
-    return Isolation(tuple(levels), landlock, tuple(missing))
+    none = "no Landlock: needs Linux 5.13 or later with `landlock` among its security modules"
+    missing = {IsolationLevel.LANDLOCK: "" if landlock else none, IsolationLevel.BUBBLEWRAP: _bubblewrap_problem()}
+    levels = tuple(level for level, problem in missing.items() if not problem)
+    return Isolation(levels, landlock, tuple(filter(None, missing.values())))
 
 
 def readable_paths() -> list[str]:
@@ -260,7 +252,7 @@ class _Program(ctypes.Structure):
 
 
 _INSTRUCTION = struct.Struct("=HBBI")
-_LOAD, _AND, _EQUAL, _JUMP, _RETURN = 0x20, 0x54, 0x15, 0x05, 0x06
+_LOAD, _AND, _EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06
 _KILL_PROCESS, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 _EPERM, _ENOSYS = 1, 38
 
@@ -278,27 +270,14 @@ def _filter() -> bytes:
     architecture, column = _ARCHITECTURES[platform.machine()]
     words = _CALLS.split()
     numbers = {words[i]: int(words[i + column]) for i in range(0, len(words), 3) if words[i + column] != "-"}
-    clone3 = numbers.pop("clone3")
-    rules = b""
-    for name, conditions in _RULES.items():
-        allowed = b"".join(map(_condition, conditions)) + _instruction(_RETURN, _ALLOW)
-        rules += _instruction(_EQUAL, numbers.pop(name), 0, len(allowed) // _INSTRUCTION.size) + allowed
-    return b"".join(
-        (
-            _instruction(_LOAD, 4),
-            _instruction(_EQUAL, architecture, 1),
-            _instruction(_RETURN, _KILL_PROCESS),
-            _instruction(_LOAD, 0),
-            *(_instruction(_EQUAL, number, len(numbers) - i) for i, number in enumerate(numbers.values())),
-            _instruction(_JUMP, 1),
-            _instruction(_RETURN, _ALLOW),
-            # glibc then falls back on clone, whose flags a filter can see.
-            _instruction(_EQUAL, clone3, 0, 1),
-            _instruction(_RETURN, _ERRNO | _ENOSYS),
-            rules,
-            _DENY,
-        )
-    )
+    program = _instruction(_LOAD, 4) + _instruction(_EQUAL, architecture, 1) + _instruction(_RETURN, _KILL_PROCESS)
+    program += _instruction(_LOAD, 0)
+    for name, number in numbers.items():
+        # Told that there is no clone3, glibc falls back on clone, whose flags a filter can see.
+        answer = _instruction(_RETURN, _ERRNO | _ENOSYS if name == "clone3" else _ALLOW)
+        rule = b"".join(map(_condition, _RULES.get(name, ()))) + answer
+        program += _instruction(_EQUAL, number, 0, len(rule) // _INSTRUCTION.size) + rule
+    return program + _DENY
 
 
 def _condition(condition: _Condition) -> bytes:

@@ -63,7 +63,8 @@ def compare(
         return "match"
     left, right = _snapped(gold.rows, other.rows)
     ends = [len(left)] if cuts is None else cuts
-    if all(_same_multiset(left[start:end], right[start:end]) for start, end in pairwise([0, *ends])):
+    groups = ((left[start:end], right[start:end]) for start, end in pairwise([0, *ends]))
+    if all(wanted == given or Counter(wanted) == Counter(given) for wanted, given in groups):
         return "match"
     if columns == "strict" or gold.width == 1:
         return "mismatch"
@@ -180,10 +181,6 @@ def _canonical(cell: Cell) -> Cell:
         return cell
     rounded = cell if cell.is_integer() else float(format(cell, ".10g"))
     return int(rounded) if rounded.is_integer() else rounded
-
-
-def _same_multiset(left: Sequence[Row], right: Sequence[Row]) -> bool:
-    return left == right or Counter(left) == Counter(right)
 
 
 def _snapped(left: tuple[Row, ...], right: tuple[Row, ...]) -> tuple[tuple[Row, ...], tuple[Row, ...]]:

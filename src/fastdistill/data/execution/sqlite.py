@@ -7,7 +7,7 @@ record gives is taken as it is: records are the user's own, and of a database on
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from fastdistill.core.step import Context, Gate, Mutation
 from fastdistill.core.types import Candidate, Outcome, Sample, Verdict
 from fastdistill.data.execution.sqlite_guard import SqlLimits, SqlReason
 from fastdistill.data.execution.sqlite_worker import Evaluation, SqlJob
-from fastdistill.data.execution.worker_pool import Cause, Death, WorkerPool
+from fastdistill.data.execution.worker_pool import Death, WorkerPool
 from fastdistill.data.template import compile_template, render
 
 
@@ -44,10 +44,10 @@ class SqlitePool(WorkerPool[SqlJob, Evaluation]):
         reason, *others = message
         return Evaluation(SqlReason(reason), *others)
 
-    async def died(self, job: SqlJob, death: Death, judge: Callable[[SqlJob], Awaitable[Evaluation]]) -> Evaluation:
-        if death.cause is Cause.CPU:  # the other query may have something to say
+    async def died(self, job: SqlJob, death: Death, judge: Callable[[SqlJob], Awaitable[Evaluation]], /) -> Evaluation:
+        if death.cause == "cpu":  # the other query may have something to say
             return await judge(job._replace(spent=(*job.spent, death.phase)))
-        if death.cause is Cause.WALL:
+        if death.cause == "wall":
             late = f"{death.phase}: no answer within {self._limits.wall_s} s"
             return Evaluation(SqlReason.INFRA_TIMEOUT, detail=late)
         return Evaluation(SqlReason.SANDBOX_DIED, detail=f"{death.phase}: worker {death.status}")
@@ -68,7 +68,7 @@ class CopyPool(WorkerPool[list[str], str]):
     def from_wire(self, message: list[str]) -> str:
         return message[0]
 
-    async def died(self, job: list[str], death: Death, judge: Callable[[list[str]], Awaitable[str]]) -> str:
+    async def died(self, job: list[str], death: Death, *_: object) -> str:
         return f"worker {death.status}"
 
 
@@ -240,10 +240,9 @@ def _expanded(path: str) -> str:
 
 
 def _sha256(path: str) -> str | None:
-    try:
+    with suppress(OSError, ValueError):  # the worker says what is wrong with it
         return sha256_file(Path(path))
-    except (OSError, ValueError):  # the worker says what is wrong with it
-        return None
+    return None
 
 
 @lru_cache(maxsize=64)

@@ -126,10 +126,9 @@ class GuardedConnection:
 
     def is_stale(self) -> bool:
         """Whether its path no longer names the file that was opened."""
-        try:
+        with suppress(OSError):
             return _identity(self.path) != self.identity
-        except OSError:
-            return True
+        return True
 
     def close(self) -> None:
         self._connection.close()
@@ -238,12 +237,9 @@ class GuardedConnection:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the primary code
         if code in _DATABASE_FAULTS:
             raise DatabaseUnreadableError(f"database {self.path}: {error}") from error
-        if self._denied is not None:
-            reason = self._denied
-        elif code == sqlite3.SQLITE_INTERRUPT:
+        if code == sqlite3.SQLITE_INTERRUPT and self._denied is None:
             return QueryError(SqlReason.LIMIT_OPS, f"more than {self._limits.ops} operations", self._ops)
-        else:
-            reason = _REASONS.get(code, SqlReason.SQL_ERROR)
+        reason = self._denied or _REASONS.get(code, SqlReason.SQL_ERROR)
         return QueryError(reason, str(error)[:_MESSAGE_CHARS], self._ops)
 
 

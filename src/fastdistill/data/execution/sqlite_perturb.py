@@ -9,10 +9,10 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from fastdistill.data.execution.sqlite_guard import quoted
 from fastdistill.data.execution.worker_process import Channel
@@ -60,16 +60,14 @@ def perturb(path: Path, seed: int, out: Path) -> None:
         database.execute("COMMIT")
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
+class _Table(NamedTuple):
     name: str
     columns: tuple[str, ...]
     unique: tuple[tuple[str, ...], ...]
     """The columns of the primary key, if there is one, and of each unique index."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Reference:
+class _Reference(NamedTuple):
     """Columns of a table whose values, where none is NULL, stand in columns of another."""
 
     child: str
@@ -141,15 +139,12 @@ def _references(database: sqlite3.Connection, tables: list[_Table]) -> Iterator[
 def _change_numbers(database: sqlite3.Connection, table: str, column: str, chance: random.Random) -> None:
     place, name = quoted(table), quoted(column)
     is_number = f"typeof({name}) IN ('integer', 'real')"
-    values = [
-        value
-        for (value,) in database.execute(
-            f"SELECT DISTINCT {name} FROM {place} WHERE {is_number} ORDER BY {name} LIMIT {_MOST_VALUES}"
-        )
-    ]
+    numbers = f"FROM {place} WHERE {is_number}"
+    distinct = database.execute(f"SELECT DISTINCT {name} {numbers} ORDER BY {name} LIMIT {_MOST_VALUES}")
+    values = [value for (value,) in distinct]
     if len(values) < 2:
         return
-    (greatest,) = database.execute(f"SELECT max({name}) FROM {place} WHERE {is_number}").fetchone()
+    (greatest,) = database.execute(f"SELECT max({name}) {numbers}").fetchone()
     database.create_function("other", 1, _other(values, values[0], greatest, chance))
     # Where a CHECK or a unique expression forbids the other number, the row stays as it is.
     database.execute(f"UPDATE OR IGNORE {place} SET {name} = other({name}) WHERE {is_number} AND chance() < {CHANGED}")
@@ -160,10 +155,9 @@ def _other(values: list[Number], least: Number, greatest: Number, chance: random
         digits = 0 if isinstance(value, int) else len(repr(value).partition(".")[2])
         exact = isinstance(value, int) or "e" not in repr(value)  # 1e+20 has no last digit to speak of
         if exact and chance.random() < 0.5:
-            unit = 1 if isinstance(value, int) else 10.0**-digits
-            up, down = value + unit, value - unit
-            within = [round(moved, digits) for moved in (up, down) if least <= round(moved, digits) <= greatest]
-            if within:
+            unit: Number = 10**-digits
+            moved = [round(value + step, digits) for step in (unit, -unit)]
+            if within := [near for near in moved if least <= near <= greatest]:
                 return chance.choice(within)
         drawn = chance.choice(values)
         return drawn if drawn != value else values[(values.index(drawn) + 1) % len(values)]

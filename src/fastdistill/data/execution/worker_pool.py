@@ -17,9 +17,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from enum import Enum, auto
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 from fastdistill.core.errors import EnvironmentFault
 from fastdistill.data.execution.worker_process import FIRST_PHASE, line
@@ -37,18 +35,10 @@ class PoolClosedError(Exception):
     """The pool was closed before it could answer."""
 
 
-class WorkerStartError(EnvironmentFault):
-    """A worker process could not be started: nothing can be judged."""
+Cause = Literal["cpu", "wall", "other"]
 
 
-class Cause(Enum):
-    CPU = auto()
-    WALL = auto()
-    OTHER = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Death:
+class Death(NamedTuple):
     """How a worker ended in the middle of a job, and what it was doing."""
 
     cause: Cause
@@ -59,8 +49,8 @@ class Death:
 class WorkerPool(ABC, Generic[Job, Result]):
     """An async context manager over `workers` processes, each started when it first gets a job.
 
-    Any number of tasks may ask at a time. They get `WorkerStartError` or `PoolClosedError`; anything wrong with a job
-    itself is a result.
+    Any number of tasks may ask at a time. They get `EnvironmentFault` where no worker starts, or `PoolClosedError`;
+    anything wrong with a job itself is a result.
     """
 
     module: ClassVar[str]
@@ -107,7 +97,7 @@ class WorkerPool(ABC, Generic[Job, Result]):
     def from_wire(self, message: Any) -> Result: ...
 
     @abstractmethod
-    async def died(self, job: Job, death: Death, judge: Callable[[Job], Awaitable[Result]]) -> Result:
+    async def died(self, job: Job, death: Death, judge: Callable[[Job], Awaitable[Result]], /) -> Result:
         """The verdict on a job that ended its worker twice. `judge` runs a job alone."""
 
     async def _serve_lane(self) -> None:
@@ -120,7 +110,7 @@ class WorkerPool(ABC, Generic[Job, Result]):
                     tickets.append(self._queue.get_nowait())
                 try:
                     await lane.judge(tickets)
-                except WorkerStartError as error:
+                except EnvironmentFault as error:
                     while tickets:
                         tickets.popleft().fail(error)
         finally:
@@ -154,7 +144,7 @@ class _Lane(Generic[Job, Result]):
         self._rest = b""  # of a message that has not come whole
 
     async def judge(self, tickets: deque[_Ticket[Job, Result]]) -> None:
-        """Answers all tickets, removing each; raises `WorkerStartError`, leaving those it did not answer."""
+        """Answers all tickets, removing each; raises `EnvironmentFault`, leaving those it did not answer."""
         runs = 2
         if len(tickets) > 1:
             if await self._run(tickets) is None:
@@ -191,21 +181,17 @@ class _Lane(Generic[Job, Result]):
                     else:
                         tickets.popleft().answer(self._pool.from_wire(message))
             return None
-        except TimeoutError:
-            cause = Cause.WALL
-        except ConnectionError:
-            cause = Cause.OTHER
-        status = await self.stop()
-        if status == -signal.SIGPROF:
-            cause = Cause.CPU
-        return Death(cause, self._phase, _describe(status))
+        except (TimeoutError, ConnectionError) as error:
+            status = await self.stop()
+            late: Cause = "wall" if isinstance(error, TimeoutError) else "other"
+            return Death("cpu" if status == -signal.SIGPROF else late, self._phase, _describe(status))
 
     async def _judge_alone(self, job: Job, runs: int = 1) -> Result:
         """The verdict on a job of which the last of so many runs decides, or one that its own CPU time ends."""
         ticket: _Ticket[Job, Result] = _Ticket(job, asyncio.get_running_loop().create_future())
         while (death := await self._run(deque([ticket]))) is not None:
             runs -= 1
-            if not runs or death.cause is Cause.CPU:
+            if not runs or death.cause == "cpu":
                 return await self._pool.died(job, death, self._judge_alone)
         return ticket.future.result()
 
@@ -221,14 +207,14 @@ class _Lane(Generic[Job, Result]):
             await self._receive(_START_S)  # the message that it is ready
         except TimeoutError as error:
             await self.stop()
-            raise WorkerStartError(f"{what}: not ready within {_START_S} s") from error
+            raise EnvironmentFault(f"{what}: not ready within {_START_S} s") from error
         except ConnectionError as error:
             status = await self.stop()
             if status >= 0 or killed:
-                raise WorkerStartError(f"{what}: {_describe(status)} before it was ready; see its stderr") from error
+                raise EnvironmentFault(f"{what}: {_describe(status)} before it was ready; see its stderr") from error
             await self._start(killed=True)
         except OSError as error:
-            raise WorkerStartError(f"{what}: {sys.executable}: {error.strerror}") from error
+            raise EnvironmentFault(f"{what}: {sys.executable}: {error.strerror}") from error
 
     def _spawn(self) -> None:
         """A process that gets no secret, and what an interpreter needs to find the same modules."""

@@ -25,7 +25,7 @@ from fastdistill.core.files import atomic
 from fastdistill.core.step import Context, Output, StreamStep
 from fastdistill.core.turns import beside
 from fastdistill.core.types import Candidate, Sample, Status
-from fastdistill.data.template import compile_template, render
+from fastdistill.data.template import TemplateText, compile_template, render
 
 BYTES_PER_BLOCK = 2**19
 BYTES_PER_GROUP = 5 * 2**20
@@ -231,7 +231,9 @@ class Export(Splits):
     formats: tuple[Format, ...] = Field((Format.PARQUET, Format.JSONL), min_length=1)
     shapes: tuple[Shape, ...] = Field(min_length=1, description="what parquet and jsonl are written of")
     system_prompt: str | None = Field(None, description="in place of the teacher's; empty: none")
-    template: str | None = Field(None, description="Jinja; the student's user message, in place of all the teacher saw")
+    template: TemplateText | None = Field(
+        None, description="Jinja; the student's user message, in place of all the teacher saw"
+    )
     keep_fields: tuple[str, ...] = Field((), description="fields of the record to keep, as text, in fd_<field>")
 
     @field_validator("formats", "shapes")
@@ -241,13 +243,6 @@ class Export(Splits):
         if strange := [str(value) for value in values if value not in offered]:
             raise ValueError(f"{cls.__name__} writes no {', '.join(strange)}")
         return values
-
-    @field_validator("template")
-    @classmethod
-    def _template_compiles(cls, template: str | None) -> str | None:
-        if template is not None:
-            compile_template(template)
-        return template
 
     @model_validator(mode="after")
     def _columns_are_free(self) -> "Export":

@@ -90,21 +90,17 @@ class ExportPreference(Export):
         """The lowest scores are rejected first, each by the best answer that has been in the fewest pairs."""
         accepted = sorted((c for c in better if c.outcome is Outcome.PASS), key=best_first)
         used: Counter[str] = Counter()
-        pairs = 0
         for rejected in _worst_first(c for c in worse if c.outcome is not Outcome.ERROR):
             reason = None
-            for chosen in sorted(accepted, key=lambda each: used[each.candidate_id]):
-                if chosen is rejected:
-                    continue
+            for chosen in sorted((c for c in accepted if c is not rejected), key=lambda c: used[c.candidate_id]):
                 reason = self._why_not(chosen, rejected)
                 if reason is None:
                     used[chosen.candidate_id] += 1
-                    pairs += 1
                     yield chosen, rejected
                     break
             if reason is not None:
                 seen[f"left_out_{reason}"] += 1
-            if pairs == self.max_pairs:
+            if used.total() == self.max_pairs:
                 return
 
     def _why_not(self, chosen: Candidate, rejected: Candidate) -> str | None:

@@ -76,7 +76,7 @@ class ExportSFT(Export):
     def _within_quota(self, sample: Sample, seen: "Counter[str]") -> bool:
         """Whether the bin of a sample's difficulty has room for it; it is counted there."""
         failed = sum(candidate.outcome is Outcome.FAIL for candidate in sample.candidates)
-        difficulty = failed / (failed + len(sample.accepted)) if sample.accepted else 1.0
+        difficulty = failed / (failed + len(sample.accepted))
         edge = min((edge for edge in self.difficulty_quotas if difficulty <= edge), default=None)
         if edge is None:
             return True

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
+from fastdistill.data.export.dataset import FILES, Format
+
 STUDENT = "Qwen/Qwen2.5-0.5B-Instruct"
-LLAMAFACTORY = {
-    "fd_sft": "sft/{}.parquet", "fd_preference": "lf/preference_{}.jsonl", "fd_kto": "lf/kto_{}.jsonl"
-}  # fmt: skip
-"""Its data sets by name; `{}` is the split."""
+LLAMAFACTORY = dict(zip(("fd_sft", "fd_preference", "fd_kto"), FILES[Format.LLAMAFACTORY].values(), strict=True))
+"""The files of its data sets by name."""
 
 
 def trainer_files(folder: str, files: Mapping[str, int]) -> dict[str, str]:
@@ -47,8 +47,8 @@ def _configs(folder: str, files: Mapping[str, int]) -> Iterator[tuple[str, str, 
     beta, losses = {"pref_beta": 0.1}, {"pref_loss": "sigmoid", "pref_ftx": 0.2}
     stages = {"fd_sft": ("sft", sft), "fd_preference": ("dpo", dpo | beta | losses), "fd_kto": ("kto", dpo | beta)}
     for name, (stage, how) in stages.items():
-        if LLAMAFACTORY[name].format("train") in files:
-            sets = _llamafactory(folder, name, LLAMAFACTORY[name].format("validation") in files)
+        if LLAMAFACTORY[name].format(split="train") in files:
+            sets = _llamafactory(folder, name, LLAMAFACTORY[name].format(split="validation") in files)
             yield f"llamafactory_{stage}", "llamafactory-cli train", {"stage": stage, **sets, **how}
     if rows := files.get("mlx/train.jsonl"):
         # `scale` is alpha / rank itself; it reads the folder, so the splits have no names here. A split with fewer
@@ -118,5 +118,5 @@ def _llamafactory_index(files: Mapping[str, int]) -> dict[str, Any]:
         name + suffix: {"file_name": path, **how, **kinds.get(name, {})}
         for name, file in LLAMAFACTORY.items()
         for split, suffix in (("train", ""), ("validation", "_valid"), ("test", "_test"))
-        if (path := file.format(split)) in files
+        if (path := file.format(split=split)) in files
     }
