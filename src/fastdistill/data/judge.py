@@ -4,13 +4,14 @@ A judge that can't be reached, or whose word can't be read, is an `error`, never
 """
 
 import math
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import cached_property
 from itertools import permutations
 from json import JSONDecoder
 from statistics import fmean
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec.structs import replace
@@ -67,14 +68,22 @@ class _Grade(msgspec.Struct, frozen=True):
     reason: str | None = None
 
 
+_Level = Annotated[float, msgspec.Meta(ge=0, le=_HIGH - _LOW)]
+_Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
 class _Decision(msgspec.Struct, frozen=True):
-    score: float | None = None  # the expected level, from 0
-    noul: float | None = None  # the probability of true
+    score: _Level | None = None  # the expected one
+    noul: _Probability | None = None  # of true
+
+
+class _Diagnostic(msgspec.Struct, frozen=True):
+    label_mass: float = 1.0
 
 
 class _Decisions(msgspec.Struct, frozen=True):
     answers: dict[str, _Decision]
-    diagnostics: dict[str, dict[str, Any]] = {}
+    diagnostics: dict[str, _Diagnostic] = {}
 
 
 class LLMJudge(Gate):
@@ -89,7 +98,7 @@ class LLMJudge(Gate):
     typed questions to `/v1/systemone`, which gives the expected score and a probability for each of `must`.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     model: str = Field("judge", description="a name under `models:`; best not of the teacher's family")
     judges: tuple[str, ...] = Field((), description="names under `models:` in place of `model`: the mean score decides")
@@ -227,7 +236,7 @@ class LLMJudge(Gate):
             raise ValueError("a question has no answer")
         criteria = {name: (flag.noul or 0.0) > 0.5 for name, flag in zip(self.must, flags, strict=True)}
         # Probabilities look normal whatever share of all tokens the labels had.
-        mass = min((told.get("label_mass", 1.0) for told in found.diagnostics.values()), default=1.0)
+        mass = min((told.label_mass for told in found.diagnostics.values()), default=1.0)
         return _Grade(_LOW + score.score, criteria), mass
 
     @cached_property
@@ -279,7 +288,7 @@ class PairwiseJudge(SampleStep):
     first, count a half. Of equal answers only the first is compared. What can't be compared leaves scores as they are.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     rewrites: ClassVar[bool] = False
     generates: ClassVar[bool] = False
 
@@ -366,5 +375,5 @@ async def _said(
 def _tagged(tag: str, text: str) -> str:
     """The text between tags that it can't close itself."""
     name = tag.split()[0]
-    inert = text.replace(f"</{name}", f"< /{name}")
+    inert = re.sub(rf"<(?=/\s*{name})", "< ", text, flags=re.IGNORECASE)
     return f"<{tag}>\n{inert}\n</{tag}>"

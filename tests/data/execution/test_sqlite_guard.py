@@ -92,6 +92,8 @@ def test_double_quotes_may_hold_a_string(guarded: GuardedConnection) -> None:
         "SELECT date('now')",
         "SELECT datetime( 'NOW', '-7 days') FROM t",
         'SELECT date("now")',
+        "SELECT unixepoch('subsec')",
+        "SELECT datetime('Subsecond', '-7 days') FROM t",
         "SELECT date()",
         "SELECT time ( )",
         "SELECT julianday(/* x */)",

@@ -79,7 +79,7 @@ class SQLiteExecEval(Gate):
     A gold query that can't judge is an `error`, never held against the candidate; on a perturbed copy it is left out.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     machine_only: ClassVar[frozenset[str]] = frozenset({"name", "workers"})
     alone: ClassVar[bool] = True
 
