@@ -512,6 +512,38 @@ def test_once_a_target_is_assured_samples_beyond_it_are_asked_for_no_more(tmp_pa
     assert result.quality["samples"]["read"] == 21
 
 
+def test_a_run_that_met_its_target_needs_no_teacher_to_run_again(tmp_path: Path) -> None:
+    """Neither for samples beyond the target, of which only some waves were asked for when it was met."""
+    asked = Counter[str]()
+
+    def right(prompt: str, _: int) -> bool:
+        asked[prompt] += 1
+        return prompt < question(40) and asked[prompt] == 4
+
+    teacher = Teacher(right=right)
+    with openai_server(teacher.script, latency=lambda call: 1.0 if call.prompt >= question(40) else 0.0) as server:
+        parts: dict[str, Any] = {"target": {"accepted": 40}, "until": {"accepted": 1}}
+        made = pipeline(server.url, tmp_path, 60, n=4, teacher={"max_concurrency": 64}, **parts)
+        first = run(made, tmp_path / "a")
+        assert 0 < asked[question(50)] < 4, "it was asked for beside the others, and is not done"
+        contacts = server.counters.paths.total()
+        again = run(made, tmp_path / "a")
+        assert server.counters.paths.total() == contacts
+    assert data_set(again) == data_set(first)
+
+
+def test_samples_that_wait_for_each_others_answers_meet_a_target(tmp_path: Path) -> None:
+    teacher = Teacher(rate=0.3)
+    with openai_server(teacher.script, latency=jittered(0)) as server:
+        parts: dict[str, Any] = {"target": {"accepted": 45}, "until": {"accepted": 1}, "teacher": {"max_concurrency": 1}}
+        made = pipeline(server.url, tmp_path, 60, n=4, **parts)
+        made["steps"][2]["TextGeneration"]["template"] = "{{ question[:12] }}"  # ten ask the very same
+        for _ in range(2):
+            result = run(made, tmp_path / "a")
+            assert result.exit_code == 0
+    assert result.timing["models"]["teacher"]["answers_paid"] == 0
+
+
 @pytest.mark.parametrize(("on_exhausted", "code"), [("keep", 0), ("fail", 5)])
 def test_records_that_do_not_suffice_for_a_target_give_what_there_is(
     tmp_path: Path, on_exhausted: str, code: int
@@ -584,6 +616,26 @@ def _sample(index: int, accepted: bool) -> Sample:
     prompt = Prompt("vllm", "teacher", (), {})
     candidate = Candidate("c", 0, 0, "k", prompt, Completion("", FinishReason.STOP), "")
     return Sample(index, "s", {}, candidates=(candidate,) if accepted else ())
+
+
+@given(st.lists(st.sampled_from("af"), max_size=40), st.randoms(use_true_random=False))
+def test_nothing_is_asked_for_a_sample_while_an_earlier_one_lives_off_what_is_stored(
+    kinds: list[str], dice: random.Random
+) -> None:
+    """Of samples that ask (a) and finish (f), or finish alone, in any order."""
+    progress, asked, finished = Progress(1_000), set[int](), set[int]()
+    waiting = [*enumerate(kinds)]
+    while waiting:
+        at, kind = dice.choice(waiting)
+        if kind == "a" and at not in asked:
+            may = all(it in asked or it in finished for it in range(at))
+            assert progress.asks(at) == may
+            asked |= {at} if may else set()
+        else:
+            progress.finished(_sample(at, False))
+            finished.add(at)
+            waiting.remove((at, kind))
+        assert progress.free == next(it for it in range(len(kinds) + 1) if it not in asked | finished)
 
 
 @given(st.lists(st.booleans(), max_size=60), st.randoms(use_true_random=False), st.integers(1, 20))

@@ -50,6 +50,9 @@ class Brake:
         self.reason = reason
         self.stopped.set()
 
+    def turn(self) -> None:
+        return None
+
 
 def model(url: str, *, size: int = 100, **fields: Any) -> OpenAIConfig:
     batch = {"size": size, "poll_s": POLL, "quiet_s": QUIET}

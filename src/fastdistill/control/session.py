@@ -317,6 +317,10 @@ class _Brake:
         assert self.run is not None
         await self.run.pause(seconds)
 
+    def turn(self) -> asyncio.Future[None] | None:
+        assert self.run is not None
+        return self.run.turn()
+
 
 def stop_on_signals(brake: _Brake, folder: RunFolder) -> None:
     """The first Ctrl-C (SIGTERM, SIGHUP) lets answers in flight come home, the second ends the run, the third us."""
