@@ -535,8 +535,8 @@ def test_a_run_that_met_its_target_needs_no_teacher_to_run_again(tmp_path: Path)
 def test_samples_that_wait_for_each_others_answers_meet_a_target(tmp_path: Path) -> None:
     teacher = Teacher(rate=0.3)
     with openai_server(teacher.script, latency=jittered(0)) as server:
-        parts: dict[str, Any] = {"target": {"accepted": 45}, "until": {"accepted": 1}, "teacher": {"max_concurrency": 1}}
-        made = pipeline(server.url, tmp_path, 60, n=4, **parts)
+        parts: dict[str, Any] = {"target": {"accepted": 45}, "until": {"accepted": 1}}
+        made = pipeline(server.url, tmp_path, 60, n=4, teacher={"max_concurrency": 1}, **parts)
         made["steps"][2]["TextGeneration"]["template"] = "{{ question[:12] }}"  # ten ask the very same
         for _ in range(2):
             result = run(made, tmp_path / "a")

@@ -301,6 +301,9 @@ def test_a_problem_is_told_once_at_its_place() -> None:
     assert problems({**BASE, "steps": None}) == ["steps: required; a list like `- LoadJsonl: {path: train.jsonl}`"]
     told = problems({**BASE, "steps": [{"LoadJsonl": {"path": ["a.jsonl", 5]}}, *BASE["steps"][1:]]})
     assert {problem.partition(": ")[0] for problem in told} == {"steps[0].LoadJsonl.path", "steps[0].LoadJsonl.path[1]"}
+    broken = [*BASE["steps"][:4], {"RuleFilter": {"min_chars": "a few"}}, *BASE["steps"][4:]]
+    (problem,) = problems({**BASE, "steps": broken, "target": {"accepted": 1}})
+    assert problem.startswith("steps[4].RuleFilter.min_chars")
 
 
 def test_two_steps_of_one_name_are_refused() -> None:

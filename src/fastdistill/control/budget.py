@@ -83,8 +83,8 @@ class Progress:
         return self._free
 
     def asks(self, index: int) -> bool:
-        """Whether something may be asked for a sample now: not while an earlier one lives off stored answers alone. That
-        one may be what the target lacks, and a run that needs no teacher must not ask it.
+        """Whether something may be asked for a sample now: not while an earlier one lives off stored answers alone.
+        That one may be what the target lacks, and a run that needs no teacher must not ask it.
         """
         if index == self.free:
             self._free += 1

@@ -183,7 +183,8 @@ class Pipeline(BaseModel):
         unpriced = [name for name, config in self.models.items() if config.price is None]
         if self.budget.max_cost_usd is not None and unpriced:
             problems.append(f"budget.max_cost_usd: needs a price at models.{', models.'.join(unpriced)}")
-        groups = [sample_step for sample_step, _ in groupby(self.steps, lambda step: isinstance(step, SampleStep))]
+        read = [step for step in self.steps if type(step) is not Step]
+        groups = [sample_step for sample_step, _ in groupby(read, lambda step: isinstance(step, SampleStep))]
         if self.target is not None and groups.count(True) > 1:
             problems.append("target: needs the steps that work on samples one after the other, without others between")
         if self.target is not None:
