@@ -402,6 +402,16 @@ def test_a_spent_budget_is_not_what_too_many_samples_failed_for(tmp_path: Path) 
             run(made, tmp_path / "a")
 
 
+def test_what_was_not_asked_for_is_not_what_too_many_samples_failed_for(tmp_path: Path) -> None:
+    teacher = Teacher()
+    with openai_server(teacher.script, honours_n=False) as server:
+        made = pipeline(server.url, tmp_path, 30, n=100, budget={"max_tokens": 2_000})
+        with (tmp_path / "records30.jsonl").open("a") as file:
+            file.writelines('{"task_id": "none"}\n' for _ in range(10))
+        with pytest.raises(TooManyErrors, match="10 of 40 .* most often missing_field at CanonicalizeFields"):
+            run(made, tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     "enough",
     [{"budget": {"max_tokens": 2_000}}, {"teacher": {"budget": {"max_tokens": 2_000}}}, {"target": {"accepted": 9}}],

@@ -25,6 +25,7 @@ from fastdistill.model.client import ModelClient
 
 _KEYS_IN_MEMORY = 2_000  # of each index: to write more at once would hold the loop
 _SUMMED_UP_AT_ONCE = 200  # samples
+_NOT_ASKED = {"not_asked", BudgetSpent.code}
 _ENOUGH_TO_JUDGE = 50  # samples before `max_error_rate` can stop a run midway
 
 
@@ -222,8 +223,8 @@ class ActiveRun:
         failed, total = self.tally.error_rate()
         if total < enough or failed <= self._max_error_rate * total:
             return
-        # A draw that a spent budget left out is nothing that a sample fails for.
-        reasons = sorted(self.tally.failures.items(), key=lambda item: (item[0][1] == BudgetSpent.code, -item[1].count))
+        # A draw that was not asked for is nothing that a sample fails for.
+        reasons = sorted(self.tally.failures.items(), key=lambda item: (item[0][1] in _NOT_ASKED, -item[1].count))
         (step, reason), most = reasons[0]
         raise TooManyErrors(
             f"{failed} of {total} samples failed, more than max_error_rate {self._max_error_rate:g} allows;"
