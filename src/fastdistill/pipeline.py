@@ -32,13 +32,12 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
             await stack.enter_async_context(step.opened(run))
         samples: Iterator[Sample | None] = iter(())
         groups = [list(group) for _, group in groupby(steps, lambda step: isinstance(step, SampleStep))]
-        left = sum(isinstance(group[0], SampleStep) for group in groups)
-        in_ledger = left > 0
+        left = of = sum(isinstance(group[0], SampleStep) for group in groups)
         for group in groups:
             if isinstance(group[0], SampleStep):
                 left -= 1
                 fused = [step for step in group if isinstance(step, SampleStep)]
-                await run_samples(fused, samples, run, last=left == 0)
+                await run_samples(fused, samples, run, first=left == of - 1, last=left == 0)
                 samples = await run.read_back(last=left == 0)
             else:
                 for step in group:
@@ -47,13 +46,18 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
         for sample in samples:  # the exports write as this loop pulls
             if run.stopped_for:
                 raise run.stopped_for
-            if sample is not None and not in_ledger:
+            if sample is not None and not of:  # else it is in the ledger
                 await run.finished(sample, last=True)
             await give_turn()
 
 
-async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | None], run: Run, *, last: bool) -> None:
-    """Takes samples through the fused sample steps, `run.open_samples` at a time."""
+async def run_samples(
+    steps: Sequence[SampleStep], samples: Iterator[Sample | None], run: Run, *, first: bool, last: bool
+) -> None:
+    """Takes samples through the fused sample steps, `run.open_samples` at a time.
+
+    A run that has enough begins no further sample, but takes those that are begun through all steps.
+    """
     stages = [Stage.of(step, run) for step in steps]
     asking = [step for step in steps if type(step).wants_more is not SampleStep.wants_more]
     workers = 0
@@ -65,7 +69,7 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | No
         nonlocal workers, room
         workers += 1
         try:
-            while not run.stopping:
+            while not (run.stopping if first else run.stopped_for):
                 try:
                     sample = next(samples)
                 except StopIteration:

@@ -450,6 +450,26 @@ def test_what_is_called_off_counts_with_all_that_it_may_have_cost(tmp_path: Path
     assert_whole(result)
 
 
+def test_what_is_answered_goes_through_all_steps_though_the_budget_is_spent_before_the_last_of_them(
+    tmp_path: Path,
+) -> None:
+    """A step that looks at all samples parts those that work on single ones."""
+    made = []
+    with openai_server(Teacher(rate=0.5).script, latency=jittered(0)) as server:
+        for parted in (False, True):
+            plan = pipeline(server.url, tmp_path, 400, budget={"max_tokens": 4_000}, teacher={"max_concurrency": 1})
+            plan["steps"].insert(3, {"Deduplicate": {}} if parted else {"RuleFilter": {"name": "any"}})
+            made.append(run(plan, tmp_path / str(parted)))
+    whole, parted = made
+    assert whole.exit_code == parted.exit_code == ExitCode.BUDGET
+    assert len(rows(parted)) > 10
+    assert [row["messages"] for row in rows(parted)] == [row["messages"] for row in rows(whole)]
+    samples = parted.quality["samples"]
+    assert samples["completed"] == whole.quality["samples"]["completed"]
+    assert samples["read"] == len(list(read_samples(parted.path / "ledger.sqlite")))
+    assert_whole(parted)
+
+
 # --- targets ---
 
 
