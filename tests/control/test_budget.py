@@ -408,7 +408,7 @@ def test_what_was_not_asked_for_is_not_what_too_many_samples_failed_for(tmp_path
         made = pipeline(server.url, tmp_path, 30, n=100, budget={"max_tokens": 2_000})
         with (tmp_path / "records30.jsonl").open("a") as file:
             file.writelines('{"task_id": "none"}\n' for _ in range(10))
-        with pytest.raises(TooManyErrors, match="10 of 40 .* most often missing_field at CanonicalizeFields"):
+        with pytest.raises(TooManyErrors, match=r"10 of 40 .* most often missing_field at CanonicalizeFields"):
             run(made, tmp_path / "a")
 
 
