@@ -194,6 +194,24 @@ class Pipeline(BaseModel):
                 for at, kind in enumerate(kinds[last:], last)
                 if kind in ("Deduplicate", "NearDuplicates", "Decontaminate", "Shard")
             ]
+        writes = [isinstance(step, StreamStep) and bool(step.files("train")) for step in self.steps]
+        if any(writes):
+            at = writes.index(True)
+            problems += [
+                f"{place}: what it leaves out or rejects, {names[at]} has written by then; put it before {names[at]}"
+                for place, step in placed[at:]
+                if isinstance(step, SampleStep | StreamFilter)
+            ]
+        parted = groupby(placed, lambda each: isinstance(each[1], StreamStep))
+        parts = [[*group] for streams, group in parted if not streams]
+        judged = [any(isinstance(step, Gate) for _, step in part) for part in parts]
+        problems += [  # its first wave would be enough, whatever the gates say
+            f"{place}.until: knows only the gates that follow without a step between that looks at all samples; put"
+            " that step before the generation, or behind the gates"
+            for at, part in enumerate(parts)
+            for place, step in part
+            if isinstance(step, TextGeneration) and step.until and any(judged[at:]) > judged[at]
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
