@@ -6,9 +6,9 @@ any order; the ledger gives them back in input order to the stream steps that fo
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -139,13 +139,21 @@ async def run_sample(stages: Sequence[Stage], asking: Sequence[SampleStep], samp
 async def run_race(draws: Sequence[SampleStep], gates: Sequence[Stage], sample: Sample, run: Run) -> Sample:
     """Draws of one sample side by side through the gates, until enough are accepted; those behind are called off.
 
-    They are looked at in the order of attempts: a fast answer has no better chance than a slow one.
+    They are looked at in the order of attempts: a fast answer has no better chance than a slow one. The first ones that
+    are stored race alone: if they are enough, as when a run is run again, nothing is asked.
     """
     bare = replace(sample, candidates=(), failures=())
-    tasks = [asyncio.create_task(run_sample([Stage.of(draw, run), *gates], (), bare, run)) for draw in draws]
+    tasks: list[asyncio.Task[Sample]] = []
+
+    def start(some: Iterable[SampleStep]) -> None:
+        tasks.extend(asyncio.create_task(run_sample([Stage.of(draw, run), *gates], (), bare, run)) for draw in some)
+
+    start(takewhile(lambda draw: draw.is_stored(bare, run), draws))
     try:
-        for draw, task in zip(draws, tasks, strict=True):
-            done = await task
+        for at, draw in enumerate(draws):
+            if at == len(tasks):
+                start(draws[at:])
+            done = await tasks[at]
             candidates = (*sample.candidates, *done.candidates)
             sample = replace(sample, candidates=candidates, failures=(*sample.failures, *done.failures))
             if done.status is Status.FAILED or (done.status is Status.SKIPPED and not candidates):

@@ -456,10 +456,10 @@ def test_what_is_answered_goes_through_all_steps_though_the_budget_is_spent_befo
     """A step that looks at all samples parts those that work on single ones."""
     made = []
     with openai_server(Teacher(rate=0.5).script, latency=jittered(0)) as server:
-        for parted in (False, True):
+        for filtered in (False, True):
             plan = pipeline(server.url, tmp_path, 400, budget={"max_tokens": 4_000}, teacher={"max_concurrency": 1})
-            plan["steps"].insert(3, {"Deduplicate": {}} if parted else {"RuleFilter": {"name": "any"}})
-            made.append(run(plan, tmp_path / str(parted)))
+            plan["steps"].insert(3, {"Deduplicate": {}} if filtered else {"RuleFilter": {"name": "any"}})
+            made.append(run(plan, tmp_path / str(filtered)))
     whole, parted = made
     assert whole.exit_code == parted.exit_code == ExitCode.BUDGET
     assert len(rows(parted)) > 10

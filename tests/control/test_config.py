@@ -307,8 +307,8 @@ def test_a_problem_is_told_once_at_its_place() -> None:
 
 
 def test_what_would_reject_or_leave_out_what_an_export_has_written_is_refused() -> None:
-    sft, filters = {"ExportSFT": {}}, [{"RuleFilter": {"name": "late"}}, {"Deduplicate": {"name": "late"}}]
-    for late in filters:
+    sft: dict[str, Any] = {"ExportSFT": {}}
+    for late in ({"RuleFilter": {"name": "late"}}, {"Deduplicate": {"name": "late"}}):
         parse_pipeline({**BASE, "steps": [*BASE["steps"][:5], late, sft]}, {})
         (problem,) = problems({**BASE, "steps": [*BASE["steps"][:5], sft, late]})
         assert problem.startswith("steps[6].late: ") and problem.endswith("put it before ExportSFT")

@@ -105,6 +105,9 @@ class ModelClient:
             parameters = parameters | {"sample": [sample.task_id, sample.sample_id]}
         return Prompt(self.config.provider, self.config.model, tuple(messages), parameters)
 
+    def stored(self, prompt: Prompt, draws: Sequence[Draw]) -> bool:
+        return all(self._store.get(draw.key(prompt)) is not None for draw in draws)
+
     async def generate(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
         keys = [draw.key(prompt) for draw in draws]
         results: dict[str, Answer | SampleError] = {}
