@@ -278,6 +278,12 @@ def test_lines_come_in_any_order_and_one_that_is_spoilt_costs_no_other(tmp_path:
     assert [error.kind for error in answers[2:4] if isinstance(error, ProviderError)] == [ErrorKind.OVERLOADED] * 2
 
 
+def test_half_a_character_costs_no_answer(tmp_path: Path) -> None:
+    with openai_server(lambda *_: "SELECT '\ud83d") as server:
+        assert texts(ask(server, tmp_path)) == ["SELECT '\ufffd"] * len(PROMPTS)
+    assert lines(server) == [len({prompt.digest for prompt in PROMPTS})]
+
+
 @pytest.mark.parametrize("seed", [7, None])
 def test_answers_that_can_not_be_read_are_left_for_the_next_run(tmp_path: Path, seed: int | None) -> None:
     whole: list[list[str]] = []
