@@ -306,9 +306,10 @@ def test_a_problem_is_told_once_at_its_place() -> None:
     assert problem.startswith("steps[4].RuleFilter.min_chars")
 
 
-def test_what_would_reject_or_leave_out_what_an_export_has_written_is_refused() -> None:
+def test_what_would_change_what_an_export_has_written_is_refused() -> None:
     sft: dict[str, Any] = {"ExportSFT": {}}
-    for late in ({"RuleFilter": {"name": "late"}}, {"Deduplicate": {"name": "late"}}):
+    for kind in ("RuleFilter", "Deduplicate", "CleanSqlOutput"):
+        late = {kind: {"name": "late"}}
         parse_pipeline({**BASE, "steps": [*BASE["steps"][:5], late, sft]}, {})
         (problem,) = problems({**BASE, "steps": [*BASE["steps"][:5], sft, late]})
         assert problem.startswith("steps[6].late: ") and problem.endswith("put it before ExportSFT")

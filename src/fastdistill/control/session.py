@@ -198,9 +198,10 @@ class Pipeline(BaseModel):
         if any(writes):
             at = writes.index(True)
             problems += [
-                f"{place}: what it leaves out or rejects, {names[at]} has written by then; put it before {names[at]}"
+                f"{place}: what it leaves out, rejects or rewrites, {names[at]} has written by then;"
+                f" put it before {names[at]}"
                 for place, step in placed[at:]
-                if isinstance(step, SampleStep | StreamFilter)
+                if isinstance(step, StreamFilter | Gate) or (isinstance(step, SampleStep) and step.rewrites)
             ]
         parted = groupby(placed, lambda each: isinstance(each[1], StreamStep))
         parts = [[*group] for streams, group in parted if not streams]
