@@ -156,7 +156,8 @@ async def run_race(draws: Sequence[SampleStep], gates: Sequence[Stage], sample: 
             done = await tasks[at]
             candidates = (*sample.candidates, *done.candidates)
             sample = replace(sample, candidates=candidates, failures=(*sample.failures, *done.failures))
-            if done.status is Status.FAILED or (done.status is Status.SKIPPED and not candidates):
+            skipped = done.status is Status.SKIPPED and (not candidates or run.stopped_for)  # or it would race for ever
+            if done.status is Status.FAILED or skipped:
                 return replace(sample, status=done.status)
             if not draw.wants_more(sample):
                 return sample if sample.candidates else replace(sample, status=Status.FAILED)

@@ -21,7 +21,7 @@ from fastdistill.control.config import parse_pipeline
 from fastdistill.control.export import export_run
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import execute, run_folder, unwatched
-from fastdistill.core.errors import ConfigError, ExitCode, TooManyErrors
+from fastdistill.core.errors import ConfigError, ExitCode, TeacherError, TooManyErrors
 from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample, Usage
 from fastdistill.model.meter import TEMPLATE, InFlight, Meter
 from tests.servers import Call, Fault, cut, garbled, hang, openai_server, rate_limited, reset, status
@@ -432,6 +432,18 @@ def test_a_race_ends_where_nothing_more_is_asked(tmp_path: Path, enough: dict[st
             assert sorted(drawn, key=str) == [*range(len(drawn))], "each draw is an answer or says why there is none"
             left_alone += bool(lost)
     assert left_alone > 0
+
+
+def test_a_race_ends_where_the_run_is_stopped(tmp_path: Path) -> None:
+    def key_expires(call: Call) -> Fault | None:
+        return status(401, times=None) if call.number > 40 and call.prompt.startswith("Question") else None
+
+    with openai_server(Teacher(rate=0.0).script, faults=key_expires) as server:
+        until = {"accepted": 1, "wave": 2, "siblings": "cancel"}
+        made = parse_pipeline(pipeline(server.url, tmp_path, 10, n=16, until=until))
+        running = execute(made, run_folder(tmp_path / "a", "raced"), unwatched)
+        with pytest.raises(TeacherError, match="401"):
+            asyncio.run(asyncio.wait_for(running, 60))
 
 
 @pytest.mark.parametrize("place", ["run", "model"])
