@@ -46,6 +46,9 @@ class NoBrake:
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.Event().wait(), seconds)
 
+    def turn(self) -> None:
+        return None
+
 
 async def run(texts: list[str], servers: list[Served], *, turns: bool, folder: Path) -> float:
     """Seconds for all prompts."""

@@ -6,9 +6,9 @@ any order; the ledger gives them back in input order to the stream steps that fo
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -34,13 +34,12 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
             await stack.enter_async_context(step.opened(run))
         samples: Iterator[Sample | None] = iter(())
         groups = [list(group) for _, group in groupby(steps, lambda step: isinstance(step, SampleStep))]
-        left = sum(isinstance(group[0], SampleStep) for group in groups)
-        in_ledger = left > 0
+        left = of = sum(isinstance(group[0], SampleStep) for group in groups)
         for group in groups:
             if isinstance(group[0], SampleStep):
                 left -= 1
                 fused = [step for step in group if isinstance(step, SampleStep)]
-                await run_samples(fused, samples, run, last=left == 0)
+                await run_samples(fused, samples, run, first=left == of - 1, last=left == 0)
                 samples = await run.read_back(last=left == 0)
             else:
                 for step in group:
@@ -49,13 +48,18 @@ async def run_pipeline(steps: Sequence[Step], run: Run) -> None:
         for sample in samples:  # the exports write as this loop pulls
             if run.stopped_for:
                 raise run.stopped_for
-            if sample is not None and not in_ledger:
+            if sample is not None and not of:  # else it is in the ledger
                 await run.finished(sample, last=True)
             await give_turn()
 
 
-async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | None], run: Run, *, last: bool) -> None:
-    """Takes samples through the fused sample steps, `run.open_samples` at a time."""
+async def run_samples(
+    steps: Sequence[SampleStep], samples: Iterator[Sample | None], run: Run, *, first: bool, last: bool
+) -> None:
+    """Takes samples through the fused sample steps, `run.open_samples` at a time.
+
+    A run that has enough begins no further sample, but takes those that are begun through all steps.
+    """
     stages = [Stage.of(step, run) for step in steps]
     asking = [step for step in steps if type(step).wants_more is not SampleStep.wants_more]
     workers = taken = 0
@@ -67,7 +71,7 @@ async def run_samples(steps: Sequence[SampleStep], samples: Iterator[Sample | No
         nonlocal workers, taken, room
         workers += 1
         try:
-            while not run.stopping:
+            while not (run.stopping if first else run.stopped_for):
                 try:
                     sample = next(samples)
                 except StopIteration:
@@ -139,16 +143,25 @@ async def run_sample(stages: Sequence[Stage], asking: Sequence[SampleStep], samp
 async def run_race(draws: Sequence[SampleStep], gates: Sequence[Stage], sample: Sample, run: Run) -> Sample:
     """Draws of one sample side by side through the gates, until enough are accepted; those behind are called off.
 
-    They are looked at in the order of attempts: a fast answer has no better chance than a slow one.
+    They are looked at in the order of attempts: a fast answer has no better chance than a slow one. The first ones that
+    are stored race alone: if they are enough, as when a run is run again, nothing is asked.
     """
     bare = replace(sample, candidates=(), failures=())
-    tasks = [asyncio.create_task(run_sample([Stage.of(draw, run), *gates], (), bare, run)) for draw in draws]
+    tasks: list[asyncio.Task[Sample]] = []
+
+    def start(some: Iterable[SampleStep]) -> None:
+        tasks.extend(asyncio.create_task(run_sample([Stage.of(draw, run), *gates], (), bare, run)) for draw in some)
+
+    start(takewhile(lambda draw: draw.is_stored(bare, run), draws))
     try:
-        for draw, task in zip(draws, tasks, strict=True):
-            done = await task
+        for at, draw in enumerate(draws):
+            if at == len(tasks):
+                start(draws[at:])
+            done = await tasks[at]
             candidates = (*sample.candidates, *done.candidates)
             sample = replace(sample, candidates=candidates, failures=(*sample.failures, *done.failures))
-            if done.status is Status.FAILED or (done.status is Status.SKIPPED and not candidates):
+            skipped = done.status is Status.SKIPPED and (not candidates or run.stopped_for)  # or it would race for ever
+            if done.status is Status.FAILED or skipped:
                 return replace(sample, status=done.status)
             if not draw.wants_more(sample):
                 return sample if sample.candidates else replace(sample, status=Status.FAILED)

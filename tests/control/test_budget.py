@@ -21,7 +21,7 @@ from fastdistill.control.config import parse_pipeline
 from fastdistill.control.export import export_run
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import execute, run_folder, unwatched
-from fastdistill.core.errors import ConfigError, ExitCode, TooManyErrors
+from fastdistill.core.errors import ConfigError, ExitCode, TeacherError, TooManyErrors
 from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample, Usage
 from fastdistill.model.meter import TEMPLATE, InFlight, Meter
 from tests.servers import Call, Fault, cut, garbled, hang, openai_server, rate_limited, reset, status
@@ -402,6 +402,16 @@ def test_a_spent_budget_is_not_what_too_many_samples_failed_for(tmp_path: Path) 
             run(made, tmp_path / "a")
 
 
+def test_what_was_not_asked_for_is_not_what_too_many_samples_failed_for(tmp_path: Path) -> None:
+    teacher = Teacher()
+    with openai_server(teacher.script, honours_n=False) as server:
+        made = pipeline(server.url, tmp_path, 30, n=100, budget={"max_tokens": 2_000})
+        with (tmp_path / "records30.jsonl").open("a") as file:
+            file.writelines('{"task_id": "none"}\n' for _ in range(10))
+        with pytest.raises(TooManyErrors, match=r"10 of 40 .* most often missing_field at CanonicalizeFields"):
+            run(made, tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     "enough",
     [{"budget": {"max_tokens": 2_000}}, {"teacher": {"budget": {"max_tokens": 2_000}}}, {"target": {"accepted": 9}}],
@@ -424,6 +434,18 @@ def test_a_race_ends_where_nothing_more_is_asked(tmp_path: Path, enough: dict[st
     assert left_alone > 0
 
 
+def test_a_race_ends_where_the_run_is_stopped(tmp_path: Path) -> None:
+    def key_expires(call: Call) -> Fault | None:
+        return status(401, times=None) if call.number > 40 and call.prompt.startswith("Question") else None
+
+    with openai_server(Teacher(rate=0.0).script, faults=key_expires) as server:
+        until = {"accepted": 1, "wave": 2, "siblings": "cancel"}
+        made = parse_pipeline(pipeline(server.url, tmp_path, 10, n=16, until=until))
+        running = execute(made, run_folder(tmp_path / "a", "raced"), unwatched)
+        with pytest.raises(TeacherError, match="401"):
+            asyncio.run(asyncio.wait_for(running, 60))
+
+
 @pytest.mark.parametrize("place", ["run", "model"])
 def test_what_is_called_off_counts_with_all_that_it_may_have_cost(tmp_path: Path, place: str) -> None:
     teacher = Teacher(rate=1.0)
@@ -438,6 +460,26 @@ def test_what_is_called_off_counts_with_all_that_it_may_have_cost(tmp_path: Path
     assert teacher.tokens <= 2_000
     assert 1_800 < meter["prompt_tokens"] + meter["completion_tokens"] + meter["unknown_tokens"] <= 2_000
     assert_whole(result)
+
+
+def test_what_is_answered_goes_through_all_steps_though_the_budget_is_spent_before_the_last_of_them(
+    tmp_path: Path,
+) -> None:
+    """A step that looks at all samples parts those that work on single ones."""
+    made = []
+    with openai_server(Teacher(rate=0.5).script, latency=jittered(0)) as server:
+        for filtered in (False, True):
+            plan = pipeline(server.url, tmp_path, 400, budget={"max_tokens": 4_000}, teacher={"max_concurrency": 1})
+            plan["steps"].insert(3, {"Deduplicate": {}} if filtered else {"RuleFilter": {"name": "any"}})
+            made.append(run(plan, tmp_path / str(filtered)))
+    whole, parted = made
+    assert whole.exit_code == parted.exit_code == ExitCode.BUDGET
+    assert len(rows(parted)) > 10
+    assert [row["messages"] for row in rows(parted)] == [row["messages"] for row in rows(whole)]
+    samples = parted.quality["samples"]
+    assert samples["completed"] == whole.quality["samples"]["completed"]
+    assert samples["read"] == len(list(read_samples(parted.path / "ledger.sqlite")))
+    assert_whole(parted)
 
 
 # --- targets ---
@@ -512,6 +554,38 @@ def test_once_a_target_is_assured_samples_beyond_it_are_asked_for_no_more(tmp_pa
     assert result.quality["samples"]["read"] == 21
 
 
+def test_a_run_that_met_its_target_needs_no_teacher_to_run_again(tmp_path: Path) -> None:
+    """Neither for samples beyond the target, of which only some waves were asked for when it was met."""
+    asked = Counter[str]()
+
+    def right(prompt: str, _: int) -> bool:
+        asked[prompt] += 1
+        return prompt < question(40) and asked[prompt] == 4
+
+    teacher = Teacher(right=right)
+    with openai_server(teacher.script, latency=lambda call: 1.0 if call.prompt >= question(40) else 0.0) as server:
+        parts: dict[str, Any] = {"target": {"accepted": 40}, "until": {"accepted": 1}}
+        made = pipeline(server.url, tmp_path, 60, n=4, teacher={"max_concurrency": 64}, **parts)
+        first = run(made, tmp_path / "a")
+        assert 0 < asked[question(50)] < 4, "it was asked for beside the others, and is not done"
+        contacts = server.counters.paths.total()
+        again = run(made, tmp_path / "a")
+        assert server.counters.paths.total() == contacts
+    assert data_set(again) == data_set(first)
+
+
+def test_samples_that_wait_for_each_others_answers_meet_a_target(tmp_path: Path) -> None:
+    teacher = Teacher(rate=0.3)
+    with openai_server(teacher.script, latency=jittered(0)) as server:
+        parts: dict[str, Any] = {"target": {"accepted": 45}, "until": {"accepted": 1}}
+        made = pipeline(server.url, tmp_path, 60, n=4, teacher={"max_concurrency": 1}, **parts)
+        made["steps"][2]["TextGeneration"]["template"] = "{{ question[:12] }}"  # ten ask the very same
+        for _ in range(2):
+            result = run(made, tmp_path / "a")
+            assert result.exit_code == 0
+    assert result.timing["models"]["teacher"]["answers_paid"] == 0
+
+
 @pytest.mark.parametrize(("on_exhausted", "code"), [("keep", 0), ("fail", 5)])
 def test_records_that_do_not_suffice_for_a_target_give_what_there_is(
     tmp_path: Path, on_exhausted: str, code: int
@@ -584,6 +658,26 @@ def _sample(index: int, accepted: bool) -> Sample:
     prompt = Prompt("vllm", "teacher", (), {})
     candidate = Candidate("c", 0, 0, "k", prompt, Completion("", FinishReason.STOP), "")
     return Sample(index, "s", {}, candidates=(candidate,) if accepted else ())
+
+
+@given(st.lists(st.sampled_from("af"), max_size=40), st.randoms(use_true_random=False))
+def test_nothing_is_asked_for_a_sample_while_an_earlier_one_lives_off_what_is_stored(
+    kinds: list[str], dice: random.Random
+) -> None:
+    """Of samples that ask (a) and finish (f), or finish alone, in any order."""
+    progress, asked, finished = Progress(1_000), set[int](), set[int]()
+    waiting = [*enumerate(kinds)]
+    while waiting:
+        at, kind = dice.choice(waiting)
+        if kind == "a" and at not in asked:
+            may = all(it in asked or it in finished for it in range(at))
+            assert progress.asks(at) == may
+            asked |= {at} if may else set()
+        else:
+            progress.finished(_sample(at, False))
+            finished.add(at)
+            waiting.remove((at, kind))
+        assert progress.free == next(it for it in range(len(kinds) + 1) if it not in asked | finished)
 
 
 @given(st.lists(st.booleans(), max_size=60), st.randoms(use_true_random=False), st.integers(1, 20))

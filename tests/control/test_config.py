@@ -301,6 +301,29 @@ def test_a_problem_is_told_once_at_its_place() -> None:
     assert problems({**BASE, "steps": None}) == ["steps: required; a list like `- LoadJsonl: {path: train.jsonl}`"]
     told = problems({**BASE, "steps": [{"LoadJsonl": {"path": ["a.jsonl", 5]}}, *BASE["steps"][1:]]})
     assert {problem.partition(": ")[0] for problem in told} == {"steps[0].LoadJsonl.path", "steps[0].LoadJsonl.path[1]"}
+    broken = [*BASE["steps"][:4], {"RuleFilter": {"min_chars": "a few"}}, *BASE["steps"][4:]]
+    (problem,) = problems({**BASE, "steps": broken, "target": {"accepted": 1}})
+    assert problem.startswith("steps[4].RuleFilter.min_chars")
+
+
+def test_what_would_change_what_an_export_has_written_is_refused() -> None:
+    sft: dict[str, Any] = {"ExportSFT": {}}
+    for kind in ("RuleFilter", "Deduplicate", "CleanSqlOutput"):
+        late = {kind: {"name": "late"}}
+        parse_pipeline({**BASE, "steps": [*BASE["steps"][:5], late, sft]}, {})
+        (problem,) = problems({**BASE, "steps": [*BASE["steps"][:5], sft, late]})
+        assert problem.startswith("steps[6].late: ") and problem.endswith("put it before ExportSFT")
+
+
+def test_a_step_between_that_keeps_the_gates_from_until_is_refused() -> None:
+    """The first wave would be enough, whatever the gates say."""
+    load, ids, _, _, gate = BASE["steps"][:5]
+    generation = {"TextGeneration": {"template": "{{ instruction }}", "num_generations": 2, "until": {"accepted": 1}}}
+    dedup, more = {"Deduplicate": {"name": "between"}}, {"RuleFilter": {"name": "more"}}
+    for steps in ([dedup, generation, gate], [generation, gate, dedup, more], [generation, dedup]):
+        parse_pipeline({**BASE, "steps": [load, ids, *steps, "ExportSFT"]}, {})
+    (problem,) = problems({**BASE, "steps": [load, ids, generation, dedup, gate, "ExportSFT"]})
+    assert problem.startswith("steps[2].TextGeneration.until: ")
 
 
 def test_two_steps_of_one_name_are_refused() -> None:

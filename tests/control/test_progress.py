@@ -90,6 +90,9 @@ class NoBrake:
     async def pause(self, seconds: float) -> None:
         pass
 
+    def turn(self) -> None:
+        return None
+
 
 COMPLETION = Completion("SELECT 1", FinishReason.STOP, Usage(100, 20), model="served-7b", build="sha256:beef")
 PROMPT = Prompt("scripted", "teacher-7b", ({"role": "user", "content": "?"},), {})

@@ -108,6 +108,23 @@ def test_the_same_gates_give_the_same_bytes_and_judge_nothing_again(world: World
     assert reused == {gate: judged(world.result, gate) for gate in ("RuleFilter", "SQLiteExecEval")}
 
 
+def test_the_same_gates_give_the_same_bytes_where_two_steps_ask_in_waves(tmp_path: Path) -> None:
+    with openai_server(choose(ANSWERS)) as server:
+        until = {"accepted": 3}
+        pipeline = config(
+            server.url, write_records(tmp_path, RECORDS[:12]), make_database(tmp_path), num_generations=6, until=until
+        )
+        student = {"name": "student", "template": "{{ instruction }}", "num_generations": 6, "until": until}
+        kept = [step for step in pipeline["steps"] if "SelectBest" not in step]
+        pipeline["steps"] = [*kept[:4], {"TextGeneration": student}, *kept[4:]]
+        first = parse_pipeline(pipeline).run(output_dir=tmp_path / "artifacts", run_id="first")
+    waves = [[candidate.step for candidate in sample.candidates] for sample in stored(first)]
+    assert any(steps != sorted(steps) for steps in waves), "those of the two steps alternate"
+    again = World(tmp_path, pipeline, first).again()
+    assert data_set(again) == data_set(first)
+    assert again.quality["candidates"] == first.quality["candidates"]
+
+
 def test_the_new_run_has_its_lineage_and_all_proofs(world: World) -> None:
     again = world.again()
     manifest = json.loads((again.path / "manifest.json").read_text())

@@ -50,6 +50,19 @@ def test_called_off_siblings_save_answers_and_leave_the_data_set_as_it_is(tmp_pa
     assert called_off.quality["candidates"]["generated"] == one_by_one.quality["candidates"]["generated"]
 
 
+def test_siblings_that_were_called_off_are_not_asked_for_when_the_run_is_run_again(tmp_path: Path) -> None:
+    until = {"accepted": 1, "wave": 4, "siblings": "cancel"}
+    with openai_server(choose(ANSWERS), latency=lambda call: (call.seed or 0) % 4 / 10) as server:
+        made = config(server.url, write_records(tmp_path, RECORDS[:30]), make_database(tmp_path), num_generations=8)
+        made["steps"][3]["TextGeneration"]["until"] = until
+        first = parse_pipeline(made).run(output_dir=tmp_path / "artifacts")
+        contacts = server.counters.paths.total()
+        again = parse_pipeline(made).run(output_dir=tmp_path / "artifacts")
+        assert server.counters.paths.total() == contacts
+    assert again.timing["models"]["teacher"]["answers_paid"] == 0 < again.quality["samples"]["accepted"]
+    assert rows(again) == rows(first)
+
+
 def test_speed_decides_nothing(tmp_path: Path) -> None:
     first, _ = run(tmp_path / "first", {"accepted": 2, "wave": 4, "siblings": "cancel"}, shuffled=1)
     second, _ = run(tmp_path / "second", {"accepted": 2, "wave": 4, "siblings": "cancel"}, shuffled=2)

@@ -2,11 +2,12 @@ import json
 import unicodedata
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdistill.core.canonical import NotCanonical, canonical_json, digest, sample_id
+from fastdistill.core.canonical import NotCanonical, canonical_json, digest, sample_id, with_characters
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 NUMBERS = st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False))
@@ -126,6 +127,27 @@ def test_an_integer_and_the_equal_float_have_one_form(integer: int) -> None:
 def test_what_is_no_json_is_an_error_that_names_the_place(value: object, problem: str) -> None:
     with pytest.raises(NotCanonical, match=problem):
         canonical_json(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        (rb'"\ud83d\ude00 \u00e9 \\ud800"', "\U0001f600 \u00e9 \\ud800"),
+        (rb'"a\ud83d"', "a\ufffd"),
+        (rb'"\uDE00\ud83d\ud83d\ude00"', "\ufffd\ufffd\U0001f600"),
+        (b'"a\xf0\x9f\x98"', "a\ufffd"),
+        (b'"a\xed\xa0\x80"', "a\ufffd\ufffd\ufffd"),
+    ],
+)
+def test_what_is_no_character_becomes_the_replacement_character_and_all_else_stays(text: bytes, read: str) -> None:
+    assert msgspec.json.decode(with_characters(text)) == read
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_a_text_of_characters_stays_as_it_is(text: str) -> None:
+    for ascii_only in (True, False):
+        whole = json.dumps(text, ensure_ascii=ascii_only).encode()
+        assert with_characters(whole) == whole
 
 
 def test_a_value_without_end_is_an_error() -> None:

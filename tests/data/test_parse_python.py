@@ -1,7 +1,7 @@
 """Taking code out of answers: every piece is accounted for, and clean code is left alone."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastdistill.data.parse_python import LONGEST, clean_python
@@ -14,6 +14,10 @@ ANSWERS = [
     f"```python\n{CODE}\n```",
     f"```\n{CODE}\n```",
     f"```py\n{CODE}",
+    f"```python\n{CODE}\n\nThis function doubles its argument.",
+    f"```python\n{CODE}\n\nExplanation: it doubles x.\n```\nThat is all.",
+    f"```python\nHere is it:\n{CODE}\n```",
+    f"```\n<think>Doubling?</think>\n{CODE}\n```",
     f"Sure! Here is the solution:\n\n```python\n{CODE}\n```\n\nIt doubles x.",
     f"First install it:\n```bash\npip install nothing\n```\nThen:\n```python\n{CODE}\n```\nUse:\n```python\nf(2)\n```",
     f"<think>Doubling? ```python\nno\n``` no.</think>\n{CODE}",
@@ -77,6 +81,15 @@ PIECES = st.sampled_from(
 @given(st.lists(PIECES).map("".join) | st.text())
 def test_the_code_is_one_piece_of_the_answer(answer: str) -> None:
     assert clean_python(answer)[0] in answer
+
+
+@given(st.lists(PIECES).map("".join) | st.text())
+@example("```python\n# It is so.\nNobody knows\n```")
+@example("```\n</think>")
+def test_cleaning_what_is_clean_changes_nothing(answer: str) -> None:
+    """With `until` a step sees candidates again whose verdicts are given."""
+    code, _ = clean_python(answer)
+    assert clean_python(code) == (code, ())
 
 
 @pytest.mark.parametrize(

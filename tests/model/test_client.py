@@ -57,6 +57,9 @@ class Brake:
         while self.reason is None and (left := end - time.monotonic()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(min(left, 0.01))
 
+    def turn(self) -> None:
+        return None
+
 
 class Asker:
     """A client with its store; `paid` is what the server answered, without the probe."""

@@ -61,6 +61,9 @@ class Brake:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._pulled.wait(), seconds)
 
+    def turn(self) -> None:
+        return None
+
 
 class Asker:
     def __init__(self, client: ModelClient, store: ResponseStore, brake: Brake) -> None:

@@ -50,6 +50,9 @@ class Brake:
         self.reason = reason
         self.stopped.set()
 
+    def turn(self) -> None:
+        return None
+
 
 def model(url: str, *, size: int = 100, **fields: Any) -> OpenAIConfig:
     batch = {"size": size, "poll_s": POLL, "quiet_s": QUIET}
@@ -273,6 +276,12 @@ def test_lines_come_in_any_order_and_one_that_is_spoilt_costs_no_other(tmp_path:
         plain = unbatched(server)
     assert texts(answers[:2] + answers[4:]) == plain[:2] + plain[4:]
     assert [error.kind for error in answers[2:4] if isinstance(error, ProviderError)] == [ErrorKind.OVERLOADED] * 2
+
+
+def test_half_a_character_costs_no_answer(tmp_path: Path) -> None:
+    with openai_server(lambda *_: "SELECT '\ud83d") as server:
+        assert texts(ask(server, tmp_path)) == ["SELECT '\ufffd"] * len(PROMPTS)
+    assert lines(server) == [len({prompt.digest for prompt in PROMPTS})]
 
 
 @pytest.mark.parametrize("seed", [7, None])

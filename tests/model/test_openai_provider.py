@@ -637,6 +637,15 @@ def test_log_probabilities_that_are_none_cost_the_answer_only_themselves(content
     assert answer.usage.completion_tokens > 0
 
 
+def test_half_a_character_costs_neither_its_answer_nor_the_others_of_the_request() -> None:
+    """As of a gateway in JavaScript that cuts a text in UTF-16."""
+    texts = ["SELECT 1", "SELECT '\ud83d"]
+    with openai_server(lambda _, index: texts[index]) as server:
+        [[whole, cut]] = complete(server, n=2)
+    assert (whole.text, cut.text) == ("SELECT 1", "SELECT '\ufffd")
+    assert server.counters.requests == 1
+
+
 @pytest.mark.parametrize("choices", [5, [5], [{"message": 5, "logprobs": None}]])
 def test_choices_that_are_none_are_garbled(choices: object) -> None:
     with openai_server(extra={"choices": choices}) as server, pytest.raises(ProviderError) as raised:

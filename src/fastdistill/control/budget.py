@@ -56,6 +56,7 @@ class Progress:
         self._target = target
         self._next = 0  # the first index that has not finished
         self._ahead: dict[int, Sample] = {}
+        self._free = 0  # all samples below it have finished, or something was asked for them
 
     def finished(self, sample: Sample) -> list[Sample]:
         """The samples that count now, in input order: none that is ahead of an unfinished one or beyond the target."""
@@ -71,6 +72,21 @@ class Progress:
                     self.accepted += 1
             self._next += 1
         return counted
+
+    @property
+    def free(self) -> int:
+        """The first sample that lives off stored answers alone, as far as is known: it goes on, or is not begun."""
+        while self._free < self._next or self._free in self._ahead:
+            self._free += 1
+        return self._free
+
+    def asks(self, index: int) -> bool:
+        """Whether something may be asked for a sample now: not while an earlier one lives off stored answers alone.
+        That one may be what the target lacks, and a run that needs no teacher must not ask it.
+        """
+        if index == self.free:
+            self._free += 1
+        return index < self._free
 
     @property
     def reached(self) -> bool:

@@ -200,7 +200,10 @@ class _StoredCandidates(SampleStep, arbitrary_types_allowed=True):
         if not kept and not sample.candidates:
             last = [Failure(self.name, "not_stored", f"{sample.source}: nothing is stored"), *failures][-1]
             raise SampleError(last.reason, last.message)
-        return replace(sample, candidates=(*sample.candidates, *kept), failures=(*sample.failures, *failures))
+        # As the waves brought them, where several steps ask.
+        order = {candidate.candidate_id: at for at, candidate in enumerate(before.candidates)}
+        candidates = sorted([*sample.candidates, *kept], key=lambda candidate: order[candidate.candidate_id])
+        return replace(sample, candidates=tuple(candidates), failures=(*sample.failures, *failures))
 
 
 class _StoredVerdicts(SampleStep, arbitrary_types_allowed=True):

@@ -5,6 +5,7 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +25,7 @@ from fastdistill.model.client import ModelClient
 
 _KEYS_IN_MEMORY = 2_000  # of each index: to write more at once would hold the loop
 _SUMMED_UP_AT_ONCE = 200  # samples
+_NOT_ASKED = {"not_asked", BudgetSpent.code}
 _ENOUGH_TO_JUDGE = 50  # samples before `max_error_rate` can stop a run midway
 
 
@@ -64,6 +66,8 @@ class ActiveRun:
         self.enough: Enough | None = None
         self._indexes = Indexes()
         self._numbers = count()
+        self._turns: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap, of those that wait, by their index
+        self._places = count()
         self.stopped_for: FatalError | None = None
 
     def model(self, name: str) -> ModelClient:
@@ -113,7 +117,12 @@ class ActiveRun:
 
     @property
     def stopping(self) -> bool:
-        return self.stopped_for is not None or self.enough is not None or self._progress.assured
+        return self._ended or self._progress.assured
+
+    @property
+    def _ended(self) -> bool:
+        """Whether nothing more is asked for any sample."""
+        return self.stopped_for is not None or self.enough is not None
 
     def stop(self, reason: FatalError) -> None:
         """Winds the run down: nothing new is begun, what is in flight comes home.
@@ -123,6 +132,7 @@ class ActiveRun:
         if self.stopped_for is None or reason.__cause__ is self.stopped_for:
             self.stopped_for = reason
         self._stopped.set()
+        self._give_turns()
 
     async def pause(self, seconds: float) -> None:
         """Sleeps, but not on when the run begins to wind down (`model.client.Brake`)."""
@@ -143,6 +153,24 @@ class ActiveRun:
         if self.enough is not None:
             raise (TimeUp if self._budget.late(self.begun) else NotAsked)("not_asked", self.enough.message)
         return self._budget.taken(meters, tokens, dollars)
+
+    def turn(self) -> asyncio.Future[None] | None:
+        """What a sample waits for before anything is asked for it (`model.client.Brake`)."""
+        index = AT_WORK.get()
+        if self._target is None or self._ended:
+            return None
+        if self._progress.asks(index):
+            self._give_turns()
+            return None
+        turn = asyncio.get_running_loop().create_future()
+        heappush(self._turns, (index, next(self._places), turn))
+        return turn
+
+    def _give_turns(self) -> None:
+        while self._turns and (self._ended or self._turns[0][0] <= self._progress.free):
+            _, _, turn = heappop(self._turns)
+            if not turn.done():
+                turn.set_result(None)
 
     def exhausted(self) -> Enough | None:
         """Why the records did not suffice, if there was a target that says so."""
@@ -166,6 +194,7 @@ class ActiveRun:
     def _end(self, enough: Enough) -> None:
         self.enough = self.enough or enough
         self._stopped.set()
+        self._give_turns()
 
     def _count(self, sample: Sample) -> None:
         if self._target is None:
@@ -176,6 +205,7 @@ class ActiveRun:
                 self._cutoff = counted.index
             if self._progress.reached:
                 self._end(Enough(f"target: {self._target.accepted} samples are accepted", ExitCode.OK))
+            self._give_turns()
         self._check_error_rate()
         if self.tally.samples % _SUMMED_UP_AT_ONCE == 0:
             for each in self._histograms():
@@ -193,8 +223,8 @@ class ActiveRun:
         failed, total = self.tally.error_rate()
         if total < enough or failed <= self._max_error_rate * total:
             return
-        # A draw that a spent budget left out is nothing that a sample fails for.
-        reasons = sorted(self.tally.failures.items(), key=lambda item: (item[0][1] == BudgetSpent.code, -item[1].count))
+        # A draw that was not asked for is nothing that a sample fails for.
+        reasons = sorted(self.tally.failures.items(), key=lambda item: (item[0][1] in _NOT_ASKED, -item[1].count))
         (step, reason), most = reasons[0]
         raise TooManyErrors(
             f"{failed} of {total} samples failed, more than max_error_rate {self._max_error_rate:g} allows;"

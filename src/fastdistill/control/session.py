@@ -183,7 +183,8 @@ class Pipeline(BaseModel):
         unpriced = [name for name, config in self.models.items() if config.price is None]
         if self.budget.max_cost_usd is not None and unpriced:
             problems.append(f"budget.max_cost_usd: needs a price at models.{', models.'.join(unpriced)}")
-        groups = [sample_step for sample_step, _ in groupby(self.steps, lambda step: isinstance(step, SampleStep))]
+        read = [step for step in self.steps if type(step) is not Step]
+        groups = [sample_step for sample_step, _ in groupby(read, lambda step: isinstance(step, SampleStep))]
         if self.target is not None and groups.count(True) > 1:
             problems.append("target: needs the steps that work on samples one after the other, without others between")
         if self.target is not None:
@@ -193,6 +194,25 @@ class Pipeline(BaseModel):
                 for at, kind in enumerate(kinds[last:], last)
                 if kind in ("Deduplicate", "NearDuplicates", "Decontaminate", "Shard")
             ]
+        writes = [isinstance(step, StreamStep) and bool(step.files("train")) for step in self.steps]
+        if any(writes):
+            at = writes.index(True)
+            problems += [
+                f"{place}: what it leaves out, rejects or rewrites, {names[at]} has written by then;"
+                f" put it before {names[at]}"
+                for place, step in placed[at:]
+                if isinstance(step, StreamFilter | Gate) or (isinstance(step, SampleStep) and step.rewrites)
+            ]
+        parted = groupby(placed, lambda each: isinstance(each[1], StreamStep))
+        parts = [[*group] for streams, group in parted if not streams]
+        judged = [any(isinstance(step, Gate) for _, step in part) for part in parts]
+        problems += [  # its first wave would be enough, whatever the gates say
+            f"{place}.until: knows only the gates that follow without a step between that looks at all samples; put"
+            " that step before the generation, or behind the gates"
+            for at, part in enumerate(parts)
+            for place, step in part
+            if isinstance(step, TextGeneration) and step.until and any(judged[at:]) > judged[at]
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -316,6 +336,10 @@ class _Brake:
     async def pause(self, seconds: float) -> None:
         assert self.run is not None
         await self.run.pause(seconds)
+
+    def turn(self) -> asyncio.Future[None] | None:
+        assert self.run is not None
+        return self.run.turn()
 
 
 def stop_on_signals(brake: _Brake, folder: RunFolder) -> None:

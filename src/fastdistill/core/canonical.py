@@ -8,6 +8,7 @@ otherwise follows in spirit).
 
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from hashlib import sha256
@@ -45,6 +46,18 @@ def has_lone_surrogate(text: bytes) -> bool:
     except (ValueError, RecursionError) as error:
         return isinstance(error, UnicodeEncodeError)
     return False
+
+
+def with_characters(text: bytes) -> bytes:
+    """A JSON text with U+FFFD, as decoders write it, for what is no character: bytes that are no UTF-8, and escapes of
+    half a surrogate pair, which a text has that was cut in UTF-16.
+    """
+    return _ESCAPE.sub(lambda found: rb"\ufffd" if found["half"] else found[0], text.decode(errors="replace").encode())
+
+
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89aAbB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)"
+)
 
 
 def digest(value: object) -> str:

@@ -34,6 +34,10 @@ class Model(Protocol):
         """
         ...
 
+    def stored(self, prompt: Prompt, draws: Sequence[Draw]) -> bool:
+        """Whether all of these answers are stored, so that `generate` would ask for none."""
+        ...
+
     async def generate(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
         """One answer, or what went wrong with it, for each draw, in their order. Stored answers cost nothing.
 
@@ -218,6 +222,10 @@ class SampleStep(Step):
     def race(self, sample: Sample) -> "Sequence[SampleStep]":
         """Steps to run side by side in place of this one, each for one candidate; none, as a rule."""
         return ()
+
+    def is_stored(self, sample: Sample, ctx: Context) -> bool:
+        """Of a step that races: whether it would ask for nothing, for its candidate is stored."""
+        return False
 
     def wants_more(self, sample: Sample) -> bool:
         """Whether a sample that has gone through all steps should go through them again."""

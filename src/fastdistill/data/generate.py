@@ -121,6 +121,12 @@ class TextGeneration(SampleStep):
             return ()
         return [self.model_copy(update={"_only": attempt}) for attempt in self._attempts(sample)]
 
+    def is_stored(self, sample: Sample, ctx: Context) -> bool:
+        attempts, ways = self._attempts(sample), self._ways(sample)
+        model = ctx.model(self._teacher(attempts[0]))
+        prompt = self._prompt(model, sample, *ways[attempts[0] % len(ways)])
+        return model.stored(prompt, self._draws(prompt, attempts))
+
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         attempts = self._attempts(sample)
         if not attempts or (attempts[0] and not self.wants_more(sample) and self._only is None):

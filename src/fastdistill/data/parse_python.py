@@ -22,7 +22,7 @@ class CleanPythonOutput(SampleStep):
     changes nothing.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     async def run(self, sample: Sample, ctx: Context) -> Sample:
         return await rewritten(sample, lambda candidate: candidate.parsed(*clean_python(candidate.answer)))
@@ -32,33 +32,46 @@ def clean_python(text: str) -> tuple[str, tuple[Cut, ...]]:
     """The code in `text`, and the pieces around it that are not blank, in the order of the text."""
     if len(text) > LONGEST:
         return text, ()
+    before: list[Cut] = []
+    after: list[Cut] = []
+    body = None
+    while body != text:  # a fenced block may have prose in it, for its end is often forgotten
+        body = text
+        text, in_front, behind = _narrowed(body)
+        before += in_front
+        after[:0] = behind
+    return text, tuple([Cut(cut.kind, whole) for cut in before + after if (whole := cut.text.strip())])
+
+
+def _narrowed(text: str) -> tuple[str, list[Cut], list[Cut]]:
+    """`text` without what surely is no code, and the pieces that were before and behind what is left."""
     start, end, indent = 0, len(text), ""
-    cuts: list[Cut] = []
+    before: list[Cut] = []
+    after: list[Cut] = []
     if thinking := _THINKING.match(text):
         start = thinking.end()
-        cuts.append(Cut("thinking", text[:start]))
+        before.append(Cut("thinking", text[:start]))
     blocks = list(_FENCED.finditer(text, start))
     if blocks:
         block = next((b for b in blocks if _DEFINITION.search(b["code"])), blocks[0])
-        cuts += [Cut("prose", text[start : block.start("opens")]), Cut("fence", block["opens"])]
-        cuts += [Cut("fence", block["closes"]), Cut("prose", text[block.end() :])]
+        before += [Cut("prose", text[start : block.start("opens")]), Cut("fence", block["opens"])]
+        after += [Cut("fence", block["closes"]), Cut("prose", text[block.end() :])]
         start, end = block.span("code")
         indent = block["indent"]
     else:
         body = _STRING_OR_COMMENT.sub(lambda found: "#" * len(found[0]), text[start:])
         first = _CODE_LINE.search(body)
         if first and _PROSE_LINE.search(body, 0, first.start()):
-            cuts.append(Cut("prose", text[start : start + first.start()]))
+            before.append(Cut("prose", text[start : start + first.start()]))
             body, start = body[first.start() :], start + first.start()
         last = _PROSE_LINE.search(body)
         if last and body[: last.start()].strip():
             end = start + last.start()
-            cuts.append(Cut("prose", text[end:]))
-    shown = tuple(Cut(cut.kind, cut.text.strip()) for cut in cuts if cut.text.strip())
+            after.append(Cut("prose", text[end:]))
     lines = text[start:end].split("\n")
     if indent and all(line.startswith(indent) or not line.strip() for line in lines):  # a block of a list
         lines = [line.removeprefix(indent) for line in lines]
-    return _BLANK_LINES.sub("", "\n".join(lines)).rstrip(), shown
+    return _BLANK_LINES.sub("", "\n".join(lines)).rstrip(), before, after
 
 
 _THINKING = re.compile(

@@ -8,6 +8,8 @@ from pydantic import BaseModel, Field
 from fastdistill.core.errors import BudgetSpent
 
 if TYPE_CHECKING:
+    import asyncio
+
     from fastdistill.model.client import Brake
     from fastdistill.model.meter import Meter
 
@@ -61,3 +63,6 @@ class OwnBrake:
 
     async def pause(self, seconds: float) -> None:
         await self._brake.pause(seconds)
+
+    def turn(self) -> "asyncio.Future[None] | None":
+        return self._brake.turn()

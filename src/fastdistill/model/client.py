@@ -57,6 +57,10 @@ class Brake(Protocol):
         """Sleeps, but not on when the run begins to wind down."""
         ...
 
+    def turn(self) -> "asyncio.Future[None] | None":
+        """What to wait for before anything is asked for the sample that is worked on; None: its turn has come."""
+        ...
+
 
 class ModelClient:
     """Implements `core.step.Model` for one configured model, with one endpoint or several.
@@ -101,6 +105,9 @@ class ModelClient:
             parameters = parameters | {"sample": [sample.task_id, sample.sample_id]}
         return Prompt(self.config.provider, self.config.model, tuple(messages), parameters)
 
+    def stored(self, prompt: Prompt, draws: Sequence[Draw]) -> bool:
+        return all(self._store.get(draw.key(prompt)) is not None for draw in draws)
+
     async def generate(self, prompt: Prompt, draws: Sequence[Draw]) -> list[Answer | SampleError]:
         keys = [draw.key(prompt) for draw in draws]
         results: dict[str, Answer | SampleError] = {}
@@ -115,7 +122,9 @@ class ModelClient:
                         await give_turn()
                 elif key not in self._asking:
                     mine[key] = draw
-            if mine:
+            if mine and (turn := self._brake.turn()) is not None:
+                await turn  # then look again: others may have asked for the same
+            elif mine:
                 results |= await self._ask_once(prompt, mine)
                 if len(mine) == len(missing):
                     break

@@ -22,6 +22,7 @@ import msgspec
 from msgspec.structs import replace
 from pydantic import SecretStr
 
+from fastdistill.core.canonical import with_characters
 from fastdistill.core.types import Completion, FinishReason, TokenLogprob, Usage
 from fastdistill.model.provider import ErrorKind, Provider, ProviderError, ServedConfig
 
@@ -181,6 +182,8 @@ class HttpProvider(Provider, Generic[C]):
         try:
             return decode(response.body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            with suppress(ValueError, RecursionError):  # msgspec's are, and Unicode's
+                return decode(with_characters(response.body))
             raise self._garbled(str(error), response) from error
 
     def _garbled(self, why: str, response: Response) -> ProviderError:

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 from msgspec import Struct
 
-from fastdistill.core.canonical import digest
+from fastdistill.core.canonical import digest, with_characters
 from fastdistill.core.errors import EnvironmentFault, FatalError, NotAsked, TeacherError, TimeUp
 from fastdistill.core.files import atomic
 from fastdistill.core.turns import give_turn
@@ -211,7 +211,7 @@ class BatchProvider(OpenAIProvider):
         answers: _Answers = {}
         for text in io.BytesIO(body):
             with suppress(ValueError):  # msgspec's are, and Unicode's
-                line = _decode_line(text)
+                line = _read_line(text)
                 if line.response is not None:
                     response = Response(line.response.status_code, {}, bytes(line.response.body))
                     answers.setdefault(line.custom_id, response)
@@ -383,3 +383,10 @@ _decode_file = msgspec.json.Decoder(_File).decode
 _decode_state = msgspec.json.Decoder(_State).decode
 _decode_page = msgspec.json.Decoder(_Page).decode
 _decode_line = msgspec.json.Decoder(_Line).decode
+
+
+def _read_line(text: bytes) -> _Line:
+    try:
+        return _decode_line(text)
+    except ValueError:  # msgspec's are, and Unicode's
+        return _decode_line(with_characters(text))
