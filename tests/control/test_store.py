@@ -5,6 +5,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -337,6 +338,22 @@ def test_two_processes_fill_one_store(tmp_path: Path) -> None:
     found = stored(path, [answer("", n).key for n in range(200)])
     assert {each.text if each else None for each in found} <= {"left", "right"}
     assert count(path) == 200
+
+
+def test_a_store_that_another_process_is_making_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+
+    async def go() -> None:
+        async with ResponseStore(path) as store:
+            await store.put(PROMPT, [answer("a", 0)])
+
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        timer = threading.Timer(0.3, other.execute, ("COMMIT",))
+        timer.start()
+        asyncio.run(go())
+        timer.join()
+    assert count(path) == 1
 
 
 @pytest.mark.parametrize("text", ["paid", "paid" * 50_000], ids=len)

@@ -156,9 +156,9 @@ class ActiveRun:
 
     def turn(self) -> asyncio.Future[None] | None:
         """What a sample waits for before anything is asked for it (`model.client.Brake`)."""
-        index = AT_WORK.get()
         if self._target is None or self._ended:
             return None
+        index = AT_WORK.get()
         if self._progress.asks(index):
             self._give_turns()
             return None

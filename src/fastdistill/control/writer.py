@@ -20,6 +20,7 @@ from fastdistill.core.errors import EnvironmentFault
 _MOST_WAITING = 2_000  # entries, before whoever brings more has to wait: some kilobytes each
 _MOST_AT_ONCE = 1_000  # entries of a group
 _ROWS_AT_ONCE = 32  # of one statement: one for each number of rows and table is kept, of the 128 that sqlite3 keeps
+_PATIENCE = 60.0  # seconds, for another process's write
 _CHECKPOINT = 16_000_000  # bytes of WAL: a page that is written again and again goes to the file once
 
 _END: tuple[None, None] = (None, None)  # the last job
@@ -63,7 +64,7 @@ class Writer(Generic[Entry]):
         try:
             connection.execute(f"PRAGMA page_size={self._page_size}")
             connection.execute("PRAGMA temp_store=MEMORY")  # what a statement could undo: TMPDIR may be full
-            connection.execute("PRAGMA journal_mode=WAL")
+            await _to_wal(connection)
             connection.execute(f"PRAGMA synchronous={'NORMAL' if self._durable else 'OFF'}")
             connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT // self._page_size}")
             connection.executescript(f"BEGIN IMMEDIATE; {self._schema} COMMIT")
@@ -136,6 +137,19 @@ class Writer(Generic[Entry]):
         return None
 
 
+async def _to_wal(connection: sqlite3.Connection) -> None:
+    """SQLite itself does not wait here for another process that makes the same file at this moment."""
+    patience = monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or monotonic() > patience:
+                raise
+        await asyncio.sleep(0.01)
+
+
 def _resolve(waiting: "Sequence[asyncio.Future[None]]", error: EnvironmentFault | None) -> None:
     for done in waiting:
         if done.cancelled():
@@ -172,8 +186,8 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
     try:
         if readonly:
             uri = f"{path.absolute().as_uri()}?mode=ro"
-            return sqlite3.connect(uri, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
-        return sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+            return sqlite3.connect(uri, uri=True, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+        return sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
         raise fault(path, error) from error
 
