@@ -197,10 +197,10 @@ def test_thinking_is_kept_apart(where: str) -> None:
     assert (answer.text, answer.thinking) == ("x", "hm")
 
 
-def test_inline_thinking_is_kept_apart_and_the_rest_is_verbatim() -> None:
+def test_inline_thinking_is_kept_apart_with_the_lines_behind_it_and_the_rest_is_verbatim() -> None:
     with openai_server(lambda call, index: Reply("x ", thinking="hm"), thinks="inline") as server:
         [[answer]] = complete(server)
-    assert (answer.text, answer.thinking) == ("\n\nx ", "hm")
+    assert (answer.text, answer.thinking) == ("x ", "hm")
 
 
 @pytest.mark.parametrize(

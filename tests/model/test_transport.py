@@ -262,10 +262,10 @@ def test_a_status_says_what_failed() -> None:
 
 def test_only_a_leading_think_block_is_thinking() -> None:
     stop, length = FinishReason.STOP, FinishReason.LENGTH
-    assert split_thinking("<think>\nhm\n</think>\n\nSELECT 1", stop) == ("hm", "\n\nSELECT 1")
+    assert split_thinking("<think>\nhm\n</think>\n\nSELECT 1", stop) == ("hm", "SELECT 1")
     assert split_thinking("\n<think></think> x", stop) == ("", " x")
     assert split_thinking("say <think>no</think>", stop) == (None, "say <think>no</think>")
-    assert split_thinking("hm,\nso it is 1\n</think>\n\nSELECT 1", stop) == ("hm,\nso it is 1", "\n\nSELECT 1")
+    assert split_thinking("hm,\nso it is 1\n</think>\n\nSELECT 1", stop) == ("hm,\nso it is 1", "SELECT 1")
     assert split_thinking("it ends with `</think>`, always", stop) == (None, "it ends with `</think>`, always")
     assert split_thinking("<think>cut", length) == ("cut", "")
     assert split_thinking("<think>never closed", stop) == (None, "<think>never closed")

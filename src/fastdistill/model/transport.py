@@ -337,7 +337,8 @@ def _whole(count: Count) -> int | None:
 
 
 def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]:
-    """Takes a leading `<think>…</think>` off an answer; the rest stays as it is, character for character.
+    """Takes a leading `<think>…</think>` off an answer, with the line ends behind it that chat templates put there; the
+    rest stays as it is, character for character.
 
     A block that `max_tokens` cut is all thinking; one that was never closed otherwise is left in the answer. One that
     the chat template opens, as DeepSeek-R1's and Qwen's do, has only its end, which ends a line.
@@ -347,10 +348,10 @@ def split_thinking(content: str, finish: FinishReason) -> tuple[str | None, str]
         end = _THOUGHT.search(content)
         if end is None or "<think>" in content[: end.start()]:
             return None, content
-        return content[: end.start()].strip(), content[end.end() :]
+        return content[: end.start()].strip(), content[end.end() :].lstrip("\r\n")
     thinking, closed, rest = opened.removeprefix("<think>").partition("</think>")
     if closed:
-        return thinking.strip(), rest
+        return thinking.strip(), rest.lstrip("\r\n")
     return (thinking.strip(), "") if finish is FinishReason.LENGTH else (None, content)
 
 
