@@ -49,6 +49,9 @@ class NoBrake:
     def turn(self) -> None:
         return None
 
+    def asks(self) -> None:
+        pass
+
 
 async def run(texts: list[str], servers: list[Served], *, turns: bool, folder: Path) -> float:
     """Seconds for all prompts."""

@@ -93,6 +93,9 @@ class NoBrake:
     def turn(self) -> None:
         return None
 
+    def asks(self) -> None:
+        pass
+
 
 COMPLETION = Completion("SELECT 1", FinishReason.STOP, Usage(100, 20), model="served-7b", build="sha256:beef")
 PROMPT = Prompt("scripted", "teacher-7b", ({"role": "user", "content": "?"},), {})

@@ -60,6 +60,9 @@ class Brake:
     def turn(self) -> None:
         return None
 
+    def asks(self) -> None:
+        pass
+
 
 class Asker:
     """A client with its store; `paid` is what the server answered, without the probe."""

@@ -64,6 +64,9 @@ class Brake:
     def turn(self) -> None:
         return None
 
+    def asks(self) -> None:
+        pass
+
 
 class Asker:
     def __init__(self, client: ModelClient, store: ResponseStore, brake: Brake) -> None:

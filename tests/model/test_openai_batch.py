@@ -53,6 +53,9 @@ class Brake:
     def turn(self) -> None:
         return None
 
+    def asks(self) -> None:
+        pass
+
 
 def model(url: str, *, size: int = 100, **fields: Any) -> OpenAIConfig:
     batch = {"size": size, "poll_s": POLL, "quiet_s": QUIET}

@@ -57,6 +57,7 @@ class Progress:
         self._next = 0  # the first index that has not finished
         self._ahead: dict[int, Sample] = {}
         self._free = 0  # all samples below it have finished, or something was asked for them
+        self._asked: set[int] = set()  # those from there on for which something was asked
         self._begun = 0  # all samples below it have begun, or were left out
 
     def begins(self, index: int) -> bool:
@@ -84,17 +85,23 @@ class Progress:
     @property
     def free(self) -> int:
         """The first sample that lives off stored answers alone, as far as is known: it goes on, or is not begun."""
-        while self._free < self._next or self._free in self._ahead:
+        while self._free < self._next or self._free in self._ahead or self._free in self._asked:
+            self._asked.discard(self._free)
             self._free += 1
         return self._free
 
-    def asks(self, index: int) -> bool:
-        """Whether something may be asked for a sample now: not while an earlier one lives off stored answers alone.
-        That one may be what the target lacks, and a run that needs no teacher must not ask it.
+    def may_ask(self, index: int) -> bool:
+        """Whether something may be asked for a sample now: not while earlier ones that live off stored answers alone
+        may be all that the target lacks, for a run that needs no teacher must not ask it.
         """
-        if index == self.free:
-            self._free += 1
-        return index < self._free
+        if self._target is None or index <= self.free:
+            return True
+        return self.accepted + len(self._found) + index - self._free < self._target
+
+    def asks(self, index: int) -> None:
+        """Something is asked for a sample, be it for another that needs the same."""
+        if index >= self._free:
+            self._asked.add(index)
 
     @property
     def reached(self) -> bool:

@@ -167,15 +167,21 @@ class ActiveRun:
         if self._target is None or self._ended:
             return None
         index = AT_WORK.get()
-        if self._progress.asks(index):
-            self._give_turns()
+        if self._progress.may_ask(index):
+            self.asks()
             return None
         turn = asyncio.get_running_loop().create_future()
         heappush(self._turns, (index, next(self._places), turn))
         return turn
 
+    def asks(self) -> None:
+        """Something is asked for the sample at work, or for another that needs the same (`model.client.Brake`)."""
+        if self._target is not None:
+            self._progress.asks(AT_WORK.get())
+            self._give_turns()
+
     def _give_turns(self) -> None:
-        while self._turns and (self._ended or self._turns[0][0] <= self._progress.free):
+        while self._turns and (self._ended or self._progress.may_ask(self._turns[0][0])):
             _, _, turn = heappop(self._turns)
             if not turn.done():
                 turn.set_result(None)

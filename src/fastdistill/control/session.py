@@ -346,6 +346,10 @@ class _Brake:
         assert self.run is not None
         return self.run.turn()
 
+    def asks(self) -> None:
+        assert self.run is not None
+        self.run.asks()
+
 
 def stop_on_signals(brake: _Brake, folder: RunFolder) -> None:
     """The first Ctrl-C (SIGTERM, SIGHUP) lets answers in flight come home, the second ends the run, the third us."""

@@ -66,3 +66,6 @@ class OwnBrake:
 
     def turn(self) -> "asyncio.Future[None] | None":
         return self._brake.turn()
+
+    def asks(self) -> None:
+        self._brake.asks()

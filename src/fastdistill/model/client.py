@@ -61,6 +61,10 @@ class Brake(Protocol):
         """What to wait for before anything is asked for the sample that is worked on; None: its turn has come."""
         ...
 
+    def asks(self) -> None:
+        """The sample that is worked on waits for what is asked for another: it holds up nobody's turn."""
+        ...
+
 
 class ModelClient:
     """Implements `core.step.Model` for one configured model, with one endpoint or several.
@@ -131,6 +135,7 @@ class ModelClient:
             elif others := [self._asking[key] for key in missing if key in self._asking]:
                 asked = asyncio.get_running_loop().create_future()
                 others[0].append(asked)
+                self._brake.asks()
                 await asked  # another sample asks the very same; then look again
             missing = {key: draw for key, draw in missing.items() if key not in results}
         if (bills := BILLS.get()) is not None:
