@@ -97,3 +97,17 @@ def test_cleaning_what_is_clean_changes_nothing(answer: str) -> None:
 )
 def test_hostile_answers_take_no_time(piece: str) -> None:
     clean_python(piece * (LONGEST // len(piece)))
+
+
+@pytest.mark.parametrize("piece", ["</think>\n", "<think></think>\n", "x: ```\n", "<think></think>```\ndef f():\n"])
+def test_fences_and_thinking_without_end_are_left_alone(piece: str) -> None:
+    """A model that repeats itself: to take each off in turn would hold up all others for seconds."""
+    answer = piece * 1000
+    assert clean_python(answer) == (answer, ())
+
+
+def test_code_may_speak_of_the_end_of_thinking() -> None:
+    for line in ("return text.split('</think>')[-1]", r"return re.sub(r'<think>.*?</think>\s*', '', text)"):
+        code = f"def answer(text):\n    {line}"
+        for said in (f"```python\n{code}\n```", f"I split it\n</think>\n\n```python\n{code}\n```", code):
+            assert clean_python(said)[0] == code

@@ -13,6 +13,10 @@ from fastdistill.core.types import Cut, Sample
 LONGEST = 200_000
 """Characters. A longer answer is no solution; it is left alone, for a length rule to fail."""
 
+_DEEPEST = 8
+"""Fences and thinking within each other. More are no solution either: a model repeats itself, and each is looked for in
+all that follows."""
+
 
 class CleanPythonOutput(SampleStep):
     """Reduces each candidate's answer to its code; what was around it is kept in `cuts`, in order.
@@ -34,13 +38,15 @@ def clean_python(text: str) -> tuple[str, tuple[Cut, ...]]:
         return text, ()
     before: list[Cut] = []
     after: list[Cut] = []
-    body = None
-    while body != text:  # a fenced block may have prose in it, for its end is often forgotten
-        body = text
-        text, in_front, behind = _narrowed(body)
+    body = text
+    for _ in range(_DEEPEST):  # a fenced block may have prose in it, for its end is often forgotten
+        code, in_front, behind = _narrowed(body)
         before += in_front
         after[:0] = behind
-    return text, tuple([Cut(cut.kind, whole) for cut in before + after if (whole := cut.text.strip())])
+        if code == body:
+            return code, tuple([Cut(cut.kind, whole) for cut in before + after if (whole := cut.text.strip())])
+        body = code
+    return text, ()
 
 
 def _narrowed(text: str) -> tuple[str, list[Cut], list[Cut]]:
@@ -74,8 +80,11 @@ def _narrowed(text: str) -> tuple[str, list[Cut], list[Cut]]:
     return _BLANK_LINES.sub("", "\n".join(lines)).rstrip(), before, after
 
 
+# An end without a beginning ends a line, or stands before a fence: code may speak of `</think>`.
 _THINKING = re.compile(
-    r"\s*+(?:<(?i:think|thinking)>.*?(?:</(?i:think|thinking)>|\Z)|(?:(?!```).)*?</think>)", re.DOTALL
+    r"\s*+(?:<(?i:think|thinking)>.*?(?:</(?i:think|thinking)>|\Z)"
+    r"|(?:(?!```).)*?</think>(?=[ \t]*(?:\n|```|\Z)))",
+    re.DOTALL,
 )
 _FENCED = re.compile(
     r"^(?P<indent>[ \t]*+)(?:[^\n`]*[:：][ \t*]*+)?(?P<opens>```[ \t]*+[\w+.-]*+[^\n`]*+)\n"
