@@ -94,6 +94,8 @@ def test_double_quotes_may_hold_a_string(guarded: GuardedConnection) -> None:
         'SELECT date("now")',
         "SELECT unixepoch('subsec')",
         "SELECT datetime('Subsecond', '-7 days') FROM t",
+        "SELECT strftime('%s', 'subsec')",
+        "SELECT date('2020-01-01'), strftime(replace('%s', 'a', 'b'), 'subsec', '-1 day')",
         "SELECT date()",
         "SELECT time ( )",
         "SELECT julianday(/* x */)",
@@ -120,6 +122,7 @@ def test_what_differs_between_runs_is_nondeterministic(guarded: GuardedConnectio
         "SELECT date(made) FROM t WHERE id = 1",
         "SELECT strftime('%Y', made) FROM t WHERE id = 1",
         "SELECT 'date()', date('2020-01-01')",
+        "SELECT datetime(made, 'subsec'), strftime('%s', made, '+1 day', 'subsecond') FROM t WHERE id = 1",
     ],
 )
 def test_dates_that_are_given_are_deterministic(guarded: GuardedConnection, sql: str) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from fastdistill.data.execution.reason import Reason
@@ -273,12 +273,20 @@ def reads_clock(tokens: Sequence[Token], functions: set[str]) -> bool:
     if functions.isdisjoint(_DATE_FUNCTIONS):
         return False
     for index, token in enumerate(tokens):
-        if token.text[0] in "'\"" and token.text[1:-1].lower() in ("now", "subsec", "subsecond"):
+        if _string(token) == "now":
             return True
         name = token.text.strip('"`[]').lower()
-        if name in _DATE_FUNCTIONS and _arguments(tokens, index + 1) == (1 if name == "strftime" else 0):
-            return True
+        if name in _DATE_FUNCTIONS and (arguments := _arguments(tokens, index + 1)) is not None:
+            first = name == "strftime"  # it has the format before the time
+            times = arguments[first : first + 1 + (name == "timediff")]
+            if len(arguments) == first or any(_string(time) in ("subsec", "subsecond") for time in times):
+                return True
     return False
+
+
+def _string(token: Token) -> str | None:
+    """What a string of SQL says, in small letters; None for any other token."""
+    return token.text[1:-1].lower() if token.text[0] in "'\"" else None
 
 
 def limit_process_heap(limits: SqlLimits) -> None:
@@ -291,13 +299,13 @@ def limit_process_heap(limits: SqlLimits) -> None:
         connection.executescript(f"{soft}; PRAGMA hard_heap_limit={limits.heap_bytes}")
 
 
-def _arguments(tokens: Sequence[Token], index: int) -> int | None:
-    """How many arguments the parenthesis at `index` holds; `None` if there is no parenthesis."""
+def _arguments(tokens: Sequence[Token], index: int) -> list[Token] | None:
+    """What the arguments in the parenthesis at `index` begin with; `None` if there is no parenthesis."""
     if index >= len(tokens) or tokens[index].text != "(":
         return None
     depth = tokens[index].depth + 1
     inside = list(takewhile(lambda token: token.depth >= depth, tokens[index + 1 :]))
-    return 1 + sum(token.text == "," and token.depth == depth for token in inside) if inside else 0
+    return inside[:1] + [after for comma, after in pairwise(inside) if comma.text == "," and comma.depth == depth]
 
 
 @contextmanager
