@@ -635,6 +635,19 @@ def test_a_preview_stores_its_answers_and_leaves_no_run(finished: Finished, tmp_
     assert again.out == ended.out
 
 
+def test_records_that_no_step_works_on_are_previewed_and_sharded_before_they_are_written(
+    tmp_path: Path, command: Command
+) -> None:
+    records = write_records(tmp_path, RECORDS[:6])
+    steps = [{"LoadJsonl": {"path": str(records)}}, {"CanonicalizeFields": {"fields": ["instruction"]}}, "ExportSFT"]
+    written = tmp_path / "copied.yaml"
+    written.write_text(json.dumps({"name": "copied", "steps": steps}))
+    shown = command("pipeline", "preview", "-c", written, "-n", 2, "-o", tmp_path / "artifacts")
+    assert (shown.code, shown.out.count("sample id:")) == (0, 2), shown.err
+    sharded = command("pipeline", "run", "-c", written, "--shard", "1/2", "-o", tmp_path / "artifacts", "--quiet")
+    assert sharded.code == 0, sharded.err
+
+
 def test_a_preview_of_records_that_all_fail_shows_as_many_as_it_was_asked_for(
     finished: Finished, tmp_path: Path, command: Command
 ) -> None:

@@ -78,8 +78,9 @@ def run_shortened(pipeline: Pipeline, few: StreamStep, output_dir: Path | None) 
 
     The response store is the shared one, and there is no run folder. They may cost no more than the run may.
     """
-    at = [place for place, step in enumerate(pipeline.steps) if isinstance(step, SampleStep)] or [len(pipeline.steps)]
-    steps = (*pipeline.steps[: at[0]], few, *pipeline.steps[at[0] : at[-1] + 1])
+    places = [place for place, step in enumerate(pipeline.steps, 1) if isinstance(step, SampleStep)]
+    end, at = max(places, default=len(pipeline.steps)), pipeline.read_at
+    steps = (*pipeline.steps[:at], few, *pipeline.steps[at:end])
     name, models, budget = pipeline.name, pipeline.models, pipeline.budget
     shortened = Pipeline(name=name, models=models, steps=steps, budget=budget, max_error_rate=1)
     with TemporaryDirectory(prefix="fastdistill-") as scratch:

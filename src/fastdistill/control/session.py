@@ -194,7 +194,7 @@ class Pipeline(BaseModel):
                 for at, kind in enumerate(kinds[last:], last)
                 if kind in ("Deduplicate", "NearDuplicates", "Decontaminate", "Shard")
             ]
-        writes = [isinstance(step, StreamStep) and bool(step.files("train")) for step in self.steps]
+        writes = [*map(_writes, self.steps)]
         if any(writes):
             at = writes.index(True)
             problems += [
@@ -224,6 +224,12 @@ class Pipeline(BaseModel):
         steps = [[step.name, step.fingerprint] for step in self.steps]
         return f"{self.name}-{digest([self.name, models, steps])[:8]}"
 
+    @property
+    def read_at(self) -> int:
+        """The place of the first step that works on single samples, or writes them: all that come have been read."""
+        found = (at for at, step in enumerate(self.steps) if isinstance(step, SampleStep) or _writes(step))
+        return next(found, len(self.steps))
+
     def shard(self, index: int, of: int) -> "Pipeline":
         """What the `index`-th of so many machines has to do. Floor and lineage are the whole data set's, and left out.
 
@@ -231,8 +237,7 @@ class Pipeline(BaseModel):
         """
         if other := next((step for step in self.steps if isinstance(step, Shard)), None):
             raise ConfigError(f"--shard {index}/{of}: {other.name} makes this shard {other.index}/{other.of}; drop one")
-        at = next((at for at, step in enumerate(self.steps) if isinstance(step, SampleStep)), len(self.steps))
-        steps = (*self.steps[:at], Shard(index=index, of=of), *self.steps[at:])
+        steps = (*self.steps[: self.read_at], Shard(index=index, of=of), *self.steps[self.read_at :])
         return Pipeline.model_validate(dict(self) | {"steps": steps, "require": Floor(), "lineage": Origin()})
 
     def resolved(self) -> dict[str, Any]:
@@ -460,6 +465,10 @@ def _literal(value: Any) -> Any:
     if isinstance(value, list):
         return [_literal(inner) for inner in value]
     return value.replace("${", "$${") if isinstance(value, str) else value
+
+
+def _writes(step: Step) -> bool:
+    return isinstance(step, StreamStep) and bool(step.files("train"))
 
 
 def _named(steps: tuple[Step, ...]) -> Iterator[Step]:
