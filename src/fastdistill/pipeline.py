@@ -14,7 +14,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from fastdistill.core.errors import FatalError, NotAsked, SampleError, boundary
-from fastdistill.core.run import AT_WORK, Run
+from fastdistill.core.run import Run
 from fastdistill.core.step import SampleStep, Step, StreamFilter, StreamStep, is_generation
 from fastdistill.core.timing import StepTime, Timer
 from fastdistill.core.turns import give_turn
@@ -84,7 +84,7 @@ async def run_samples(
                         room = run.open_samples
                     if workers < room:
                         group.create_task(work())
-                    AT_WORK.set(sample.index)
+                    run.begins(sample)
                     await run.finished(await run_sample(stages, asking, sample, run), last=last)
                 await give_turn()  # samples that never wait let the others have theirs
         except FatalError as error:

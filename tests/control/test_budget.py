@@ -22,6 +22,7 @@ from fastdistill.control.export import export_run
 from fastdistill.control.ledger import read_samples
 from fastdistill.control.session import execute, run_folder, unwatched
 from fastdistill.core.errors import ConfigError, ExitCode, TeacherError, TooManyErrors
+from fastdistill.core.step import Context, StreamStep
 from fastdistill.core.types import Candidate, Completion, FinishReason, Prompt, Sample, Usage
 from fastdistill.model.meter import TEMPLATE, InFlight, Meter
 from tests.servers import Call, Fault, cut, garbled, hang, openai_server, rate_limited, reset, status
@@ -584,6 +585,26 @@ def test_samples_that_wait_for_each_others_answers_meet_a_target(tmp_path: Path)
             result = run(made, tmp_path / "a")
             assert result.exit_code == 0
     assert result.timing["models"]["teacher"]["answers_paid"] == 0
+
+
+class Sorted(StreamStep):
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        yield from sorted(samples, key=lambda sample: -sample.index)
+
+
+class Silent(StreamStep):
+    def run(self, samples: Iterator[Sample], ctx: Context) -> Iterator[Sample]:
+        yield from (sample for sample in samples if sample.index % 3)
+
+
+@pytest.mark.parametrize("step", [Sorted(), Silent()])
+def test_samples_that_a_target_can_not_count_end_the_run_with_what_is_wrong(tmp_path: Path, step: StreamStep) -> None:
+    with openai_server(Teacher().script) as server:
+        made = parse_pipeline(pipeline(server.url, tmp_path, 200, target={"accepted": 20}))
+        steps = (*made.steps[:2], step, *made.steps[2:])
+        running = execute(made, run_folder(tmp_path / "a", "target"), unwatched, steps)
+        with pytest.raises(ConfigError, match="target: counts samples in input order"):
+            asyncio.run(asyncio.wait_for(running, 60))
 
 
 @pytest.mark.parametrize(("on_exhausted", "code"), [("keep", 0), ("fail", 5)])

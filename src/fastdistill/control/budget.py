@@ -57,6 +57,14 @@ class Progress:
         self._next = 0  # the first index that has not finished
         self._ahead: dict[int, Sample] = {}
         self._free = 0  # all samples below it have finished, or something was asked for them
+        self._begun = 0  # all samples below it have begun, or were left out
+
+    def begins(self, index: int) -> bool:
+        """Whether a sample is next in input order: for one that never comes, those behind it would wait for ever."""
+        while self._begun < self._next or self._begun in self._ahead:
+            self._begun += 1
+        self._begun += index == self._begun
+        return index < self._begun
 
     def finished(self, sample: Sample) -> list[Sample]:
         """The samples that count now, in input order: none that is ahead of an unfinished one or beyond the target."""

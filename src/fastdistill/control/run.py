@@ -15,7 +15,7 @@ from fastdistill.control.ledger import Ledger
 from fastdistill.control.seen import Seen
 from fastdistill.control.tally import Tally
 from fastdistill.control.writer import fault
-from fastdistill.core.errors import BudgetSpent, ExitCode, FatalError, NotAsked, TimeUp, TooManyErrors
+from fastdistill.core.errors import BudgetSpent, ConfigError, ExitCode, FatalError, NotAsked, TimeUp, TooManyErrors
 from fastdistill.core.run import AT_WORK
 from fastdistill.core.stats import Histogram
 from fastdistill.core.step import KeyIndex, Step
@@ -92,6 +92,14 @@ class ActiveRun:
 
     def report(self, step: str, found: Mapping[str, object]) -> None:
         self.tally.reports[step] = dict(found)
+
+    def begins(self, sample: Sample) -> None:
+        AT_WORK.set(sample.index)
+        if self._target is not None and not self._progress.begins(sample.index):
+            raise ConfigError(
+                "target: counts samples in input order, and the steps before the first that works on single ones do not"
+                f" bring all of them so: {sample.source} came before another; what a step leaves out it must discard"
+            )
 
     async def keep_up(self) -> None:
         await self._ledger.keep_up()

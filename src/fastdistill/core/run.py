@@ -35,6 +35,10 @@ class Run(Context, Protocol):
 
     def time_of(self, step: Step) -> StepTime: ...
 
+    def begins(self, sample: Sample) -> None:
+        """A sample is worked on from here on, in the running task."""
+        ...
+
     async def keep_up(self) -> None:
         """Waits while more is discarded than can be written."""
         ...
