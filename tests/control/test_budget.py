@@ -590,9 +590,8 @@ def test_samples_that_wait_for_each_others_answers_meet_a_target(tmp_path: Path)
 def test_samples_that_need_the_same_answer_hold_up_no_others_of_a_target(tmp_path: Path) -> None:
     with openai_server(Teacher(rate=1.0).script, latency=lambda call: 0.05) as server:
         made = pipeline(server.url, tmp_path, 200, target={"accepted": 200}, teacher={"max_concurrency": 32})
-        made["steps"][2]["TextGeneration"]["template"] = (
-            "{{ question.split()[-1] | int // 2 }}"  # each two ask the very same
-        )
+        each_two_ask_the_same = "{{ question.split()[-1] | int // 2 }}"
+        made["steps"][2]["TextGeneration"]["template"] = each_two_ask_the_same
         run(made, tmp_path / "a")
         assert server.counters.peak > 10
 

@@ -158,7 +158,8 @@ class StreamStep(Step):
 
     @abstractmethod
     def run(self, samples: Iterator[Any], ctx: Context) -> Iterator[Sample | None]:
-        """Yields samples, lazily and in input order; None where one was left out, so that others have their turn.
+        """Yields samples, lazily and in input order; None where one was left out (`ctx.discard`), so that others have
+        their turn.
 
         Args:
             samples: a `Sample` each; only a `StreamFilter` is given the Nones of the steps before it.
