@@ -66,11 +66,12 @@ class Http1Transport:
 
     async def _connect(self, url: str, address: _Address, deadline: float) -> "_Connection":
         loop = asyncio.get_running_loop()
-        make = partial(_Connection, self._open, self._idle.setdefault(address, []), self._max_body, keep=self._keep)
+        host, port, tls = address
+        idle = self._idle.setdefault(address, [])
+        make = partial(_Connection, self._open, idle, self._max_body, keep=self._keep, plain=not tls)
         patience = loop.time() + CONNECTS
         try:
             async with asyncio.timeout_at(min(deadline, patience)):
-                host, port, tls = address
                 return (await loop.create_connection(make, host, port, ssl=_trust() if tls else None))[1]
         except (OSError, ValueError) as error:  # ValueError: no name that could be looked up
             if isinstance(error, TimeoutError) and deadline <= patience:  # the clock may be a little behind its timer
@@ -85,8 +86,10 @@ class _Garbled(Exception):
 class _Connection(asyncio.Protocol):
     """In an exchange, `_answer` is what waits for it, and `_reader` is there from the first byte on."""
 
-    def __init__(self, open_: "set[_Connection]", idle: "list[_Connection]", max_body: int, *, keep: float) -> None:
-        self._open, self._idle, self._max_body, self._keep = open_, idle, max_body, keep
+    def __init__(
+        self, open_: "set[_Connection]", idle: "list[_Connection]", max_body: int, *, keep: float, plain: bool
+    ) -> None:
+        self._open, self._idle, self._max_body, self._keep, self._plain = open_, idle, max_body, keep, plain
         self._loop = asyncio.get_running_loop()
         self._answer: asyncio.Future[Response] | None = None
         self._reader: _Reading[tuple[Response, bool]] | None = None
@@ -151,7 +154,10 @@ class _Connection(asyncio.Protocol):
             answer, self._answer, self._reader = self._answer, None, None
             if not answer.done():  # else it was cancelled just now
                 answer.set_result(response)
-            if not keep or not self._keep or self._transport.get_write_buffer_size():
+            # Such a server has a thread for each connection: one that is idle holds up what waits in another. With TLS
+            # it is a proxy that says so, and a handshake for each request would cost more.
+            threads = self._plain and "max=" in response.headers.get("keep-alive", "")
+            if threads or not keep or not self._keep or self._transport.get_write_buffer_size():
                 self.end()
             else:
                 self._used = True
@@ -276,9 +282,7 @@ def _parse(head: bytes) -> tuple[int, dict[str, str], bool]:
     headers = dict(fields)
     if len(headers) < len(fields):
         headers = {name: ", ".join([value for other, value in fields if other == name]) for name in headers}
-    # Such servers have a thread for each connection: one that is idle holds up what waits in another.
-    threads = "max=" in headers.get("keep-alive", "")
-    return status, headers, keep and not threads and "close" not in headers.get("connection", "").lower()
+    return status, headers, keep and "close" not in headers.get("connection", "").lower()
 
 
 @lru_cache(maxsize=64)
