@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
 from fastdistill.control.budget import Budget, Target
 from fastdistill.control.floor import Floor
@@ -71,22 +71,18 @@ class RunResult:
     timing: Mapping[str, Any]
 
 
-class Origin(BaseModel):
+class Origin(BaseModel, frozen=True, extra="forbid"):
     """What a run descends from, for the manifest; it changes nothing that the run does."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     parent: str | None = Field(None, description="an earlier run under the same artifacts root, by its id or beginning")
     role: str | None = Field(None, description="set by `fastdistill eval`: whose answers these are")
 
 
-class Pipeline(BaseModel):
+class Pipeline(BaseModel, frozen=True, extra="forbid"):
     """A named list of steps and the models that they ask.
 
     From Python: `Pipeline(name="text2sql", models={"teacher": {"provider": "ollama", ...}}, steps=[...]).run()`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=_NAME, max_length=64)
     models: dict[str, SerializeAsAny[ModelConfig]] = Field(default_factory=dict)

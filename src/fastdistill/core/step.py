@@ -13,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from fastdistill.core.canonical import digest
 from fastdistill.core.decode import DecodeProfile
@@ -94,10 +94,8 @@ class Mutation:
     """The mutant may mean the same as the answer all the same."""
 
 
-class Step(BaseModel):
+class Step(BaseModel, frozen=True, extra="forbid"):
     """A step is its configuration. `name` is what reports call it; the pipeline numbers repeated ones."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: ClassVar[int] = 1
     """Raised when the code changes what the step does, so that its fingerprint changes too."""

@@ -7,7 +7,7 @@ from itertools import cycle, islice
 from typing import Any, ClassVar, Literal, Self
 
 from msgspec.structs import replace
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fastdistill.core.decode import DecodeProfile
 from fastdistill.core.errors import BudgetSpent, NotAsked, SampleError, together
@@ -19,14 +19,12 @@ _HOPELESS = {BudgetSpent.code, "gold_invalid"}
 """Reasons for which no further answer could be accepted: a judge has no budget left, the record's gold is broken."""
 
 
-class Until(BaseModel):
+class Until(BaseModel, frozen=True, extra="forbid"):
     """Stop asking for candidates of a sample once enough are accepted.
 
     Candidates are asked for in waves of `wave`, and a wave is judged when all of it has arrived: which answers are
     kept depends on what the gates say and on the order of attempts, never on which answer was fast.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     accepted: int = Field(1, ge=1, description="accepted candidates that are enough for a sample")
     wave: int = Field(1, ge=1, description="candidates asked for at a time")

@@ -9,13 +9,13 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from time import perf_counter
 from typing import Any, Protocol
 
 from fastdistill.core.bill import BILLS
 from fastdistill.core.decode import DecodeProfile
-from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError, Unreachable
+from fastdistill.core.errors import FatalError, NotAsked, SampleError, TeacherError, Unreachable, together
 from fastdistill.core.run import AT_WORK
 from fastdistill.core.stats import Histogram
 from fastdistill.core.timing import observe
@@ -272,20 +272,8 @@ class ModelClient:
     async def _side_by_side(self, prompt: Prompt, requests: Sequence[Mapping[str, Draw]]) -> list[Answer | SampleError]:
         if len(requests) == 1:
             return await self._ask_together(prompt, requests[0])
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._settled(prompt, draws)) for draws in requests]
-        settled = [task.result() for task in tasks]
-        for fatal in settled:
-            if isinstance(fatal, FatalError):
-                raise fatal
-        return [answer for answers in settled if not isinstance(answers, FatalError) for answer in answers]
-
-    async def _settled(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError] | FatalError:
-        """What is fatal to the run comes back as a value: raised, it would cancel siblings that are being paid for."""
-        try:
-            return await self._ask_together(prompt, draws)
-        except FatalError as error:
-            return error
+        asked = await together(*(self._ask_together(prompt, draws) for draws in requests))
+        return [*chain.from_iterable(asked)]
 
     async def _ask_together(self, prompt: Prompt, draws: Mapping[str, Draw]) -> list[Answer | SampleError]:
         """Asks in one request, and one by one for what it does not bring."""
